@@ -1,0 +1,1 @@
+"""jlora: low-rank adapters in JAX."""

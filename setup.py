@@ -1,0 +1,51 @@
+"""Package metadata of jlora; tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py>=2.1",
+    "chex>=0.1.90",
+    "flax>=0.12",
+    "jax>=0.8",
+    "jaxtyping>=0.3",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.28",
+    "safetensors>=0.5",
+]
+EXPERIMENTS = [
+    "matplotlib>=3.9",
+    "scikit-learn>=1.5",
+    "tensorboardX>=2.6",
+    "tokenizers>=0.21",
+    "tqdm>=4.66",
+    "transformers>=5.0",
+]
+# torch is pinned: the tests compare with it on the CPU, nothing else may import it.
+TEST = [
+    "datasets>=4.0",
+    "equinox>=0.13",
+    "hypothesis>=6.100",
+    "peft==0.21.2",
+    "pyright>=1.1.400",
+    "pytest>=8.3",
+    "ruff>=0.14",
+    "torch==2.13.0; python_version < '3.12'",
+]
+
+setup(
+    name="jlora",
+    version="0.1.0",
+    description="Low-rank adapters in JAX: parameterise, generate, merge and exchange them.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jlora", "jlora.*", "experiments", "experiments.*"]),
+    install_requires=CORE,
+    extras_require={
+        "experiments": EXPERIMENTS,
+        "glue": ["datasets>=4.0"],
+        "test": EXPERIMENTS + TEST,
+    },
+)
