@@ -1,0 +1,58 @@
+"""Texts to fixed-length token arrays, by the fast tokenizer stored beside a checkpoint.
+
+``tokenizer(directory)`` reads ``tokenizer.json``. ``encode_batch(texts, length)`` gives ``ids``
+int32 ``[n, t]`` and ``mask`` bool ``[n, t]`` (True = a token), ``t == length``: longer texts are
+cut (closing special tokens kept), shorter ones padded on the right.
+
+Errors: ``FileNotFoundError`` without the file; ``ValueError`` for a length that does not even hold
+the special tokens, or a tokenizer without a padding token; ``TypeError`` for a text that is not a
+string (a pair would lose its segment ids).
+
+Source: ``tokenizers`` library.
+Deviates: padding and truncation stored in the file are replaced, so shapes depend on ``length``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Fast
+
+
+class Tokenizer:
+    """Deterministic ``encode_batch`` over one vocabulary; host code, not traceable."""
+
+    def __init__(self, fast: Fast, pad: str = "[PAD]"):
+        pad_id = fast.token_to_id(pad)
+        if pad_id is None:
+            raise ValueError(f"tokenizer: padding token {pad!r} is not in the vocabulary")
+        self._fast, self._pad, self.pad_id = fast, pad, pad_id
+
+    @property
+    def vocab(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._fast.get_vocab_size()
+
+    def encode_batch(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """``n`` texts -> ``(ids int32 [n, length], mask bool [n, length])``."""
+        if isinstance(texts, str):
+            raise TypeError("texts: got one str, expected a sequence of str")
+        if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
+            raise TypeError(f"texts[{bad[0]}]: got {type(texts[bad[0]]).__name__}, expected str")
+        special = self._fast.num_special_tokens_to_add(False)
+        if length <= special:
+            raise ValueError(f"length: got {length}, expected more than {special} special tokens")
+        self._fast.enable_truncation(max_length=length)
+        self._fast.enable_padding(length=length, pad_id=self.pad_id, pad_token=self._pad)
+        rows = self._fast.encode_batch(list(texts))
+        ids = np.asarray([row.ids for row in rows], np.int32).reshape(len(rows), length)
+        mask = np.asarray([row.attention_mask for row in rows], bool).reshape(len(rows), length)
+        return ids, mask
+
+
+def tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory."""
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return Tokenizer(Fast.from_file(str(path)))
