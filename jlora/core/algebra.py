@@ -1,0 +1,301 @@
+"""Linear algebra on factored deltas: sums, inner products, spectra, truncation. Never forms dW.
+
+A delta is what an adapter adds to a kernel [d_in, d_out]. Two closed forms are kept factored:
+`LowRank` (u @ v; LoRA and all its kin, LoHa through its Khatri-Rao factors) and `Kron` (LoKr).
+`deltas(adapter)` reads them off an adapter as `{path: delta}`, stack axes leading; every function
+below takes such a dictionary (or the adapter itself), is pure, and can be jitted, vmapped and
+differentiated (spectra: away from repeated singular values). A missing site is a zero delta.
+
+With delta_k = u_k v_k, all of it rests on three identities,
+
+.. math::
+    \\langle u_1 v_1, u_2 v_2 \\rangle_F = \\sum_{rs} (u_1^T u_2)_{rs} (v_1 v_2^T)_{rs}, \\qquad
+    \\sum_k c_k u_k v_k = [c_1 u_1, c_2 u_2, ...] [v_1; v_2; ...],
+
+.. math::
+    u = Q_u R_u, \\; v^T = Q_v R_v, \\; R_u R_v^T = X \\Sigma Y^T \\;\\Rightarrow\\;
+    u v = (Q_u X) \\Sigma (Q_v Y)^T .
+
+Results are float32 (float64 where the factors are). Matmuls run at the highest precision.
+
+Source: textbook linear algebra (Eckart-Young-Mirsky for truncation; Bjorck and Golub, 1973, for
+principal angles); the core SVD is that of Core Space merging (Panariello et al., 2025).
+Deviates: nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+class LowRank(NamedTuple):
+    """The matrix u @ v."""
+
+    u: Array  # [*stack, d_in, R], all scales folded in
+    v: Array  # [*stack, R, d_out]
+
+
+class Kron(NamedTuple):
+    """The Kronecker product a ⊗ (u @ v), [i1 * i2, o1 * o2]."""
+
+    a: Array  # [*stack, i1, o1], all scales folded in
+    u: Array  # [*stack, i2, R]
+    v: Array  # [*stack, R, o2]
+
+
+class SVD(NamedTuple):
+    """Thin singular value decomposition u @ diag(s) @ v, k = min(R, d_in, d_out)."""
+
+    u: Array  # [*stack, d_in, k], orthonormal columns
+    s: Array  # [*stack, k], descending
+    v: Array  # [*stack, k, d_out], orthonormal rows
+
+
+class Truncated(NamedTuple):
+    """The best approximation of rank k and the certificate of its error."""
+
+    deltas: "Deltas"  # balanced: u = U sqrt(S), v = sqrt(S) V
+    errors: dict[str, Array]  # path -> [*stack], Frobenius norm of what was cut off, exact
+    total: Array  # scalar, root of the summed squares of all errors
+
+
+Delta = LowRank | Kron
+Deltas = dict[str, Delta]
+
+
+def deltas(adapter: Any) -> Deltas:
+    """The factored deltas of an adapter, `{path: LowRank | Kron}`; of a bank under `jax.vmap`.
+
+    Raises:
+      TypeError: a method has neither `kron` nor `factors` (its delta has no closed factored form).
+    """
+    if isinstance(adapter, Mapping):
+        return dict(adapter)
+    out: Deltas = {}
+    for site, method in adapter.sites:
+        form: Any = Kron if hasattr(method, "kron") else LowRank
+        read: Callable = getattr(method, "kron", None) or getattr(method, "factors", None)
+        if read is None:
+            name = type(method).__name__
+            raise TypeError(f"{site.path}: {name} has no factored delta (no `factors`, no `kron`)")
+        for _ in site.stack:
+            read = jax.vmap(read)
+        params = adapter.trainable[site.path] | adapter.frozen.get(site.path, {})
+        out[site.path] = form(*(_wide(x) for x in read(params)))
+    return out
+
+
+def low_rank(x: Delta) -> LowRank:
+    """Any delta as u @ v; a ⊗ uv = (a ⊗ u)(I ⊗ v) = (I ⊗ u)(a ⊗ v), the one of lower rank."""
+    if isinstance(x, LowRank):
+        return x
+    n = min(x.a.shape[-2:])
+    eye = jnp.broadcast_to(jnp.eye(n, dtype=x.a.dtype), (*x.a.shape[:-2], n, n))
+    if n == x.a.shape[-1]:
+        return LowRank(kron(x.a, x.u), kron(eye, x.v))
+    return LowRank(kron(eye, x.u), kron(x.a, x.v))
+
+
+def kron(a: Array, b: Array) -> Array:
+    """Kronecker product of the last two axes: [*s, i1, o1], [*s, i2, o2] -> [*s, i1 i2, o1 o2]."""
+    out = a[..., :, None, :, None] * b[..., None, :, None, :]
+    return out.reshape(*a.shape[:-2], a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1])
+
+
+# --- linear structure ---------------------------------------------------------------------------
+
+
+def scale(x: Any, c: Any) -> Deltas:
+    """c * x; `c` a scalar, folded into the left factor."""
+    return {k: type(d)(d[0] * jnp.asarray(c, d[0].dtype), *d[1:]) for k, d in deltas(x).items()}
+
+
+def add(*xs: Any) -> Deltas:
+    """The exact sum, by concatenation: ranks add up. A Kronecker delta joins as low rank."""
+    found: dict[str, list[Delta]] = {}
+    for x in xs:
+        for path, d in deltas(x).items():
+            found.setdefault(path, []).append(d)
+    return {k: v[0] if len(v) == 1 else _concat(v) for k, v in found.items()}
+
+
+def combine(bank: Any, weights: Array) -> Deltas:
+    """The exact sum over a bank, sum_n w_n delta_n, of rank N * R; weights [N]."""
+
+    def one(d: Delta) -> LowRank:
+        u, v = low_rank(d)
+        u = u * jnp.asarray(weights, u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+        u, v = jnp.moveaxis(u, 0, -2), jnp.moveaxis(v, 0, -3)  # [*s, i, N, R], [*s, N, R, o]
+        return LowRank(u.reshape(*u.shape[:-2], -1), v.reshape(*v.shape[:-3], -1, v.shape[-1]))
+
+    return {path: one(d) for path, d in _bank(bank).items()}
+
+
+def _concat(parts: list[Delta]) -> LowRank:
+    us, vs = zip(*map(low_rank, parts), strict=True)
+    return LowRank(jnp.concatenate(us, axis=-1), jnp.concatenate(vs, axis=-2))
+
+
+# --- metric structure ---------------------------------------------------------------------------
+
+
+def inner(x: Any, y: Any) -> Array:
+    """The Frobenius inner product, summed over sites and stack axes; scalar."""
+    x, y = deltas(x), deltas(y)
+    return _sum([_inner(x[k], y[k]) for k in x if k in y], _dtype(x, y))
+
+
+def norm(x: Any) -> Array:
+    """The Frobenius norm over all sites; scalar. Differentiable except at zero."""
+    return jnp.sqrt(inner(x, x))
+
+
+def cosine(x: Any, y: Any) -> Array:
+    """<x, y> / (|x| |y|), scalar; 0 where one of them is zero."""
+    return _ratio(inner(x, y), norm(x) * norm(y))
+
+
+def distance(x: Any, y: Any) -> Array:
+    """|x - y| over all sites, through the cores: exact to eps |x| even where x is close to y."""
+    cores = [_core(low_rank(d))[1] for d in add(x, scale(y, -1.0)).values()]
+    return jnp.sqrt(_sum([c**2 for c in cores], _dtype(cores)))
+
+
+def gram(bank: Any, other: Any = None) -> Array:
+    """All inner products of a bank [N, N], or of two banks [N, M]: one matmul a site and factor.
+
+    The stack axes are scanned, so the largest temporary has N * M * R * R' elements.
+    """
+    x = _bank(bank)
+    y = x if other is None else _bank(other)
+
+    def site(x: Delta, y: Delta) -> Array:
+        def step(total: Array, pair: tuple[Delta, Delta]) -> tuple[Array, None]:
+            return total + jax.vmap(jax.vmap(_inner, (None, 0)), (0, None))(*pair), None
+
+        flat = jax.tree.map(lambda t: jnp.moveaxis(_flat(t), 1, 0), (x, y))
+        total = jnp.zeros((x[0].shape[0], y[0].shape[0]), _dtype(x, y))
+        return lax.scan(step, total, flat)[0]
+
+    sizes = [next(iter(t.values()))[0].shape[0] for t in (x, y)]
+    return sum((site(x[k], y[k]) for k in x if k in y), jnp.zeros(sizes, _dtype(x, y)))
+
+
+def similarity(bank: Any) -> Array:
+    """The N x N matrix of cosines of a bank; 0 in the rows of a zero adapter."""
+    g = gram(bank)
+    n = jnp.sqrt(jnp.diagonal(g))
+    return _ratio(g, n[:, None] * n[None, :])
+
+
+def _inner(x: Delta, y: Delta) -> Array:  # [*stack]
+    if isinstance(x, Kron) and isinstance(y, Kron) and x.a.shape == y.a.shape:
+        return jnp.sum(x.a * y.a, axis=(-2, -1)) * _inner(LowRank(*x[1:]), LowRank(*y[1:]))
+    (u1, v1), (u2, v2) = low_rank(x), low_rank(y)
+    left, right = _dot("...ir,...is->...rs", u1, u2), _dot("...ro,...so->...rs", v1, v2)
+    return jnp.sum(left * right, axis=(-2, -1))
+
+
+# --- spectra ------------------------------------------------------------------------------------
+
+
+def svd(x: Any) -> dict[str, SVD]:
+    """The exact SVD of every delta through its core: two thin QRs and one SVD of R x R."""
+    return {path: _svd(d) for path, d in deltas(x).items()}
+
+
+def singular_values(x: Any) -> dict[str, Array]:
+    """{path: [*stack, k]}, descending; the core alone, no singular vectors."""
+    cores = {path: _core(low_rank(d))[1] for path, d in deltas(x).items()}
+    return {path: jnp.linalg.svd(core, compute_uv=False) for path, core in cores.items()}
+
+
+def truncate(x: Any, rank: int) -> Truncated:
+    """The best approximation of every delta by rank `rank` at most, with the exact error.
+
+    Raises:
+      ValueError: rank < 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}")
+    kept, errors = {}, {}
+    for path, (u, s, v) in svd(x).items():
+        root = jnp.sqrt(s[..., None, :rank])
+        kept[path] = LowRank(u[..., :rank] * root, root.mT * v[..., :rank, :])
+        errors[path] = jnp.sqrt(jnp.sum(s[..., rank:] ** 2, axis=-1))
+    total = jnp.sqrt(_sum([e**2 for e in errors.values()], _dtype(errors)))
+    return Truncated(kept, errors, total)
+
+
+def principal_angles(x: Any, y: Any) -> dict[str, tuple[Array, Array]]:
+    """Angles between the input spaces and between the output spaces, {path: (in, out)}.
+
+    Radians, ascending, [*stack, min(k_x, k_y)]; pi/2 for each dimension the smaller space lacks
+    (zero-padded ranks). Small angles come from sines, large ones from cosines: both are exact.
+    """
+    x, y = svd(x), svd(y)
+    out = {}
+    for path in x.keys() & y.keys():
+        (u1, v1), (u2, v2) = _spaces(x[path]), _spaces(y[path])
+        out[path] = (_angles(u1, u2), _angles(v1, v2))
+    return dict(sorted(out.items()))
+
+
+def _core(x: LowRank) -> tuple[Array, Array, Array]:
+    (qu, ru), (qv, rv) = jnp.linalg.qr(x.u), jnp.linalg.qr(x.v.mT)
+    return qu, _dot("...ir,...jr->...ij", ru, rv), qv
+
+
+def _svd(x: Delta) -> SVD:
+    qu, core, qv = _core(low_rank(x))
+    u, s, v = jnp.linalg.svd(core, full_matrices=False)
+    return SVD(_dot("...ik,...kr->...ir", qu, u), s, _dot("...rk,...ok->...ro", v, qv))
+
+
+def _spaces(x: SVD) -> tuple[Array, Array]:
+    tol = jnp.finfo(x.s.dtype).eps * max(x.u.shape[-2], x.v.shape[-1])
+    live = (x.s > tol * x.s[..., :1]).astype(x.s.dtype)[..., None, :]  # null directions become 0
+    return x.u * live, x.v.mT * live
+
+
+def _angles(p: Array, q: Array) -> Array:
+    if p.shape[-1] < q.shape[-1]:
+        p, q = q, p
+    y, c, z = jnp.linalg.svd(_dot("...ir,...is->...rs", p, q), full_matrices=False)
+    gap = _dot("...is,...ks->...ik", q, z) - _dot("...ir,...rk->...ik", p, y * c[..., None, :])
+    sine = jnp.clip(jnp.linalg.norm(gap, axis=-2), 0.0, 1.0)
+    return jnp.where(c > 0.7, jnp.arcsin(sine), jnp.arccos(jnp.clip(c, 0.0, 1.0)))
+
+
+# --- small helpers ------------------------------------------------------------------------------
+
+
+def _bank(x: Any) -> Deltas:
+    return dict(x) if isinstance(x, Mapping) else jax.vmap(deltas)(x)
+
+
+def _sum(parts: list[Array], dtype: jnp.dtype) -> Array:
+    return sum(map(jnp.sum, parts), jnp.zeros((), dtype))
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(x.shape[0], -1, *x.shape[-2:])  # [N, *stack, p, q] -> [N, S, p, q]
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _dtype(*trees: Any) -> jnp.dtype:
+    return jnp.result_type(jnp.float32, *[t.dtype for t in jax.tree.leaves(trees)])
+
+
+def _dot(spec: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)
+
+
+def _ratio(x: Array, y: Array) -> Array:
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, jnp.ones_like(y)), jnp.zeros_like(x))
