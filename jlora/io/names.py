@@ -1,0 +1,216 @@
+"""Which torch module a weight of a JAX model is: regex maps between site paths and module names.
+
+A `NameMap` maps one un-stacked weight, site path plus indices on its stack axes, to the dotted name
+of a torch module. It is written in one direction only; the other one is found by listing the sites
+at hand, so every regular expression will do and ambiguous maps are errors, not guesses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+INDICES = "ijkl"
+
+
+class HasPath(Protocol):
+    """What is needed of a `jl.Site`."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def stack(self) -> tuple[int, ...]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NameMap:
+    r"""Site paths to torch module names.
+
+    ``NameMap({r"layers/attention/(query|key)/kernel": r"encoder.layer.{i}.attention.self.\1"})``
+
+    Attributes:
+      rules: regex on the whole site path -> template. ``\1``, ``\g<name>`` are groups of the regex;
+        ``{i}``, ``{j}``, ... the indices on the first, second, ... stack axis. In models without
+        stacks a group named ``i`` takes the place of the first index: ``layers_(?P<i>\d+)/...``.
+        The first rule that matches wins.
+      prefix: put before every module name: ``"bert."`` for a `BertForSequenceClassification`.
+      layer_offset: added to ``{i}``: the first layer of the adapter within the torch model, where
+        the adapter is for the upper layers only.
+    """
+
+    rules: Mapping[str, str]
+    prefix: str = ""
+    layer_offset: int = 0
+
+    def __post_init__(self):
+        for pattern in self.rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"name map: {pattern!r} is no regular expression: {error}"
+                ) from None
+        if self.layer_offset < 0:
+            raise ValueError(f"name map: {self.layer_offset=} is negative")
+
+    def replace(self, **changes) -> NameMap:
+        """A copy with other `prefix` or `layer_offset`."""
+        return dataclasses.replace(self, **changes)
+
+    def module(self, path: str, index: tuple[int, ...] = ()) -> str:
+        """Torch module of slice `index` of the site at `path`.
+
+        Raises:
+          ValueError: no rule matches, or the template and the stack axes do not fit each other.
+        """
+        for pattern, template in self.rules.items():
+            match = re.fullmatch(pattern, path)
+            if match is None:
+                continue
+            indices = dict(zip(INDICES, index, strict=False))
+            named = match.groupdict().get("i")
+            if named is not None:
+                if indices:
+                    raise ValueError(f"name map: {path!r} has stack axes and a group 'i' as well")
+                indices["i"] = int(named)
+            if "i" in indices:
+                indices["i"] += self.layer_offset
+            wanted = set(re.findall(r"\{(\w+)\}", template))
+            if wanted != set(indices):
+                raise ValueError(
+                    f"name map: template {template!r} wants {sorted(wanted)}, site {path!r} "
+                    f"has {sorted(indices)}"
+                )
+            name = match.expand(template)
+            for key, value in indices.items():
+                name = name.replace(f"{{{key}}}", str(value))
+            return self.prefix + name
+        raise ValueError(
+            f"name map: no rule for site {path!r}; nearest: {near(path, self.rules) or 'none'}"
+        )
+
+    def stack_axes(self, path: str) -> int | None:
+        """How many stack axes the site at `path` must have by its rule; None without a rule."""
+        for pattern, template in self.rules.items():
+            match = re.fullmatch(pattern, path)
+            if match is not None:
+                named = match.groupdict().get("i") is not None
+                return len(set(re.findall(r"\{(\w+)\}", template))) - named
+        return None
+
+    def table(self, sites: Iterable[HasPath]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Module name -> (site path, stack index), for all slices of the given sites.
+
+        Sites for which the map has no rule are left out: a model has more weights than adapters.
+
+        Raises:
+          ValueError: two slices get one module name.
+        """
+        modules: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for site in sites:
+            if self.stack_axes(site.path) is None:
+                continue
+            for index in itertools.product(*map(range, site.stack)):
+                name = self.module(site.path, index)
+                if name in modules:
+                    raise ValueError(
+                        f"name map: {site.path!r}{list(index)} and {modules[name][0]!r}"
+                        f"{list(modules[name][1])} are both called {name!r}"
+                    )
+                modules[name] = (site.path, index)
+        return modules
+
+
+def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
+    """The `n` of `words` that look most like `word`, for error messages."""
+    return difflib.get_close_matches(
+        word[:200], [w[:200] for w in itertools.islice(words, 2000)], n, 0.3
+    )
+
+
+def bert(prefix: str = "", layer_offset: int = 0) -> NameMap:
+    """BERT, RoBERTa, MiniLM: `jlora.models.encoder` to transformers' `BertModel`.
+
+    Args:
+      prefix: ``"bert."`` where the torch model is a `BertFor...`.
+      layer_offset: first layer of the adapter in the torch model, for adapters of upper layers.
+    """
+    layer = "encoder.layer.{i}"
+    rules = {
+        r"layers/attention/(query|key|value)/kernel": layer + r".attention.self.\1",
+        r"layers/attention/out/kernel": layer + ".attention.output.dense",
+        r"layers/ffn/up/kernel": layer + ".intermediate.dense",
+        r"layers/ffn/down/kernel": layer + ".output.dense",
+        r"embeddings/(word|position)/embedding": r"embeddings.\1_embeddings",
+        r"embeddings/type/embedding": "embeddings.token_type_embeddings",
+        r"pooler/kernel": "pooler.dense",
+    }
+    return NameMap(rules, prefix, layer_offset)
+
+
+def llama(prefix: str = "model.", layer_offset: int = 0) -> NameMap:
+    """Llama, Mistral, Qwen: scanned or listed layers to transformers' `LlamaForCausalLM`.
+
+    Known site paths: ``layers/attention/{query,key,value,out}/kernel`` and
+    ``layers/ffn/{gate,up,down}/kernel`` stacked on layers, and the unrolled
+    ``[model/]layers/3/self_attn/q_proj/kernel`` (also ``layers_3``) of Flax ports.
+
+    Args:
+      prefix: ``""`` where the torch model is a bare `LlamaModel`.
+      layer_offset: as in `NameMap`.
+    """
+    layer = "layers.{i}"
+    rules = {
+        r"layers/attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".self_attn.\1_proj",
+        r"layers/attention/out/kernel": layer + ".self_attn.o_proj",
+        r"layers/ffn/(gate|up|down)/kernel": layer + r".mlp.\1_proj",
+        r"(?:model/)?layers[/_](?P<i>\d+)/(self_attn|mlp)/(\w+_proj)/kernel": layer + r".\2.\3",
+        r"(?:model/)?embed_tokens/embedding": "embed_tokens",
+    }
+    return NameMap(rules, prefix, layer_offset)
+
+
+def vit(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
+    """ViT: scanned or listed layers to the `ViTForImageClassification` of transformers 5.
+
+    Known site paths: those of `bert`, and the unrolled
+    ``[vit/]encoder/layer/3/attention/attention/query/kernel`` of Flax ports.
+
+    Args:
+      prefix: ``""`` where the torch model is a bare `ViTModel`.
+      layer_offset: as in `NameMap`.
+    """
+    layer = "layers.{i}"
+    flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
+    rules = {
+        r"layers/attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".attention.\1_proj",
+        r"layers/attention/out/kernel": layer + ".attention.o_proj",
+        r"layers/ffn/up/kernel": layer + ".mlp.fc1",
+        r"layers/ffn/down/kernel": layer + ".mlp.fc2",
+        flax + r"attention/attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".attention.\2_proj",
+        flax + r"attention/output/dense/kernel": layer + ".attention.o_proj",
+        flax + r"intermediate/dense/kernel": layer + ".mlp.fc1",
+        flax + r"output/dense/kernel": layer + ".mlp.fc2",
+    }
+    return NameMap(rules, prefix, layer_offset)
+
+
+def vit4(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
+    """As `vit`, with the module names of transformers 4: ``encoder.layer.3.attention...``."""
+    layer = "encoder.layer.{i}"
+    flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
+    rules = {
+        r"layers/attention/(query|key|value)/kernel": layer + r".attention.attention.\1",
+        r"layers/attention/out/kernel": layer + ".attention.output.dense",
+        r"layers/ffn/up/kernel": layer + ".intermediate.dense",
+        r"layers/ffn/down/kernel": layer + ".output.dense",
+        flax + r"attention/attention/(query|key|value)/kernel": layer + r".attention.attention.\2",
+        flax + r"attention/output/dense/kernel": layer + ".attention.output.dense",
+        flax + r"(intermediate|output)/dense/kernel": layer + r".\2.dense",
+    }
+    return NameMap(rules, prefix, layer_offset)

@@ -1,0 +1,262 @@
+"""PEFT's `adapter_config.json`: which modules are adapted, and with which hyper-parameters.
+
+The rules of PEFT 0.21.2, stated without any method: a field has one value for the adapter, and a
+pattern field may override it for some modules. A field that jlora knows nothing of must be neutral
+(null, false, empty), else the file is refused: nothing that changes the maths is dropped.
+
+Patterns come from strangers, so every regular expression runs against a deadline.
+
+Source: peft 0.21.2, read for its behaviour (`check_target_module_exists`, `get_pattern_key`).
+Deviates: none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import regex
+
+from jlora.io import safetensors_file
+from jlora.io.errors import FormatError
+
+IGNORED = {"runtime_config"}  # how to run, not what to compute
+MAX_BYTES = 2**20
+MAX_PATTERNS = 4096
+SECONDS = 10.0
+
+# Fields every type has, with what PEFT writes for an adapter made elsewhere.
+COMMON: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": True,
+    "peft_type": None,
+    "peft_version": "0.21.2",
+    "revision": None,
+    "task_type": None,
+}
+TARGETS = {
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "modules_to_save": None,
+}
+
+
+class Fields(Protocol):
+    """What a method's table says of its config fields."""
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def fields(self) -> Mapping[str, Any]: ...  # used by the maths: name -> PEFT's default
+
+    @property
+    def patterns(self) -> Mapping[str, str]: ...  # field -> field that overrides it by module
+
+    @property
+    def fixed(self) -> Mapping[str, Any]: ...  # only this value can be represented
+
+    @property
+    def choose(self) -> Mapping[str, Any]: ...  # tells this table from others of the same type
+
+    @property
+    def allowed(self) -> Mapping[str, tuple[Any, ...]]: ...  # field -> values that can be read
+
+    @property
+    def free(self) -> Mapping[str, Any]: ...  # any value: it does not change the saved function
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed `adapter_config.json` at `path`; a JSON object with a `peft_type`."""
+    config = safetensors_file.parse_json(path, safetensors_file.read_bytes(path, MAX_BYTES))
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise FormatError(path, "want a JSON object with the text field 'peft_type'")
+    return config
+
+
+def to_bytes(config: Mapping[str, Any]) -> bytes:
+    """The bytes PEFT writes for `config`."""
+    return json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False).encode()
+
+
+class Reader:
+    """Answers questions about one config; all its regular expressions share one deadline."""
+
+    def __init__(self, source: str | os.PathLike[str], config: Mapping[str, Any], table: Fields):
+        self.source, self.config, self.table = source, config, table
+        self.deadline = time.monotonic() + SECONDS
+        self._check_fields()
+
+    def fields(self, module: str) -> dict[str, Any]:
+        """Values of the table's fields for one module, patterns applied."""
+        values = {k: self.config.get(k, default) for k, default in self.table.fields.items()}
+        for field, pattern_field in self.table.patterns.items():
+            for pattern, value in (self.config.get(pattern_field) or {}).items():
+                if self._match(rf"(.*\.)?({pattern})$", module):
+                    values[field] = value
+                    break
+        return values
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would adapt the module; 'all-linear' says yes to every one."""
+        get = self.config.get
+        wanted, excluded = get("target_modules"), get("exclude_modules")
+        if excluded and self._listed(excluded, module):
+            return False
+        if any(self._match(rf"(^|.*\.){m}($|\..*)", module) for m in get("modules_to_save") or ()):
+            return False
+        if isinstance(wanted, str):
+            return wanted == "all-linear" or self._listed(wanted, module)
+        if not wanted or not self._listed(wanted, module):
+            return False
+        layers = get("layers_to_transform")
+        if module in wanted or layers is None or layers == []:
+            return True
+        layer = self._layer(module)
+        return layer is not None and layer in ([layers] if isinstance(layers, int) else layers)
+
+    def saved(self, module: str) -> bool:
+        """Whether the module is one of `modules_to_save`, or lies in one."""
+        names = self.config.get("modules_to_save") or ()
+        return any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+
+    def _listed(self, wanted: str | list[str], module: str) -> bool:
+        if isinstance(wanted, str):
+            return self._match(rf"(?:{wanted})\Z", module)
+        return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+    def _layer(self, module: str) -> int | None:
+        patterns = self.config.get("layers_pattern") or [r".*?\.[^.]*"]
+        whole = not self.config.get("layers_pattern")
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            text = (
+                rf"{pattern}\.(?P<idx>\d+)\." if whole else rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+            )
+            match = self._search(text, module)
+            if match is not None:
+                return int(match["idx"][:9])
+        return None
+
+    def _match(self, pattern: str, text: str) -> bool:
+        return self._search(pattern, text) is not None
+
+    def _search(self, pattern: str, text: str):
+        left = self.deadline - time.monotonic()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                re.compile(pattern)  # `regex` accepts more than PEFT's `re` does.
+                return regex.match(pattern, text, timeout=max(left, 1e-3))
+        except TimeoutError:
+            raise FormatError(self.source, f"pattern {pattern[:80]!r} takes too long") from None
+        except (re.error, regex.error, Warning, RecursionError, OverflowError) as error:
+            raise FormatError(self.source, f"bad pattern {pattern[:80]!r} ({error})") from None
+
+    def _check_fields(self) -> None:
+        config, table = self.config, self.table
+        if config["peft_type"] != table.type:
+            raise FormatError(self.source, f"{config['peft_type']=}, expected {table.type!r}")
+        known = {*COMMON, *TARGETS, *IGNORED, *table.fields, *table.free, *table.choose}
+        known.update(table.patterns.values())
+        for name, value in config.items():
+            if name in table.allowed and value not in table.allowed[name]:
+                raise FormatError(
+                    self.source, f"{name} = {str(value)[:80]!r}, expected {table.allowed[name]}"
+                )
+            if name in known:
+                continue
+            neutral = table.fixed.get(name)
+            if value != neutral and not (value is None or value is False or value in ({}, [])):
+                raise FormatError(
+                    self.source,
+                    f"{name} = {str(value)[:80]!r} changes the maths and cannot be represented; "
+                    f"expected {neutral!r}",
+                )
+        for name, default in table.fields.items():
+            self._check_value(name, config.get(name, default), default)
+        for field, name in table.patterns.items():
+            pattern = config.get(name) or {}
+            if not isinstance(pattern, dict) or len(pattern) > MAX_PATTERNS:
+                raise FormatError(self.source, f"{name}: want at most {MAX_PATTERNS} pairs")
+            for key, value in pattern.items():
+                self._check_value(f"{name}[{key[:80]!r}]", value, table.fields[field])
+        for name in TARGETS:
+            self._check_list(name, config.get(name))
+
+    def _check_value(self, name: str, value: Any, default: Any) -> None:
+        """Booleans, whole numbers (ranks: positive), numbers and text, as the default is one."""
+        if isinstance(default, bool):
+            good = isinstance(value, bool)
+        elif isinstance(default, int | float):
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            good = good and abs(value) <= 2**31
+        else:
+            good = value is None or isinstance(value, str | int | bool)
+        if not good:
+            raise FormatError(
+                self.source, f"{name} = {str(value)[:80]!r}, expected e.g. {default!r}"
+            )
+
+    def _check_list(self, name: str, value: Any) -> None:
+        kind = int if name == "layers_to_transform" else str
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if len(items) > MAX_PATTERNS or not all(type(item) is kind for item in items):
+            raise FormatError(self.source, f"{name}: want {kind.__name__} or a list of them")
+
+
+def combine(
+    source: str | os.PathLike[str],
+    table: Fields,
+    modules: Mapping[str, Mapping[str, Any]],
+    common: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The config whose `Reader.fields` gives every module its own fields.
+
+    Args:
+      source: named in errors.
+      table: the method's fields.
+      modules: module name -> its fields.
+      common: values for `COMMON` fields and the like.
+
+    Raises:
+      FormatError: modules differ in a field for which PEFT has no pattern.
+    """
+    config = {**COMMON, **TARGETS, **table.free, **table.fixed, **table.choose}
+    config.update(table.fields)
+    config.update({name: {} for name in table.patterns.values()}, **common)
+    config.update(peft_type=table.type, target_modules=sorted(modules))
+    for name in table.fields:
+        usual = Counter(fields[name] for fields in modules.values()).most_common(1)[0][0]
+        config[name] = usual
+        others = {module: f[name] for module, f in modules.items() if f[name] != usual}
+        if others and name not in table.patterns:
+            module, value = next(iter(sorted(others.items())))
+            raise FormatError(
+                source,
+                f"PEFT's {table.type} has one {name} for all modules; got {usual!r} and, at "
+                f"{module!r}, {value!r}",
+            )
+        if others:
+            config[table.patterns[name]] = dict(sorted(others.items()))
+    reader = Reader(source, config, table)
+    for module, fields in modules.items():
+        if reader.fields(module) != dict(fields) or not reader.targets(module):
+            raise FormatError(source, f"PEFT's patterns cannot tell {module!r} from other modules")
+    return config
+
+
+def absent(reader: Reader, known: Iterable[str], present: Iterable[str]) -> list[str]:
+    """Modules of `known` that the config says are adapted but the file lacks."""
+    if reader.config.get("target_modules") == "all-linear":
+        return []
+    here = set(present)
+    return sorted(m for m in known if m not in here and reader.targets(m))
