@@ -129,7 +129,7 @@ class DiT(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.depth,
         )
         x, states = blocks(self.width, self.heads, self.ratio, name="blocks")(x, c)

@@ -155,7 +155,7 @@ def sample(
 
     keys = jax.random.split(rest, config.steps)
     last, states = jax.lax.scan(step, z, (times[:-1], times[1:], keys))
-    return last, jnp.concatenate([z[None], states]) if trajectory else None
+    return last, None if states is None else jnp.concatenate([z[None], jnp.asarray(states)])
 
 
 def build(

@@ -1,0 +1,59 @@
+r"""A moving average of the parameters, kept inside the optimizer's state.
+
+.. math::
+    m_k = d\, m_{k-1} + (1 - d)\, \theta_k, \qquad \bar\theta_k = m_k / (1 - d^k)
+
+:math:`\theta_k` are the parameters after update k. Chained last, so that it sees the final update;
+checkpoints of the optimizer state then hold the average too.
+
+Symbols: d -> ``decay``, m -> ``EmaState.moments``, :math:`\bar\theta` -> ``averaged(state)``.
+Shapes: those of the parameters, float32.
+Raises: ValueError for a decay outside [0, 1), for an update without parameters, or when a state
+does not hold exactly one average.
+Papers: Polyak and Juditsky 1992; the bias correction is Adam's (Kingma and Ba 2015).
+Source: papers; the recursion is optax.ema's.
+Deviates: the correction makes early averages usable: there is no warm-up of the decay.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+
+class EmaState(NamedTuple):
+    """State of the averaging transformation."""
+
+    decay: Float[Array, ""]  # d, as data, for the correction
+    inner: optax.EmaState  # count and uncorrected moments
+
+
+def average(decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
+    """Follow the parameters; updates pass unchanged. Put it last in ``optax.chain``."""
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"ema decay: got {decay}, expected 0 <= decay < 1")
+    ema = optax.ema(decay, debias=False)
+
+    def init(params):
+        return EmaState(jnp.asarray(decay, jnp.float32), ema.init(params))  # pyright: ignore[reportArgumentType]
+
+    def update(updates, state, params=None, **extra):
+        del extra
+        if params is None:
+            raise ValueError("ema: update needs params, got None")
+        _, inner = ema.update(optax.apply_updates(params, updates), state.inner)
+        return updates, EmaState(state.decay, inner)  # pyright: ignore[reportArgumentType]
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged(opt_state: Any) -> Any:
+    """The bias-corrected average held somewhere in an optimizer state, after >= 1 update."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EmaState))
+    found = [leaf for leaf in leaves if isinstance(leaf, EmaState)]
+    if len(found) != 1:
+        raise ValueError(f"ema: got {len(found)} averages in the optimizer state, expected 1")
+    decay, inner = found[0]
+    return optax.tree.bias_correction(inner.ema, decay, inner.count)
