@@ -259,7 +259,10 @@ LABELS: dict[str, dict[str, Label]] = {
         "news": Label(
             "news report",
             "A passage of newspaper reporting on politics, sport, society or crime.",
-            ("A journalist reports the events of the day.", "Daily press coverage of what happened."),
+            (
+                "A journalist reports the events of the day.",
+                "Daily press coverage of what happened.",
+            ),
         ),
         "editorial": Label(
             "editorial",
@@ -378,7 +381,10 @@ LABELS: dict[str, dict[str, Label]] = {
         "negative": Label(
             "negative film review",
             "A sentence by a film critic who dislikes the film.",
-            ("The reviewer finds the movie bad.", "Criticism that pans the picture as dull or weak."),
+            (
+                "The reviewer finds the movie bad.",
+                "Criticism that pans the picture as dull or weak.",
+            ),
         ),
         "positive": Label(
             "positive film review",

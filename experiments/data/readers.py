@@ -192,7 +192,9 @@ TOPICS = {
     "weather": "rain snow storm cloud cold sunny wind temperature thunder fog frost heat",
     "bicycles": "wheel bicycle brake chain pedal road helmet tire gear ride saddle path",
 }
-_FILLER = "the a of and to in it was this that for on with we had very some one after before".split()
+_FILLER = (
+    "the a of and to in it was this that for on with we had very some one after before".split()
+)
 
 
 def toy(names: tuple[str, ...]):

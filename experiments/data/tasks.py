@@ -1,0 +1,100 @@
+"""Tasks and their texts: ``build(config) -> [Task]``, ``data(task) -> TaskData``.
+
+A text's split depends on the text alone (``task.split_of`` of its corpus' unit), so it is the same
+in every task; classes are cut to equal size in an order that depends on the texts alone.
+
+Source: our reading. Deviates: -.
+"""
+
+import functools
+import os
+
+from experiments.data import corpora, glue, user
+from experiments.data.plan import PRESETS, PairPlan, TaskConfig, build, config, seen_pairs_pool
+from experiments.data.task import (
+    LEVELS,
+    SPLITS,
+    Caps,
+    Member,
+    Task,
+    TaskData,
+    Texts,
+    balanced,
+    shuffled,
+    split_of,
+)
+
+__all__ = [
+    "LEVELS",
+    "PRESETS",
+    "SPLITS",
+    "Caps",
+    "PairPlan",
+    "Task",
+    "TaskConfig",
+    "TaskData",
+    "build",
+    "config",
+    "data",
+    "label_texts",
+    "seen_pairs_pool",
+]
+
+
+def data(task: Task, cache: str | os.PathLike | None = None, caps: Caps | None = None) -> TaskData:
+    """The texts of a task; downloads what is needed into ``cache`` (default JLORA_CACHE).
+
+    Corpus and GLUE tasks have classes of equal size, at most ``caps`` a class; a user's task is
+    returned as its files say. Raises ``ValueError`` for a class without texts in a split.
+    """
+    caps = caps or Caps()
+    kind, _, where = task.source.partition(":")
+    if kind == "folder":
+        return user.data(where)
+    if kind == "glue":
+        return glue.data(task, where, caps)
+    if kind != "corpora":
+        raise ValueError(f"task {task.name}: unknown source {task.source!r}")
+    splits = {split: _split(task, split, getattr(caps, split), cache) for split in SPLITS}
+    return TaskData(**splits)
+
+
+def label_texts(
+    corpus: str, label: str, split: str, cache: str | os.PathLike | None = None
+) -> list[str]:
+    """All texts of one label in one split, in the order from which tasks take the first ones."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {SPLITS}")
+    parts = _parts(corpus, None if cache is None else os.fspath(cache))
+    if label not in parts[split]:
+        raise ValueError(f"corpus {corpus!r} has no label {label!r}: {sorted(parts[split])}")
+    return list(parts[split][label])
+
+
+def _split(task: Task, split: str, cap: int, cache: str | os.PathLike | None) -> Texts:
+    key = None if cache is None else os.fspath(cache)
+    sides = [_mixed(side, split, cap, key) for side in task.members]
+    for name, side, texts in zip(task.class_names, task.members, sides, strict=True):
+        if not texts:
+            raise ValueError(f"task {task.name}: no {split} text of class {name!r} ({side})")
+    return balanced(*sides, cap)
+
+
+def _mixed(side: tuple[Member, ...], split: str, cap: int, cache: str | None) -> list[str]:
+    """Texts of several labels in turn: each label gives as many as any other, as far as it goes."""
+    parts = [label_texts(*member, split, cache)[:cap] for member in side]
+    longest = max(len(part) for part in parts)
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+@functools.lru_cache(maxsize=None)
+def _parts(corpus: str, cache: str | None) -> dict[str, dict[str, list[str]]]:
+    """split -> label -> texts."""
+    loaded = corpora.load(corpus, cache)
+    parts = {split: {label: [] for label in loaded.label_names} for split in SPLITS}
+    for text, index, unit in zip(loaded.texts, loaded.labels, loaded.units, strict=True):
+        parts[split_of(unit)][loaded.label_names[index]].append(text)
+    return {
+        split: {label: shuffled(texts) for label, texts in labels.items()}
+        for split, labels in parts.items()
+    }
