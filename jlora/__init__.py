@@ -1,1 +1,19 @@
-"""jlora: low-rank adapters in JAX."""
+"""jlora: low-rank adapters in JAX.
+
+An adapter is a PyTree beside the parameters. Merging it into them is its meaning; `lift` runs it
+without ever merging.
+"""
+
+from jlora import io as io
+from jlora.core.adapter import Adapter as Adapter
+from jlora.core.adapter import Method as Method
+from jlora.core.adapter import Site as Site
+from jlora.core.adapter import pick as pick
+from jlora.core.adapter import stack as stack
+from jlora.core.lift import DenseWeightError as DenseWeightError
+from jlora.core.lift import lift as lift
+from jlora.core.merge import delta as delta
+from jlora.core.merge import merge as merge
+from jlora.core.sites import init as init
+from jlora.core.sites import sites as sites
+from jlora.methods.lora import LoRA as LoRA

@@ -1,0 +1,1 @@
+"""The core: sites, the contract of a method, lift, merge, shardings."""

@@ -23,7 +23,7 @@ principal angles); the core SVD is that of Core Space merging (Panariello et al.
 Deviates: nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -74,18 +74,23 @@ def deltas(adapter: Any) -> Deltas:
     """
     if isinstance(adapter, Mapping):
         return dict(adapter)
-    out: Deltas = {}
-    for site, method in adapter.sites:
-        form: Any = Kron if hasattr(method, "kron") else LowRank
-        read: Callable = getattr(method, "kron", None) or getattr(method, "factors", None)
-        if read is None:
-            name = type(method).__name__
-            raise TypeError(f"{site.path}: {name} has no factored delta (no `factors`, no `kron`)")
-        for _ in site.stack:
-            read = jax.vmap(read)
-        params = adapter.trainable[site.path] | adapter.frozen.get(site.path, {})
-        out[site.path] = form(*(_wide(x) for x in read(params)))
-    return out
+    return {site.path: _read(adapter, site, method) for site, method in adapter.sites}
+
+
+def _read(adapter: Any, site: Any, method: Any) -> Delta:
+    own, shared = adapter.arrays(site)
+    form, read = (Kron, method.kron) if hasattr(method, "kron") else (LowRank, method.factors)
+
+    def one(own: dict[str, Array]) -> Any:
+        return read({**shared, **own})
+
+    for _ in site.stack:
+        one = jax.vmap(one)
+    parts = one(own)
+    if parts is None:
+        name = type(method).__name__
+        raise TypeError(f"{site.path}: {name} has no factored delta (no `factors`, no `kron`)")
+    return form(*map(_wide, parts))
 
 
 def low_rank(x: Delta) -> LowRank:

@@ -1,0 +1,98 @@
+"""The only contact with what JAX does not promise: how a jaxpr is traced, read and re-bound.
+
+Everything version-dependent is a small function here; the rest of the core sees plain values.
+
+Source: jax's own evaluator of jaxprs, over the releases 0.8 - 0.12 (our reading).
+Deviates: none.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jexc
+
+try:  # the traceback's user frame, for error messages only
+    from jax._src import source_info_util as _source_info
+except ImportError:  # pragma: no cover
+    _source_info = None
+
+JIT = ("jit", "pjit", "closed_call", "core_call")
+REMAT = ("remat2", "checkpoint", "remat")
+
+
+class Scan(NamedTuple):
+    """The parameters of a scan equation."""
+
+    body: Any  # jaxpr of one step
+    consts: int  # how many of the operands are constants
+    carry: int  # how many are the carry
+    length: int
+    reverse: bool
+    unroll: int
+
+
+def trace(fn: Callable, leaves: Sequence[Any]) -> tuple[Any, Any]:
+    """The jaxpr of `fn(leaves)` and the tree of shapes that it returns."""
+    return jax.make_jaxpr(fn, return_shape=True)(leaves)
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """`(jaxpr, constants)` of a jaxpr, closed or open."""
+    if hasattr(jaxpr, "jaxpr"):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, getattr(jaxpr, "consts", ())
+
+
+def called(eqn: Any) -> Any:
+    """The jaxpr that a call-like equation (jit, custom_jvp, ...) runs."""
+    params = eqn.params
+    return next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, jexc.Literal)
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Runs one equation on other operands, as JAX's own evaluator does."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(bound, tuple):  # until 0.10: (functions, params)
+        functions, params = bound
+        out = eqn.primitive.bind(*functions, *values, **params)
+    else:
+        out = eqn.primitive.bind(*values, **bound)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def located(eqn: Any) -> Iterable[None]:
+    """The equation's own context: mesh, compute type, name stack, source line."""
+    with contextlib.ExitStack() as stack:
+        if _source_info is not None:
+            info = eqn.source_info
+            names = _source_info.current_name_stack() + info.name_stack
+            stack.enter_context(_source_info.user_context(info.traceback, name_stack=names))
+        manager = getattr(getattr(eqn, "ctx", None), "manager", None)
+        if manager is not None:
+            stack.enter_context(manager)
+        yield
+
+
+def source(eqn: Any) -> str:
+    """`file:line (function)` of the user's line that made the equation."""
+    if _source_info is None:
+        return "unknown line"
+    return _source_info.summarize(eqn.source_info) or "unknown line"
+
+
+def scan(eqn: Any) -> Scan:
+    """The parameters of a scan; their names changed in 0.11."""
+    p = eqn.params
+    if "num_consts" in p:
+        consts, carry = p["num_consts"], p["num_carry"]
+    else:
+        groups = p["ft_in"].unpack()
+        consts, carry = len(groups[0]), len(groups[1])
+    return Scan(p["jaxpr"], consts, carry, p["length"], p["reverse"], p["unroll"])

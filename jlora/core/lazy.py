@@ -1,0 +1,232 @@
+"""A weight that has not been merged: the base in the layout the model gave it, and the adapter.
+
+The axes of a leaf are its first *atoms*. Reshapes split atoms, views permute and group them, slices
+and scans take stack atoms away; so the matrix [d_in, d_out] can always be recovered:
+atoms of kind 'i' in their order are d_in, atoms of kind 'o' are d_out.
+
+Source: our reading.
+Deviates: none.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.core.adapter import Arrays, Method, Site, fold, unfold
+
+
+class Atom(NamedTuple):
+    """A piece of an axis of the leaf."""
+
+    kind: str  # 's', 'i', 'o'; '?' while the kinds are being found out
+    size: int
+    axis: int  # the leaf's axis that it comes from
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """`base` seen through a view, to be merged with `own` and `shared` only by whoever must."""
+
+    base: Any  # array in the current layout, not yet cast; or something with `dequantize()`
+    own: Arrays  # arrays of the method [*stack atoms left, ...]
+    shared: Arrays  # arrays of the method without stack axes
+    site: Site = dataclasses.field(metadata={"static": True})
+    method: Method | None = dataclasses.field(metadata={"static": True})  # None: the base alone
+    atoms: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
+    dims: tuple[tuple[int, ...], ...] = dataclasses.field(
+        metadata={"static": True}
+    )  # atoms an axis
+    casts: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.atoms[a].size for a in d) for d in self.dims)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+    @property
+    def dtype(self) -> Any:
+        return self.casts[-1] if self.casts else self.base.dtype
+
+    def replace(self, **changes: Any) -> "Lazy":
+        return dataclasses.replace(self, **changes)
+
+    def of(self, kind: str) -> list[int]:
+        """The atoms of a kind, in the order of the matrix."""
+        return [a for a, atom in enumerate(self.atoms) if atom.kind == kind]
+
+    def opened(self) -> "Lazy":
+        """With a base that is an array."""
+        if hasattr(self.base, "dequantize"):
+            return self.replace(base=self.base.dequantize())
+        return self
+
+    def cast(self, w: jax.Array) -> jax.Array:
+        for dtype in self.casts or (self.site.dtype,):
+            w = w.astype(dtype)
+        return w
+
+    def view(self) -> jax.Array:
+        """The base weight as the model sees it now."""
+        return self.cast(self.opened().base)
+
+    @property
+    def _layout(self) -> tuple[list[int], str]:
+        order = [a for d in self.dims for a in d]
+        return order, "".join(self.atoms[a].kind for a in order)
+
+    def matrix(self) -> jax.Array:
+        """The base as [*stack, d_in, d_out], in the dtype it is stored in."""
+        order, _ = self._layout
+        w = self.opened().base.reshape([self.atoms[a].size for a in order])
+        w = jnp.transpose(w, np.argsort(order)) if order != sorted(order) else w
+        return fold(w, "".join(atom.kind for atom in self.atoms))
+
+    def merged(self) -> jax.Array:
+        """merge(w, p) in the current view: dense, in the current dtype."""
+        if self.method is None:
+            return self.view()
+        w = merged(self.method, self.matrix(), self.own, self.shared, len(self.of("s")))
+        w = unfold(w, "".join(a.kind for a in self.atoms), [a.size for a in self.atoms])
+        order, _ = self._layout
+        w = jnp.transpose(w, order) if order != sorted(order) else w
+        return self.cast(w.reshape(self.shape).astype(self.site.dtype))
+
+    def peel(self, axis: int) -> tuple[tuple[Any, Arrays], Any] | None:
+        """Takes a stack axis off: (arrays with that axis in front, slice of them -> Lazy).
+
+        None when the axis is not (only) a stack axis.
+        """
+        atoms = self.dims[axis]
+        if not atoms or any(self.atoms[a].kind not in "s?" for a in atoms):
+            return None
+        n = self.shape[axis]
+        stack = [a for a, atom in enumerate(self.atoms) if atom.kind == "s"]
+
+        def front(t):
+            if not all(a in stack for a in atoms):  # kinds unknown: there are no arrays
+                return t
+            t = jnp.moveaxis(t, [stack.index(a) for a in atoms], range(len(atoms)))
+            return t.reshape(n, *t.shape[len(atoms) :])
+
+        base = jax.tree.map(lambda t: jnp.moveaxis(t, axis, 0), self.base)
+        arrays = (base, jax.tree.map(front, self.own))
+        dims = self.dims[:axis] + self.dims[axis + 1 :]
+        return arrays, self._without(atoms, dims)
+
+    def cut(self, axis: int, take: Any) -> "Lazy | None":
+        """A part of a stack axis; `take(array, axis)` cuts base and adapter alike."""
+        atoms = self.dims[axis]
+        if len(atoms) != 1 or self.atoms[atoms[0]].kind not in "s?":
+            return None
+        (a,) = atoms
+        base, own = jax.tree.map(lambda t: take(t, axis), self.base), self.own
+        if self.method is not None:
+            own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), own)
+        cut = Atom("s", base.shape[axis], self.atoms[a].axis)
+        return self.replace(base=base, own=own, atoms=(*self.atoms[:a], cut, *self.atoms[a + 1 :]))
+
+    def _stack_axis(self, atom: int) -> int:
+        return sum(self.atoms[a].kind == "s" for a in range(atom))
+
+    def select(self, axis: int, take: Any, lead: tuple[int, ...]) -> "Lazy | None":
+        """`take(array, axis)` trades a stack axis for leading stack axes of sizes `lead`."""
+        (a,) = self.dims[axis]
+        base, own = jax.tree.map(lambda t: take(t, axis), self.base), self.own
+        if self.method is not None:
+            own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), own)
+        dims = self.dims[:axis] + self.dims[axis + 1 :]
+        rest = self._without((a,), dims)((base, own))
+        n = len(lead)
+        return rest.replace(
+            atoms=tuple(Atom("s", size, self.atoms[a].axis) for size in lead) + rest.atoms,
+            dims=tuple((k,) for k in range(n)) + tuple(tuple(b + n for b in d) for d in rest.dims),
+        )
+
+    def squeezed(self, axes: Any) -> "Lazy":
+        """Without axes of size one."""
+        gone = tuple(a for k in axes for a in self.dims[k])
+        stack = tuple(self._stack_axis(a) for a in gone if self.atoms[a].kind == "s")
+        base = jax.tree.map(lambda t: jnp.squeeze(t, tuple(axes)), self.base)
+        own = jax.tree.map(lambda t: jnp.squeeze(t, stack), self.own) if stack else self.own
+        dims = tuple(d for k, d in enumerate(self.dims) if k not in axes)
+        return self._without(gone, dims)((base, own))
+
+    def reshaped(self, shape: Any) -> "Lazy | None":
+        """In another shape; splits atoms where it must, None where they do not fit."""
+        flat = [(a, self.atoms[a].size) for d in self.dims for a in d][::-1]
+        groups: list[list[tuple[int, int]]] = []
+        for n in shape:
+            group, need = [], n
+            while need != 1:
+                if not flat:
+                    return None
+                a, size = flat.pop()
+                if need % size == 0:
+                    group.append((a, size))
+                    need //= size
+                elif size % need == 0:
+                    group.append((a, need))
+                    flat.append((a, size // need))
+                    need = 1
+                else:
+                    return None
+            groups.append(group)
+        if any(size != 1 for _, size in flat) or (flat and not groups):
+            return None
+        if flat:
+            groups[-1].extend(flat[::-1])
+        pieces = sorted(
+            (a, g, k) for g, group in enumerate(groups) for k, (a, _) in enumerate(group)
+        )
+        order = {(g, k): new for new, (_, g, k) in enumerate(pieces)}
+        atoms = tuple(self.atoms[a]._replace(size=groups[g][k][1]) for a, g, k in pieces)
+        dims = tuple(
+            tuple(order[g, k] for k in range(len(group))) for g, group in enumerate(groups)
+        )
+        old, new = (len(self.of("s")), tuple(t.size for t in atoms if t.kind == "s"))
+        own = jax.tree.map(lambda t: t.reshape(*new, *t.shape[old:]), self.own)
+        return self.replace(base=self.base.reshape(tuple(shape)), own=own, atoms=atoms, dims=dims)
+
+    def _without(self, gone: tuple[int, ...], dims: tuple[tuple[int, ...], ...]) -> Any:
+        keep = [a for a in range(len(self.atoms)) if a not in gone]
+        atoms = tuple(self.atoms[a] for a in keep)
+        dims = tuple(tuple(keep.index(a) for a in d) for d in dims)
+
+        def rebuild(arrays):
+            base, own = arrays
+            return self.replace(base=base, own=own, atoms=atoms, dims=dims)
+
+        return rebuild
+
+
+def merged(method: Method, w: jax.Array, own: Arrays, shared: Arrays, stack: int) -> jax.Array:
+    """method.merge over `stack` leading axes of `w` and `own`, in at least float32."""
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+
+    def cast(t):
+        floating = jnp.issubdtype(t.dtype, jnp.floating)
+        return t.astype(dtype) if floating else t
+
+    def one(w, own):
+        return method.merge(w.astype(dtype), {**shared32, **jax.tree.map(cast, own)})
+
+    shared32 = jax.tree.map(cast, shared)
+    for _ in range(stack):
+        one = jax.vmap(one)
+    return one(w, own)
+
+
+def leaf(w: Any, site: Site, method: Method | None, own: Arrays, shared: Arrays) -> Lazy:
+    """A leaf of the parameters, nothing done to it yet."""
+    atoms = tuple(
+        Atom(k, n, axis) for axis, (k, n) in enumerate(zip(site.kinds, site.shape, strict=True))
+    )
+    return Lazy(w, own, shared, site, method, atoms, tuple((a,) for a in range(len(atoms))))

@@ -1,0 +1,257 @@
+"""A rule a primitive: how lazy weights pass through it.
+
+A rule takes (scope, equation, *values) and returns the equation's outputs, or None when the
+weights have to be merged for it.
+
+Source: our reading of JAX's primitives.
+Deviates: none.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.core import compat
+from jlora.core.lazy import Lazy
+from jlora.core.lift import Scope, evaluate
+from jlora.core.matmul import conv, dot_general, gather
+
+Rule = Callable[..., list[Any] | None]
+
+
+def convert(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return [w if dtype == w.dtype else w.replace(casts=(*w.casts, dtype))]
+
+
+def same(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
+    """Operations that keep the value and act on where it is or on what the compiler sees."""
+    values = tuple(v.opened() if isinstance(v, Lazy) else v for v in values)
+    out = compat.bind(eqn, [v.base if isinstance(v, Lazy) else v for v in values])
+    return [
+        v.replace(base=o) if isinstance(v, Lazy) else o for v, o in zip(values, out, strict=True)
+    ]
+
+
+def stop_gradient(scope: Scope, eqn: Any, w: Lazy) -> list[Any]:
+    return [w.replace(**jax.tree.map(lax.stop_gradient, {"own": w.own, "shared": w.shared}))]
+
+
+def transpose(scope: Scope, eqn: Any, w: Lazy) -> list[Any]:
+    w, order = w.opened(), eqn.params["permutation"]
+    dims = tuple(w.dims[k] for k in order)
+    return [w.replace(base=lax.transpose(w.base, order), dims=dims)]
+
+
+def reshape(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    if eqn.params.get("dimensions") is not None:
+        return None
+    out = w.opened().reshaped(eqn.params["new_sizes"])
+    return None if out is None else [out]
+
+
+def broadcast(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    """New axes of size one only."""
+    shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if math.prod(shape) != math.prod(w.shape) or tuple(sorted(kept)) != tuple(kept):
+        return None
+    out = w.opened().reshaped(shape)
+    return None if out is None else [out]
+
+
+def squeeze(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    return [w.squeezed(eqn.params["dimensions"])]
+
+
+def slice_(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    p = eqn.params
+    strides = p["strides"] or (1,) * w.ndim
+    cuts = list(zip(p["start_indices"], p["limit_indices"], strides, strict=True))
+    for axis, (start, stop, step) in enumerate(cuts):
+        if (start, stop, step) == (0, w.shape[axis], 1):
+            continue
+        out = w.cut(axis, lambda t, k, c=(start, stop, step): lax.slice_in_dim(t, *c, axis=k))
+        if out is None:
+            return None
+        w = out
+    return [w]
+
+
+def dynamic_slice(scope: Scope, eqn: Any, w: Lazy, *starts: Any) -> list[Any] | None:
+    if isinstance(w, Lazy) and not any(isinstance(s, Lazy) for s in starts):
+        for axis, size in enumerate(eqn.params["slice_sizes"]):
+            if size == w.shape[axis]:
+                continue
+            at = starts[axis]
+            out = w.cut(axis, lambda t, k, i=at, n=size: lax.dynamic_slice_in_dim(t, i, n, axis=k))
+            if out is None:
+                return None
+            w = out
+        return [w]
+    return None
+
+
+def split(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    axis, start, out = eqn.params["axis"], 0, []
+    for size in eqn.params["sizes"]:
+        c = (int(start), int(start + size))
+        part = w.cut(axis, lambda t, k, c=c: lax.slice_in_dim(t, *c, axis=k))
+        if part is None:
+            return None
+        out.append(part)
+        start += size
+    return out
+
+
+def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
+    return evaluate(scope, compat.called(eqn), values)
+
+
+def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
+    template = scope.fork()
+
+    def body(*values):
+        child = template.child()
+        return evaluate(child, eqn.params["jaxpr"], values), child.aux
+
+    policy, cse = eqn.params["policy"], eqn.params["prevent_cse"]
+    out, aux = jax.checkpoint(body, policy=policy, prevent_cse=cse)(*values)
+    scope.join(template, aux)
+    return out
+
+
+def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
+    """Stacks are sliced by the scan itself; a weight that is carried unchanged is a constant."""
+    s = compat.scan(eqn)
+    body, _ = compat.opened(s.body)
+    consts = list(values[: s.consts])
+    carry = list(values[s.consts : s.consts + s.carry])
+    xs = list(values[s.consts + s.carry :])
+    ins, outs = body.invars[s.consts :], body.outvars
+    fixed = {i for i, v in enumerate(carry) if isinstance(v, Lazy) and outs[i] is ins[i]}
+    carry = [v if i in fixed else scope.dense(v, eqn) for i, v in enumerate(carry)]
+    free = [i for i in range(s.carry) if i not in fixed]
+    peeled = [v.peel(0) if isinstance(v, Lazy) else None for v in xs]
+    xs = [scope.dense(v, eqn) if p is None else v for v, p in zip(xs, peeled, strict=True)]
+    fed = [v if p is None else p[0] for v, p in zip(xs, peeled, strict=True)]
+    # outputs that are the slices themselves, handed on
+    handed = {
+        k: ins.index(v) - s.carry
+        for k, v in enumerate(outs[s.carry :])
+        if v in ins[s.carry :] and peeled[ins.index(v) - s.carry] is not None
+    }
+    template = scope.fork(times=s.length)
+
+    def step(c, x):
+        i, x = x
+        child = template.child(i)
+        now = list(carry)
+        for k, v in zip(free, c, strict=True):
+            now[k] = v
+        x = [v if p is None else p[1](v) for v, p in zip(x, peeled, strict=True)]
+        out = evaluate(child, s.body, [*consts, *now, *x])
+        ys = [None if k in handed else child.dense(v, eqn) for k, v in enumerate(out[s.carry :])]
+        return [child.dense(out[k], eqn) for k in free], (ys, child.aux)
+
+    steps = jnp.arange(s.length, dtype=jnp.int32)
+    start = [carry[k] for k in free]
+    options = {"length": s.length, "reverse": s.reverse, "unroll": s.unroll}
+    last, (ys, aux) = lax.scan(step, start, (steps, fed), **options)
+    for k, v in zip(free, last, strict=True):
+        carry[k] = v
+    scope.join(template, aux)
+    return [*carry, *(xs[handed[k]] if k in handed else y for k, y in enumerate(ys))]
+
+
+def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
+    """Each branch reports what it has; what only another branch reports is zero."""
+    templates = [scope.fork() for _ in eqn.params["branches"]]
+
+    def body(template, branch):
+        def run(*values):
+            child = template.child()
+            out = [child.dense(v, eqn) for v in evaluate(child, branch, values)]
+            return out, child.aux
+
+        return run
+
+    bodies = [body(t, b) for t, b in zip(templates, eqn.params["branches"], strict=True)]
+    shapes: dict[str, Any] = {}
+    for run in bodies:
+        shapes.update(jax.eval_shape(run, *values)[1])
+
+    def padded(run):
+        def full(*values):
+            out, aux = run(*values)
+            return out, {**jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), shapes), **aux}
+
+        return full
+
+    out, aux = lax.switch(index, [padded(run) for run in bodies], *values)
+    for template in templates:
+        scope.join(template, {})
+    scope.join(templates[0], aux) if scope.uses is None else None
+    return out
+
+
+def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
+    """Reports of a loop of unknown length have nowhere to go and are dropped."""
+    p = eqn.params
+    a, b = p["cond_nconsts"], p["body_nconsts"]
+    test, body, carry = values[:a], values[a : a + b], list(values[a + b :])
+    inner, _ = compat.opened(p["body_jaxpr"])
+    ins, outs = inner.invars[b:], inner.outvars
+    fixed = {i for i, v in enumerate(carry) if isinstance(v, Lazy) and outs[i] is ins[i]}
+    carry = [v if i in fixed else scope.dense(v, eqn) for i, v in enumerate(carry)]
+    free = [i for i in range(len(carry)) if i not in fixed]
+    template = scope.fork()
+
+    def full(c):
+        now = list(carry)
+        for k, v in zip(free, c, strict=True):
+            now[k] = v
+        return now
+
+    def proceed(state):
+        i, c = state
+        child = template.child(i)
+        out = evaluate(child, p["body_jaxpr"], [*body, *full(c)])
+        return i + 1, [child.dense(out[k], eqn) for k in free]
+
+    def go_on(state):
+        return evaluate(scope.fork().child(), p["cond_jaxpr"], [*test, *full(state[1])])[0]
+
+    start = (jnp.zeros((), jnp.int32), [carry[k] for k in free])
+    last = lax.while_loop(go_on, proceed, start)[1]
+    scope.join(template, {})
+    return full(last)
+
+
+_SAME = ("copy", "copy_p", "sharding_constraint", "optimization_barrier", "name", "mesh_cast")
+
+RULES: dict[str, Rule] = {
+    "convert_element_type": convert,
+    "stop_gradient": stop_gradient,
+    "transpose": transpose,
+    "reshape": reshape,
+    "broadcast_in_dim": broadcast,
+    "squeeze": squeeze,
+    "slice": slice_,
+    "dynamic_slice": dynamic_slice,
+    "split": split,
+    "gather": gather,
+    "dot_general": dot_general,
+    "conv_general_dilated": conv,
+    "scan": scan,
+    "cond": cond,
+    "while": while_,
+    **dict.fromkeys((*_SAME, "reshard"), same),
+    **dict.fromkeys(compat.JIT, call),
+    **dict.fromkeys(compat.REMAT, remat),
+}
