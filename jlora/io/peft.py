@@ -141,10 +141,11 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], Table, Tensors]:
 
 def _by_module(tensors: Tensors, table: Table) -> tuple[dict[str, Tensors], Tensors]:
     """Splits keys into module -> suffix -> tensor and those that are no part of the method."""
+    suffixes = {suffix for layout in table.layouts for suffix in layout}
     mine: dict[str, Tensors] = {}
     rest: Tensors = {}
     for key, tensor in tensors.items():
-        suffix = next((s for s in table.keys if key.endswith(f".{s}")), None)
+        suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)
         if suffix is None or not key.startswith(ROOT):
             rest[key] = tensor
         else:
@@ -178,9 +179,11 @@ def _check_modules(folder, reader, mine, modules, table) -> None:
                 f"module {module!r} is no site of this model and name map; nearest: "
                 f"{near(module, modules) or 'none'}",
             )
-        missing = sorted(set(table.keys) - set(found))
-        if missing:
-            raise FormatError(folder / WEIGHTS, f"{module!r} lacks {missing}")
+        if not any(set(found) == set(layout) for layout in table.layouts):
+            wanted = [list(layout) for layout in table.layouts]
+            raise FormatError(
+                folder / WEIGHTS, f"{module!r} has {sorted(found)}, expected one of {wanted}"
+            )
         if not reader.targets(module):
             raise FormatError(folder / CONFIG, f"has tensors of {module!r}, which is no target")
     lacking = peft_config.absent(reader, modules, mine)
@@ -285,4 +288,5 @@ def _guessed(path: str, leaf: Any, names: NameMap) -> Site | None:
             f"{path}: shape {tuple(leaf.shape)} is not [{stack} stack axes, in, out]; pass sites "
             "from jl.sites instead of parameters"
         )
-    return Site(path, tuple(leaf.shape), kinds, leaf.dtype)
+    ops = ("gather",) if path.rpartition("/")[2] == "embedding" else ("dot",)
+    return Site(path, tuple(leaf.shape), kinds, leaf.dtype, ops)

@@ -44,7 +44,7 @@ class Table:
     Attributes:
       type: PEFT's ``peft_type``.
       method: the class whose instances `write` takes and `read` returns.
-      keys: key suffixes a module must have.
+      layouts: the sets of key suffixes a module may have, one of them whole.
       fields: config fields that `write` gives and `read` gets, with PEFT's defaults.
       write: (method, site, arrays of one slice) -> `Slice`, or None where the slice is no adapter
         (zero padding of a site of which only some layers are adapted).
@@ -59,7 +59,7 @@ class Table:
 
     type: str
     method: type[Method]
-    keys: tuple[str, ...]
+    layouts: tuple[tuple[str, ...], ...]
     fields: Mapping[str, Any]
     write: Callable[[Any, Site, Arrays], Slice | None]
     read: Callable[[Site, Arrays, Mapping[str, Any]], Read]
@@ -73,6 +73,8 @@ class Table:
 
 # --- LoRA: W' = W + scale A B ------------------------------------------------------------------
 
+LORA_MATRIX = ("lora_A.weight", "lora_B.weight")
+LORA_TABLE = ("lora_embedding_A", "lora_embedding_B")  # a looked-up table [rows, d_out]
 RANK_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 LORA_FREE = {
     "arrow_config": None,
@@ -83,7 +85,6 @@ LORA_FREE = {
     "fan_in_fan_out": False,
     "init_lora_weights": True,
     "loftq_config": {},
-    "lora_dropout": 0.0,
     "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
@@ -132,18 +133,26 @@ def _write_lora(method: LoRA, site: Site, p: Arrays) -> Slice | None:
     rank = true_rank(p["a"], p["b"])
     if rank == 0:
         return None
-    tensors = {"lora_A.weight": p["a"][:, :rank].T, "lora_B.weight": p["b"][:rank].T}
-    alpha = lora_alpha(method, p["scale"], rank, False)
-    return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": False})
+    keys = LORA_TABLE if "gather" in site.ops else LORA_MATRIX
+    fields = {
+        "r": rank,
+        "lora_alpha": lora_alpha(method, p["scale"], rank, method.rslora),
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+    }
+    return Slice(dict(zip(keys, (p["a"][:, :rank].T, p["b"][:rank].T), strict=True)), fields)
 
 
 def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
-    rank, alpha = fields["r"], fields["lora_alpha"]
-    want_shape("lora_A.weight", t["lora_A.weight"], (rank, site.d_in))
-    want_shape("lora_B.weight", t["lora_B.weight"], (site.d_out, rank))
-    trainable = {"a": t["lora_A.weight"].T, "b": t["lora_B.weight"].T}
-    frozen = {"scale": lora_scale(alpha, rank, fields["use_rslora"])}
-    return Read(LoRA(rank=rank, alpha=alpha), trainable, frozen)
+    keys = LORA_TABLE if "gather" in site.ops else LORA_MATRIX
+    if not set(keys) <= set(t):
+        raise ValueError(f"got {sorted(t)}, expected {list(keys)} at a {site.ops or 'matrix'} site")
+    rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
+    method = LoRA(rank=rank, alpha=alpha, rslora=rslora, dropout=fields["lora_dropout"])
+    a, b = (t[key].T for key in keys)
+    want_shape(keys[0], t[keys[0]], (rank, site.d_in))
+    want_shape(keys[1], t[keys[1]], (site.d_out, rank))
+    return Read(method, {"a": a, "b": b}, {"scale": lora_scale(alpha, rank, rslora)})
 
 
 def want_shape(key: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -155,8 +164,8 @@ def want_shape(key: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 LORA = Table(
     type="LORA",
     method=LoRA,
-    keys=("lora_A.weight", "lora_B.weight"),
-    fields={"r": 8, "lora_alpha": 8, "use_rslora": False},
+    layouts=(LORA_MATRIX, LORA_TABLE),
+    fields={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
     write=_write_lora,
     read=_read_lora,
     patterns=RANK_PATTERNS,

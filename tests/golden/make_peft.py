@@ -1,0 +1,182 @@
+"""Writes third_party/peft: adapters made by the real PEFT, with what they compute.
+
+Run by a developer where torch, transformers and peft are installed:
+
+    PYTHONHASHSEED=0 python tests/golden/make_peft.py [--out third_party/peft]
+
+For two tiny random models, BERT and Llama: the model in transformers' format, its inputs and, by
+adapter, PEFT's directory plus `expected.safetensors`, the hidden states [2, 6, 16] (BERT) or logits
+[2, 6, 32] (Llama) that PEFT computes.
+METADATA says versions, command and the sha256 of every file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors.torch
+import torch
+import transformers
+
+BATCH, TOKENS, WIDTH, VOCAB = 2, 6, 16, 32
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 8,
+    "initializer_range": 0.2,
+}
+BERT_ALL = ["query", "key", "value", "attention.output.dense", "intermediate.dense"]
+LLAMA_ALL = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+
+
+def configs(targets: list[str]) -> dict[str, peft.PeftConfig]:
+    """Adapters that are made for both models; `targets` are leaf names."""
+    few, one = targets[:3:2], targets[0]
+    return {
+        "lora": peft.LoraConfig(r=3, lora_alpha=6, target_modules=few),
+        "lora_all": peft.LoraConfig(r=2, lora_alpha=5, target_modules=targets),
+        "lora_rslora": peft.LoraConfig(r=3, lora_alpha=4, use_rslora=True, target_modules=few),
+        "lora_layers": peft.LoraConfig(r=2, target_modules=few, layers_to_transform=[0, 2]),
+        "dora": peft.LoraConfig(r=2, lora_alpha=4, use_dora=True, target_modules=few),
+        "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=few),
+        "lokr": peft.LoKrConfig(r=8, alpha=4, target_modules=few),
+        "lokr_factored": peft.LoKrConfig(
+            r=1, alpha=2, decompose_both=True, decompose_factor=4, target_modules=few
+        ),
+        "vera": peft.VeraConfig(r=4, target_modules=[one]),
+        "oft": peft.OFTConfig(oft_block_size=4, target_modules=few),
+        "boft": peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=1, target_modules=few),
+        "ia3": peft.IA3Config(target_modules=targets, feedforward_modules=targets[-1:]),
+        "adalora": peft.AdaLoraConfig(
+            init_r=3, target_r=2, lora_alpha=6, total_step=10, target_modules=few
+        ),
+        "hira": peft.HiraConfig(r=2, target_modules=few),
+    }
+
+
+def bert_configs() -> dict[str, peft.PeftConfig]:
+    """Adapters that differ in what only one model needs to show."""
+    return configs(BERT_ALL) | {
+        "lora_patterns": peft.LoraConfig(
+            r=3,
+            lora_alpha=6,
+            target_modules=["query", "value"],
+            rank_pattern={r"layer\.1\.attention\.self\.query": 5, "layer.0.*value": 1},
+            alpha_pattern={"query": 7},
+        ),
+        "lora_exclude": peft.LoraConfig(
+            r=2,
+            target_modules=r"encoder\.layer\.\d\.attention.*\.(query|key|dense)",
+            exclude_modules=["layer.1.attention.self.key"],
+        ),
+        "lora_linear": peft.LoraConfig(
+            r=1, target_modules="all-linear", exclude_modules=r"pooler\..*"
+        ),
+        "lora_gaussian": peft.LoraConfig(
+            r=2, target_modules=["key"], init_lora_weights="gaussian", lora_dropout=0.1
+        ),
+        "lora_bias": peft.LoraConfig(r=2, target_modules=["query"], bias="lora_only"),
+        "lora_pissa": peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights="pissa"),
+        "lora_embedding": peft.LoraConfig(r=2, target_modules=["word_embeddings", "query"]),
+        "prompt": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION"),
+    }
+
+
+def models() -> dict[str, tuple[torch.nn.Module, dict[str, peft.PeftConfig]]]:
+    torch.manual_seed(0)
+    bert = transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False)
+    shape = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=False)
+    llama = transformers.LlamaForCausalLM(shape)
+    with torch.no_grad():
+        for model in (bert, llama):
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name.lower():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return {"bert": (bert, bert_configs()), "llama": (llama, configs(LLAMA_ALL))}
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, VOCAB, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Gives every adapter parameter a value: fresh adapters are the identity and test nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * noise)
+
+
+def run(model: torch.nn.Module) -> torch.Tensor:
+    """Hidden states (BERT) or logits (Llama) in evaluation mode."""
+    with torch.no_grad():
+        return model.eval()(**inputs())[0].contiguous()
+
+
+def make(folder: Path) -> None:
+    """Writes one directory a model, one below it an adapter."""
+    for kind, (model, wanted) in models().items():
+        base = folder / kind / "base"
+        model.save_pretrained(base)
+        state = {"expected": run(model), **inputs()}
+        safetensors.torch.save_file(state, folder / kind / "base.safetensors")
+        for number, (name, config) in enumerate(sorted(wanted.items())):
+            path = folder / kind / name
+            wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+            randomise(wrapped, number)
+            wrapped.save_pretrained(path)
+            (path / "README.md").unlink()
+            safetensors.torch.save_file({"expected": run(wrapped)}, path / "expected.safetensors")
+            os.chmod(path / "adapter_model.safetensors", 0o644)
+
+
+def metadata(folder: Path) -> None:
+    """METADATA: where the files come from, and their hashes."""
+    lines = [
+        'name: "peft golden files"',
+        'description: "Adapters of tiny random models, written by PEFT, and what they compute."',
+        "content: data only, made by the script; no code and no text of PEFT",
+        f"versions: peft {peft.__version__}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__}",
+        "script: PYTHONHASHSEED=0 python tests/golden/make_peft.py",
+        "licence: Apache-2.0 (as jlora; PEFT and transformers are Apache-2.0, torch BSD-3-Clause)",
+        "sha256:",
+    ]
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "METADATA"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"  {digest}  {path.relative_to(folder)}")
+    (folder / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("third_party/peft"))
+    folder = parser.parse_args().out
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        raise SystemExit("run with PYTHONHASHSEED=0: PEFT writes sets in hash order")
+    warnings.simplefilter("ignore")
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    make(folder)
+    metadata(folder)
+
+
+if __name__ == "__main__":
+    main()
