@@ -129,7 +129,7 @@ def load(name: str, cache: str | os.PathLike | None = None, *, progress: bool = 
     return _load(name, folder)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(name: str, folder: Path) -> Corpus:
     spec = SPECS[name]
     rows = (

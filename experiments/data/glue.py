@@ -188,11 +188,13 @@ def _task(name: str, i: int, j: int, path: str, level: str) -> Task:
 def data(task: Task, path: str, caps: Caps) -> TaskData:
     """Texts of a GLUE task, classes of equal size."""
     name = task.corpus.removeprefix("glue-")
-    chosen = [int(side[0][1]) for side in task.members]
+    zero, one = (int(side[0][1]) for side in task.members)
     rows = _rows(name, path)
     parts = {
-        split: balanced(*(shuffled(rows[split].get(c, [])) for c in chosen), getattr(caps, split))
-        for split in rows
+        split: balanced(
+            shuffled(labels.get(zero, [])), shuffled(labels.get(one, [])), getattr(caps, split)
+        )
+        for split, labels in rows.items()
     }
     for split, (texts, _) in parts.items():
         if not texts:
@@ -200,7 +202,7 @@ def data(task: Task, path: str, caps: Caps) -> TaskData:
     return TaskData(**parts)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rows(name: str, path: str) -> dict[str, dict[int, list[str]]]:
     """split -> label -> texts, no normalised text twice."""
     loaded = _load(name, path)

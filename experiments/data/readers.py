@@ -9,11 +9,12 @@ Source: our reading. Deviates: -.
 
 import bz2
 import csv
-import email
-import email.policy
 import re
 import tarfile
 from collections.abc import Iterator
+from email import message_from_bytes
+from email.message import Message
+from email.policy import compat32
 from pathlib import Path
 
 Row = tuple[str, str, str | None]
@@ -115,7 +116,7 @@ def spam(root: Path) -> Iterator[Row]:
 
 def email_text(raw: bytes) -> str:
     """Subject and readable body of a raw message; no other header, no mark-up, no list tags."""
-    message = email.message_from_bytes(raw, policy=email.policy.compat32)
+    message = message_from_bytes(raw, policy=compat32)
     subject = str(message.get("Subject", ""))
     while _LIST_TAG.match(subject):
         subject = _LIST_TAG.sub("", subject, count=1)
@@ -128,7 +129,7 @@ def email_text(raw: bytes) -> str:
     return f"{subject}. {_TAG.sub(' ', body)}"
 
 
-def _part_text(part: email.message.Message) -> str:
+def _part_text(part: Message) -> str:
     payload = part.get_payload(decode=True)
     if not isinstance(payload, bytes):
         return ""
@@ -188,7 +189,7 @@ TOPICS = {
     "gardening": "soil seed flower garden plant water leaf tree rose spring grass root",
     "chess": "king queen pawn bishop knight board move attack opening defense champion clock",
     "music": "guitar song piano concert album band drum melody singer violin orchestra rhythm",
-    "trains": "railway station engine track locomotive bridge ticket platform signal tunnel wagon rail",
+    "trains": "railway station engine track locomotive bridge ticket platform signal tunnel rail",
     "weather": "rain snow storm cloud cold sunny wind temperature thunder fog frost heat",
     "bicycles": "wheel bicycle brake chain pedal road helmet tire gear ride saddle path",
 }
@@ -200,7 +201,7 @@ _FILLER = (
 def toy(names: tuple[str, ...]):
     """Reader of made-up sentences: a third of the words belong to the topic, no download."""
 
-    def read(_: Path) -> Iterator[Row]:
+    def read(root: Path) -> Iterator[Row]:
         for name in names:
             words = TOPICS[name].split()
             state = 1 + sum(name.encode())

