@@ -210,7 +210,7 @@ def choose(
             raise ValueError(f"{kernel}: leave-one-task-out errors {errors} are not finite")
         tried += [(kernel, float(p), float(e)) for p, e in zip(absolute, errors, strict=True)]
     best = min(tried, key=lambda row: row[2])
-    return Choice(*best, tuple(tried))
+    return Choice(best[0], best[1], best[2], tuple(tried))
 
 
 def median_distance(conditions: Float[Array, "n E"]) -> float:

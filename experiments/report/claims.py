@@ -1,0 +1,117 @@
+"""What must hold, judged from the figures of a report; a failure is stated, never hidden.
+
+A claim is {name, target, value, holds, text}. What was not measured has value None and does not
+hold. The targets are set for the full run with the anonymous head; smaller runs are judged by the
+same rule and said to be so.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.report import bootstrap
+
+SOUP_MARGIN = 0.005  # 0.5 points of accuracy
+CONFUSION_TARGET = 0.99
+GAP_TARGETS = {"unseen_pair": 0.95, "unseen_label": 0.90}
+MIN_TASKS = 5  # below this a bootstrap over tasks says nothing
+FLOW, REFERENCE = ("euler", "20"), ("ddpm", "1000")
+LEVEL_NAMES = {
+    "unseen_pair": "unseen pairs of seen labels",
+    "unseen_label": "unseen labels",
+    "unseen_corpus": "unseen corpora",
+    "user": "the user's own tasks",
+}
+
+
+def judge(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
+    """All claims, in the order they are shown.
+
+    Args:
+      report: needs summary, seen_paired, confusion_diagonal, unseen, steps.
+      seed: of the bootstrap in the sampler comparison.
+    """
+    claims = []
+    for level, target in GAP_TARGETS.items():
+        claims += [_beats_ridge(report, level), _gap(report, level, target)]
+    return [*claims, _soup(report), _confusion(report), _few_steps(report, seed)]
+
+
+def _claim(name: str, target: float, value: float | None, holds: bool, text: str) -> dict[str, Any]:
+    return {"name": name, "target": target, "value": value, "holds": bool(holds), "text": text}
+
+
+def _points(x: float) -> str:
+    return f"{100 * x:+.1f}"
+
+
+def _span(interval: Mapping[str, Any]) -> str:
+    percent = round(100 * interval["confidence"])
+    return f"{percent} % interval {_points(interval['low'])} to {_points(interval['high'])}"
+
+
+def _beats_ridge(report, level: str) -> dict[str, Any]:
+    name, words = f"{level}.beats_ridge", LEVEL_NAMES[level]
+    if level not in report["unseen"]:
+        return _claim(name, 0.0, None, False, f"Not measured: this run has no {words}.")
+    pair = report["unseen"][level]["paired"]["ridge"]
+    text = (
+        f"On {words} generated adapters minus kernel ridge: {_points(pair['mean'])} points of "
+        f"accuracy over {pair['n']} tasks, {_span(pair)}; the interval must lie above 0."
+    )
+    if pair["n"] < MIN_TASKS:
+        text += f" Fewer than {MIN_TASKS} tasks: too few to say."
+    return _claim(name, 0.0, pair["mean"], pair["low"] > 0 and pair["n"] >= MIN_TASKS, text)
+
+
+def _gap(report, level: str, target: float) -> dict[str, Any]:
+    name, words = f"{level}.gap_recovered", LEVEL_NAMES[level]
+    gap = report["unseen"].get(level, {}).get("gap_recovered", {})
+    made, ridge = gap.get("generated"), gap.get("ridge")
+    if made is None:
+        text = f"Not measured: this run has no {words} that training improves."
+        return _claim(name, target, None, False, text)
+    text = (
+        f"On {words} generated adapters recover {100 * made['mean']:.1f} % of what training gains "
+        f"over the base model (interval {100 * made['low']:.1f} to {100 * made['high']:.1f}); "
+        f"kernel ridge {100 * ridge['mean']:.1f} %. Aim: {100 * target:.0f} %."
+    )
+    return _claim(name, target, made["mean"], made["mean"] >= target, text)
+
+
+def _soup(report) -> dict[str, Any]:
+    pair = report["seen_paired"]["soup"]
+    text = (
+        f"On seen tasks the mean generated adapter is {_points(pair['mean'])} points from the soup "
+        f"of the task's trained adapters ({_span(pair)}); at most {100 * SOUP_MARGIN} points below "
+        "is asked for."
+    )
+    holds = pair["mean"] >= -SOUP_MARGIN
+    return _claim("seen.within_soup", -SOUP_MARGIN, pair["mean"], holds, text)
+
+
+def _confusion(report) -> dict[str, Any]:
+    value = report["confusion_diagonal"]
+    text = (
+        f"{100 * value:.1f} % of generated adapters are closest to the soup of the task they were "
+        f"asked for; {100 * CONFUSION_TARGET:.0f} % is asked for."
+    )
+    return _claim(
+        "seen.confusion_diagonal", CONFUSION_TARGET, value, value >= CONFUSION_TARGET, text
+    )
+
+
+def _few_steps(report, seed: int) -> dict[str, Any]:
+    name = "sampler.few_steps"
+    few = report["steps"].get(FLOW[0], {}).get(FLOW[1], {}).get("values")
+    many = report["steps"].get(REFERENCE[0], {}).get(REFERENCE[1], {}).get("values")
+    if not few or not many:
+        text = "Not measured: this run lacks 20 Euler steps or 1000 DDPM steps."
+        return _claim(name, 0.0, None, False, text)
+    pair = bootstrap.paired(few, many, seed=seed)
+    text = (
+        f"20 flow steps minus 1000 DDPM steps: {_points(pair['mean'])} points over {pair['n']} "
+        f"tasks, {_span(pair)}; it holds if the interval reaches 0 or better."
+    )
+    if pair["n"] < MIN_TASKS:
+        text += f" Fewer than {MIN_TASKS} tasks: too few to say."
+    return _claim(name, 0.0, pair["mean"], pair["high"] >= 0 and pair["n"] >= MIN_TASKS, text)

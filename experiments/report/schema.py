@@ -1,0 +1,219 @@
+"""The shape of report.json: what must be in it, what is refused, how it is written.
+
+Top level: config, environment, table, summary, seen_paired, confusion, confusion_diagonal,
+condition_controls, novelty_ratio, diversity_ratio, unseen, steps, curves, audit, claims, notes,
+times. A *cell* is {mean, std, n} with an optional list `values`; an *interval* is {mean, low, high,
+n, confidence}. Everything but `times` is a pure function of settings and data: `figures` drops it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+SEEN_KEYS = (
+    "base",
+    "trained",
+    "soup",
+    "mean_adapter",
+    "pdiff_task_norm",
+    "pdiff_global",
+    "generated",
+)
+UNSEEN_KEYS = (
+    "base",
+    "trained",
+    "generated",
+    "mean_adapter",
+    "nearest",
+    "softmax",
+    "multitask",
+    "ridge",
+    "span",
+)
+BASELINES = ("mean_adapter", "nearest", "softmax", "multitask", "ridge", "span")
+CONTROLS = ("shuffled", "null", "paraphrased")
+LEVELS = ("unseen_pair", "unseen_label", "unseen_corpus", "user")
+CLAIM_KEYS = ("name", "target", "value", "holds", "text")
+TOP = (
+    "version config environment table summary seen_paired confusion confusion_diagonal "
+    "condition_controls novelty_ratio diversity_ratio unseen steps curves audit claims notes times"
+).split()
+
+
+class ReportError(ValueError):
+    """report.json is not what it has to be; the text starts with the path of the offender."""
+
+
+def plain(value: Any, path: str = "report") -> Any:
+    """The value as JSON types: floats at 7 significant digits (float32), arrays as lists.
+
+    Raises:
+      ReportError: NaN or infinity, keys that are no strings, types JSON does not know; by path.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (np.bool_, np.integer, int)):
+        return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, (float, np.floating)):
+        number = float(value)
+        if not math.isfinite(number):
+            raise ReportError(f"{path}: {number} is not a figure; expected a finite number")
+        return float(f"{number:.7g}")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ReportError(f"{path}: key {key!r} is {type(key).__name__}, expected str")
+        return {key: plain(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if hasattr(value, "__array__"):  # numpy and JAX arrays, scalars included
+        return plain(np.asarray(value).tolist(), path)
+    raise ReportError(f"{path}: {type(value).__name__} cannot be written as JSON")
+
+
+def _need(mapping: Any, keys: Any, path: str) -> None:
+    if not isinstance(mapping, Mapping):
+        raise ReportError(f"{path}: {type(mapping).__name__}, expected an object")
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        raise ReportError(f"{path}: missing {', '.join(missing)}")
+
+
+def _number(value: Any, path: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ReportError(f"{path}: {value!r}, expected a number")
+
+
+def _numbers(mapping: Any, keys: tuple[str, ...], path: str) -> None:
+    _need(mapping, keys, path)
+    for key in keys:
+        _number(mapping[key], f"{path}.{key}")
+
+
+def _cell(cell: Any, path: str) -> None:
+    _numbers(cell, ("mean", "std", "n"), path)
+    if cell["n"] < 1 or cell["std"] < 0:
+        raise ReportError(f"{path}: n={cell['n']}, std={cell['std']}; expected n >= 1, std >= 0")
+    if "values" in cell and len(cell["values"]) != cell["n"]:
+        raise ReportError(f"{path}.values: {len(cell['values'])} values, expected n={cell['n']}")
+
+
+def _interval(interval: Any, path: str) -> None:
+    _numbers(interval, ("mean", "low", "high", "n", "confidence"), path)
+    if not interval["low"] <= interval["high"]:
+        raise ReportError(f"{path}: low {interval['low']} above high {interval['high']}")
+
+
+def _cells(table: Any, keys: tuple[str, ...], path: str) -> None:
+    _need(table, keys, path)
+    for key, cell in table.items():
+        _cell(cell, f"{path}.{key}")
+
+
+def _level(level: Any, path: str) -> None:
+    _need(level, ("table", "accuracy", "gap_recovered", "dropped", "paired"), path)
+    if not level["table"]:
+        raise ReportError(f"{path}.table: no tasks")
+    for task, row in level["table"].items():
+        _cells(row, UNSEEN_KEYS, f"{path}.table.{task}")
+    _cells(level["accuracy"], UNSEEN_KEYS, f"{path}.accuracy")
+    methods = ("generated", *BASELINES)
+    _need(level["gap_recovered"], methods, f"{path}.gap_recovered")
+    _need(level["paired"], BASELINES, f"{path}.paired")
+    for key, interval in level["gap_recovered"].items():
+        if interval is not None:  # no task with a gap: nothing to recover
+            _interval(interval, f"{path}.gap_recovered.{key}")
+    for key, pair in level["paired"].items():
+        _interval(pair, f"{path}.paired.{key}")
+
+
+def validate(report: Any) -> None:
+    """Checks structure and types of a report that went through `plain`.
+
+    Raises:
+      ReportError: the first thing that is missing or wrong, by path.
+    """
+    _need(report, TOP, "report")
+    if report["version"] != VERSION:
+        raise ReportError(f"report.version: {report['version']}, expected {VERSION}")
+    if not report["table"]:
+        raise ReportError("report.table: no tasks")
+    for task, row in report["table"].items():
+        _cells(row, SEEN_KEYS, f"report.table.{task}")
+    _cells(report["summary"], SEEN_KEYS, "report.summary")
+    for key, pair in report["seen_paired"].items():
+        _interval(pair, f"report.seen_paired.{key}")
+    confusion = report["confusion"]
+    _need(confusion, ("labels", "matrix"), "report.confusion")
+    size = len(confusion["labels"])
+    if [len(row) for row in confusion["matrix"]] != [size] * size:
+        raise ReportError(f"report.confusion.matrix: expected {size} x {size}, one a label")
+    for name in ("confusion_diagonal", "novelty_ratio", "diversity_ratio"):
+        _number(report[name], f"report.{name}")
+    _cells(report["condition_controls"], CONTROLS, "report.condition_controls")
+    for name, level in report["unseen"].items():
+        if name not in LEVELS:
+            raise ReportError(f"report.unseen.{name}: unknown level, expected one of {LEVELS}")
+        _level(level, f"report.unseen.{name}")
+    for sampler, points in report["steps"].items():
+        for count, cell in points.items():
+            if not count.isdigit():
+                raise ReportError(f"report.steps.{sampler}.{count}: expected a number of steps")
+            _cell(cell, f"report.steps.{sampler}.{count}")
+    for name, curve in report["curves"].items():
+        _need(curve, ("step", "value"), f"report.curves.{name}")
+        if len(curve["step"]) != len(curve["value"]) or not curve["step"]:
+            raise ReportError(
+                f"report.curves.{name}: {len(curve['step'])} steps, {len(curve['value'])} values"
+            )
+    for i, claim in enumerate(report["claims"]):
+        _need(claim, CLAIM_KEYS, f"report.claims[{i}]")
+        if not isinstance(claim["holds"], bool):
+            raise ReportError(f"report.claims[{i}].holds: {claim['holds']!r}, expected a bool")
+        if claim["holds"] and claim["value"] is None:
+            raise ReportError(f"report.claims[{i}]: holds without a value")
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that must be bitwise the same when the same settings run again."""
+    return {key: value for key, value in report.items() if key != "times"}
+
+
+def dumps(report: Any) -> str:
+    """Deterministic text of a validated report: keys sorted, one float format."""
+    report = plain(report)
+    validate(report)
+    return json.dumps(report, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write(path: Path | str, report: Any) -> None:
+    """Validates, then writes through a temp file and a rename: never half a report.
+
+    Raises:
+      ReportError: as `plain` and `validate`; nothing is written then.
+    """
+    path = Path(path)
+    text = dumps(report)
+    temp = path.with_name(path.name + ".tmp")
+    temp.write_text(text, encoding="utf-8")
+    os.replace(temp, path)
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """Reads and validates a report.
+
+    Raises:
+      ReportError: unreadable JSON or a wrong structure, with the file's name.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        validate(report)
+    except (json.JSONDecodeError, ReportError) as error:
+        raise ReportError(f"{path}: {error}") from error
+    return report

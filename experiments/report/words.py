@@ -1,0 +1,78 @@
+"""Plain sentences about a report: the same for every run, filled with its figures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.report import names
+
+
+def _p(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def lead(report: Mapping[str, Any]) -> list[str]:
+    """Three or four sentences that say what came out, the bad with the good."""
+    total = report["summary"]
+    made, soup, base = (total[key]["mean"] for key in ("generated", "soup", "base"))
+    count = total["generated"]["n"]
+    text = [
+        f"On {count} seen tasks adapters generated from a task description reach {_p(made)} "
+        f"accuracy on average; trained ones {_p(total['trained']['mean'])}, the soup of each "
+        f"task's trained adapters {_p(soup)}, the frozen base model alone {_p(base)}."
+    ]
+    for level in _levels(report):
+        entry = report["unseen"][level]
+        gap, ridge = entry["gap_recovered"]["generated"], entry["gap_recovered"]["ridge"]
+        if gap is None:
+            continue
+        pair = entry["paired"]["ridge"]
+        if pair["low"] > 0:
+            verdict = "better than"
+        elif pair["high"] < 0:
+            verdict = "worse than"
+        else:
+            verdict = "not told apart from"
+        text.append(
+            f"{names.label(level)} ({len(entry['table'])} tasks): generated adapters recover "
+            f"{_p(gap['mean'])} of what training would gain, {verdict} kernel ridge "
+            f"({_p(ridge['mean'])})."
+        )
+    return text
+
+
+def condition(report: Mapping[str, Any]) -> str:
+    """What shuffled, absent and paraphrased conditions do."""
+    control, total = report["condition_controls"], report["summary"]
+    return (
+        f"With its own condition the generator reaches {_p(total['generated']['mean'])}, with a "
+        f"paraphrased one {_p(control['paraphrased']['mean'])}, with that of another task "
+        f"{_p(control['shuffled']['mean'])}, with none {_p(control['null']['mean'])}. The mean of "
+        f"all adapters, which knows no task, reaches {_p(total['mean_adapter']['mean'])}: if a "
+        "wrong condition costs nothing, the condition is ignored."
+    )
+
+
+def novelty(report: Mapping[str, Any]) -> str:
+    """How to read the two ratios, and what they are here."""
+    new, diverse = report["novelty_ratio"], report["diversity_ratio"]
+    if new < 0.5:
+        first = "generated adapters sit much closer to a training adapter than a retrained one does"
+    elif new < 0.9:
+        first = "generated adapters are somewhat closer to the training set than a retrained one"
+    else:
+        first = "generated adapters are about as far from the training set as a retrained one"
+    if diverse < 0.5:
+        second = "samples of one task resemble each other far more than training runs do"
+    elif diverse < 0.9:
+        second = "samples of one task differ less than training runs do"
+    else:
+        second = "samples of one task differ as much as training runs do"
+    return (
+        f"Novelty ratio {new:.2f}: {first} (0 is a copy, 1 is as new as training again with a new "
+        f"seed). Diversity ratio {diverse:.2f}: {second}."
+    )
+
+
+def _levels(report: Mapping[str, Any]) -> list[str]:
+    known = [level for level in names.LEVELS if level in report["unseen"]]
+    return known
