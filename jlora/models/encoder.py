@@ -18,8 +18,8 @@ Shapes: ``ids`` int32 ``[b, t]``, ``mask`` bool ``[b, t]``, ``hidden`` ``[b, t, 
 ``embed`` and ``run`` are the two halves of ``Encoder`` as functions of parts of that dict, so the
 frozen lower layers can be computed once and cached (``split``).
 
-Errors: ``ValueError`` for more tokens than positions, for a mask of another shape than the tokens,
-and for a cut outside the stack.
+Errors: ``ValueError`` for more tokens than positions, for a mask that is not bool of the tokens'
+shape, and for a cut outside the stack.
 
 Source: paper, Devlin et al. 2019 (arXiv:1810.04805), post-norm with exact GELU.
 Deviates: no dropout, no pooler, segment 0 unless ``segments`` is given.
@@ -186,5 +186,5 @@ def mean_pool(hidden: Array, mask: Array) -> Array:
 
 
 def _check_mask(shape: tuple[int, ...], mask: Array) -> None:
-    if mask.shape != tuple(shape):
-        raise ValueError(f"mask: got shape {mask.shape}, expected {tuple(shape)}")
+    if mask.shape != tuple(shape) or mask.dtype != bool:
+        raise ValueError(f"mask: got {mask.dtype}{mask.shape}, expected bool{tuple(shape)}")

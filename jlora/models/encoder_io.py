@@ -94,7 +94,11 @@ def load(directory: str | Path, ignore: str = IGNORE) -> tuple[EncoderConfig, Pa
     path = Path(directory) / "model.safetensors"
     leaves: dict[str, list[np.ndarray]] = {}
     with safe_open(path, framework="flax") as file:
-        stored = {_plain(name): name for name in file.keys()}
+        stored: dict[str, str] = {}
+        for name in file.keys():
+            if (plain := _plain(name)) in stored:
+                raise ValueError(f"{path}: got {plain} twice: {stored[plain]!r} and {name!r}")
+            stored[plain] = name
         expected = list(_names(config))
         known = {name for _, name, _, _ in expected}
         missing = sorted(known - stored.keys())
@@ -119,7 +123,7 @@ def save(directory: str | Path, config: EncoderConfig, params: Params) -> None:
         if leaf.startswith("layers/"):
             if value.shape[0] != config.layers:
                 raise ValueError(f"{leaf}: got {value.shape[0]} layers, expected {config.layers}")
-            value = value[counts[leaf]]
+            value = value[counts[leaf]]  # _names goes through the layers in order
         counts[leaf] += 1
         value = value.T if flip else value
         if value.shape != shape:

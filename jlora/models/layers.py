@@ -2,15 +2,15 @@ r"""The three element-wise hot spots of a transformer layer, each with a hand-wr
 
 Automatic differentiation of these functions is correct but keeps several arrays of activation size
 alive between the forward and the backward pass. The rules below keep the least: one array for
-``gelu``, one array and one number a row for ``layer_norm``, the probabilities for ``attention``
-(through ``jax.nn.softmax``). They are ``custom_jvp``, not ``custom_vjp``: every rule is linear and
-trivially transposable, so reverse mode, forward mode, higher order and ``vmap`` all work.
+``gelu``, one array and one number a row for ``layer_norm``, the probabilities for ``softmax``.
+They are ``custom_jvp``, not ``custom_vjp``: every rule is linear in the tangent, so JAX transposes
+it, and reverse mode, forward mode, higher order and ``vmap`` all work.
 
 .. math::
     \operatorname{gelu}(x) = x\,\Phi(x), \qquad
     \operatorname{layer\_norm}(x) = \gamma \odot \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
 
-    \operatorname{attention}(q, k, v) = \operatorname{softmax}(q k^\top / \sqrt{h} + m)\, v
+    \operatorname{attention}(q, k, v) = \operatorname{softmax}(q k^\top / \sqrt{d / H} + m)\, v
 
 Source: Hendrycks and Gimpel 2016 (arXiv:1606.08415); Ba et al. 2016 (arXiv:1607.06450);
     Vaswani et al. 2017 (arXiv:1706.03762).
@@ -79,8 +79,10 @@ def _layer_norm_jvp(eps, primals, tangents):
     if not isinstance(dx, SymbolicZero):
         wide = dx.astype(jnp.float32)
         along = jnp.mean(wide * unit, axis=-1, keepdims=True)
-        inner = wide - jnp.mean(wide, axis=-1, keepdims=True) - unit * along
-        dy = dy + inner * (rstd * _row(scale, x.ndim))
+        # rstd first, scale last: the factors kept for the backward pass are then a number a row
+        # and a vector, never their product of activation size.
+        inner = rstd * (wide - jnp.mean(wide, axis=-1, keepdims=True) - unit * along)
+        dy = dy + inner * _row(scale, x.ndim)
     # With an adapter the base norms are constants: their tangents are symbolic zeros, and no
     # reduction over the rows is ever emitted for them.
     if not isinstance(dscale, SymbolicZero):
@@ -90,18 +92,34 @@ def _layer_norm_jvp(eps, primals, tangents):
     return y, dy.astype(x.dtype)
 
 
+@jax.custom_jvp
+def softmax(x: Array) -> Array:
+    r"""Softmax over the last axis; same shape and dtype."""
+    powers = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    return powers / jnp.sum(powers, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    y = softmax(primals[0])
+    inner = y * tangents[0]
+    return y, inner - y * jnp.sum(inner, axis=-1, keepdims=True)
+
+
 def attention(q: Array, k: Array, v: Array, bias: Array, heads: int) -> Array:
     r"""Multi-head attention: ``q, k, v [b, t, d]``, ``bias`` :math:`m` ``[b, t]`` -> ``[b, t, d]``.
 
-    ``bias`` is added to the logits of every query (0 for a key to see, ``MASKED`` for one to hide).
-    Softmax in float32.
+    ``heads`` is :math:`H`. ``bias`` is added to the logits of every query (0 for a key to see,
+    ``MASKED`` for one to hide). Logits and softmax in float32.
     """
     b, t, d = q.shape
-    split = lambda x: x.reshape(b, t, heads, d // heads)  # noqa: E731
-    logits = jnp.einsum("bqhd,bkhd->bhqk", split(q), split(k), preferred_element_type=jnp.float32)
-    logits = logits * (1.0 / math.sqrt(d // heads)) + bias[:, None, None, :]
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, split(v)).reshape(b, t, d)
+    # Heads before tokens: both products are then plain batched matmuls. The queries are scaled,
+    # not the logits: d numbers a token instead of H * t.
+    q, k, v = (x.reshape(b, t, heads, d // heads).transpose(0, 2, 1, 3) for x in (q, k, v))
+    q = q * (heads / d) ** 0.5
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    weights = softmax(logits + bias[:, None, None, :]).astype(v.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v).transpose(0, 2, 1, 3).reshape(b, t, d)
 
 
 def mask_bias(mask: Array) -> Array:
