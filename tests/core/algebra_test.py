@@ -1,6 +1,6 @@
 """Factored algebra against dense numpy in float64, on LoRA-like, LoHa-like and LoKr-like deltas."""
 
-import types
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jlora.core import algebra as al
+from jlora.core.adapter import Adapter, Method, Site
 
 STACK, D_IN, D_OUT = (2,), 12, 8
 
@@ -183,21 +184,22 @@ def test_vmap_jit_and_gradient(bank):
     np.testing.assert_allclose(got, dense(y) @ np.swapaxes(x.v, -1, -2), rtol=1e-4, atol=1e-4)
 
 
+@dataclasses.dataclass(frozen=True)
+class Product(Method):
+    def factors(self, p):
+        return p["scale"] * p["a"] * p["d"][None, :], p["b"]
+
+
 def test_deltas_reads_factors_over_stack_axes_and_names_what_has_none():
-    rng = np.random.default_rng(9)
-    leaf = low(rng, 2, (3, 2))
-    site = types.SimpleNamespace(path="w", stack=(3, 2))
-    lora = types.SimpleNamespace(factors=lambda p: (p["scale"] * p["a"], p["b"]))
-    params = {"a": leaf.u, "b": leaf.v}
-    adapter = types.SimpleNamespace(
-        sites=((site, lora),),
-        trainable={"w": params},
-        frozen={"w": {"scale": jnp.full((3, 2), 2.0)}},
-    )
-    np.testing.assert_allclose(dense(al.deltas(adapter)["w"]), 2 * dense(leaf), rtol=1e-6)
-    bad = types.SimpleNamespace(**vars(adapter) | {"sites": ((site, types.SimpleNamespace()),)})
-    with pytest.raises(TypeError, match="w: SimpleNamespace has no factored delta"):
-        al.deltas(bad)
+    leaf = low(np.random.default_rng(9), 2, (3, 2))
+    site = Site("w", (3, 2, D_IN, D_OUT), "ssio", np.dtype("float32"), group="g")
+    trainable = {"w": {"a": leaf.u, "b": leaf.v}}
+    frozen = {"w": {"scale": jnp.full((3, 2), 2.0)}, "g": {"d": jnp.asarray([1.0, 3.0])}}
+    adapter = Adapter(trainable, frozen, ((site, Product()),))
+    want = 2 * np.asarray(leaf.u) * np.array([1, 3]) @ leaf.v
+    np.testing.assert_allclose(dense(al.deltas(adapter)["w"]), want, rtol=1e-5)
+    with pytest.raises(TypeError, match="w: Method has no factored delta"):
+        al.deltas(adapter.replace(sites=((site, Method()),)))
 
 
 def test_mutation_a_wrong_contraction_is_seen(bank, monkeypatch):

@@ -1,0 +1,55 @@
+"""HiRA: a low-rank matrix that multiplies the weight entrywise, a high-rank change of few numbers.
+
+Symbols: A -> `a` [d_in, r]; B -> `b` [r, d_out].
+
+.. math::
+    W' = W + W \\odot (A B) = W \\odot (1 + A B)
+
+Init: A uniform in ±1/sqrt(d_in), B = 0, hence the identity. There is no scale.
+
+The delta has no factored form cheaper than itself (x (W ⊙ AB) is r matmuls with W), so there is no
+fast path: a step forms W' and its gradient. Merge before serving.
+
+Huang et al., `HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models
+<https://openreview.net/forum?id=TwJrTz9cRS>`_, 2025.
+
+Source: paper; shapes and init as PEFT 0.21.
+Deviates: nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.adapter import Arrays, Method, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class HiRA(Method):
+    """Entrywise multiplicative adapter of rank `rank`.
+
+    Raises:
+      ValueError: rank < 1.
+    """
+
+    rank_axes: ClassVar[Mapping[str, int]] = {"a": -1, "b": -2}
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"HiRA.rank: expected at least 1, got {self.rank}")
+
+    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+        """a [d_in, r], b [r, d_out] = 0."""
+        bound, dtype = 1 / math.sqrt(site.d_in), site.param_dtype
+        a = jax.random.uniform(key, (site.d_in, self.rank), dtype, -bound, bound)
+        return {"a": a, "b": jnp.zeros((self.rank, site.d_out), dtype)}, {}
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        """W * (1 + a b), [d_in, d_out]; exactly W while b is zero."""
+        return w + w * (p["a"] @ p["b"])

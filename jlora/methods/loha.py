@@ -1,0 +1,75 @@
+"""LoHa: the Hadamard product of two low-rank matrices, of rank up to r^2.
+
+Symbols: A1, A2 -> `a1`, `a2` [d_in, r]; B1, B2 -> `b1`, `b2` [r, d_out];
+s = alpha / rank -> `scale`.
+
+.. math::
+    \\Delta W = s \\, (A_1 B_1) \\odot (A_2 B_2)
+             = s \\, (A_1 \\bullet A_2) (B_1^T \\bullet B_2^T)^T
+
+where :math:`\\bullet` is the row-wise Khatri-Rao product: row i of :math:`A_1 \\bullet A_2` holds
+all r^2 products :math:`A_{1,ir} A_{2,is}`. The right-hand side is an ordinary low-rank delta, which
+is how it runs: no [d_in, d_out] array is ever made.
+
+Init: A1, B1, B2 uniform in ±1/sqrt(fan-in), A2 = 0, hence the identity.
+
+Hyeon-Woo, Ye-Bin and Oh, `FedPara <https://arxiv.org/abs/2108.06098>`_, 2022; Yeh et al.,
+`LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2024.
+
+Source: paper; shapes, scale and init as PEFT 0.21 stores them.
+Deviates: runs on Khatri-Rao factors where both official codes multiply out the delta.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.adapter import Arrays, Method, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class LoHa(Method):
+    """Hadamard-product adapter; `rank` of each of the two products, `scale` = alpha / rank.
+
+    Raises:
+      ValueError: rank < 1.
+    """
+
+    rank_axes: ClassVar[Mapping[str, int]] = {"a1": -1, "b1": -2, "a2": -1, "b2": -2}
+
+    rank: int = 8
+    alpha: float = dataclasses.field(default=8.0, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoHa.rank: expected at least 1, got {self.rank}")
+
+    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+        """a1, a2 [d_in, r], b1, b2 [r, d_out]; frozen scale []."""
+        r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
+
+        def uniform(key: jax.Array, rows: int, cols: int, fan_in: int) -> jax.Array:
+            bound = 1 / math.sqrt(fan_in)
+            return jax.random.uniform(key, (rows, cols), dtype, -bound, bound)
+
+        trainable = {
+            "a1": uniform(keys[0], site.d_in, r, site.d_in),
+            "b1": uniform(keys[1], r, site.d_out, r),
+            "a2": jnp.zeros((site.d_in, r), dtype),
+            "b2": uniform(keys[2], r, site.d_out, r),
+        }
+        return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
+
+    def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
+        """u [d_in, r^2] and v [r^2, d_out], the scale in u."""
+        u = p["a1"][:, :, None] * p["a2"][:, None, :]
+        v = p["b1"][:, None, :] * p["b2"][None, :, :]
+        return p["scale"] * u.reshape(u.shape[0], -1), v.reshape(-1, v.shape[-1])
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        """w + s (a1 b1) * (a2 b2), [d_in, d_out]."""
+        return w + p["scale"] * (p["a1"] @ p["b1"]) * (p["a2"] @ p["b2"])

@@ -1,0 +1,116 @@
+"""LoKr: a Kronecker product as the delta, run by the mixed-product rule.
+
+With d_in = i1 i2 and d_out = o1 o2 (`split` chooses them):
+symbols: W1 -> `w1` [i1, o1], or A1 B1 -> `a1` [i1, r], `b1` [r, o1]; W2 -> `w2` [i2, o2], or
+A2 B2 -> `a2` [i2, r], `b2` [r, o2]; s = alpha / rank -> `scale`.
+
+.. math::
+    \\Delta W = s \\, W_1 \\otimes W_2, \\qquad
+    x (W_1 \\otimes W_2) = \\mathrm{vec}(W_1^T X W_2), \\quad X = \\mathrm{mat}_{i_1, i_2}(x)
+
+so a step costs T r (d_in + i1 o1 + d_out) instead of T d_in d_out, and forms nothing larger than
+W1, W2. Rank of the delta: rank(W1) rank(W2).
+
+W2 is factored where r < max(i2, o2) / 2; W1 too under `decompose_both` and r < max(i1, o1) / 2.
+Init: the first factor (W1, or B1) is 0, the rest uniform in ±1/sqrt(fan-in): the identity.
+
+Edalati et al., `KronA <https://arxiv.org/abs/2212.10650>`_, 2022; Yeh et al.,
+`LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2024.
+
+Source: papers; factorisation rule, scale and init as PEFT 0.21.
+Deviates: PEFT multiplies out the delta in every step. LyCORIS takes s = 1 where both factors are
+full; here, as in PEFT, s = alpha / rank always (a reader of such files sets `scale` to 1).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core import algebra
+from jlora.core.adapter import Arrays, Method, Site, low_rank
+
+
+def split(dim: int, factor: int | None = None) -> tuple[int, int]:
+    """(m, n) with m n = dim, m <= n, m the largest divisor <= min(factor, sqrt(dim)).
+
+    A `factor` that divides dim is taken as it is, also above the root (then m = dim / factor).
+    """
+    if factor is not None and dim % factor == 0:
+        return min(factor, dim // factor), max(factor, dim // factor)
+    limit = math.isqrt(dim) if factor is None else min(factor, math.isqrt(dim))
+    m = next(m for m in range(limit, 0, -1) if dim % m == 0)
+    return m, dim // m
+
+
+@dataclasses.dataclass(frozen=True)
+class LoKr(Method):
+    """Kronecker adapter; `factor` bounds the size of the first factor (None: near the root).
+
+    Raises:
+      ValueError: rank or factor < 1.
+    """
+
+    rank_axes: ClassVar[Mapping[str, int]] = {"a1": -1, "b1": -2, "a2": -1, "b2": -2}
+
+    rank: int = 8
+    alpha: float = dataclasses.field(default=8.0, compare=False)
+    factor: int | None = None
+    decompose_both: bool = False
+
+    def __post_init__(self) -> None:
+        for name, got in (("rank", self.rank), ("factor", self.factor)):
+            if got is not None and got < 1:
+                raise ValueError(f"LoKr.{name}: expected at least 1, got {got}")
+
+    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+        """w1 or a1, b1, and w2 or a2, b2; frozen scale []."""
+        (i1, i2), (o1, o2) = split(site.d_in, self.factor), split(site.d_out, self.factor)
+        r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
+
+        def uniform(key: jax.Array, rows: int, cols: int, fan_in: int) -> jax.Array:
+            bound = 1 / math.sqrt(fan_in)
+            return jax.random.uniform(key, (rows, cols), dtype, -bound, bound)
+
+        if self.decompose_both and r < max(i1, o1) / 2:
+            trainable = {"a1": uniform(keys[0], i1, r, i1), "b1": jnp.zeros((r, o1), dtype)}
+        else:
+            trainable = {"w1": jnp.zeros((i1, o1), dtype)}
+        if r < max(i2, o2) / 2:
+            trainable |= {"a2": uniform(keys[1], i2, r, i2), "b2": uniform(keys[2], r, o2, r)}
+        else:
+            trainable |= {"w2": uniform(keys[1], i2, o2, i2)}
+        return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
+
+    def kron(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """a [i1, o1], u [i2, R], v [R, o2] with a ⊗ (u @ v) the delta, the scale in a."""
+        a = p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
+        if "a2" in p:
+            return a, p["a2"], p["b2"]
+        w2 = p["w2"]
+        eye = jnp.eye(min(w2.shape), dtype=w2.dtype)
+        return (a, w2, eye) if w2.shape[1] <= w2.shape[0] else (a, eye, w2)
+
+    def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
+        """u [d_in, R], v [R, d_out], R = min(i1, o1) times the rank of the second factor."""
+        return algebra.low_rank(algebra.Kron(*self.kron(p)))
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        """w + s W1 ⊗ W2, [d_in, d_out]."""
+        a, u, v = self.kron(p)
+        return w + algebra.kron(a, u @ v)
+
+    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+        """x [..., d_in] -> [..., d_out]; rows of a table and patches take the low-rank form."""
+        y = x @ w
+        if not isinstance(x, jax.Array):
+            return y + low_rank(x, *self.factors(p)).astype(y.dtype)
+        first = p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
+        second = [p[k].astype(x.dtype) for k in ("a2", "b2", "w2") if k in p]
+        grid = x.reshape(*x.shape[:-1], first.shape[0], -1)
+        letters = "kr,rl" if len(second) == 2 else "kl"
+        delta = jnp.einsum(f"...pk,pq,{letters}->...ql", grid, first.astype(x.dtype), *second)
+        return y + delta.reshape(y.shape).astype(y.dtype)

@@ -1,0 +1,88 @@
+"""PiSSA: LoRA that starts from the principal singular directions of the weight itself.
+
+Symbols: A0, B0 -> frozen `a0` [d_in, r], `b0` [r, d_out], the top of the SVD; A, B -> `a`, `b`,
+their trainable copies; s = alpha / rank -> `scale`.
+
+.. math::
+    W = U \\Sigma V^T, \\quad A_0 = U_r \\sqrt{\\Sigma_r / s}, \\quad
+    B_0 = \\sqrt{\\Sigma_r / s} \\, V_r^T, \\qquad W' = (W - s A_0 B_0) + s A B
+
+The base weight is not touched: what the paper subtracts from it is carried by the frozen leaves, so
+one base serves PiSSA and any other adapter at once, and dropping the adapter restores the model.
+With `niter` the SVD is randomised (Halko, Martinsson and Tropp, 2011) with that many power
+iterations and 10 extra columns; A0 B0 is then approximate, W' still exact.
+
+Meng, Wang and Zhang, `PiSSA <https://arxiv.org/abs/2404.02948>`_, 2024.
+
+Source: paper; the split of the singular values and the scale as PEFT 0.21.
+Deviates: frozen leaves instead of an edited base; exporters fold them into the PEFT convention.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.adapter import Arrays, Method, Site, low_rank
+
+
+def randomized_svd(
+    key: jax.Array, w: jax.Array, rank: int, niter: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Approximate top `rank` of the SVD of w [m, n]: u [m, rank], s [rank], vt [rank, n]."""
+    size = min(rank + 10, *w.shape)
+    q = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], size), w.dtype))[0]
+
+    def power(_: int, q: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
+
+    q = jax.lax.fori_loop(0, niter, power, q)
+    u, s, vt = jnp.linalg.svd(q.T @ w, full_matrices=False)
+    return (q @ u)[:, :rank], s[:rank], vt[:rank]
+
+
+@dataclasses.dataclass(frozen=True)
+class PiSSA(Method):
+    """Principal-component LoRA; `niter` None takes the exact SVD.
+
+    Raises:
+      ValueError: at init, where rank is not in 1..min(d_in, d_out).
+    """
+
+    rank_axes: ClassVar[Mapping[str, int]] = {"a": -1, "b": -2, "a0": -1, "b0": -2}
+
+    rank: int = 8
+    alpha: float = dataclasses.field(default=8.0, compare=False)
+    niter: int | None = None
+
+    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+        """a [d_in, r], b [r, d_out]; frozen a0, b0, equal to them, and scale []."""
+        limit = min(site.d_in, site.d_out)
+        if not 1 <= self.rank <= limit:
+            raise ValueError(f"{site.path}: PiSSA rank expected in 1..{limit}, got {self.rank}")
+        w, scale = site.weight(), self.alpha / self.rank
+        if self.niter is None:
+            u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+        else:
+            u, s, vt = randomized_svd(key, w, self.rank, self.niter)
+        root = jnp.sqrt(s[: self.rank] / scale)
+        a, b = u[:, : self.rank] * root[None, :], root[:, None] * vt[: self.rank]
+        return {"a": a, "b": b}, {"a0": a, "b0": b, "scale": jnp.asarray(scale, w.dtype)}
+
+    def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
+        """u [d_in, 2 r] = s [a, a0], v [2 r, d_out] = [b; -b0]."""
+        u = p["scale"] * jnp.concatenate([p["a"], p["a0"]], axis=1)
+        return u, jnp.concatenate([p["b"], -p["b0"]], axis=0)
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        """w + s (a b - a0 b0), [d_in, d_out]; exactly w at init."""
+        return w + p["scale"] * (p["a"] @ p["b"] - p["a0"] @ p["b0"])
+
+    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+        """x [..., d_in] -> [..., d_out]; the two products cancel exactly at init."""
+        y = x @ w
+        delta = low_rank(x, p["scale"] * p["a"], p["b"])
+        delta = delta - low_rank(x, p["scale"] * p["a0"], p["b0"])
+        return y + delta.astype(y.dtype)

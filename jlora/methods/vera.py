@@ -1,0 +1,68 @@
+"""VeRA: one frozen random pair of bases for all sites, and two trained vectors a site.
+
+Symbols: shared bases A -> `basis_a` [max d_in, r], B -> `basis_b` [r, max d_out], of which a site
+uses the first rows / columns (`rows` [d_in]); d -> `d` [r]; b -> `b` [d_out].
+
+.. math::
+    \\Delta W = A_{:d_{in}} \\, \\mathrm{diag}(d) \\, B_{:, :d_{out}} \\, \\mathrm{diag}(b)
+
+Init: A, B uniform in ±sqrt(6 / fan-in), d = `d_initial`, b = 0, hence the identity. The bases
+depend on `seed` and on their shape alone, never on the key of `init`: adapters of one seed share
+them, and a checkpoint need not hold them (`VeRA.shared` makes them again).
+
+Kopiczko, Blankevoort and Asano, `VeRA <https://arxiv.org/abs/2310.11454>`_, 2024.
+
+Source: paper; layout of the bases and bounds of their distribution as PEFT 0.21.
+Deviates: the bases come from JAX's generator; those of PEFT files are read as arrays. There is no
+scale, as in the paper.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.adapter import Arrays, Method, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class VeRA(Method):
+    """Vector-based random adapter; the bases are one group for all sites of the pattern.
+
+    Raises:
+      ValueError: rank < 1.
+    """
+
+    rank: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"VeRA.rank: expected at least 1, got {self.rank}")
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+        """Frozen basis_a [max d_in, r], basis_b [r, max d_out] of `seed`; `key` is not used."""
+        ka, kb = jax.random.split(jax.random.key(self.seed))
+        rows, cols = max(s.d_in for s in sites), max(s.d_out for s in sites)
+        dtype = jnp.result_type(*[s.param_dtype for s in sites])
+
+        def uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
+            bound = math.sqrt(6 / fan_in)
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        a, b = uniform(ka, (rows, self.rank), rows), uniform(kb, (self.rank, cols), self.rank)
+        return {}, {"basis_a": a, "basis_b": b}
+
+    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+        """d [r], b [d_out]; frozen rows [d_in] int32, the rows of basis_a that the site uses."""
+        d = jnp.full(self.rank, self.d_initial, site.param_dtype)
+        b = jnp.zeros(site.d_out, site.param_dtype)
+        return {"d": d, "b": b}, {"rows": jnp.arange(site.d_in, dtype=jnp.int32)}
+
+    def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
+        """u [d_in, r] = rows of A times d, v [r, d_out] = columns of B times b."""
+        a = p["basis_a"].at[p["rows"]].get(mode="promise_in_bounds")
+        b = p["basis_b"][:, : p["b"].shape[0]]
+        return a * p["d"][None, :], b * p["b"][None, :]

@@ -1,0 +1,1 @@
+"""Routers, dispatch back-ends and balance rules for mixtures of adapters."""

@@ -1,0 +1,75 @@
+"""Three equal ways to run every token through its own few low-rank experts.
+
+Symbols: experts A_e, B_e -> `a` [E, d_in, r], `b` [E, r, d_out]; routes -> `ids`, `weights`
+[..., k].
+
+.. math::
+    y_t = \\sum_{j=1}^{k} g_{t,j} \\; x_t A_{e} B_{e}, \\quad e = ids_{t,j}
+
+===========  ==================================  ==================================================
+back-end     cost a token                        good for
+===========  ==================================  ==================================================
+``dense``    E r (d_in + d_out)                  few small experts; any transform, any kind of x
+``gather``   k r (d_in + d_out), copies experts  a handful of tokens (decoding)
+``ragged``   k r (d_in + d_out) + a sort         many tokens, many experts
+===========  ==================================  ==================================================
+
+``ragged`` cannot be vmapped over x alone (JAX's `ragged_dot` lacks that rule): flatten the tokens
+or take another back-end there.
+
+Source: our reading of the sparse-dispatch literature; `jax.lax.ragged_dot`.
+Deviates: nothing; all three drop no token.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.routing.router import dense_weights
+
+BACKENDS = ("dense", "gather", "ragged")
+
+
+def dispatch(
+    x: Any, a: jax.Array, b: jax.Array, ids: jax.Array, weights: jax.Array, backend: str = "dense"
+) -> jax.Array:
+    """x [..., d_in] -> [..., d_out], in the dtype of x; the other arrays are cast to it.
+
+    Raises:
+      ValueError: an unknown back-end, or one that needs tokens as an array and x is not one.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    a, b, weights = (t.astype(x.dtype) for t in (a, b, weights))
+    if backend == "dense":
+        return _dense(x, a, b, ids, weights)
+    if not isinstance(x, jax.Array):
+        raise ValueError(f"backend {backend!r} needs tokens [..., d_in], got {type(x).__name__}")
+    lead, k = x.shape[:-1], ids.shape[-1]
+    run = {"gather": _gather, "ragged": _ragged}[backend]
+    y = run(x.reshape(-1, x.shape[-1]), a, b, ids.reshape(-1, k), weights.reshape(-1, k))
+    return y.reshape(*lead, -1)
+
+
+def _dense(x: Any, a: jax.Array, b: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    experts, d_in, rank = a.shape
+    h = x @ jnp.moveaxis(a, 0, 1).reshape(d_in, experts * rank)
+    gates = jnp.repeat(dense_weights(ids, weights, experts), rank, axis=-1)
+    return (h * gates) @ b.reshape(experts * rank, -1)
+
+
+def _gather(x, a, b, ids, weights):
+    h = jnp.einsum("ti,tkir->tkr", x, a[ids])
+    return jnp.einsum("tkr,tkro,tk->to", h, b[ids], weights)
+
+
+def _ragged(x, a, b, ids, weights):
+    experts, k = a.shape[0], ids.shape[1]
+    flat = ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True)  # choices of one expert lie together
+    sizes = jnp.bincount(flat, length=experts).astype(jnp.int32)
+    token = order // k
+    h = jax.lax.ragged_dot(x[token], a, sizes)
+    y = jax.lax.ragged_dot(h, b, sizes) * weights.reshape(-1)[order][:, None]
+    return jnp.zeros((x.shape[0], b.shape[-1]), x.dtype).at[token].add(y)

@@ -1,0 +1,59 @@
+"""Top-k routing and what it must report: who was chosen, with which weight, how evenly.
+
+Symbols: logits l -> `logits` [..., E]; k -> `top_k`; chosen experts I(t) and their weights g ->
+`ids`, `weights` [..., k]; load f and mean probability P -> [E].
+
+.. math::
+    g_{t,e} = \\frac{\\exp l_{t,e}}{\\sum_{e' \\in I(t)} \\exp l_{t,e'}}, \\quad e \\in I(t) =
+    \\mathrm{top}_k(l_t), \\qquad
+    L_{balance} = E \\sum_e f_e P_e
+
+with f_e the share of the T k choices that fell on e (a constant for the gradient) and P_e the mean
+of softmax(l)_e. L is 1 when both are uniform, E when one expert takes everything.
+
+Fedus, Zoph and Shazeer, `Switch Transformers <https://arxiv.org/abs/2101.03961>`_, 2022.
+
+Source: paper (balance loss), generalised from k = 1 by dividing the counts by T k.
+Deviates: nothing. Softmax over the chosen logits equals softmax over all, then renormalised.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Routes(NamedTuple):
+    """Where every token goes."""
+
+    ids: jax.Array  # [..., k] int32, the chosen experts, best first
+    weights: jax.Array  # [..., k], positive, sum to 1
+    balance: jax.Array  # [], the balance loss
+    load: jax.Array  # [E], share of the choices, sums to 1
+
+
+def top_k(logits: jax.Array, k: int) -> Routes:
+    """Routes of logits [..., E]; ties go to the lower index, so logits should not start equal.
+
+    Raises:
+      ValueError: k not in 1..E.
+    """
+    experts = logits.shape[-1]
+    if not 1 <= k <= experts:
+        raise ValueError(f"top_k: expected in 1..{experts}, got {k}")
+    best, ids = jax.lax.top_k(logits, k)
+    return Routes(ids, jax.nn.softmax(best, axis=-1), *_balance(logits, ids))
+
+
+def _balance(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    experts = logits.shape[-1]
+    mean = jnp.mean(jax.nn.softmax(logits, axis=-1).reshape(-1, experts), axis=0)
+    counts = jnp.bincount(ids.reshape(-1), length=experts)
+    load = counts.astype(mean.dtype) / ids.size
+    return experts * jnp.sum(load * mean), load
+
+
+def dense_weights(ids: jax.Array, weights: jax.Array, experts: int) -> jax.Array:
+    """The weights [..., k] as rows [..., E], zero for experts that were not chosen."""
+    hot = jax.nn.one_hot(ids, experts, dtype=weights.dtype)
+    return jnp.sum(hot * weights[..., None], axis=-2)

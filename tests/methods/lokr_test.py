@@ -1,0 +1,92 @@
+"""LoKr against np.kron, and what the mixed product saves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.core import algebra
+from jlora.methods.lokr import LoKr, split
+
+FORMS = {
+    "full": (LoKr(rank=8, alpha=4.0, factor=2), {"w1", "w2"}),
+    "second": (LoKr(rank=2, alpha=4.0, factor=2), {"w1", "a2", "b2"}),
+    "both": (LoKr(rank=1, alpha=4.0, decompose_both=True), {"a1", "b1", "a2", "b2"}),
+}
+
+
+def dense(p):
+    w1 = p["w1"] if "w1" in p else p["a1"] @ p["b1"]
+    w2 = p["w2"] if "w2" in p else p["a2"] @ p["b2"]
+    return p["scale"] * np.kron(w1, w2)
+
+
+def check_value(bench, method, names):
+    adapter = bench.noisy(method)
+    assert adapter.trainable["w"].keys() == names
+    bench.agree(adapter, bench.w + dense(bench.numbers(adapter)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_value(bench, form):
+    check_value(bench, *FORMS[form])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_factors_and_algebra_are_exact(bench, form):
+    method, _ = FORMS[form]
+    adapter = bench.noisy(method)
+    delta = dense(bench.numbers(adapter))
+    u, v = method.factors({**adapter.trainable["w"], **adapter.frozen["w"]})
+    np.testing.assert_allclose(u @ v, delta, atol=1e-5)
+    np.testing.assert_allclose(algebra.norm(adapter), np.linalg.norm(delta), rtol=1e-5)
+
+
+def test_rank_is_the_product_of_the_ranks(bench):
+    delta = dense(bench.numbers(bench.noisy(FORMS["second"][0])))
+    assert np.linalg.matrix_rank(delta) == 4  # 2 (w1) times 2 (a2 b2)
+
+
+def test_split():
+    got = [
+        split(12),
+        split(12, 2),
+        split(12, 6),
+        split(12, 5),
+        split(384, 8),
+        split(7),
+        split(7, 3),
+    ]
+    assert got == [(3, 4), (2, 6), (2, 6), (3, 4), (8, 48), (1, 7), (1, 7)]
+
+
+def test_the_fast_path_costs_less_than_a_dense_delta():
+    x, w = jnp.zeros((64, 256)), jnp.zeros((256, 256))
+    method = LoKr(rank=4)
+    shapes = {"w1": (16, 16), "a2": (16, 4), "b2": (4, 16), "scale": ()}
+    p = {k: jnp.ones(s) for k, s in shapes.items()}
+
+    def flops(fn):
+        (cost,) = [jax.jit(fn).lower(x, w, p).compile().cost_analysis()]
+        return cost["flops"] - 2 * 64 * 256 * 256
+
+    fast = flops(lambda x, w, p: method.apply(x, w, p, {}))
+    assert fast < 0.2 * flops(lambda x, w, p: x @ method.merge(w, p) + x @ w)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"LoKr\.factor: expected at least 1, got 0"):
+        LoKr(factor=0)
+
+
+def test_mutation_swapped_factors_are_seen(bench, monkeypatch):
+    good = LoKr.kron
+    method, names = FORMS["full"]
+
+    def swapped(self, p):
+        a, u, v = good(self, p)
+        return a.at[0].set(a[1]).at[1].set(a[0]), u, v
+
+    monkeypatch.setattr(LoKr, "kron", swapped)
+    with pytest.raises(AssertionError):
+        check_value(bench, method, names)
