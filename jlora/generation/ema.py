@@ -6,7 +6,7 @@ r"""A moving average of the parameters, kept inside the optimizer's state.
 :math:`\theta_k` are the parameters after update k. Chained last, so that it sees the final update;
 checkpoints of the optimizer state then hold the average too.
 
-Symbols: d -> ``decay``, m -> ``EmaState.moments``, :math:`\bar\theta` -> ``averaged(state)``.
+Symbols: d -> ``decay``, m -> ``EmaState.inner.ema``, :math:`\bar\theta` -> ``averaged(state)``.
 Shapes: those of the parameters, float32.
 Raises: ValueError for a decay outside [0, 1), for an update without parameters, or when a state
 does not hold exactly one average.
@@ -18,16 +18,16 @@ Deviates: the correction makes early averages usable: there is no warm-up of the
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float
+
+ONE = np.ones((), np.float32)
 
 
 class EmaState(NamedTuple):
     """State of the averaging transformation."""
 
-    decay: Float[Array, ""]  # d, as data, for the correction
-    inner: optax.EmaState  # count and uncorrected moments
+    inner: optax.EmaState  # moments of (the parameters, the constant 1): the latter is 1 - d^k
 
 
 def average(decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
@@ -37,14 +37,14 @@ def average(decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
     ema = optax.ema(decay, debias=False)
 
     def init(params):
-        return EmaState(jnp.asarray(decay, jnp.float32), ema.init(params))  # pyright: ignore[reportArgumentType]
+        return EmaState(ema.init((params, ONE)))  # pyright: ignore[reportArgumentType]
 
     def update(updates, state, params=None, **extra):
         del extra
         if params is None:
             raise ValueError("ema: update needs params, got None")
-        _, inner = ema.update(optax.apply_updates(params, updates), state.inner)
-        return updates, EmaState(state.decay, inner)  # pyright: ignore[reportArgumentType]
+        _, inner = ema.update((optax.apply_updates(params, updates), ONE), state.inner)
+        return updates, EmaState(inner)  # pyright: ignore[reportArgumentType]
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -55,5 +55,5 @@ def averaged(opt_state: Any) -> Any:
     found = [leaf for leaf in leaves if isinstance(leaf, EmaState)]
     if len(found) != 1:
         raise ValueError(f"ema: got {len(found)} averages in the optimizer state, expected 1")
-    decay, inner = found[0]
-    return optax.tree.bias_correction(inner.ema, decay, inner.count)
+    moments, correction = found[0].inner.ema
+    return jax.tree.map(lambda m: m / correction, moments)
