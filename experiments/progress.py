@@ -1,0 +1,46 @@
+"""Progress bars with an estimate of the time left, and TensorBoard curves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar on stderr and scalars in `<workdir>/tensorboard/<stage>`; a context manager."""
+
+    def __init__(self, workdir: Path, stage: str, total: int, unit: str, start: int = 0):
+        self.bar = tqdm(
+            total=total,
+            initial=start,
+            desc=f"{stage:>10}",
+            unit=unit,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self.writer = SummaryWriter(str(workdir / "tensorboard" / stage.strip().replace(" ", "_")))
+
+    def step(self, count: int, **shown: float) -> None:
+        """Advance by `count` and show figures beside the bar."""
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+        self.bar.update(count)
+
+    def curve(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one point to each TensorBoard curve."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, float(value), step)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        self.writer.close()

@@ -1,0 +1,196 @@
+"""The fixed world of an experiment: frozen base, texts, tasks, conditions and head.
+
+Only the upper `layers` of the encoder carry adapters, so the states entering them are the same in
+every run: they are computed once per text and kept on disk (stage `data`).
+
+Symbols: N texts, t tokens kept, d width, E = d condition width, C = 4 condition tokens
+(description and mean example, for class 0 and class 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.config import Config
+from experiments.data import glue, user
+from experiments.data import tasks as task_lib
+from experiments.progress import Progress
+from experiments.stages import base_model
+from experiments.workdir import Stage, StageError, write_json
+from jlora.models import encoder
+
+PyTree = Any
+SPLITS = ("train", "validation", "test")
+
+
+class Rows(NamedTuple):
+    """One split of one task as rows of the text table."""
+
+    index: np.ndarray  # int32 [n], row of the text
+    label: np.ndarray  # int32 [n], 0 or 1
+
+
+class World(NamedTuple):
+    """Everything that no stage changes."""
+
+    config: Config  # settings
+    model: encoder.EncoderConfig  # shape of the base encoder
+    upper: PyTree  # parameters of the adapted layers: {'layers': ...}
+    hidden: jax.Array  # [N, t, d] f32, states entering the adapted layers
+    mask: jax.Array  # [N, t] bool, real tokens
+    embedding: np.ndarray  # [N, d] f32, unit norm, what the unadapted base says of each text
+    tasks: tuple[task_lib.Task, ...]  # zoo and held-out tasks, seen ones first
+    pool: tuple[task_lib.Task, ...]  # every allowed ordered pair of seen labels
+    rows: dict[tuple[str, str], Rows]  # (task name, split) -> rows
+    heads: np.ndarray  # [tasks + pool, 2, d] f32, frozen class vectors
+    text: dict[str, np.ndarray]  # description -> [d] base embedding
+
+    def names(self, level: str) -> list[str]:
+        """Names of the tasks of one level, in order."""
+        return [t.name for t in self.tasks if t.level == level]
+
+    def task(self, name: str) -> task_lib.Task:
+        """The task of that name. Raises StageError for an unknown one."""
+        for task in (*self.tasks, *self.pool):
+            if task.name == name:
+                return task
+        raise StageError(f"no task named '{name}': known are {sorted(t.name for t in self.tasks)}")
+
+    def head_of(self, name: str) -> np.ndarray:
+        """[2, d] class vectors of a task."""
+        order = {t.name: i for i, t in reversed(list(enumerate((*self.tasks, *self.pool))))}
+        return self.heads[order[name]]
+
+
+def classifier(model: encoder.EncoderConfig, scale: float) -> Callable[..., jax.Array]:
+    """The task model: `apply(upper, hidden [b,t,d], mask [b,t], head [b,2,d]) -> logits [b,2]`."""
+
+    def apply(upper: PyTree, hidden: jax.Array, mask: jax.Array, head: jax.Array) -> jax.Array:
+        out = encoder.mean_pool(encoder.run(upper, hidden, mask, model), mask)
+        return jnp.float32(scale) * jnp.einsum("bd,bcd->bc", out, head)
+
+    return apply
+
+
+def condition(world: World, task: task_lib.Task, pick: Sequence[int], paraphrase: int = 0) -> np.ndarray:
+    """[4, E] condition of a task: (description, mean example) of class 0, then of class 1.
+
+    Args:
+      pick: K positions used for each class, taken modulo the class's number of training texts.
+      paraphrase: 0 is the description itself, p > 0 its p-th paraphrase.
+    """
+    rows = world.rows[task.name, "train"]
+    parts = []
+    for side in (0, 1):
+        words = task.class_descriptions[side]
+        if paraphrase:
+            words = task.paraphrases[side][paraphrase - 1]
+        own = rows.index[rows.label == side]
+        examples = world.embedding[own[np.asarray(pick) % len(own)]]
+        parts += [world.text[words], examples.mean(0)]
+    return np.stack(parts).astype(np.float32)
+
+
+def draw(config: Config, salt: str, k: int, n: int = 1 << 20) -> np.ndarray:
+    """K deterministic pseudo-random positions for a name."""
+    seed = [config.data_seed, *salt.encode()]
+    return np.random.default_rng(seed).integers(0, n, size=k)
+
+
+def build(config: Config, workdir: Path, cache: Path | None) -> World:
+    """Make the world, computing and caching the base's states on the first call."""
+    stage = Stage(workdir, "data", config.key("data"))
+    loaded = base_model.load(config, cache)
+    chosen, pool = choose(config)
+    caps = task_lib.Caps(config.train_texts, 40, config.eval_rows // 2)
+    texts: dict[str, int] = {}
+    rows: dict[tuple[str, str], Rows] = {}
+    for task in (*chosen, *pool):
+        found = task_lib.data(task, cache, caps)
+        for split in SPLITS:
+            words, labels = getattr(found, split)
+            index = [texts.setdefault(w, len(texts)) for w in words]
+            rows[task.name, split] = Rows(np.asarray(index, np.int32), np.asarray(labels, np.int32))
+    if not stage.done:
+        compute_states(config, workdir, stage, loaded, list(texts))
+    stage.verify()
+    hidden = np.load(stage.path / "hidden.npy")
+    mask = np.load(stage.path / "mask.npy")
+    if len(hidden) != len(texts):
+        raise StageError(f"{stage.path}: holds {len(hidden)} texts, the tasks have {len(texts)}")
+    phrases = sorted(
+        {w for t in (*chosen, *pool) for w in t.class_descriptions}
+        | {w for t in (*chosen, *pool) for side in t.paraphrases for w in side}
+        | {w for t in (*chosen, *pool) for w in t.class_names}
+    )
+    vectors = base_model.embed_texts(loaded, phrases, config.max_length)
+    text = dict(zip(phrases, vectors, strict=True))
+    return World(
+        config=config,
+        model=loaded.config,
+        upper=base_model.upper(loaded, config),
+        hidden=jnp.asarray(hidden),
+        mask=jnp.asarray(mask),
+        embedding=np.load(stage.path / "embedding.npy"),
+        tasks=chosen,
+        pool=pool,
+        rows=rows,
+        heads=make_heads(config, (*chosen, *pool), text, loaded.config.width),
+        text=text,
+    )
+
+
+def choose(config: Config) -> tuple[tuple[task_lib.Task, ...], tuple[task_lib.Task, ...]]:
+    """(zoo and held-out tasks, pool of the task loss) named by `--tasks` and `--task_dir`."""
+    kind, _, where = config.tasks.partition(":")
+    if kind == "glue":
+        chosen, pool = glue.tasks(where), []
+    else:
+        preset = task_lib.config(kind, seed=config.data_seed)
+        chosen, pool = task_lib.build(preset), task_lib.seen_pairs_pool(preset)
+    if config.task_dir:
+        chosen = [*chosen, *user.tasks(config.task_dir)]
+    order = ("seen", "user", "unseen_pair", "unseen_label", "unseen_corpus")
+    chosen.sort(key=lambda t: order.index(t.level))  # stable: the plan's order within a level
+    known = {t.name for t in chosen}
+    return tuple(chosen), tuple(t for t in pool if t.name not in known)
+
+
+def make_heads(
+    config: Config, tasks: Sequence[task_lib.Task], text: dict[str, np.ndarray], width: int
+) -> np.ndarray:
+    """[n, 2, d] frozen class vectors: one random orthonormal pair for all, or label texts."""
+    if config.head == "anonymous":
+        noise = np.random.default_rng([config.data_seed, 7]).normal(size=(width, 2))
+        pair = np.linalg.qr(noise)[0].T.astype(np.float32)
+        return np.broadcast_to(pair, (len(tasks), 2, width)).copy()
+    return np.stack([np.stack([text[w] for w in t.class_descriptions]) for t in tasks])
+
+
+def compute_states(
+    config: Config, workdir: Path, stage: Stage, loaded: base_model.Base, texts: list[str]
+) -> None:
+    """Run the frozen lower layers over every text once; write hidden, mask and embedding."""
+    folder = stage.open()
+    hidden, masks, vectors = [], [], []
+    size = 64
+    with Progress(workdir, "base", len(texts), "text") as bar:
+        for start in range(0, len(texts), size):
+            part = texts[start : start + size]
+            state, mask, vector = base_model.states(loaded, part, config, size)
+            hidden.append(state)
+            masks.append(mask)
+            vectors.append(vector)
+            bar.step(len(part))
+    np.save(folder / "hidden.npy", np.concatenate(hidden))
+    np.save(folder / "mask.npy", np.concatenate(masks))
+    np.save(folder / "embedding.npy", np.concatenate(vectors))
+    write_json(folder / "settings.json", dataclasses.asdict(config))
+    stage.commit({"texts": len(texts)})

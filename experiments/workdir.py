@@ -1,0 +1,126 @@
+"""Stage folders: keyed by a hash of the settings, committed last, verified when read.
+
+A stage writes into `<workdir>/<stage>-<key>/` and commits it by a DONE.json (temp file + rename)
+that lists every file with its size and sha256. A folder without DONE.json is unfinished work, a
+file that no longer matches is an error. PyTrees are Orbax checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+PyTree = Any
+
+
+class StageError(RuntimeError):
+    """A stage's input is missing or damaged; the text says which file and what to do."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys through a temp file and a rename."""
+    temp = path.with_name(path.name + ".tmp")
+    temp.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temp, path)
+
+
+def save_tree(path: Path, tree: PyTree) -> None:
+    """Commit a PyTree of arrays as one Orbax checkpoint folder, replacing an older one."""
+    host = jax.tree.map(np.asarray, tree)
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path.absolute(), host, force=True)
+        saver.wait_until_finished()
+
+
+def load_tree(path: Path, like: PyTree | None = None) -> PyTree:
+    """Read a PyTree back as numpy arrays. Raises StageError naming the folder."""
+    if not path.is_dir():
+        raise StageError(f"{path}: no checkpoint here; run the stage that writes it again")
+    try:
+        with ocp.StandardCheckpointer() as saver:
+            target = None
+            if like is not None:
+                target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+            tree = saver.restore(path.absolute(), target)
+    except Exception as error:  # Orbax raises many kinds for a damaged folder
+        raise StageError(
+            f"{path}: the checkpoint cannot be read ({type(error).__name__}); delete the folder"
+            " and run its stage again"
+        ) from error
+    return jax.tree.map(np.asarray, tree)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class Stage:
+    """One stage's folder."""
+
+    def __init__(self, workdir: Path, name: str, key: str):
+        self.name = name
+        self.path = workdir / f"{name}-{key}"
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage was committed."""
+        return (self.path / "DONE.json").is_file()
+
+    def open(self) -> Path:
+        """Create the folder and return it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path
+
+    def commit(self, info: dict[str, Any] | None = None) -> None:
+        """Write DONE.json with every file's size and sha256: the stage is finished."""
+        files = {}
+        for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            files[str(file.relative_to(self.path))] = [file.stat().st_size, digest(file)]
+        write_json(self.path / "DONE.json", {"files": files, "info": info or {}})
+
+    def verify(self) -> dict[str, Any]:
+        """Check the committed files and return the stage's info. Raises StageError."""
+        marker = self.path / "DONE.json"
+        if not marker.is_file():
+            raise StageError(f"{self.path}: stage '{self.name}' is not finished; run it first")
+        record = json.loads(marker.read_text(encoding="utf-8"))
+        for name, (size, sha) in record["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                raise StageError(f"{file}: missing; delete {self.path} and run '{self.name}' again")
+            if file.stat().st_size != size or digest(file) != sha:
+                raise StageError(
+                    f"{file}: damaged (expected {size} bytes, sha256 {sha[:12]}…, got"
+                    f" {file.stat().st_size} bytes); delete {self.path} and run '{self.name}' again"
+                )
+        return record["info"]
+
+    def discard(self, *names: str) -> None:
+        """Delete working files (progress checkpoints) inside the folder."""
+        for name in names:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            elif target.exists():
+                target.unlink()
+
+
+def explain_oserror(error: OSError, workdir: Path) -> str:
+    """One clear line for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full ({workdir}); finished stages are kept: free some space and run the"
+            " same command again"
+        )
+    return f"cannot write below {workdir}: {error}"
