@@ -72,6 +72,9 @@ class Fields(Protocol):
     def allowed(self) -> Mapping[str, tuple[Any, ...]]: ...  # field -> values that can be read
 
     @property
+    def needs(self) -> tuple[str, ...]: ...  # fields that must be there
+
+    @property
     def free(self) -> Mapping[str, Any]: ...  # any value: it does not change the saved function
 
 
@@ -181,6 +184,9 @@ class Reader:
                     f"{name} = {str(value)[:80]!r} changes the maths and cannot be represented; "
                     f"expected {neutral!r}",
                 )
+        lost = [name for name in table.needs if name not in config]
+        if lost:
+            raise FormatError(self.source, f"lacks {lost}, of which PEFT has changed the default")
         for name, default in table.fields.items():
             self._check_value(name, config.get(name, default), default)
         for field, name in table.patterns.items():
@@ -197,7 +203,8 @@ class Reader:
         if isinstance(default, bool):
             good = isinstance(value, bool)
         elif isinstance(default, int | float):
-            good = isinstance(value, int | float) and not isinstance(value, bool)
+            whole = isinstance(default, int) and "alpha" not in name
+            good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             good = good and abs(value) <= 2**31
         else:
             good = value is None or isinstance(value, str | int | bool)

@@ -181,13 +181,13 @@ def _checked_header(path: str | os.PathLike[str], data: bytes) -> dict[str, str]
     if len(data) < 8:
         raise FormatError(path, f"{len(data)} bytes: shorter than the 8 bytes of a header length")
     length = int.from_bytes(data[:8], "little")
-    if data[:4] == b"PK\x03\x04" or data[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-        raise FormatError(path, "a zip or pickle under another name; it will not be opened")
-    if length > MAX_HEADER or 8 + length > len(data):
-        raise FormatError(path, f"header of {length} bytes in a file of {len(data)}")
     text = data[8 : 8 + length]
-    if not text.startswith(b"{"):
-        raise FormatError(path, "the header does not start with '{'")
+    if length > MAX_HEADER or 8 + length > len(data) or not text.startswith(b"{"):
+        if data[:4] == b"PK\x03\x04" or data[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+            raise FormatError(path, "a zip or pickle under another name; it will not be opened")
+        raise FormatError(
+            path, f"a header of {length} bytes in {len(data)}, starting {text[:8]!r}; expected '{{'"
+        )
     header = parse_json(path, text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -1,0 +1,148 @@
+"""PEFT tables of the LoRA family: LoRA with its looked-up tables, DoRA, HiRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.core.adapter import Site
+from jlora.io.peft_table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim, want_shape
+from jlora.methods.dora import DoRA
+from jlora.methods.hira import HiRA
+from jlora.methods.lora import LoRA
+
+MATRIX = ("lora_A.weight", "lora_B.weight")
+TABLE = ("lora_embedding_A", "lora_embedding_B")  # a looked-up table [rows, d_out]
+MAGNITUDE = "lora_magnitude_vector"
+FREE = {
+    "arrow_config": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "loftq_config": {},
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "velora_config": None,
+}
+FIXED = {
+    "alora_invocation_tokens": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "monteclora_config": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+}
+# The other initialisations change the base weights: the file alone is not the function.
+ALLOWED = {
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "bias": ("none", "all", "lora_only"),
+}
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+
+def _factors(keys: tuple[str, str], site: Site, t: Arrays, rank: int) -> Arrays:
+    """a [d_in, r] and b [r, d_out] of PEFT's [r, in] and [out, r]."""
+    want_shape(keys[0], t[keys[0]], (rank, site.d_in))
+    want_shape(keys[1], t[keys[1]], (site.d_out, rank))
+    return {"a": t[keys[0]].T, "b": t[keys[1]].T}
+
+
+def _write_lora(method: LoRA, site: Site, p: Arrays) -> Slice | None:
+    rank, p = trim(p, method.rank_axes)
+    if rank == 0:
+        return None
+    keys = TABLE if "gather" in site.ops else MATRIX
+    fields = {
+        "r": rank,
+        "lora_alpha": alpha_of(method, p["scale"], rank, method.rslora),
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+    }
+    return Slice(dict(zip(keys, (p["a"].T, p["b"].T), strict=True)), fields)
+
+
+def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    keys = TABLE if "gather" in site.ops else MATRIX
+    if set(keys) != set(t):
+        raise ValueError(f"got {sorted(t)}, expected {list(keys)} for ops {site.ops}")
+    rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
+    method = LoRA(rank=rank, alpha=alpha, rslora=rslora, dropout=fields["lora_dropout"])
+    return Read(method, _factors(keys, site, t, rank), {"scale": scale_of(alpha, rank, rslora)})
+
+
+def _write_dora(method: DoRA, site: Site, p: Arrays) -> Slice:
+    rank, p = trim(p, method.rank_axes)
+    if rank == 0:
+        raise ValueError("a and b are zero, which PEFT cannot say of DoRA")
+    alpha = alpha_of(method, p["scale"], rank)
+    tensors = {MATRIX[0]: p["a"].T, MATRIX[1]: p["b"].T, MAGNITUDE: p["m"]}
+    return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": False})
+
+
+def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    rank, alpha = fields["r"], fields["lora_alpha"]
+    want_shape(MAGNITUDE, t[MAGNITUDE], (site.d_out,))
+    scale = {"scale": scale_of(alpha, rank, fields["use_rslora"])}
+    factors = _factors(MATRIX, site, t, rank)
+    return Read(DoRA(rank=rank, alpha=alpha), {**factors, "m": t[MAGNITUDE]}, scale)
+
+
+def _write_hira(method: HiRA, site: Site, p: Arrays) -> Slice | None:
+    rank, p = trim(p, method.rank_axes)
+    tensors = {"hira_A": p["a"].T, "hira_B": p["b"].T}
+    return Slice(tensors, {"r": rank}) if rank else None
+
+
+def _read_hira(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    factors = _factors(("hira_A", "hira_B"), site, t, fields["r"])
+    return Read(HiRA(rank=fields["r"]), factors, {})
+
+
+LORA = Table(
+    type="LORA",
+    method=LoRA,
+    layouts=(MATRIX, TABLE),
+    fields={"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False},
+    write=_write_lora,
+    read=_read_lora,
+    patterns=PATTERNS,
+    fixed=FIXED,
+    choose={"use_dora": False},
+    free=FREE,
+    allowed=ALLOWED,
+    sparse=True,
+)
+
+DORA = Table(
+    type="LORA",
+    method=DoRA,
+    layouts=((*MATRIX, MAGNITUDE),),
+    fields={"r": 8, "lora_alpha": 8, "use_rslora": False},
+    write=_write_dora,
+    read=_read_dora,
+    patterns=PATTERNS,
+    fixed=FIXED,
+    choose={"use_dora": True},
+    free={**FREE, "lora_dropout": 0.0},
+    allowed=ALLOWED,
+)
+
+HIRA = Table(
+    type="HIRA",
+    method=HiRA,
+    layouts=(("hira_A", "hira_B"),),
+    fields={"r": 32},
+    write=_write_hira,
+    read=_read_hira,
+    patterns={"r": "rank_pattern"},
+    free={"fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True},
+    sparse=True,
+)

@@ -1,0 +1,120 @@
+"""The contract of a method with PEFT's files: type, key suffixes, layouts, config fields.
+
+A method may bring its own `Table` as its attribute `peft`; those of the library's methods that PEFT
+knows as well are in `peft_lora` and `peft_others`. `io/peft.py` works through them and knows no
+method.
+
+Layouts: torch keeps W as [out, in], so a matrix of PEFT is ours transposed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlora.core.adapter import Method, Site
+
+Arrays = dict[str, np.ndarray]
+Fields = dict[str, Any]
+
+
+class Slice(NamedTuple):
+    """One un-stacked site as PEFT has it."""
+
+    tensors: Arrays  # key suffix -> array in torch's layout
+    fields: Fields  # config fields of this module
+
+
+class Read(NamedTuple):
+    """One un-stacked site as jlora has it."""
+
+    method: Method
+    trainable: Arrays
+    frozen: Arrays
+
+
+def _unchanged(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fields]:
+    return modules, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """How adapters of one method lie in PEFT's files.
+
+    Attributes:
+      type: PEFT's ``peft_type``.
+      method: the class whose instances `write` takes and `read` returns.
+      layouts: the sets of key suffixes a module may have, one of them whole.
+      fields: config fields that `write` gives and `read` gets, with PEFT's defaults.
+      write: (method, site, arrays of one slice) -> `Slice`, or None where the slice is no adapter
+        (zero padding of a site of which only some layers are adapted); raises ValueError.
+      read: (site, tensors by suffix, shared ones too, fields) -> `Read`; raises ValueError.
+      patterns: field -> the config field that overrides it by module.
+      fixed: config fields of which only this value can be represented.
+      choose: config fields that tell this table from others of the same `type`.
+      free: config fields that do not change the saved function, with what to write.
+      allowed: of a field, the values that can be read.
+      needs: fields that must be there: their default has changed over time.
+      sparse: absent modules of a stacked site may be filled with zeros.
+      biased: PEFT also scales the module's bias, so there must be none.
+      settle: (module -> fields) -> (the same, other config fields), before they are combined.
+      shared: keys below ``base_model.`` of tensors that all modules share.
+      write_shared: shared arrays -> tensors by key.
+      read_shared: tensors by key -> frozen shared arrays.
+    """
+
+    type: str
+    method: type[Method]
+    layouts: tuple[tuple[str, ...], ...]
+    fields: Mapping[str, Any]
+    write: Callable[[Any, Site, Arrays], Slice | None]
+    read: Callable[[Site, Arrays, Mapping[str, Any]], Read]
+    patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    choose: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    free: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    allowed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    sparse: bool = False
+    biased: Callable[[Method], bool] = lambda method: False
+    settle: Callable[[Mapping[str, Fields]], tuple[Mapping[str, Fields], Fields]] = _unchanged
+    shared: tuple[str, ...] = ()
+    write_shared: Callable[[Arrays], Arrays] = dict
+    read_shared: Callable[[Arrays], Arrays] = dict
+
+
+def want_shape(key: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `array` has `shape`."""
+    if array.shape != shape:
+        raise ValueError(f"{key} has shape {list(array.shape)}, expected {list(shape)}")
+
+
+def scale_of(alpha: float, rank: int, rslora: bool = False) -> np.ndarray:
+    """PEFT's scaling, alpha / r or alpha / sqrt(r), as float32 []."""
+    if rank < 1:
+        raise ValueError(f"rank {rank}, expected at least 1")
+    return np.asarray(alpha / (math.sqrt(rank) if rslora else rank), np.float32)
+
+
+def alpha_of(method: Any, scale: np.ndarray, rank: int, rslora: bool = False) -> float:
+    """The alpha whose `scale_of` at `rank` is exactly `scale`, a round number where one is."""
+    exact = float(scale) * (math.sqrt(rank) if rslora else rank)
+    for alpha in (method.alpha, round(exact, 4), exact):
+        if scale_of(alpha, rank, rslora) == scale:
+            return int(alpha) if float(alpha).is_integer() else float(alpha)
+    raise ValueError(f"no alpha gives the scale {float(scale)!r} at rank {rank}")
+
+
+def trim(p: Arrays, rank_axes: Mapping[str, int]) -> tuple[int, Arrays]:
+    """(rank, arrays) without zero padding: trailing components that are zero in every factor."""
+    ranked = {name: axis for name, axis in rank_axes.items() if name in p}
+    rank = 0
+    for name, axis in ranked.items():
+        used = np.flatnonzero(np.moveaxis(p[name], axis, 0).reshape(p[name].shape[axis], -1).any(1))
+        rank = max(rank, int(used[-1]) + 1 if used.size else 0)
+    cut = {name: np.moveaxis(np.moveaxis(p[name], a, 0)[:rank], 0, a) for name, a in ranked.items()}
+    return rank, {**p, **cut}
