@@ -21,6 +21,11 @@ import numpy as np
 Arrays = dict[str, jax.Array]
 
 
+def wide(dtype: Any) -> Any:
+    """`dtype`, but at least float32."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
 def fold(w: jax.Array, kinds: str) -> jax.Array:
     """A leaf as [*stack, d_in, d_out]: stack axes first, the others flattened in their order."""
     order = [k for kind in "sio" for k, c in enumerate(kinds) if c == kind]
@@ -77,7 +82,7 @@ class Site:
     @property
     def param_dtype(self) -> Any:
         """The dtype of an adapter's own arrays: the base's, at least float32."""
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return wide(self.dtype)
 
     @property
     def row(self) -> jax.Array | int:

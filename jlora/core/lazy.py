@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.core.adapter import Arrays, Method, Site, fold, unfold
+from jlora.core.adapter import Arrays, Method, Site, fold, unfold, wide
 
 
 class Atom(NamedTuple):
@@ -209,7 +209,7 @@ class Lazy:
 
 def merged(method: Method, w: jax.Array, own: Arrays, shared: Arrays, stack: int) -> jax.Array:
     """method.merge over `stack` leading axes of `w` and `own`, in at least float32."""
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    dtype = wide(w.dtype)
 
     def cast(t):
         floating = jnp.issubdtype(t.dtype, jnp.floating)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from jlora.core import compat
-from jlora.core.adapter import low_rank
+from jlora.core.adapter import low_rank, wide
 from jlora.core.lazy import Lazy, merged
 
 
@@ -37,7 +37,7 @@ class Weight:
     def dense(self) -> jax.Array:
         """The base matrix [d_in, d_out], in at least float32."""
         m = self._lazy.matrix()
-        return m.astype(jnp.promote_types(m.dtype, jnp.float32))
+        return m.astype(wide(m.dtype))
 
     def merged(self, method: Any, p: Mapping[str, jax.Array]) -> jax.Array:
         """merge(w, p) [d_in, d_out] in the dtype that the model multiplies with."""
@@ -160,8 +160,6 @@ def _product(scope, w, x, dims, left, options):
             return None
         arrays, rebuild = peeled
         less = (_less(wc, wb[0]), _less(xc, xb[0]), _less(wb[1:], wb[0]), _less(xb[1:], xb[0]))
-        if rebuild(jax.tree.map(lambda t: t[0], arrays)).method is None:
-            return None
         template = scope.fork()
 
         def one(arrays, x, i):
@@ -280,7 +278,7 @@ def _select(w: Lazy, ids: jax.Array, axis: int, eqn: Any) -> list[Any] | None:
         sizes = tuple(1 if k == axis else s for k, s in enumerate(t.shape))
         return lax.gather(t, ids, n, sizes, **options)
 
-    return w.select(axis, take, ids.shape[:-1])
+    return [w.select(axis, take, ids.shape[:-1])]
 
 
 class Patches(Operand):

@@ -11,9 +11,8 @@ Deviates: none.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jlora.core.adapter import Adapter, Method, Site, fold
+from jlora.core.adapter import Adapter, Method, Site, fold, wide
 from jlora.core.lazy import leaf, merged
 from jlora.core.lift import check, flatten, is_array
 
@@ -44,4 +43,4 @@ def delta(params: Any, adapter: Adapter) -> dict[str, jax.Array]:
 def _delta(w: Any, site: Site, method: Method, own: Any, shared: Any) -> jax.Array:
     m = fold(w.dequantize() if hasattr(w, "dequantize") else w, site.kinds)
     after = merged(method, m, own, shared, len(site.stack))
-    return after - m.astype(jnp.promote_types(m.dtype, jnp.float32))
+    return after - m.astype(wide(m.dtype))

@@ -1,0 +1,296 @@
+"""Lifting equals merging on plain JAX: every way in which code may hold and use a weight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+import jlora as jl
+
+LORA = jl.LoRA(2, 4.0)
+
+
+def w(*shape, seed=1):
+    return np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-1])
+
+
+X = w(3, 5, 6, seed=0)  # [batch, time, d]
+IDS = np.array([[0, 3, 1], [2, 2, 6]], np.int32)
+
+# name -> (function of (params, *args), params, args, expected kinds of leaf "w")
+VIEWS = {
+    "two layers": (lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], {"w": w(6, 7), "v": w(7, 4)}, "io"),
+    "weight left": (lambda p, x: jnp.einsum("do,btd->obt", p["w"], x), {"w": w(6, 7)}, "io"),
+    "transposed": (lambda p, x: x @ p["w"].T, {"w": w(7, 6)}, "oi"),
+    "vector": (lambda p, x: x[0, 0] @ p["w"], {"w": w(6, 7)}, "io"),
+    "matvec": (lambda p, x: p["w"] @ x[0, 0], {"w": w(7, 6)}, "oi"),
+    "heads out": (lambda p, x: jnp.einsum("btd,dnh->bnth", x, p["w"]), {"w": w(6, 2, 4)}, "ioo"),
+    "heads out, swapped": (
+        lambda p, x: jnp.einsum("btd,dnh->bthn", x, p["w"]),
+        {"w": w(6, 2, 4)},
+        "ioo",
+    ),
+    "heads in": (
+        lambda p, x: jnp.einsum("btnh,nhd->btd", x.reshape(3, 5, 2, 3), p["w"]),
+        {"w": w(2, 3, 7)},
+        "iio",
+    ),
+    "heads in, out first": (
+        lambda p, x: jnp.einsum("bthn,dnh->dbt", x.reshape(3, 5, 3, 2), p["w"]),
+        {"w": w(7, 2, 3)},
+        "oii",
+    ),
+    "in between outs": (
+        lambda p, x: jnp.einsum("btd,ndh->btnh", x, p["w"]),
+        {"w": w(2, 6, 4)},
+        "oio",
+    ),
+    "fused qkv": (lambda p, x: jnp.einsum("btd,dknh->kbtnh", x, p["w"]), {"w": w(6, 3, 2, 2)}, "iooo"),
+    "merged axes": (lambda p, x: x @ p["w"].reshape(6, -1), {"w": w(6, 2, 4)}, "ioo"),
+    "split axes": (
+        lambda p, x: jnp.einsum("btd,dnh->btnh", x, p["w"].reshape(6, 2, 4)),
+        {"w": w(6, 8)},
+        "io",
+    ),
+    "split in": (
+        lambda p, x: jnp.einsum("btnh,nhd->btd", x.reshape(3, 5, 2, 3), p["w"].reshape(2, 3, 7)),
+        {"w": w(6, 7)},
+        "io",
+    ),
+    "merged after transpose": (
+        lambda p, x: x @ p["w"].transpose(2, 1, 0).reshape(6, 8),
+        {"w": w(4, 2, 6)},
+        "ooi",
+    ),
+    "new axis": (lambda p, x: jnp.matmul(x[:, None], p["w"][None, None]), {"w": w(6, 7)}, "io"),
+    "tensordot": (lambda p, x: jnp.tensordot(x, p["w"], 1), {"w": w(6, 7)}, "io"),
+    "vmapped": (lambda p, x: jax.vmap(jax.vmap(lambda x: p["w"] @ x))(x), {"w": w(7, 6)}, "oi"),
+    "jitted inside": (lambda p, x: jax.jit(lambda w, x: x @ w)(p["w"], x), {"w": w(6, 7)}, "io"),
+    "named": (
+        lambda p, x: x @ checkpoint_name(p["w"], "w"),
+        {"w": w(6, 7)},
+        "io",
+    ),
+    "barrier": (
+        lambda p, x: (lambda a, b: x @ a + x @ b)(*lax.optimization_barrier((p["w"], p["v"]))),
+        {"w": w(6, 7), "v": w(6, 7, seed=2)},
+        "io",
+    ),
+    "experts": (lambda p, x: jnp.einsum("etd,edf->etf", x, p["w"]), {"w": w(3, 6, 4)}, "sio"),
+    "experts, stack inside": (
+        lambda p, x: jnp.einsum("etd,dfe->fte", x, p["w"]),
+        {"w": w(6, 4, 3)},
+        "ios",
+    ),
+    "experts, left, two stacks": (
+        lambda p, x: jnp.einsum("agfd,agtd->gatf", p["w"], jnp.stack([x, 2 * x])),
+        {"w": w(2, 3, 4, 6)},
+        "ssoi",
+    ),
+    "unrolled stack": (
+        lambda p, x: functools.reduce(lambda h, i: jnp.tanh(h @ p["w"][i]), range(3), x),
+        {"w": w(3, 6, 6)},
+        "sio",
+    ),
+    "negative index": (lambda p, x: x @ p["w"][-1], {"w": w(3, 6, 6)}, "sio"),
+    "split stack": (
+        lambda p, x: functools.reduce(lambda h, w: h @ w[0], jnp.split(p["w"], 3), x),
+        {"w": w(3, 6, 6)},
+        "sio",
+    ),
+    "part of a stack": (
+        lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"][1::2])[0],
+        {"w": w(5, 6, 6)},
+        "sio",
+    ),
+    "experts by id": (
+        lambda p, x: jnp.einsum("bd,bdo->bo", x[:, 0], p["w"][jnp.array([2, 0, 2])]),
+        {"w": w(4, 6, 5)},
+        "sio",
+    ),
+    "lookup": (lambda p, x: p["w"][IDS] @ p["v"], {"w": w(7, 6), "v": w(6, 4)}, "io"),
+    "lookup by take": (lambda p, x: jnp.take(p["w"], IDS, axis=0), {"w": w(7, 6)}, "io"),
+    "lookup of columns": (lambda p, x: jnp.take(p["w"], IDS, axis=1), {"w": w(6, 7)}, "oi"),
+    "tied": (lambda p, x: p["w"][IDS] @ p["w"].T, {"w": w(7, 6)}, "io"),
+    "used twice": (lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], {"w": w(6, 6)}, "io"),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(law, name):
+    fn, params, kinds = VIEWS[name]
+    adapter = law(fn, params, {"w|v": LORA}, X)
+    found = {s.path: s.kinds for s, _ in adapter.sites}
+    assert found["w"] == kinds
+
+
+def loop(p, x):
+    return lax.fori_loop(
+        0, jnp.asarray(3), lambda i, h: jnp.tanh(h @ p["w"][i]), x
+    )  # traced bound: a while loop
+
+
+def test_while_forward():
+    params = {"w": jnp.asarray(w(3, 6, 6), jnp.float32)}
+    x = jnp.asarray(X, jnp.float32)
+    a = jl.init(jax.random.key(0), loop, params, x, methods={"w": LORA})
+    a = a.replace(trainable=jax.tree.map(lambda t: t + 0.3, a.trainable))
+    np.testing.assert_allclose(
+        jl.lift(loop)(params, a, x), loop(jl.merge(params, a), x), rtol=1e-5, atol=1e-6
+    )
+
+
+def remat(policy, **options):
+    def fn(p, x):
+        block = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), jnp.sum(h)), policy=policy, **options)
+        return lax.scan(block, x, p["w"])
+
+    return fn
+
+
+POLICIES = {
+    "none": None,
+    "everything": jax.checkpoint_policies.everything_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots without batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names("h"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["h"],
+        names_which_can_be_offloaded=[],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_remat_policies(law, policy):
+    law(remat(POLICIES[policy], prevent_cse=False), {"w": w(3, 6, 6)}, {"w": LORA}, X)
+
+
+@jax.custom_vjp
+def square(z):
+    return z * z
+
+
+square.defvjp(lambda z: (z * z, z), lambda z, g: (2 * z * g,))
+
+
+@jax.custom_jvp
+def cube(z):
+    return z**3
+
+
+cube.defjvp(lambda primals, tangents: (cube(*primals), 3 * primals[0] ** 2 * tangents[0]))
+
+
+def carried(p, x):
+    def step(state, _):
+        w, h = state
+        return (w, jnp.tanh(h @ w)), jnp.sum(h)
+
+    (_, h), sums = lax.scan(step, (p["w"], x), None, length=3)
+    return h, sums
+
+
+def handed_on(p, x):
+    h, again = lax.scan(lambda h, w: (jnp.tanh(h @ w), w), x, p["w"])
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, again, reverse=True, unroll=2)[0]
+
+
+def branches(p, x):
+    def step(h, i):
+        return lax.cond(i % 2 == 0, lambda h: jnp.tanh(h @ p["w"]), lambda h: 1.5 * h, h), None
+
+    return lax.scan(step, x, jnp.arange(4))[0]
+
+
+CONTROL = {
+    "scan": (lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), h.sum()), x, p["w"]), w(3, 6, 6)),
+    "scan over middle axis": (
+        lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.swapaxes(p["w"], 0, 1))[0],
+        w(6, 3, 6),
+    ),
+    "scan of scan": (
+        lambda p, x: lax.scan(
+            lambda h, ws: (lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, ws)[0], None),
+            x,
+            p["w"].reshape(2, 2, 6, 6),
+        )[0],
+        w(4, 6, 6),
+    ),
+    "scan of merged stacks": (
+        lambda p, x: lax.scan(lambda h, w: (h @ w, None), x, p["w"].reshape(4, 6, 6))[0],
+        w(2, 2, 6, 6),
+    ),
+    "scan of experts": (
+        lambda p, x: lax.scan(lambda h, w: (jnp.einsum("etd,edf->etf", h, w), None), x, p["w"])[0],
+        w(2, 3, 6, 6),
+    ),
+    "carried": (carried, w(6, 6)),
+    "handed on": (handed_on, w(4, 6, 6)),
+    "constant of a scan, in branches": (branches, w(6, 6)),
+    "switch over a stack": (
+        lambda p, x: lax.switch(1, [lambda w: x @ w[0], lambda w: x @ w[1]], p["w"]),
+        w(2, 6, 6),
+    ),
+    "fori": (lambda p, x: lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"][i]), x), w(3, 6, 6)),
+    "custom_vjp": (lambda p, x: square(jax.nn.relu(x @ p["w"])), w(6, 7)),
+    "custom_jvp": (lambda p, x: cube(jax.nn.gelu(x @ p["w"])), w(6, 7)),
+    "map": (lambda p, x: lax.map(lambda row: row @ p["w"], x), w(6, 7)),
+    "inner gradient": (
+        lambda p, x: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"])))(x),
+        w(6, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_control_flow(law, name):
+    fn, weight = CONTROL[name]
+    law(fn, {"w": weight}, {"w": LORA}, X)
+
+
+# name -> (input shape, kernel shape, dimension numbers, options)
+CONVS = {
+    "1d": ((2, 9, 3), (3, 3, 4), ("NWC", "WIO", "NWC"), {}),
+    "1d causal": ((2, 9, 3), (3, 3, 4), ("NWC", "WIO", "NWC"), {"padding": [(2, 0)]}),
+    "2d not square": ((2, 6, 7, 3), (2, 3, 3, 4), ("NHWC", "HWIO", "NHWC"), {"padding": "SAME"}),
+    "2d strided": ((2, 6, 7, 3), (2, 3, 3, 4), ("NHWC", "HWIO", "NHWC"), {"window_strides": (2, 1)}),
+    "2d dilated": ((2, 6, 7, 3), (2, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {"rhs_dilation": (2, 3)}),
+    "2d transposed": ((2, 4, 4, 3), (2, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {"lhs_dilation": (2, 2), "padding": [(1, 0), (0, 1)]}),
+    "2d channels first": ((2, 3, 6, 7), (4, 3, 2, 3), ("NCHW", "OIHW", "NCHW"), {}),
+    "2d grouped": ((2, 6, 7, 4), (2, 3, 2, 6), ("NHWC", "HWIO", "NHWC"), {"feature_group_count": 2}),
+    "2d depthwise": ((2, 6, 7, 4), (2, 3, 1, 8), ("NHWC", "HWIO", "NHWC"), {"feature_group_count": 4}),
+    "2d batch groups": ((4, 5, 5, 3), (2, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {"batch_group_count": 2}),
+    "3d": ((2, 4, 5, 6, 2), (2, 3, 2, 2, 3), ("NDHWC", "DHWIO", "NDHWC"), {}),
+}
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolutions(law, name):
+    shape, kernel, numbers, options = CONVS[name]
+    options = {"window_strides": (1,) * (len(shape) - 2), "padding": "VALID"} | options
+
+    def fn(p, x):
+        return lax.conv_general_dilated(x, p["w"], dimension_numbers=numbers, **options)
+
+    batches = "batch_group_count" in options  # merges the kernel in place
+    adapter = law(fn, {"w": w(*kernel)}, {"w": LORA}, w(*shape, seed=0), structural=not batches)
+    site = adapter.sites[0][0]
+    assert site.d_out == kernel[numbers[1].index("O")]
+
+
+def test_scanned_convolution(law):
+    def fn(p, x):
+        def step(h, k):
+            return jnp.tanh(lax.conv(h, k, (1, 1), "SAME")), None
+
+        return lax.scan(step, x, p["w"])[0]
+
+    law(fn, {"w": w(2, 3, 3, 2, 2)}, {"w": LORA}, w(2, 3, 5, 5))
