@@ -75,20 +75,21 @@ def _layer_norm_jvp(eps, primals, tangents):
     x, scale, bias = primals
     dx, dscale, dbias = tangents
     y, unit, rstd = _normalise(x, scale, bias, eps)
-    dy = jnp.zeros(x.shape, jnp.float32)
+    # With an adapter the base norms are constants: their tangents are symbolic zeros, and no
+    # reduction over the rows is ever emitted for them.
+    terms = []
     if not isinstance(dx, SymbolicZero):
         wide = dx.astype(jnp.float32)
         along = jnp.mean(wide * unit, axis=-1, keepdims=True)
         # rstd first, scale last: the factors kept for the backward pass are then a number a row
         # and a vector, never their product of activation size.
         inner = rstd * (wide - jnp.mean(wide, axis=-1, keepdims=True) - unit * along)
-        dy = dy + inner * _row(scale, x.ndim)
-    # With an adapter the base norms are constants: their tangents are symbolic zeros, and no
-    # reduction over the rows is ever emitted for them.
+        terms.append(inner * _row(scale, x.ndim))
     if not isinstance(dscale, SymbolicZero):
-        dy = dy + unit * _row(dscale, x.ndim)
+        terms.append(unit * _row(dscale, x.ndim))
     if not isinstance(dbias, SymbolicZero):
-        dy = dy + _row(dbias, x.ndim)
+        terms.append(jnp.broadcast_to(_row(dbias, x.ndim), x.shape))
+    dy = sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(unit)
     return y, dy.astype(x.dtype)
 
 

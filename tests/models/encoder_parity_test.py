@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from transformers.utils import logging
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny models; a second thread only fights with XLA's
 
 SHAPES = {
     "one layer, one head": {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8},
@@ -46,7 +47,7 @@ def _torch_model(folder: Path, **shape):
     """A random model on disk, its every weight far from the initial zeros and ones."""
     torch.manual_seed(0)
     base = {"vocab_size": 40, "intermediate_size": 24, "max_position_embeddings": 10}
-    model = BertModel(BertConfig(**(base | shape)), attn_implementation="eager").eval()
+    model = BertModel(BertConfig(**(base | shape), attn_implementation="eager")).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     model.save_pretrained(folder)
