@@ -54,12 +54,13 @@ class Config:
         ("none", "balanced_svd", "procrustes", "frozen_A"),
     )
     zoo_seeds: int = setting("zoo", 2, "training runs a seen task (a reference seed comes on top)")
-    zoo_steps: int = setting("zoo", 60, "optimiser steps a run")
+    references: int = setting("zoo", 24, "seen tasks that also get a reference seed (0: all)")
+    zoo_steps: int = setting("zoo", 50, "optimiser steps a run")
     zoo_batch: int = setting("zoo", 16, "rows a step and run")
     zoo_lr: float = setting("zoo", 1e-2, "peak learning rate (Adam, cosine decay)")
     zoo_snapshots: int = setting("zoo", 3, "spaced snapshots kept of the last third of a run")
     zoo_chunk: int = setting("zoo", 12, "runs trained at once (vmapped)")
-    zoo_segment: int = setting("zoo", 20, "steps between checkpoints")
+    zoo_segment: int = setting("zoo", 25, "steps between checkpoints")
     # codec
     codec: str = setting("codec", "pca", "codec of our generator", ("pca", "token_ae", "conv_ae"))
     latent: int = setting("codec", 96, "latent numbers a token (pca, token_ae)")

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,29 +35,43 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_tree(path: Path, tree: PyTree) -> None:
-    """Commit a PyTree of arrays as one Orbax checkpoint folder, replacing an older one."""
-    host = jax.tree.map(np.asarray, tree)
+    """Commit the array leaves of any PyTree as one Orbax checkpoint folder (replacing it).
+
+    Leaves are stored by their key path, so NamedTuples and optimizer states need no schema.
+    """
+    host = {k: np.asarray(v) for k, v in _named(tree).items()}
     with ocp.StandardCheckpointer() as saver:
         saver.save(path.absolute(), host, force=True)
         saver.wait_until_finished()
 
 
-def load_tree(path: Path, like: PyTree | None = None) -> PyTree:
-    """Read a PyTree back as numpy arrays. Raises StageError naming the folder."""
+def load_tree(path: Path, like: PyTree) -> PyTree:
+    """Read a PyTree of numpy arrays with the structure, shapes and dtypes of `like`.
+
+    Raises StageError naming the folder when it is missing, damaged or of another shape.
+    """
     if not path.is_dir():
         raise StageError(f"{path}: no checkpoint here; run the stage that writes it again")
+    want = {k: np.zeros(v.shape, v.dtype) for k, v in _named(like).items()}
     try:
         with ocp.StandardCheckpointer() as saver:
-            target = None
-            if like is not None:
-                target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-            tree = saver.restore(path.absolute(), target)
+            got = saver.restore(path.absolute(), want)
     except Exception as error:  # Orbax raises many kinds for a damaged folder
+        text = str(error).splitlines()[0][:200] if str(error) else ""
         raise StageError(
-            f"{path}: the checkpoint cannot be read ({type(error).__name__}); delete the folder"
-            " and run its stage again"
+            f"{path}: the checkpoint cannot be read ({type(error).__name__}: {text}); delete the"
+            " folder and run its stage again"
         ) from error
-    return jax.tree.map(np.asarray, tree)
+    for name, leaf in want.items():
+        if name not in got or got[name].shape != leaf.shape:
+            found = got[name].shape if name in got else "nothing"
+            raise StageError(f"{path}: {name}: expected shape {leaf.shape}, got {found}")
+    return jax.tree.unflatten(jax.tree.structure(like), [np.asarray(got[k]) for k in want])
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {re.sub(r"[^A-Za-z0-9_]+", ".", jax.tree_util.keystr(k)): v for k, v in leaves}
 
 
 def digest(path: Path) -> str:

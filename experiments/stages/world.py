@@ -10,6 +10,7 @@ Symbols: N texts, t tokens kept, d width, E = d condition width, C = 4 condition
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ class World(NamedTuple):
     config: Config  # settings
     model: encoder.EncoderConfig  # shape of the base encoder
     upper: PyTree  # parameters of the adapted layers: {'layers': ...}
+    below: int  # frozen layers below them
     hidden: jax.Array  # [N, t, d] f32, states entering the adapted layers
     mask: jax.Array  # [N, t] bool, real tokens
     embedding: np.ndarray  # [N, d] f32, unit norm, what the unadapted base says of each text
@@ -118,13 +120,16 @@ def build(config: Config, workdir: Path, cache: Path | None) -> World:
             words, labels = getattr(found, split)
             index = [texts.setdefault(w, len(texts)) for w in words]
             rows[task.name, split] = Rows(np.asarray(index, np.int32), np.asarray(labels, np.int32))
+    content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     if not stage.done:
-        compute_states(config, workdir, stage, loaded, list(texts))
-    stage.verify()
+        compute_states(config, workdir, stage, loaded, list(texts), content)
+    if stage.verify()["content"] != content:
+        raise StageError(
+            f"{stage.path}: was made from other texts than the tasks have now; use another"
+            " --workdir or delete this one"
+        )
     hidden = np.load(stage.path / "hidden.npy")
     mask = np.load(stage.path / "mask.npy")
-    if len(hidden) != len(texts):
-        raise StageError(f"{stage.path}: holds {len(hidden)} texts, the tasks have {len(texts)}")
     phrases = sorted(
         {w for t in (*chosen, *pool) for w in t.class_descriptions}
         | {w for t in (*chosen, *pool) for side in t.paraphrases for w in side}
@@ -136,6 +141,7 @@ def build(config: Config, workdir: Path, cache: Path | None) -> World:
         config=config,
         model=loaded.config,
         upper=base_model.upper(loaded, config),
+        below=base_model.lower_count(loaded, config),
         hidden=jnp.asarray(hidden),
         mask=jnp.asarray(mask),
         embedding=np.load(stage.path / "embedding.npy"),
@@ -175,7 +181,12 @@ def make_heads(
 
 
 def compute_states(
-    config: Config, workdir: Path, stage: Stage, loaded: base_model.Base, texts: list[str]
+    config: Config,
+    workdir: Path,
+    stage: Stage,
+    loaded: base_model.Base,
+    texts: list[str],
+    content: str,
 ) -> None:
     """Run the frozen lower layers over every text once; write hidden, mask and embedding."""
     folder = stage.open()
@@ -193,4 +204,4 @@ def compute_states(
     np.save(folder / "mask.npy", np.concatenate(masks))
     np.save(folder / "embedding.npy", np.concatenate(vectors))
     write_json(folder / "settings.json", dataclasses.asdict(config))
-    stage.commit({"texts": len(texts)})
+    stage.commit({"texts": len(texts), "content": content})

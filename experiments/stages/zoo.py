@@ -49,14 +49,17 @@ class TrainState(NamedTuple):
 
 
 def plan(world: World) -> list[Run]:
-    """Zoo runs: every seen task x (zoo_seeds + 1 reference), every held-out task once."""
+    """Zoo runs: `zoo_seeds` a seen task, a reference seed for some, every held-out task once."""
     config = world.config
+    seen = [t.name for t in world.tasks if t.level in ("seen", "user")]
+    every = max(1, len(seen) // config.references) if config.references else 1
+    marked = set(seen[::every][: config.references or None])
     runs = []
     for task in world.tasks:
-        if task.level in ("seen", "user"):
-            runs += [Run(f"{task.name}/{s}", (task.name,), s) for s in range(config.zoo_seeds + 1)]
-        else:
-            runs.append(Run(f"{task.name}/{config.zoo_seeds}", (task.name,), config.zoo_seeds))
+        seeds = [config.zoo_seeds]
+        if task.name in seen:
+            seeds = range(config.zoo_seeds + (task.name in marked))
+        runs += [Run(f"{task.name}/{s}", (task.name,), s) for s in seeds]
     return runs
 
 
@@ -241,12 +244,12 @@ def run(world: World, workdir: Path) -> Stage:
     chunks = [runs[i : i + size] for i in range(0, len(runs), size)]
     seen = tuple(t.name for t in world.tasks if t.level in ("seen", "user"))
     multi_steps = 4 * config.zoo_steps
-    total = len(runs) * config.zoo_steps + multi_steps
+    total = len(chunks) * size * config.zoo_steps + multi_steps
     with Progress(workdir, "zoo", total, "run·step") as bar:
         for k, chunk in enumerate(chunks):
             target = folder / f"chunk_{k:03d}"
             if target.is_dir():
-                bar.step(len(chunk) * config.zoo_steps)
+                bar.step(size * config.zoo_steps)
                 continue
             # The last chunk is filled up with repeats, so that one compilation serves all.
             full = [*chunk, *[chunk[-1]] * (size - len(chunk))]
@@ -285,11 +288,13 @@ def read(world: World, workdir: Path) -> Zoo:
     stage = Stage(workdir, "zoo", world.config.key("zoo"))
     stage.verify()
     runs = tuple(plan(world))
-    parts = [load_tree(p)["snapshots"] for p in sorted(stage.path.glob("chunk_*"))]
+    size = min(world.config.zoo_chunk, len(runs))
+    parts = []
+    for k, start in enumerate(range(0, len(runs), size)):
+        like = _empty(world, len(runs[start : start + size]))
+        parts.append(load_tree(stage.path / f"chunk_{k:03d}", like)["snapshots"])
     trainable = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
-        if len(leaf) != len(runs):
-            raise StageError(f"{stage.path}: holds {len(leaf)} runs, expected {len(runs)}")
         bad = ~np.isfinite(leaf.reshape(len(runs), -1)).all(1)
         if bad.any():
             where = runs[int(np.argmax(bad))].name
@@ -297,5 +302,13 @@ def read(world: World, workdir: Path) -> Zoo:
                 f"{stage.path}: run '{where}' has NaN or infinity in {jax.tree_util.keystr(path)};"
                 " lower --zoo_lr or delete the stage's folder and train it again"
             )
-    multi = jax.tree.map(lambda x: x[0, -1], load_tree(stage.path / "multitask")["snapshots"])
-    return Zoo(template(world, world.config.seed), trainable, runs, multi)
+    multi = load_tree(stage.path / "multitask", _empty(world, 1))["snapshots"]
+    last = jax.tree.map(lambda x: x[0, -1], multi)
+    return Zoo(template(world, world.config.seed), trainable, runs, last)
+
+
+def _empty(world: World, runs: int) -> dict[str, Any]:
+    copies = len(snapshot_steps(world.config, world.config.zoo_steps))
+    one = template(world, world.config.seed).trainable
+    shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct((runs, copies, *x.shape), x.dtype), one)
+    return {"snapshots": shape, "loss": jax.ShapeDtypeStruct((runs,), jnp.float32)}

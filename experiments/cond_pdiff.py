@@ -1,0 +1,177 @@
+"""Generate LoRA adapters of a real encoder from a description of the task.
+
+    python -m experiments.cond_pdiff --flagfile=experiments/flags/text_quick.flags
+
+Stages, in order: `data` (base states of all texts), `zoo` (train adapters of many tasks), `codec`
+(adapters -> latents), `denoiser` (our conditional flow, and the paper's DDPM), `sample`,
+`evaluate`, `report`. Each is kept in the workdir under a hash of its settings, skipped when it is
+there and resumed when it was killed. `--stage` runs some of them.
+
+With `--task_dir=DIR --stage=sample,evaluate` on a finished workdir, tasks of your own get generated
+adapters from their descriptions and a few examples, scored and saved as PEFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import config as config_lib
+from experiments.config import STAGES, Config
+from experiments.data.assets import AssetError
+from experiments.workdir import Stage, StageError, explain_oserror, write_json
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
+STAGE = flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
+CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+config_lib.define_flags()
+
+
+def pipeline(
+    config: Config, workdir: Path, stages: list[str], cache: Path | None, command: str
+) -> dict[str, Any] | None:
+    """Run the stages; returns the report if the last one ran."""
+    # Imported here: --help should not wait for JAX.
+    from experiments.stages import codec, denoiser, evaluate, report, sample, world, zoo
+
+    times = _Times(workdir)
+    last = max(STAGES.index(s) for s in stages)
+    with times.of("data"):
+        made = world.build(config, workdir, cache)
+    if last == STAGES.index("data"):
+        return None
+    with times.of("zoo"):
+        _run_or_need(stages, "zoo", Stage(workdir, "zoo", config.key("zoo")))
+        zoo.run(made, workdir)
+        adapters = zoo.read(made, workdir)
+    if last == STAGES.index("zoo"):
+        return None
+    with times.of("codec"):
+        _run_or_need(stages, "codec", Stage(workdir, "codec", config.key("codec")))
+        coded = codec.run(made, adapters, workdir)
+    if last == STAGES.index("codec"):
+        return None
+    with times.of("denoiser"):
+        _run_or_need(stages, "denoiser", Stage(workdir, "denoiser", config.key("denoiser")))
+        trained = denoiser.run(made, coded, workdir)
+    if last == STAGES.index("denoiser"):
+        return None
+    with times.of("sample"):
+        _run_or_need(stages, "sample", Stage(workdir, "sample", config.key("sample")))
+        draws = sample.run(made, coded, trained, workdir)
+    if last == STAGES.index("sample"):
+        return None
+    with times.of("evaluate"):
+        _run_or_need(stages, "evaluate", Stage(workdir, "evaluate", config.key("evaluate")))
+        found = evaluate.run(made, adapters, coded, trained, draws, workdir)
+    if last == STAGES.index("evaluate"):
+        return None
+    return report.run(made, coded, found, workdir, command, times.all())
+
+
+def user_pipeline(config: Config, workdir: Path, cache: Path | None) -> dict[str, Any]:
+    """Generated adapters for the user's tasks on a finished workdir."""
+    from experiments.stages import codec, denoiser, user_tasks, world, zoo
+
+    base = dataclasses.replace(config, task_dir="")
+    for name in ("data", "zoo", "codec", "denoiser"):
+        Stage(workdir, name, base.key(name)).verify()
+    made = world.build(base, workdir, cache)
+    coded = codec.run(made, zoo.read(made, workdir), workdir)
+    trained = denoiser.run(made, coded, workdir)
+    return user_tasks.run(made, config, coded, trained, workdir, cache)
+
+
+def _run_or_need(stages: list[str], name: str, stage: Stage) -> None:
+    if name not in stages and not stage.done:
+        raise StageError(f"{stage.path}: stage '{name}' is needed and not finished; add it to --stage")
+
+
+class _Times:
+    """Seconds of each stage, added up over restarts in <workdir>/times.json."""
+
+    def __init__(self, workdir: Path):
+        self.path = workdir / "times.json"
+
+    def all(self) -> dict[str, float]:
+        import json
+
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+
+    def of(self, name: str) -> _Timer:
+        return _Timer(self, name)
+
+
+class _Timer:
+    def __init__(self, times: _Times, name: str):
+        self.times, self.name = times, name
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        known = self.times.all()
+        known[self.name] = round(known.get(self.name, 0.0) + time.monotonic() - self.start, 1)
+        write_json(self.times.path, known)
+
+
+def show(report: dict[str, Any], workdir: Path) -> None:
+    """The report in a few lines on standard output."""
+    print("\nSeen tasks (mean over tasks):")
+    for key, cell in report["summary"].items():
+        print(f"  {key:16s} {100 * cell['mean']:5.1f} %")
+    for level, part in report["unseen"].items():
+        print(f"{level}:")
+        for key, cell in part["accuracy"].items():
+            gap = part["gap_recovered"].get(key)
+            share = f"   {100 * gap['mean']:5.1f} % of the gap" if gap else ""
+            print(f"  {key:16s} {100 * cell['mean']:5.1f} %{share}")
+    for claim in report["claims"]:
+        print(f"[{'holds' if claim['holds'] else 'does not hold'}] {claim['text']}")
+    print(f"\nReport: {workdir / 'report.html'}")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point: flags to stages, every expected failure one clear line and exit code 2."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    workdir = Path(WORKDIR.value)
+    cache = Path(CACHE.value) if CACHE.value else None
+    try:
+        config = config_lib.from_flags(flags.FLAGS)
+        unknown = [s for s in STAGE.value if s not in STAGES]
+        if unknown or not STAGE.value:
+            raise ValueError(f"--stage={','.join(STAGE.value)}: expected some of {', '.join(STAGES)}")
+        workdir.mkdir(parents=True, exist_ok=True)
+        if config.task_dir and set(STAGE.value) <= {"sample", "evaluate"}:
+            scores = user_pipeline(config, workdir, cache)
+            for task, table in scores.items():
+                print(task)
+                for method, cell in table.items():
+                    print(f"  {method:14s} {100 * cell['mean']:5.1f} % (std {100 * cell['std']:.1f})")
+            print(f"\nAdapters: {workdir / 'user'}")
+            return
+        command = shlex.join(["python", "-m", "experiments.cond_pdiff", *sys.argv[1:]])
+        report = pipeline(config, workdir, STAGE.value, cache, command)
+    except OSError as error:
+        _fail(explain_oserror(error, workdir))
+    except (StageError, AssetError, ValueError, FloatingPointError) as error:
+        _fail(str(error))
+    else:
+        if report is not None:
+            show(report, workdir)
+
+
+def _fail(text: str) -> None:
+    print(f"\nerror: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,188 @@
+"""Stage `codec`: the zoo's adapters become canonical, normalised tokens and then latents.
+
+Three codecs are fitted on the seen tasks' zoo runs (never on reference seeds or held-out tasks):
+ours (`--codec`, one scale a site type), the paper's convolutional autoencoder on weights
+normalised over the whole zoo (`pdiff_global`), and the same with the paper's per-task statistics
+(`pdiff_task`), whose de-normalisation knows the task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora as jl
+from experiments.config import Config
+from experiments.progress import Progress
+from experiments.stages.world import World
+from experiments.stages.zoo import Zoo
+from experiments.workdir import Stage, StageError, load_tree, save_tree, write_json
+from jlora.generation import canonical, codec, normalise, tokens
+
+PyTree = Any
+VARIANTS = ("ours", "pdiff_global", "pdiff_task")
+MODES = {"ours": "site_rms", "pdiff_global": "coordinate", "pdiff_task": "task"}
+
+
+class Fitted(NamedTuple):
+    """One codec with its normaliser."""
+
+    norm: normalise.Normaliser  # fitted on the training rows
+    state: Any  # codec state
+
+
+class Coded(NamedTuple):
+    """The zoo as the generators see it: n rows = seen tasks x seeds x snapshots."""
+
+    spec: tokens.TokenSpec  # layout of an adapter's tokens
+    template: jl.Adapter  # frozen parts and sites
+    reference: PyTree | None  # canonical reference factors (procrustes only)
+    names: tuple[str, ...]  # the seen tasks, K of them
+    x: np.ndarray  # [n, T, D] canonical tokens of the training rows
+    task: np.ndarray  # [n] int32, position in `names`
+    run: np.ndarray  # [n] int32, position in the zoo's runs
+    fitted: dict[str, Fitted]  # by variant
+    kinds: dict[str, str]  # variant -> codec name
+
+
+def scales(template: jl.Adapter) -> dict[str, Any]:
+    """path -> LoRA scale [*stack]."""
+    return {path: leaves["scale"] for path, leaves in template.frozen.items()}
+
+
+def to_tokens(coded: Coded, config: Config, trainable: PyTree) -> jax.Array:
+    """[n, T, D] canonical tokens of a bank of trainables with leading axis n."""
+    return _tokens(coded.spec, coded.template, config.canonical, coded.reference, trainable)
+
+
+def _tokens(spec, template, kind, reference, bank):
+    def one(tree):
+        tree = canonical.canonicalise(kind, tree, scales(template), reference)
+        return tokens.tokenise(spec, tree)
+
+    return jax.jit(jax.vmap(one))(bank)
+
+
+def to_trainable(coded: Coded, x: jax.Array) -> PyTree:
+    """Trainable factors of one adapter from its canonical tokens [T, D]; vmap for banks."""
+    return canonical.unfold(tokens.detokenise(coded.spec, x), scales(coded.template))
+
+
+def decode(kind: str, fitted: Fitted, z: jax.Array, task: jax.Array | None = None) -> jax.Array:
+    """Canonical tokens [T, D] from latents z [S, L]; `task` only for the per-task normaliser."""
+    return normalise.invert(fitted.norm, codec.by_name(kind).decode(fitted.state, z), task)
+
+
+def latents(coded: Coded, variant: str) -> jax.Array:
+    """[n, S, L] latents of the training rows."""
+    fitted, kind = coded.fitted[variant], coded.kinds[variant]
+    encode = codec.by_name(kind).encode
+    data = _normalised(coded, fitted.norm, variant)
+    return jax.jit(jax.vmap(encode, in_axes=(None, 0)))(fitted.state, data)
+
+
+def codec_config(config: Config, variant: str, rows: int) -> tuple[str, Any]:
+    """(codec name, its hyper-parameters) of a variant."""
+    name = config.codec if variant == "ours" else "conv_ae"
+    kind = codec.by_name(name).config
+    if name == "pca":
+        return name, kind(components=min(config.latent, rows - 1), whiten=False)
+    if name == "token_ae":
+        return name, kind(latent=config.latent, steps=config.codec_steps)
+    wide = config.pdiff_ae_width
+    steps = config.codec_steps if variant == "ours" else config.pdiff_ae_steps
+    return name, kind(dec_channels=(4, wide, wide, 8), steps=steps, batch=64, chunk=min(50, steps))
+
+
+def training_rows(world: World, zoo: Zoo) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """(seen task names, run positions [m], task position of each [m]) of the zoo runs."""
+    names = tuple(t.name for t in world.tasks if t.level in ("seen", "user"))
+    seeds = range(world.config.zoo_seeds)
+    runs = [zoo.of(name, seeds) for name in names]
+    task = np.repeat(np.arange(len(names)), [len(r) for r in runs])
+    return names, np.concatenate(runs), task.astype(np.int32)
+
+
+def prepare(world: World, zoo: Zoo) -> Coded:
+    """Everything but the fitted codecs."""
+    config = world.config
+    names, runs, task = training_rows(world, zoo)
+    rows = jax.tree.map(lambda x: x[runs].reshape(-1, *x.shape[2:]), zoo.trainable)
+    copies = jax.tree.leaves(rows)[0].shape[0] // len(runs)
+    reference = None
+    if config.canonical == "procrustes":
+        first = jax.tree.map(lambda x: jnp.asarray(x[runs[0], -1]), zoo.trainable)
+        reference = canonical.canonicalise("balanced_svd", first, scales(zoo.template))
+    spec = tokens.from_adapter(zoo.template)
+    x = np.asarray(_tokens(spec, zoo.template, config.canonical, reference, rows))
+    return Coded(
+        spec, zoo.template, reference, names, x,
+        np.repeat(task, copies), np.repeat(runs, copies).astype(np.int32), {}, {},
+    )  # fmt: skip
+
+
+def _normalised(coded: Coded, norm: normalise.Normaliser, variant: str) -> jax.Array:
+    use = variant == "pdiff_task"
+    one = jax.vmap(lambda x, k: normalise.apply(norm, x, k if use else None))
+    return one(jnp.asarray(coded.x), jnp.asarray(coded.task))
+
+
+def run(world: World, zoo: Zoo, workdir: Path) -> Coded:
+    """Fit (or read) the three codecs."""
+    config = world.config
+    stage = Stage(workdir, "codec", config.key("codec"))
+    if stage.done:
+        stage.verify()
+    coded = prepare(world, zoo)
+    key = jax.random.fold_in(jax.random.key(config.seed), 101)
+    folder, curves = stage.open(), {}
+    names = {v: codec_config(config, v, len(coded.x)) for v in VARIANTS}
+    total = sum(getattr(c, "steps", 1) for _, c in names.values())
+    with Progress(workdir, "codec", total, "step") as bar:
+        for variant, (name, settings) in names.items():
+            norm = normalise.fit(
+                MODES[variant],
+                jnp.asarray(coded.x),
+                mask=coded.spec.mask,
+                types=coded.spec.types if variant == "ours" else None,
+                tasks=coded.task if variant == "pdiff_task" else None,
+            )
+            like = codec.template(name, settings, *coded.x.shape[1:])
+            target = folder / variant
+            if target.is_dir():
+                state = jax.tree.map(jnp.asarray, load_tree(target, like))
+                bar.step(getattr(settings, "steps", 1))
+            else:
+
+                def report(train_state, metrics, label=variant):
+                    loss = metrics["loss"]
+                    bar.step(len(loss), loss=float(loss[-1]))
+                    bar.curve(int(train_state.step), {f"{label}/loss": float(loss.mean())})
+                    curves.setdefault(label, []).extend(float(v) for v in loss)
+
+                data = _normalised(coded, norm, variant)
+                state, _ = codec.by_name(name).fit(key, data, settings, callback=report)
+                if name == "pca":
+                    bar.step(1)
+                save_tree(target, state)
+            coded.fitted[variant] = Fitted(norm, state)
+            coded.kinds[variant] = name
+    if not stage.done:
+        write_json(folder / "curves.json", curves)
+        stage.commit({"rows": len(coded.x)})
+    return coded
+
+
+def bank(coded: Coded, trainable: PyTree) -> jl.Adapter:
+    """A bank from trainables with a leading axis; frozen parts are shared, so they are repeated."""
+    n = jax.tree.leaves(trainable)[0].shape[0]
+    if n == 0:
+        raise StageError("an empty bank of adapters")
+    frozen = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), coded.template.frozen
+    )
+    return coded.template.replace(trainable=trainable, frozen=frozen)
