@@ -90,7 +90,8 @@ def save(path: Path | str, **arrays: Any) -> None:
     checked = check(arrays)
     temp = path.with_name(path.name + ".tmp")
     with temp.open("wb") as file:
-        np.savez_compressed(file, **{name: checked[name] for name in sorted(checked)})
+        ordered: dict[str, Any] = {name: checked[name] for name in sorted(checked)}
+        np.savez_compressed(file, **ordered)
     os.replace(temp, path)
 
 

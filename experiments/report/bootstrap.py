@@ -13,16 +13,16 @@ Deviates: tasks are resampled as exchangeable; sub-tasks that share labels are n
 true uncertainty is somewhat larger than these intervals.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 DRAWS = 10_000
 CONFIDENCE = 0.95
 
 
-def _values(x: Sequence[float], name: str) -> np.ndarray:
+def _values(x: ArrayLike, name: str) -> np.ndarray:
     array = np.asarray(x, np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name}: shape {array.shape}, expected one value a task")
@@ -49,7 +49,7 @@ def _interval(point: float, resampled: np.ndarray, n: int, confidence: float) ->
 
 
 def mean(
-    x: Sequence[float], *, seed: int = 0, draws: int = DRAWS, confidence: float = CONFIDENCE
+    x: ArrayLike, *, seed: int = 0, draws: int = DRAWS, confidence: float = CONFIDENCE
 ) -> dict[str, Any]:
     """Interval of the mean over tasks: {mean, low, high, n, confidence}.
 
@@ -62,8 +62,8 @@ def mean(
 
 
 def paired(
-    x: Sequence[float],
-    y: Sequence[float],
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     seed: int = 0,
     draws: int = DRAWS,
@@ -81,8 +81,8 @@ def paired(
 
 
 def ratio(
-    numerator: Sequence[float],
-    denominator: Sequence[float],
+    numerator: ArrayLike,
+    denominator: ArrayLike,
     *,
     seed: int = 0,
     draws: int = DRAWS,

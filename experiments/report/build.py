@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from experiments.report import bootstrap, claims, schema
 
 MIN_GAP = 0.03  # 3 points: below it a share of the gap is noise
 
-Table = Mapping[str, Mapping[str, Sequence[float]]]  # task -> method -> accuracies
+Table = Mapping[str, Mapping[str, ArrayLike]]  # task -> method -> accuracies
 
 
 def cell(values: Any, path: str = "cell", keep: bool = True) -> dict[str, Any]:
@@ -71,20 +72,23 @@ def _means(rows: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray:
     return np.asarray([row[key]["mean"] for row in rows.values()])
 
 
-def level(tasks: Table, path: str, seed: int) -> dict[str, Any]:
+def level(tasks: Table, name: str, seed: int = 0) -> dict[str, Any]:
     """One held-out level: per-task table, accuracies, gap recovered, paired differences.
 
     Args:
-      tasks: {task: {method: accuracies}} with all of ``schema.UNSEEN_KEYS``.
-      path: where it stands in the report. seed: of the bootstrap.
+      tasks: {task: {method: accuracies}} with all of ``schema.required(name)``; methods that only
+        some tasks have are shown task by task, but not summed up.
+      name: one of ``schema.LEVELS``. seed: of the bootstrap.
 
     Returns:
       {table, accuracy, gap_recovered {method: interval or None}, dropped [tasks], paired
       {baseline: interval of generated - baseline in accuracy}}.
     """
-    rows = table(tasks, schema.UNSEEN_KEYS, path)
-    methods = [key for key in next(iter(tasks.values())) if key not in ("base", "trained")]
-    base, trained = _means(rows, "base"), _means(rows, "trained")
+    rows = table(tasks, schema.required(name), f"report.unseen.{name}.table")
+    totals = summary(rows)
+    methods = [key for key in totals if key not in ("base", "trained")]
+    base = _means(rows, "base")
+    trained = _means(rows, "trained") if "trained" in totals else base
     kept = trained - base >= MIN_GAP
     gaps: dict[str, Any] = dict.fromkeys(methods)
     if kept.any():
@@ -94,7 +98,7 @@ def level(tasks: Table, path: str, seed: int) -> dict[str, Any]:
     made = _means(rows, "generated")
     return {
         "table": rows,
-        "accuracy": summary(rows),
+        "accuracy": totals,
         "gap_recovered": gaps,
         "dropped": [task for task, keep in zip(rows, kept, strict=True) if not keep],
         "paired": {
@@ -113,12 +117,12 @@ def build(
     confusion_labels: Sequence[str],
     confusion_matrix: Any,
     confusion_diagonal: float,
-    condition_controls: Mapping[str, Sequence[float]],
+    condition_controls: Mapping[str, ArrayLike],
     novelty_ratio: float,
     diversity_ratio: float,
     unseen: Mapping[str, Table],
-    steps: Mapping[str, Mapping[int, Sequence[float]]],
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    steps: Mapping[str, Mapping[int, ArrayLike]],
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
     times: Mapping[str, float],
     audit: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -136,7 +140,8 @@ def build(
       confusion_diagonal: fraction of generated adapters nearest to their own soup.
       condition_controls: {shuffled | null | paraphrased: accuracies, one a task}; more are allowed.
       novelty_ratio, diversity_ratio: of `audit`.
-      unseen: {level: {task: {method: accuracies}}} with all of ``schema.UNSEEN_KEYS``.
+      unseen: {level: {task: {method: accuracies}}} with all of ``schema.required(level)``; levels
+        without tasks are left out.
       steps: {sampler: {number of steps: accuracies, one a task in the same order everywhere}}.
       curves: {name: (steps, values)} of the losses; names with a common prefix before '/' share a
         plot.
@@ -175,11 +180,7 @@ def build(
         },
         "novelty_ratio": novelty_ratio,
         "diversity_ratio": diversity_ratio,
-        "unseen": {
-            name: level(tasks, f"report.unseen.{name}.table", seed)
-            for name, tasks in unseen.items()
-            if tasks
-        },
+        "unseen": {name: level(tasks, name, seed) for name, tasks in unseen.items() if tasks},
         "steps": {
             sampler: {
                 str(count): cell(values, f"report.steps.{sampler}.{count}")

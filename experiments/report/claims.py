@@ -41,7 +41,7 @@ def _claim(name: str, target: float, value: float | None, holds: bool, text: str
 
 
 def _points(x: float) -> str:
-    return f"{100 * x:+.1f}"
+    return f"{100 * x:+.2f}".replace("-", "−")
 
 
 def _span(interval: Mapping[str, Any]) -> str:
@@ -70,10 +70,11 @@ def _gap(report, level: str, target: float) -> dict[str, Any]:
     if made is None:
         text = f"Not measured: this run has no {words} that training improves."
         return _claim(name, target, None, False, text)
+    between = f"{100 * made['low']:.1f} to {100 * made['high']:.1f}"
     text = (
         f"On {words} generated adapters recover {100 * made['mean']:.1f} % of what training gains "
-        f"over the base model (interval {100 * made['low']:.1f} to {100 * made['high']:.1f}); "
-        f"kernel ridge {100 * ridge['mean']:.1f} %. Aim: {100 * target:.0f} %."
+        f"over the base model ({made['n']} tasks, interval {between}); kernel ridge "
+        f"{100 * ridge['mean']:.1f} %. Aim: {100 * target:.0f} %."
     )
     return _claim(name, target, made["mean"], made["mean"] >= target, text)
 

@@ -67,30 +67,36 @@ def figure(svg: str, caption: str, wide: bool = False) -> str:
     )
 
 
-def _pairwise(*figures: str) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>\n'
+def _grid(*figures: str, small: bool = False) -> str:
+    kind = "figures three" if small else "figures"
+    return f'<div class="{kind}">{"".join(figures)}</div>\n'
+
+
+def _prose(text: str) -> str:
+    """Escaped; a figure and its percent sign stay on one line."""
+    return escape(text).replace(" %", "\u00a0%")
 
 
 def _missing(what: str) -> str:
     return f'<p class="missing">Not measured in this run: {what}.</p>\n'
 
 
-def _claim(claim: Mapping[str, Any]) -> str:
+def _claim(claim: dict[str, Any]) -> str:
     if claim["value"] is None:
         kind, word = "open", "○ not measured"
     elif claim["holds"]:
         kind, word = "holds", "✓ holds"
     else:
         kind, word = "fails", "✗ does not hold"
-    title = names.CLAIMS.get(claim["name"], claim["name"])
+    title: str = names.CLAIMS.get(claim["name"]) or claim["name"]
     return (
         f'<li class="{kind}"><span class="verdict">{word}</span><b>{escape(title)}</b>'
-        f"<p>{escape(claim['text'])}</p></li>\n"
+        f"<p>{_prose(claim['text'])}</p></li>\n"
     )
 
 
 def _summary(report) -> str:
-    lead = "".join(f"<p>{escape(text)}</p>" for text in words.lead(report))
+    lead = "".join(f"<p>{_prose(text)}</p>" for text in words.lead(report))
     held = sum(claim["holds"] for claim in report["claims"])
     claims = "".join(map(_claim, report["claims"]))
     notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
@@ -98,7 +104,10 @@ def _summary(report) -> str:
     tiles = [
         ("seen tasks, generated", tables.percent(report["summary"]["generated"]["mean"]) + " %"),
         *(
-            (f"gap recovered, {names.label(level).lower()}", tables.percent(gap["mean"]) + " %")
+            (
+                f"gap recovered, {names.label(level).lower()}",
+                tables.percent(gap["mean"]) + " %",
+            )
             for level in names.LEVELS
             if level in report["unseen"]
             and (gap := report["unseen"][level]["gap_recovered"]["generated"]) is not None
@@ -130,17 +139,20 @@ def _unseen(report) -> str:
         "bootstrap over tasks; tasks that share labels are not independent, so true uncertainty "
         "is somewhat larger.</p>"
     )
-    svg = plots.gaps(report["unseen"], levels, GAP_METHODS)
-    text += figure(
-        svg, "Gap recovered with 95 % intervals. Dashed: base (0) and trained (100).", True
-    )
+    measured = [k for k in levels if any(report["unseen"][k]["gap_recovered"].values())]
+    if measured:
+        svg = plots.gaps(report["unseen"], measured, GAP_METHODS)
+        caption = "Gap recovered with 95 % intervals. Dashed: base (0) and trained (100)."
+        text += figure(svg, caption, wide=len(measured) > 1)
     pictures = []
     for level in levels:
         rows = report["unseen"][level]["table"]
-        svg = plots.methods_scatter(rows, "ridge", "generated", f"{level}: generated against ridge")
-        caption = f"{names.label(level)}: a dot a task; above the line the generator wins."
-        pictures.append(figure(svg, caption))
-    text += _pairwise(*pictures)
+        if all("ridge" in row for row in rows.values()):
+            alt = f"{level}: generated against ridge"
+            svg = plots.methods_scatter(rows, "ridge", "generated", alt, size=4.1)
+            caption = f"{names.label(level)}: a dot a task; above the line the generator wins."
+            pictures.append(figure(svg, caption))
+    text += _grid(*pictures, small=True) if pictures else ""
     for level in levels:
         entry = report["unseen"][level]
         count = len(entry["table"])
@@ -156,12 +168,12 @@ def _seen(report) -> str:
         report["table"], "trained", "generated", "generated against trained"
     )
     return (
-        _pairwise(
+        _grid(
             figure(svg, "A dot a task: generated against the soup of its trained adapters."),
             figure(other, "A dot a task: generated against single trained adapters (mean)."),
         )
-        + "<p>Accuracy in percent, ± one standard deviation over samples or seeds.</p>"
-        + tables.task_table(report)
+        + f"<p>All {len(report['table'])} tasks, accuracy in percent ± one standard deviation over "
+        "samples or seeds.</p>" + tables.task_table(report)
     )
 
 
@@ -181,8 +193,8 @@ def _condition(report) -> str:
     wrong = tables.mistakes(report)
     wrong = f"<h3>Most frequent wrong neighbours</h3>{wrong}" if wrong else ""
     return (
-        f"<p>{escape(words.condition(report))}</p>"
-        + _pairwise(
+        f"<p>{_prose(words.condition(report))}</p>"
+        + _grid(
             figure(
                 maps.confusion(labels, matrix),
                 f"Which task's soup is a generated adapter closest to? On the diagonal: "
@@ -207,11 +219,12 @@ def _new(report, arrays) -> str:
         pictures.append(figure(maps.overlap(arrays), caption))
     if report["audit"]:
         text += f"<h3>Audit figures</h3>{tables.settings(report['audit'])}"
-    text += _pairwise(*pictures) if pictures else ""
+    text += _grid(*pictures) if pictures else ""
     if "gram" not in arrays:
         return text + _missing("PCA and t-SNE of adapters, denoising trajectories")
     flat = plot_arrays.pca(arrays)
-    axes = tuple(f"PC {i + 1} ({100 * flat.explained[i]:.1f} % of variance)" for i in (0, 1))
+    first, second = (f"PC {i + 1} ({100 * flat.explained[i]:.1f} % of variance)" for i in (0, 1))
+    axes = (first, second)
     caption = (
         "Hollow: real, filled: generated. Up to eight tasks are coloured, the others grey. "
         "Distances are between weight changes (deltas), not factors."
@@ -226,8 +239,9 @@ def _new(report, arrays) -> str:
         text += _missing("denoising trajectories")
     else:
         svg = maps.scatter(flat.points, arrays, axes, "denoising trajectories", flat.paths)
-        pictures.append(figure(svg, "From noise (square) to adapter (star), decoded, in the PCA."))
-    return text + _pairwise(*pictures)
+        caption = "Denoising: from noise (square) to adapter (star), each step decoded, in the PCA."
+        return text + _grid(*pictures) + figure(svg, caption)
+    return text + _grid(*pictures)
 
 
 def _steps(report) -> str:
@@ -243,7 +257,7 @@ def _training(report) -> str:
     groups: dict[str, dict[str, Any]] = {}
     for name, curve in sorted(report["curves"].items()):
         groups.setdefault(name.split("/", 1)[0], {})[name] = curve
-    return _pairwise(
+    return _grid(
         *(
             figure(plots.curves(group, title), escape(f"Training loss: {title}."))
             for title, group in groups.items()

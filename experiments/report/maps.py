@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 
 from experiments.report import arrays as plot_arrays
@@ -28,8 +30,8 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
         image = axis.pcolormesh(
             np.arange(size + 1) + 0.5,
             np.arange(size + 1) + 0.5,
-            np.asarray(matrix),
-            cmap="Blues",
+            np.ma.masked_equal(np.asarray(matrix), 0),  # never: white; once: already visible
+            cmap=ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 128))),
             vmin=0,
             vmax=1,
             rasterized=True,
@@ -47,10 +49,9 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
             places = [1, *range(step, size + 1, step)]
             axis.set_xticks(places)
             axis.set_yticks(places)
-        figure.colorbar(image, ax=axis, shrink=0.6, label="share of samples")
+        figure.colorbar(image, ax=axis, shrink=0.7, label="share of samples")
 
-    side = 6.6 if named else 6.2
-    return svg(draw, (side, side), "confusion matrix of generated adapters")
+    return svg(draw, (7.0, 6.2) if named else (6.6, 5.4), "confusion matrix of generated adapters")
 
 
 def _shown_tasks(task: np.ndarray, kind: np.ndarray) -> list[int]:
@@ -76,10 +77,8 @@ def scatter(
       paths: [J, K, 2] denoising trajectories drawn from noise (square) to adapter (star).
     """
     task, kind = arrays["task"], arrays["kind"]
-    shown = _shown_tasks(task, kind)
-    if paths is not None:
-        runs = [int(t) for t in arrays["trajectory_task"]]
-        shown = list(dict.fromkeys([*runs, *shown]))[:HIGHLIGHT]
+    runs = [int(t) for t in arrays.get("trajectory_task", ())]  # the same tasks in every plot
+    shown = list(dict.fromkeys([*runs, *_shown_tasks(task, kind)]))[:HIGHLIGHT]
     colours = dict(zip(shown, names.TASK_COLOURS, strict=False))
 
     def draw(figure):
@@ -147,7 +146,7 @@ def _legend(figure, axis, kind, colours, task_names, rest: bool, run: bool) -> N
     ]
     if rest:
         tasks.append(Line2D([], [], color=names.LIGHT, lw=5, label="all other tasks"))
-    columns = 1 if max(len(handle.get_label()) for handle in tasks) > 34 else 2
+    columns = 1 if max(len(str(handle.get_label())) for handle in tasks) > 34 else 2
     figure.legend(handles=tasks, loc="outside lower left", ncols=columns, handlelength=0.9)
 
 

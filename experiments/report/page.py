@@ -42,15 +42,15 @@ small { display: block; color: var(--soft); font-size: 0.8em; font-weight: 400; 
   font-variant-numeric: tabular-nums; }
 .tiles span { color: var(--soft); font-size: 0.86rem; line-height: 1.3; display: block; }
 .claims { list-style: none; padding: 0; margin: 12px 0 0; display: grid; gap: 12px;
-  grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); }
 .claims li { background: #fff; border: 1px solid var(--line); border-left-width: 5px;
   border-radius: 8px; padding: 12px 16px; }
 .claims p { margin: 4px 0 0; font-size: 0.92rem; color: var(--soft); }
 .claims b { display: block; }
 .verdict { font-size: 0.86rem; font-weight: 700; }
-.holds { border-left-color: var(--good); } .holds .verdict { color: var(--good); }
-.fails { border-left-color: var(--bad); } .fails .verdict { color: var(--bad); }
-.open { border-left-color: #98a0aa; } .open .verdict { color: var(--soft); }
+.claims .holds { border-left-color: var(--good); } .holds .verdict { color: var(--good); }
+.claims .fails { border-left-color: var(--bad); } .fails .verdict { color: var(--bad); }
+.claims .open { border-left-color: #98a0aa; } .open .verdict { color: var(--soft); }
 .scroll { overflow: auto; background: #fff; border: 1px solid var(--line); border-radius: 8px;
   margin: 8px 0 16px; }
 .tall { max-height: 560px; }
@@ -62,9 +62,8 @@ th, td { padding: 8px 14px; }
 td { border-top: 1px solid #edf0f3; text-align: right; white-space: nowrap; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 13em; }
-.settings { width: auto; min-width: 50%; }
 .settings td, .settings th, .pairs td:nth-child(2), .pairs th:nth-child(2) { text-align: left; }
-.settings td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; min-width: 14em; }
+.settings td:nth-child(2) { white-space: normal; overflow-wrap: anywhere; width: 72%; }
 .tasks small { display: inline; margin-left: 4px; }
 .number { display: inline-block; min-width: 2.1em; color: var(--soft); }
 .bar { display: block; width: 130px; height: 7px; margin: 5px 0 0 auto; background: #edf0f3;
@@ -76,6 +75,8 @@ figure { margin: 10px 0 18px; background: #fff; border: 1px solid var(--line); b
 .figures { display: grid; gap: 16px; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); }
 .figures figure { margin: 0; }
+.three { grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); }
+.three .plot svg { min-width: 300px; }
 .figures + * { margin-top: 20px; }
 .plot { overflow-x: auto; }
 .plot svg { display: block; width: 100%; height: auto; min-width: 420px; max-width: 660px;

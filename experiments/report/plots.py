@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.report import names
 
@@ -32,7 +33,7 @@ STYLE = {
     "xtick.color": names.INK,
     "ytick.color": names.INK,
     "legend.frameon": False,
-    "legend.fontsize": 9.5,
+    "legend.fontsize": 10,
     "svg.fonttype": "none",  # real text: sharp, selectable, small
     "figure.dpi": 72,
 }
@@ -41,7 +42,8 @@ STYLE = {
 def svg(draw, size: tuple[float, float], alt: str) -> str:
     """Runs ``draw(figure)`` and returns the SVG element with a description for screen readers."""
     salt = re.sub(r"\W+", "-", alt)[:40]
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
+    style: Any = STYLE | {"svg.hashsalt": salt}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.StringIO()
@@ -58,10 +60,10 @@ def svg(draw, size: tuple[float, float], alt: str) -> str:
 
 def percent_axis(axis, which: str = "x") -> None:
     target = axis.xaxis if which == "x" else axis.yaxis
-    target.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+    target.set_major_formatter(lambda value, _: f"{round(100 * value, 2):g}")
 
 
-def methods_scatter(rows: Mapping[str, Any], x: str, y: str, alt: str) -> str:
+def methods_scatter(rows: Mapping[str, Any], x: str, y: str, alt: str, size: float = 5.3) -> str:
     """Accuracy of method y against method x, a point a task, with the line of equality."""
 
     def draw(figure):
@@ -73,6 +75,7 @@ def methods_scatter(rows: Mapping[str, Any], x: str, y: str, alt: str) -> str:
         axis.plot([low, high], [low, high], color=names.GREY, lw=1, zorder=1)
         axis.scatter(a, b, s=34, color=names.colour(y), alpha=0.65, lw=0, zorder=2)
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+        axis.locator_params(nbins=6)
         axis.set_xlabel(f"{names.method(x)}, accuracy (%)")
         axis.set_ylabel(f"{names.method(y)}, accuracy (%)")
         better, worse = int((b > a).sum()), int((b < a).sum())
@@ -81,7 +84,7 @@ def methods_scatter(rows: Mapping[str, Any], x: str, y: str, alt: str) -> str:
         percent_axis(axis, "x")
         percent_axis(axis, "y")
 
-    return svg(draw, (5.4, 5.2), alt)
+    return svg(draw, (size, size - 0.1), alt)
 
 
 def gaps(unseen: Mapping[str, Any], levels: Sequence[str], methods: Sequence[str]) -> str:
@@ -168,18 +171,23 @@ def histogram(generated: np.ndarray, held_out: np.ndarray) -> str:
 
 def steps(samplers: Mapping[str, Mapping[str, Any]]) -> str:
     """Accuracy against the number of sampler steps (log axis), a line a sampler."""
-    styles = (("o", names.VERMILION), ("s", names.BLUE), ("^", names.GREEN), ("D", names.PURPLE))
+    known = {
+        "euler": ("o", names.VERMILION),
+        "ddpm": ("s", names.BLUE),
+        "heun": ("^", names.GREEN),
+        "ddim": ("D", names.PURPLE),
+    }
 
     def draw(figure):
         axis = figure.subplots()
         counts = set()
-        for i, (sampler, points) in enumerate(sorted(samplers.items())):
+        for sampler, points in sorted(samplers.items()):
             order = sorted(points, key=int)
             x = np.asarray([int(count) for count in order])
             counts |= set(x.tolist())
             y = np.asarray([points[count]["mean"] for count in order])
             error = np.asarray([points[c]["std"] / np.sqrt(points[c]["n"]) for c in order])
-            marker, colour = styles[i % len(styles)]
+            marker, colour = known.get(sampler, ("v", names.INK))
             axis.fill_between(x, y - error, y + error, color=colour, alpha=0.13, lw=0)
             axis.plot(x, y, marker=marker, color=colour, ms=6, label=sampler.upper())
         axis.set_xscale("log")
@@ -221,6 +229,9 @@ def curves(group: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> st
             )
         if all(value > 0 for curve in group.values() for value in curve["value"]):
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title(title)
         axis.set_xlabel("training step")
         axis.set_ylabel("loss")

@@ -22,8 +22,14 @@ def lead(report: Mapping[str, Any]) -> list[str]:
     ]
     for level in _levels(report):
         entry = report["unseen"][level]
-        gap, ridge = entry["gap_recovered"]["generated"], entry["gap_recovered"]["ridge"]
-        if gap is None:
+        gap, ridge = (entry["gap_recovered"].get(key) for key in ("generated", "ridge"))
+        count = len(entry["table"])
+        if gap is None or ridge is None:
+            text.append(
+                f"{names.label(level)} ({count} task{'s' * (count > 1)}): generated adapters reach "
+                f"{_p(entry['accuracy']['generated']['mean'])} accuracy, the base model alone "
+                f"{_p(entry['accuracy']['base']['mean'])}."
+            )
             continue
         pair = entry["paired"]["ridge"]
         if pair["low"] > 0:
@@ -33,7 +39,7 @@ def lead(report: Mapping[str, Any]) -> list[str]:
         else:
             verdict = "not told apart from"
         text.append(
-            f"{names.label(level)} ({len(entry['table'])} tasks): generated adapters recover "
+            f"{names.label(level)} ({count} task{'s' * (count > 1)}): generated adapters recover "
             f"{_p(gap['mean'])} of what training would gain, {verdict} kernel ridge "
             f"({_p(ridge['mean'])})."
         )
