@@ -1,6 +1,6 @@
 """GLUE as tasks, through ``datasets``: from the hub, or from a local copy.
 
-``tasks(path)`` with an empty path asks the hub for ``glue/NAME``; a path is a folder with one
+``tasks(path)`` with an empty path asks the hub for ``nyu-mll/glue``; a path is a folder with one
 folder a task, each what ``Dataset.save_to_disk`` wrote or what ``load_dataset`` understands (for
 instance ``train.jsonl`` and ``validation.jsonl`` or parquet files). GLUE's test labels are secret,
 so its validation split is our test split and a part of train, chosen by hash of the text, our
@@ -238,7 +238,7 @@ def _load(name: str, path: str) -> Any:
         raise GlueError("--tasks=glue needs 'datasets': pip install 'jlora[glue]'") from error
     try:
         if not path:
-            return datasets.load_dataset("glue", name)
+            return datasets.load_dataset("nyu-mll/glue", name)
         folder = Path(path) / name
         if (folder / "dataset_dict.json").is_file():
             return datasets.load_from_disk(str(folder))

@@ -63,9 +63,6 @@ def seen_pairs_pool(config: TaskConfig) -> list[Task]:
 
 def check(tasks: Sequence[Task], held_labels: Iterable[Member] = ()) -> None:
     """Raises ``ValueError`` naming task and label unless the levels are disjoint."""
-    names = Counter(task.name for task in tasks)
-    if double := [name for name, times in names.items() if times > 1]:
-        raise ValueError(f"tasks named twice: {double}")
     labels = _seen_members(tasks)
     if leak := sorted(labels & set(held_labels)):
         raise ValueError(f"held-out label {leak[0]} is in a seen task")
@@ -88,6 +85,9 @@ def check(tasks: Sequence[Task], held_labels: Iterable[Member] = ()) -> None:
             raise ValueError(f"{task.name} (unseen_pair): the pair is in a seen task")
         if task.level == "unseen_pair" and not own <= labels:
             raise ValueError(f"{task.name} (unseen_pair): {sorted(own - labels)} in no seen task")
+    names = Counter(task.name for task in tasks)
+    if double := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"tasks named twice: {double}")
 
 
 def _seen_members(tasks: Sequence[Task]) -> set[Member]:
