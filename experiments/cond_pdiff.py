@@ -90,7 +90,9 @@ def user_pipeline(config: Config, workdir: Path, cache: Path | None) -> dict[str
 
 def _run_or_need(stages: list[str], name: str, stage: Stage) -> None:
     if name not in stages and not stage.done:
-        raise StageError(f"{stage.path}: stage '{name}' is needed and not finished; add it to --stage")
+        raise StageError(
+            f"{stage.path}: stage '{name}' is needed and not finished; add it to --stage"
+        )
 
 
 class _Times:
@@ -147,14 +149,18 @@ def main(argv: list[str]) -> None:
         config = config_lib.from_flags(flags.FLAGS)
         unknown = [s for s in STAGE.value if s not in STAGES]
         if unknown or not STAGE.value:
-            raise ValueError(f"--stage={','.join(STAGE.value)}: expected some of {', '.join(STAGES)}")
+            raise ValueError(
+                f"--stage={','.join(STAGE.value)}: expected some of {', '.join(STAGES)}"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         if config.task_dir and set(STAGE.value) <= {"sample", "evaluate"}:
             scores = user_pipeline(config, workdir, cache)
             for task, table in scores.items():
                 print(task)
                 for method, cell in table.items():
-                    print(f"  {method:14s} {100 * cell['mean']:5.1f} % (std {100 * cell['std']:.1f})")
+                    print(
+                        f"  {method:14s} {100 * cell['mean']:5.1f} % (std {100 * cell['std']:.1f})"
+                    )
             print(f"\nAdapters: {workdir / 'user'}")
             return
         command = shlex.join(["python", "-m", "experiments.cond_pdiff", *sys.argv[1:]])

@@ -115,9 +115,9 @@ class Config:
     guidance: float = setting("sample", 1.0, "classifier-free guidance scale (1: conditional)")
     samples: int = setting("sample", 10, "samples a task")
     pdiff_sample_steps: int = setting("sample", 1000, "ancestral steps of the paper's DDPM")
-    # evaluate
-    step_grid: str = setting("evaluate", "2,5,10,20,50", "sampler steps of the step curve")
-    step_tasks: int = setting("evaluate", 8, "seen tasks used for the step curve")
+    step_grid: str = setting("sample", "2,5,10,20,50", "sampler steps of the step curve")
+    ddpm_grid: str = setting("sample", "20,1000", "ancestral steps of the same curve")
+    step_tasks: int = setting("sample", 8, "seen tasks used for the step curve")
     seed: int = setting("zoo", 0, "seed of everything trained or sampled")
 
     def key(self, stage: str) -> str:
@@ -171,5 +171,13 @@ def check(config: Config) -> None:
             f"--sampler={config.sampler} integrates a flow: expected --objective=flow,"
             f" got --objective={config.objective}"
         )
-    if not all(p.strip().isdigit() for p in config.step_grid.split(",")):
-        raise ValueError(f"--step_grid={config.step_grid}: expected integers joined by commas")
+    for name in ("step_grid", "ddpm_grid"):
+        if not all(p.strip().isdigit() and int(p) > 0 for p in getattr(config, name).split(",")):
+            raise ValueError(
+                f"--{name}={getattr(config, name)}: expected positive integers joined by commas"
+            )
+    if config.objective == "eps" and (config.task_steps or config.sampler == "euler"):
+        raise ValueError(
+            "--objective=eps says nothing of the data at pure noise: expected --task_steps=0, got"
+            f" {config.task_steps}"
+        )

@@ -182,7 +182,5 @@ def bank(coded: Coded, trainable: PyTree) -> jl.Adapter:
     n = jax.tree.leaves(trainable)[0].shape[0]
     if n == 0:
         raise StageError("an empty bank of adapters")
-    frozen = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), coded.template.frozen
-    )
+    frozen = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), coded.template.frozen)
     return coded.template.replace(trainable=trainable, frozen=frozen)

@@ -86,7 +86,9 @@ def scaled(stats: Scaling, raw: jax.Array) -> jax.Array:
     return (raw - stats.mean.reshape((1,) * (raw.ndim - 2) + stats.mean.shape)) / stats.scale
 
 
-def random(table: Table, embedding: jax.Array, key: jax.Array, task: jax.Array, k: int) -> jax.Array:
+def random(
+    table: Table, embedding: jax.Array, key: jax.Array, task: jax.Array, k: int
+) -> jax.Array:
     """[4, E] raw condition of one task with K fresh examples and a random wording (traceable)."""
     key_pick, key_word = jax.random.split(key)
     unit = jax.random.uniform(key_pick, (2, k))

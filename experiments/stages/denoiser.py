@@ -134,7 +134,9 @@ def run(world: World, coded: Coded, workdir: Path) -> Trained:
     stage = Stage(workdir, "denoiser", config.key("denoiser"))
     fixed, choice = fixed_parts(world, coded)
     size, shape = fixed.residual.shape[1:], (4, fixed.stats.mean.shape[1])
-    like = jax.eval_shape(lambda k: dit.init(ours.network(config), k, size, shape), jax.random.key(0))
+    like = jax.eval_shape(
+        lambda k: dit.init(ours.network(config), k, size, shape), jax.random.key(0)
+    )
     proj = pdiff.projection(config, int(np.prod(fixed.stats.mean.shape)))
     if stage.done:
         stage.verify()

@@ -44,7 +44,13 @@ def base_tokens(coded: Coded) -> np.ndarray:
 
 
 def candidates(
-    world: World, coded: Coded, zoo: Zoo, trained: Trained, draws: Draws, fit: rivals.Rivals, task: str
+    world: World,
+    coded: Coded,
+    zoo: Zoo,
+    trained: Trained,
+    draws: Draws,
+    fit: rivals.Rivals,
+    task: str,
 ) -> dict[str, np.ndarray]:
     """{method: tokens [m, T, D]} to be judged on one task."""
     own, _ = final_tokens(world, coded, zoo, task)
@@ -125,7 +131,9 @@ def judge_all(
     overlap = {}
     for name in ("generated", "trained"):
         wrong, own = by[name], by["trained"]
-        both = (wrong[:, None] & own[None]).sum(-1) / np.maximum((wrong[:, None] | own[None]).sum(-1), 1)
+        both = (wrong[:, None] & own[None]).sum(-1) / np.maximum(
+            (wrong[:, None] | own[None]).sum(-1), 1
+        )
         if name == "trained":
             np.fill_diagonal(both, 0)
         overlap[name] = [float(x) for x in both.max(1)]
@@ -133,7 +141,13 @@ def judge_all(
 
 
 def audits(
-    world: World, coded: Coded, zoo: Zoo, trained: Trained, draws: Draws, fit: rivals.Rivals, folder: Path
+    world: World,
+    coded: Coded,
+    zoo: Zoo,
+    trained: Trained,
+    draws: Draws,
+    fit: rivals.Rivals,
+    folder: Path,
 ) -> dict[str, Any]:
     """Confusion, novelty, diversity, effective ranks; writes arrays.npz for the plots."""
     config, names = world.config, coded.names
@@ -215,5 +229,9 @@ def trajectory(world: World, coded: Coded, trained: Trained) -> np.ndarray:
     """[1, steps + 1, T, D]: what one denoising run decodes to at each of its steps."""
     config = world.config
     request = sample.Request(coded.names[0], "generated", coded.names[0], 0)
-    call = sample.our_sampler(config, coded, trained, config.sampler, config.sample_steps, path=True)
-    return np.asarray(call(trained.params, trained.fixed, *sample.inputs(world, coded, trained, [request])))
+    call = sample.our_sampler(
+        config, coded, trained, config.sampler, config.sample_steps, path=True
+    )
+    return np.asarray(
+        call(trained.params, trained.fixed, *sample.inputs(world, coded, trained, [request]))
+    )

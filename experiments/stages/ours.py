@@ -147,9 +147,7 @@ def task_value(
         added = estimate(params, noisy, t, cond)
         who = jnp.minimum(task, len(coded.names))
         x = tokens(data, coded.kinds["ours"], kernel, cond, who, False, added)
-        adapter = template.replace(
-            trainable=codec.to_trainable(coded, x), frozen=data.frozen
-        )
+        adapter = template.replace(trainable=codec.to_trainable(coded, x), frozen=data.frozen)
         rows, label = conditions.random_rows(data.table, k_rows, task, config.task_rows)
         heads = data.table.heads[task]
         heads = jnp.broadcast_to(heads, (config.task_rows, *heads.shape))

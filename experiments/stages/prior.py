@@ -29,9 +29,7 @@ class Prior(NamedTuple):
     on: jax.Array  # [] f32, 1: ridge, 0: a prior of mean zero (--prior=none)
 
 
-def fit(
-    conditions: jax.Array, values: jax.Array, kind: str
-) -> tuple[Prior, ridge.Choice]:
+def fit(conditions: jax.Array, values: jax.Array, kind: str) -> tuple[Prior, ridge.Choice]:
     """Choose kernel and penalty by leave-one-task-out error and fit the K + 1 smoothers.
 
     Args:

@@ -29,7 +29,11 @@ def environment() -> dict[str, Any]:
     """Versions and machine; nothing that differs between two runs on one machine."""
     found = {p: importlib.metadata.version(p) for p in PACKAGES}
     cores = os.cpu_count()
-    return {"python": platform.python_version(), "machine": platform.machine(), "cores": cores} | found
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": cores,
+    } | found
 
 
 def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[float]]]:
@@ -58,7 +62,12 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
 
 
 def run(
-    world: World, coded: Coded, found: dict[str, Any], workdir: Path, command: str, times: dict[str, float]
+    world: World,
+    coded: Coded,
+    found: dict[str, Any],
+    workdir: Path,
+    command: str,
+    times: dict[str, float],
 ) -> dict[str, Any]:
     """Build, validate and write the report; returns it."""
     config = world.config
@@ -69,18 +78,29 @@ def run(
         if task.name not in coded.names:
             unseen.setdefault(task.level, {})[task.name] = tasks[task.name]["accuracy"]
     controls = {
-        kind: [float(np.mean(tasks[n]["accuracy"][kind])) for n in coded.names if kind in tasks[n]["accuracy"]]
+        kind: [
+            float(np.mean(tasks[n]["accuracy"][kind]))
+            for n in coded.names
+            if kind in tasks[n]["accuracy"]
+        ]
         for kind in schema.CONTROLS
     }
     controls = {k: v for k, v in controls.items() if v}
     steps: dict[str, dict[int, list[float]]] = {}
     for method, count in sample.step_requests(world, coded):
         key = f"{method}/{count}"
-        values = [float(np.mean(r["accuracy"][key])) for r in tasks.values() if key in r["accuracy"]]
+        values = [
+            float(np.mean(r["accuracy"][key])) for r in tasks.values() if key in r["accuracy"]
+        ]
         steps.setdefault(method, {})[count] = values
     extra = {
         k: audit[k]
-        for k in ("soup_distance", "effective_rank_real", "effective_rank_generated", "latent_effective_rank")
+        for k in (
+            "soup_distance",
+            "effective_rank_real",
+            "effective_rank_generated",
+            "latent_effective_rank",
+        )
     }
     extra["prior_error"] = audit["kernels"]["prior_error"]
     extra["ridge_error"] = audit["kernels"]["ridge_error"]

@@ -137,7 +137,8 @@ def step_requests(world: World, coded: Coded) -> dict[tuple[str, int], list[Requ
     tasks = coded.names[:: max(1, len(coded.names) // config.step_tasks)][: config.step_tasks]
     grid = [int(x) for x in config.step_grid.split(",")]
     samplers_used = ("euler", "heun") if config.objective == "flow" else ("ddim",)
-    plans = [(m, n) for m in samplers_used for n in grid] + [("ddpm", 20), ("ddpm", 1000)]
+    plans = [(m, n) for m in samplers_used for n in grid]
+    plans += [("ddpm", int(x)) for x in config.ddpm_grid.split(",")]
     return {
         (m, n): [Request(t, f"{m}/{n}", t, k) for t in tasks for k in range(min(3, config.samples))]
         for m, n in plans
@@ -184,9 +185,7 @@ def pdiff_tokens(
     cond = cond.reshape(len(raw), 1, -1) @ trained.projection
     label = {"pdiff_global": "pdiff_global", "pdiff_task": "pdiff_task_norm"}[variant]
     rows = [(n, k) for n in range(len(coded.names)) for k in range(config.samples)]
-    keys = [
-        key_of(config, Request(coded.names[n], variant, coded.names[n], k)) for n, k in rows
-    ]
+    keys = [key_of(config, Request(coded.names[n], variant, coded.names[n], k)) for n, k in rows]
     which = jnp.asarray([n for n, _ in rows], jnp.int32)
     call = functools.partial(run, trained.pdiff[variant], fitted)
     tokens = in_batches(call, (jnp.stack(keys), cond[which], which), BATCH, bar)

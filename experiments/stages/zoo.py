@@ -66,14 +66,10 @@ def plan(world: World) -> list[Run]:
 def template(world: World, seed: int) -> jl.Adapter:
     """A fresh adapter of the task model; with `frozen_A` its `a` is the one all runs share."""
     config = world.config
-    method = jl.LoRA(
-        rank=config.rank, alpha=config.alpha, freeze_a=config.canonical == "frozen_A"
-    )
+    method = jl.LoRA(rank=config.rank, alpha=config.alpha, freeze_a=config.canonical == "frozen_A")
     apply = classifier(world.model, config.head_scale)
     rows = (world.hidden[:1], world.mask[:1], jnp.asarray(world.heads[:1]))
-    return jl.init(
-        jax.random.key(seed), apply, world.upper, *rows, methods={config.sites: method}
-    )
+    return jl.init(jax.random.key(seed), apply, world.upper, *rows, methods={config.sites: method})
 
 
 def start_points(world: World, runs: Sequence[Run]) -> PyTree:
@@ -254,12 +250,10 @@ def run(world: World, workdir: Path) -> Stage:
             # The last chunk is filled up with repeats, so that one compilation serves all.
             full = [*chunk, *[chunk[-1]] * (size - len(chunk))]
             out = train(world, full, config.zoo_steps, folder / f"work_{k:03d}", bar)
-            save_tree(target, jax.tree.map(lambda x: x[: len(chunk)], out))
+            save_tree(target, jax.tree.map(lambda x, n=len(chunk): x[:n], out))
             stage.discard(f"work_{k:03d}")
         if not (folder / "multitask").is_dir():
-            out = train(
-                world, [Run("multitask", seen, 0)], multi_steps, folder / "work_multi", bar
-            )
+            out = train(world, [Run("multitask", seen, 0)], multi_steps, folder / "work_multi", bar)
             save_tree(folder / "multitask", out)
             stage.discard("work_multi")
     write_json(folder / "runs.json", [[r.name, list(r.tasks), r.seed] for r in runs])

@@ -1,0 +1,154 @@
+"""The whole experiment in small form, through its command line: resume, determinism, PEFT, users.
+
+One undisturbed run (the smoke flagfile) is shared by all tests; a second one is killed twice.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "experiments" / "flags" / "text_smoke.flags"
+USER = Path(__file__).parent / "fixtures" / "user_task"
+
+pytestmark = pytest.mark.slow
+
+
+def command(workdir: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "experiments.cond_pdiff",
+        f"--flagfile={SMOKE}", f"--workdir={workdir}", *more,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    # One host device: the tests' own setting of eight is for sharding tests.
+    return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def call(workdir: Path, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(workdir, *more), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
+def figures(workdir: Path) -> dict:
+    report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
+    report["config"].pop("command")
+    return {k: v for k, v in report.items() if k != "times"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    done = call(workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir
+
+
+def test_every_stage_leaves_what_it_promises(finished):
+    report = figures(finished)
+    for key in ("base", "trained", "soup", "mean_adapter", "pdiff_task_norm", "pdiff_global"):
+        assert key in report["summary"]
+    cell = next(iter(report["table"].values()))["generated"]
+    assert cell["n"] == 3 and 0 <= cell["mean"] <= 1
+    assert set(report["unseen"]) == {"unseen_pair", "unseen_label", "unseen_corpus"}
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert list(finished.glob("tensorboard/*/events*"))
+
+
+def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, tmp_path):
+    """SIGKILL inside the zoo and inside the denoiser; then the same command again."""
+    for mark in ("zoo-*/work_001/step_10", "denoiser-*/work/diffusion/step_60"):
+        run = subprocess.Popen(
+            command(tmp_path), cwd=ROOT, env=environment(),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for _ in range(6000):
+            if list(tmp_path.glob(mark)) or run.poll() is not None:
+                break
+            time.sleep(0.05)
+        assert run.poll() is None, "the run ended before it could be killed"
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not (tmp_path / "report.json").exists()
+    done = call(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert figures(tmp_path) == figures(finished)
+    for name in ("tokens.npy",):
+        ours = next(tmp_path.glob(f"sample-*/{name}"))
+        theirs = next(finished.glob(f"sample-*/{name}"))
+        np.testing.assert_array_equal(np.load(ours), np.load(theirs))
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    file = max(next(copy.glob("zoo-*/chunk_000")).rglob("*"), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-7])
+    done = call(copy, "--stage=report")
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "damaged" in error[0] and file.name in error[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_value_is_one_clear_error(tmp_path):
+    done = call(tmp_path, "--codec=magic")
+    assert done.returncode != 0 and "--codec" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_users_task_gets_an_adapter_from_its_description(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    done = call(copy, f"--task_dir={USER}", "--stage=sample,evaluate")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
+    (name,) = scores
+    assert scores[name]["generated"]["n"] == 3
+    assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_generated_peft_adapters_give_the_same_logits_in_torch(finished, tmp_path):
+    """The real PEFT on the real torch model, against `jl.lift` on ours, <= 1e-4."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+    from peft import PeftModel
+    from transformers import BertModel
+
+    import jlora as jl
+    from experiments.stages import tiny_base
+    from jlora.models import encoder
+
+    config, params, tokenizer = tiny_base.make()
+    encoder.save(tmp_path / "base", config, params)
+    folder = next(finished.glob("sample-*/adapters/peft/*"))
+    ids, mask = tokenizer.encode_batch(["rowing a small boat", "a pot of soup with salt"], 16)
+
+    model = BertModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    tuned = PeftModel.from_pretrained(model, folder).eval()
+    with torch.no_grad():
+        theirs = tuned(torch.tensor(ids), torch.tensor(mask.astype(int))).last_hidden_state
+        plain = tuned.get_base_model()
+        with tuned.disable_adapter():
+            before = plain(torch.tensor(ids), torch.tensor(mask.astype(int))).last_hidden_state
+
+    def apply(params, ids, mask):
+        return encoder.run(params, encoder.embed(config, params, ids), mask, config)
+
+    adapter = jl.io.load_peft(folder, jl.io.bert(), params)
+    ours = jax.jit(jl.lift(apply))(params, adapter, jnp.asarray(ids), jnp.asarray(mask))
+    real = mask[..., None]
+    assert np.abs((np.asarray(ours) - theirs.numpy()) * real).max() <= 1e-4
+    assert np.abs((before.numpy() - theirs.numpy()) * real).max() > 1e-3  # it does something

@@ -1,0 +1,68 @@
+"""Stage folders: committed last, verified when read, damage named."""
+
+import errno
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import workdir
+from experiments.workdir import Stage, StageError, load_tree, save_tree
+
+
+class Pair(NamedTuple):
+    a: jax.Array
+    b: dict
+
+
+def _tree():
+    return Pair(jnp.arange(6.0).reshape(2, 3), {"x/y": jnp.ones((), jnp.int32), "z": jnp.zeros(2)})
+
+
+def test_trees_come_back_bitwise(tmp_path):
+    tree = _tree()
+    save_tree(tmp_path / "t", tree)
+    back = load_tree(tmp_path / "t", tree)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
+def test_missing_damaged_or_foreign_trees_are_one_clear_error(tmp_path):
+    with pytest.raises(StageError, match="no checkpoint here"):
+        load_tree(tmp_path / "none", _tree())
+    save_tree(tmp_path / "t", _tree())
+    with pytest.raises(StageError, match="cannot be read|expected shape"):
+        load_tree(tmp_path / "t", _tree()._replace(a=jnp.zeros((5, 5))))
+    for file in (tmp_path / "t").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:3])
+    with pytest.raises(StageError, match="cannot be read"):
+        load_tree(tmp_path / "t", _tree())
+
+
+def test_a_stage_is_done_only_after_commit_and_notices_damage(tmp_path):
+    stage = Stage(tmp_path, "zoo", "abc")
+    with pytest.raises(StageError, match="not finished"):
+        stage.verify()
+    (stage.open() / "data.bin").write_bytes(b"12345")
+    assert not stage.done
+    stage.commit({"n": 1})
+    assert stage.done and stage.verify() == {"n": 1}
+    (stage.path / "data.bin").write_bytes(b"1234")
+    with pytest.raises(StageError, match=r"data\.bin: damaged \(expected 5 bytes"):
+        stage.verify()
+    (stage.path / "data.bin").write_bytes(b"12346")  # same size, one bit
+    with pytest.raises(StageError, match="damaged"):
+        stage.verify()
+    (stage.path / "data.bin").unlink()
+    with pytest.raises(StageError, match="missing"):
+        stage.verify()
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    text = workdir.explain_oserror(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
+    assert "the disk is full" in text and "finished stages are kept" in text

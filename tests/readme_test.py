@@ -1,0 +1,24 @@
+"""The README's quick start runs as it stands."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import jax
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_quick_start_runs():
+    text = README.read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- quick start -->\n```python\n(.*?)```", text, re.S)
+    out, scope = io.StringIO(), {}
+    with contextlib.redirect_stdout(out), jax.numpy_dtype_promotion("standard"):
+        exec(code, scope)
+    assert "up/kernel" in out.getvalue()
+    before = scope["loss"](scope["adapter"].trainable)
+    assert scope["loss"](scope["trainable"]) < before
+    assert scope["served"]["down"] is scope["params"]["down"] or (
+        scope["served"]["down"]["kernel"] is scope["params"]["down"]["kernel"]
+    )
