@@ -14,6 +14,9 @@ from jlora.core.lift import DenseWeightError as DenseWeightError
 from jlora.core.lift import lift as lift
 from jlora.core.merge import delta as delta
 from jlora.core.merge import merge as merge
+from jlora.core.quantized import Quantized as Quantized
+from jlora.core.quantized import quantize as quantize
+from jlora.core.sharding import specs as specs
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
 from jlora.methods.lora import LoRA as LoRA

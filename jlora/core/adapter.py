@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.core import compat
+
 Arrays = dict[str, jax.Array]
 
 
@@ -128,6 +130,11 @@ class Method:
     rank_axes: ClassVar[Mapping[str, int]] = {}  # name -> rank axis from the end; padded by `stack`
     vectors: ClassVar[bool] = False  # may also adapt leaves that no matmul consumes (biases, norms)
 
+    @property
+    def merges(self) -> bool:
+        """False for methods whose delta depends on x: they have neither merge nor factors."""
+        return type(self).merge is not Method.merge or type(self).factors is not Method.factors
+
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """(trainable, frozen) tensors that all sites of this method share; none by default."""
         return {}, {}
@@ -163,8 +170,8 @@ class Method:
 
 
 def low_rank(x: Any, u: jax.Array, v: jax.Array) -> jax.Array:
-    """x @ u @ v in the dtype of x, the thin product first."""
-    return (x @ u.astype(x.dtype)) @ v.astype(x.dtype)
+    """x @ u @ v in the dtype of x, the thin product first; sharded as x and v are."""
+    return compat.matmul(compat.matmul(x, u.astype(x.dtype)), v.astype(x.dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -223,6 +230,7 @@ def initialise(
 
 def _init_site(key, site, method, weights, members, common):
     w = weights[site.path]
+    w = w.dequantize() if hasattr(w, "dequantize") else w
     w = None if isinstance(w, jax.ShapeDtypeStruct) else w
 
     def one(key, row, w):
@@ -255,7 +263,7 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
                 f"adapter {k}: got {len(other.sites)}, expected {len(first.sites)} sites"
             )
     ranks = {}
-    for i, (site, method) in enumerate(first.sites):
+    for i, (site, _) in enumerate(first.sites):
         same = [a.sites[i][1] for a in adapters]
         top = max(same, key=lambda m: getattr(m, "rank", 0))
         like = [m if m == top else dataclasses.replace(m, rank=top.rank) for m in same]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jexc
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 try:  # the traceback's user frame, for error messages only
     from jax._src import source_info_util as _source_info
@@ -85,6 +86,26 @@ def source(eqn: Any) -> str:
     if _source_info is None:
         return "unknown line"
     return _source_info.summarize(eqn.source_info) or "unknown line"
+
+
+def matmul(x: Any, m: jax.Array) -> jax.Array:
+    """x [..., k] @ m [k, n]; on a mesh with explicit axes the result is sharded as x and m say.
+
+    There JAX asks for the sharding of a product whose summed axis is sharded on both sides.
+    """
+    if not isinstance(x, jax.Array):
+        return x @ m
+    mine, other = jax.typeof(x).sharding, jax.typeof(m).sharding
+    if AxisType.Explicit not in getattr(mine.mesh, "axis_types", ()):
+        return x @ m
+    lead = tuple(mine.spec[:-1]) + (None,) * (x.ndim - 1 - len(mine.spec[:-1]))
+    used = {a for entry in lead for a in (entry if isinstance(entry, tuple) else (entry,))}
+    last = other.spec[1] if len(other.spec) > 1 else None
+    names = last if isinstance(last, tuple) else (last,)
+    last = None if used.intersection(names) else last
+    out = NamedSharding(mine.mesh, PartitionSpec(*lead, last))
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, m, numbers, out_sharding=out)
 
 
 def scan(eqn: Any) -> Scan:

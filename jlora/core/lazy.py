@@ -68,6 +68,10 @@ class Lazy:
             return self.replace(base=self.base.dequantize())
         return self
 
+    def _ready(self, *axes: int) -> "Lazy":
+        """Quantised bases can be cut along any axis but the last, which they keep in blocks."""
+        return self.opened() if self.ndim - 1 in axes else self
+
     def cast(self, w: jax.Array) -> jax.Array:
         for dtype in self.casts or (self.site.dtype,):
             w = w.astype(dtype)
@@ -104,7 +108,7 @@ class Lazy:
 
         None when the axis is not (only) a stack axis.
         """
-        atoms = self.dims[axis]
+        self, atoms = self._ready(axis), self.dims[axis]
         if not atoms or any(self.atoms[a].kind not in "s?" for a in atoms):
             return None
         n = self.shape[axis]
@@ -123,7 +127,7 @@ class Lazy:
 
     def cut(self, axis: int, take: Any) -> "Lazy | None":
         """A part of a stack axis; `take(array, axis)` cuts base and adapter alike."""
-        atoms = self.dims[axis]
+        self, atoms = self._ready(axis), self.dims[axis]
         if len(atoms) != 1 or self.atoms[atoms[0]].kind not in "s?":
             return None
         (a,) = atoms
@@ -138,7 +142,7 @@ class Lazy:
 
     def select(self, axis: int, take: Any, lead: tuple[int, ...]) -> "Lazy | None":
         """`take(array, axis)` trades a stack axis for leading stack axes of sizes `lead`."""
-        (a,) = self.dims[axis]
+        self, (a,) = self._ready(axis), self.dims[axis]
         base, own = jax.tree.map(lambda t: take(t, axis), self.base), self.own
         if self.method is not None:
             own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), own)
@@ -152,6 +156,7 @@ class Lazy:
 
     def squeezed(self, axes: Any) -> "Lazy":
         """Without axes of size one."""
+        self = self._ready(*axes)
         gone = tuple(a for k in axes for a in self.dims[k])
         stack = tuple(self._stack_axis(a) for a in gone if self.atoms[a].kind == "s")
         base = jax.tree.map(lambda t: jnp.squeeze(t, tuple(axes)), self.base)

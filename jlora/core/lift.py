@@ -33,6 +33,7 @@ class Scope:
 
     ctx: Mapping[str, Any]  # side inputs of the methods; `key` is folded a step and a site
     on_dense: str = "error"
+    reporting: bool = False  # whether the caller wants the side outputs
     uses: list | None = None  # where the abstract walk writes down who consumes what
     times: int = 1  # how often this scope runs
     aux: dict[str, Any] = dataclasses.field(default_factory=dict)  # side outputs
@@ -69,11 +70,10 @@ class Scope:
             self.report(name.split("#")[0], report)
 
     def report(self, path: str, report: Any) -> None:
-        self.aux[self._name(path)] = report
-
-    def _name(self, path: str) -> str:
-        n = self.calls[path] = self.calls.get(path, 0) + 1
-        return path if n == 1 else f"{path}#{n}"
+        """What a method tells; the second use of a site in a scope is called path#2."""
+        if self.reporting:
+            n = self.calls[path] = self.calls.get(path, 0) + 1
+            self.aux[path if n == 1 else f"{path}#{n}"] = report
 
     def enter(self, site: Site) -> dict[str, Any]:
         """The ctx of this use of a site."""
@@ -206,7 +206,7 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
             return (out, {}) if aux else out
         arrays, jaxpr, tree = traced(fn, params, args, kwargs)
         values = lazy_leaves(arrays, adapter or Adapter({}, {}, ()))
-        scope = Scope(dict(ctx or {}), on_dense)
+        scope = Scope(dict(ctx or {}), on_dense, aux)
         out = [scope.dense(v) for v in evaluate(scope, jaxpr, values)]
         out = jax.tree.unflatten(tree, out)
         return (out, scope.aux) if aux else out

@@ -24,15 +24,16 @@ from jlora.core.lazy import Lazy, merged
 class Weight:
     """The `w` of `Method.apply`: `x @ w` is the model's own operation on the base weight."""
 
-    def __init__(self, lazy: Lazy, own: Callable | None, x: Any, precision: Any = None):
-        self._lazy, self._own, self._x, self._precision = lazy, own, x, precision
+    def __init__(self, lazy: Lazy, own: Callable | None, x: Any):
+        self._lazy, self._own, self._x = lazy, own, x
         self.shape = (lazy.site.d_in, lazy.site.d_out)
         self.dtype = lazy.dtype
 
     def __rmatmul__(self, x: Any) -> jax.Array:
-        if self._own is not None and x.shape == self._x.shape:
+        alike = isinstance(x, Operand) == isinstance(self._x, Operand)
+        if self._own is not None and alike and x.shape == self._x.shape:
             return self._own(x if isinstance(x, Operand) else x.astype(self._x.dtype))
-        return jnp.matmul(x, self._lazy.matrix().astype(x.dtype), precision=self._precision)
+        return x @ self._lazy.cast(self._lazy.matrix()).astype(x.dtype)
 
     def dense(self) -> jax.Array:
         """The base matrix [d_in, d_out], in at least float32."""
@@ -103,19 +104,18 @@ class Join:
         return y.reshape(*lead, *self.shape)
 
 
-def applied(scope: Any, w: Lazy, x: Any, own: Callable, precision: Any = None) -> jax.Array:
+def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
     """The method on x [..., d_in]; notes what it reports."""
     assert w.method is not None
     ctx = scope.enter(w.site)
-    handle = Weight(w, own, x, precision)
-    y = w.method.apply(x, handle, {**w.shared, **w.own}, ctx)
+    y = w.method.apply(x, Weight(w, own, x), {**w.shared, **w.own}, ctx)
     if isinstance(y, tuple):
         y, report = y
         scope.report(w.site.path, report)
     return y
 
 
-def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.Array:
+def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.Array | None:
     """x [..., d_out] @ merge(w, p).T, for weights used both ways (tied embeddings)."""
     assert w.method is not None
     p = {**w.shared, **w.own}
@@ -123,6 +123,8 @@ def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.
     if uv is not None:
         y = own(x)
         return y + low_rank(x, uv[1].T, uv[0].T).astype(y.dtype)
+    if w.method.merges is False:
+        return None
     ctx = scope.enter(w.site)
     like = jax.ShapeDtypeStruct((*x.shape[:-1], w.site.d_in), x.dtype)
 
@@ -161,6 +163,7 @@ def _product(scope, w, x, dims, left, options):
         arrays, rebuild = peeled
         less = (_less(wc, wb[0]), _less(xc, xb[0]), _less(wb[1:], wb[0]), _less(xb[1:], xb[0]))
         template = scope.fork()
+        options = {k: v for k, v in options.items() if k != "out_sharding"}
 
         def one(arrays, x, i):
             child = template.child(i)
@@ -184,161 +187,22 @@ def _product(scope, w, x, dims, left, options):
     n = len(wf)
 
     def own(x2):
-        x1 = _transpose(con.split(x2), back)
+        x1 = transposed(con.split(x2), back)
         args = (w.view(), x1) if left else (x1, w.view())
         numbers = ((wc, xc) if left else (xc, wc), ((), ()))
         y = lax.dot_general(*args, numbers, **options)
-        return out.join(_transpose(y, [*range(n, y.ndim), *range(n)]) if left else y)
+        return out.join(transposed(y, [*range(n, y.ndim), *range(n)]) if left else y)
 
-    y = out.split(apply(scope, w, con.join(_transpose(x, order)), own))
-    return _transpose(y, [*range(y.ndim - n, y.ndim), *range(y.ndim - n)]) if left else y
+    y = apply(scope, w, con.join(transposed(x, order)), own)
+    if y is None:
+        return None
+    y = out.split(y)
+    return transposed(y, [*range(y.ndim - n, y.ndim), *range(y.ndim - n)]) if left else y
 
 
 def _less(axes: Sequence[int], gone: int) -> tuple[int, ...]:
     return tuple(k - (k > gone) for k in axes)
 
 
-def _transpose(x: jax.Array, order: Sequence[int]) -> jax.Array:
+def transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
     return x if list(order) == sorted(order) else jnp.transpose(x, order)
-
-
-class Rows(Operand):
-    """One-hot rows: `ids` look up along the in axis; mode and fill as the model's own lookup."""
-
-    def __init__(self, ids, own, shape, dtype, options, gain=None):
-        self._ids, self._options, self._gain = ids, options, gain
-
-        def weighed(y):
-            return y if gain is None else y * gain.astype(y.dtype)
-
-        def times(m):
-            numbers = lax.GatherDimensionNumbers((ids.ndim - 1,), (0,), (0,))
-            y = lax.gather(m, ids, numbers, (1, m.shape[1]), **options)
-            return weighed(y)
-
-        super().__init__(times, lambda: weighed(own()), shape, dtype)
-        self._bare = own
-
-    def map(self, fn: Callable) -> "Rows":
-        ones = jnp.ones((*self.shape[:-1], 1), self.dtype)
-        gain = fn(ones if self._gain is None else self._gain)
-        return Rows(self._ids, self._bare, self.shape, self.dtype, self._options, gain)
-
-
-def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
-    """The rule of a lookup along one axis: of a table's rows, or of slices of a stack."""
-    p = eqn.params
-    numbers = p["dimension_numbers"]
-    if not isinstance(w, Lazy) or isinstance(ids, Lazy):
-        return None
-    axes = numbers.collapsed_slice_dims
-    whole = all(p["slice_sizes"][k] == w.shape[k] for k in range(w.ndim) if k not in axes)
-    if len(axes) != 1 or axes != numbers.start_index_map or not whole or len(w.dims[axes[0]]) != 1:
-        return None
-    if numbers.operand_batching_dims:
-        return None
-    axis, kind = axes[0], w.atoms[w.dims[axes[0]][0]].kind
-    if kind == "s" or (kind == "?" and w.ndim > 2):
-        return _select(w, ids, axis, eqn)
-    if scope.uses is not None:
-        scope.note(w, "gather", {"i": (axis,)}, 0)
-        return compat.bind(eqn, (w.view(), ids))
-    rest = [k for k in range(w.ndim) if k != axis]
-    out = Join(w, rest)
-    if w.method is None or w.dims[axis] != tuple(w.of("i")) or sorted(out.atoms) != w.of("o"):
-        return None
-    offset = list(numbers.offset_dims)
-    aval = eqn.outvars[0].aval
-    order = [k for k in range(aval.ndim) if k not in offset] + offset
-
-    def own():
-        (y,) = compat.bind(eqn, (w.view(), ids))
-        return out.join(_transpose(y, order))
-
-    keys = ("mode", "fill_value", "indices_are_sorted", "unique_indices")
-    options = {k: p[k] for k in keys}
-    rows = Rows(ids, own, (*ids.shape[:-1], w.shape[axis]), w.dtype, options)
-    y = out.split(applied(scope, w, rows, lambda x: x.own()))
-    y = _transpose(y, [int(k) for k in np.argsort(order)])
-    return [y.astype(aval.dtype)]
-
-
-def _select(w: Lazy, ids: jax.Array, axis: int, eqn: Any) -> list[Any] | None:
-    """Slices of a stack, w[ids]: the axis goes, the axes of `ids` (if any) come as stack axes."""
-    numbers, lead = eqn.params["dimension_numbers"], ids.ndim - 1
-    offset = numbers.offset_dims
-    if lead and offset != tuple(range(lead, lead + w.ndim - 1)):
-        return None
-    keys = ("mode", "fill_value")
-    options = {k: eqn.params[k] for k in keys}
-
-    def take(t, axis):
-        slot = tuple(range(lead, lead + t.ndim - 1))
-        n = lax.GatherDimensionNumbers(slot, (axis,), (axis,))
-        sizes = tuple(1 if k == axis else s for k, s in enumerate(t.shape))
-        return lax.gather(t, ids, n, sizes, **options)
-
-    return [w.select(axis, take, ids.shape[:-1])]
-
-
-class Patches(Operand):
-    """The patches [..., d_in] under a convolution's window; `x @ m` convolves with m."""
-
-    def __init__(self, x, conv, own, kernel, shape):
-        self._x, self._make = x, (conv, own, kernel, shape)
-        super().__init__(lambda m: conv(x, kernel(m)), lambda: own(x), shape, x.dtype)
-
-    def map(self, fn: Callable) -> "Patches":
-        return Patches(fn(self._x), *self._make)
-
-
-def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
-    """The rule of a convolution of any rank, stride, padding, dilation and grouping."""
-    p = eqn.params
-    spec = p["dimension_numbers"]
-    if isinstance(x, Lazy) or not isinstance(w, Lazy):
-        return None
-    wo, *wi = spec.rhs_spec
-    aval = eqn.outvars[0].aval
-    if scope.uses is not None:
-        size = 2 * math.prod(aval.shape) * math.prod(w.shape) // w.shape[wo]
-        scope.note(w, "conv", {"i": wi}, size)
-        return compat.bind(eqn, (x, w.view()))
-    wi = sorted(wi)
-    inner, out = Join(w, wi), Join(w, [wo])
-    if w.method is None or sorted(inner.atoms) != w.of("i") or sorted(out.atoms) != w.of("o"):
-        return None
-    options = {k: v for k, v in p.items() if k != "dimension_numbers"}
-    groups = p["feature_group_count"]
-    last = [*(k for k in range(aval.ndim) if k != spec.out_spec[1]), spec.out_spec[1]]
-    back = [int(k) for k in np.argsort(last)]
-
-    def run(x, kernel):
-        y = lax.conv_general_dilated(x, kernel, dimension_numbers=spec, **options)
-        return _transpose(y, last)
-
-    def kernel(m):  # [d_in, k] -> the model's layout with k output features
-        axes = [*wi, wo]
-        m = jnp.moveaxis(inner.split(m.T), 0, -1)
-        return _transpose(m.astype(x.dtype), [int(k) for k in np.argsort(axes)])
-
-    if groups > 1 or p["batch_group_count"] > 1:
-        return _grouped(w, x, run, kernel, out, groups, p, back, aval)
-    shape = (*(aval.shape[k] for k in last[:-1]), w.site.d_in)
-    patches = Patches(x, run, lambda x: out.join(run(x, w.view())), kernel, shape)
-    y = _transpose(out.split(applied(scope, w, patches, lambda x: x.own())), back)
-    return [y.astype(aval.dtype)]
-
-
-def _grouped(w, x, run, kernel, out, groups, p, back, aval):
-    """Every group has patches of its own: factors if there are any, the merged kernel if not."""
-    uv = w.method.factors({**w.shared, **w.own})
-    if uv is None or p["batch_group_count"] > 1 or out.atoms != sorted(out.atoms):
-        return [_transpose(run(x, w.merged()), back).astype(aval.dtype)]
-    u, v = uv
-    y = run(x, w.view())
-    h = run(x, kernel(jnp.tile(u, (1, groups))))  # every group sees u: [..., groups * R]
-    h = h.reshape(*h.shape[:-1], groups, u.shape[1])
-    v = v.reshape(u.shape[1], groups, -1).astype(h.dtype)
-    d = jnp.einsum("...gr,rgo->...go", h, v).reshape(y.shape)
-    return [_transpose(y + d.astype(y.dtype), back).astype(aval.dtype)]

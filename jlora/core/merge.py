@@ -18,16 +18,17 @@ from jlora.core.lift import check, flatten, is_array
 
 
 def merge(params: Any, adapter: Adapter) -> Any:
-    """params' with every adapted leaf merged; quantised leaves come out dense.
+    """params' with every adapted leaf merged; quantised leaves, adapted or not, come out dense.
 
     Raises ValueError for a site that is not in params, NotImplementedError for a method whose
     delta depends on the activation.
     """
     leaves, tree = flatten(params)
     check({k: v for k, v in leaves.items() if is_array(v)}, adapter)
+    plain = {k: v.dequantize() if hasattr(v, "dequantize") else v for k, v in leaves.items()}
     for site, method in adapter.sites:
-        leaves[site.path] = leaf(leaves[site.path], site, method, *adapter.arrays(site)).merged()
-    return jax.tree.unflatten(tree, list(leaves.values()))
+        plain[site.path] = leaf(leaves[site.path], site, method, *adapter.arrays(site)).merged()
+    return jax.tree.unflatten(tree, list(plain.values()))
 
 
 def delta(params: Any, adapter: Adapter) -> dict[str, jax.Array]:

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
+from jlora.core.conv import conv
 from jlora.core.lazy import Lazy
 from jlora.core.lift import Scope, evaluate
-from jlora.core.matmul import conv, dot_general, gather
+from jlora.core.lookup import gather
+from jlora.core.matmul import dot_general
 
 Rule = Callable[..., list[Any] | None]
 
@@ -201,7 +203,7 @@ def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
 
 
 def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Reports of a loop of unknown length have nowhere to go and are dropped."""
+    """Raises ValueError for reports: a loop of unknown length cannot hand them on."""
     p = eqn.params
     a, b = p["cond_nconsts"], p["body_nconsts"]
     test, body, carry = values[:a], values[a : a + b], list(values[a + b :])
@@ -222,6 +224,8 @@ def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
         i, c = state
         child = template.child(i)
         out = evaluate(child, p["body_jaxpr"], [*body, *full(c)])
+        if child.aux:
+            raise ValueError(f"{[*child.aux]} report inside a while loop; lift with aux=False")
         return i + 1, [child.dense(out[k], eqn) for k in free]
 
     def go_on(state):

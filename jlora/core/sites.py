@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter, Method, Site, initialise
 from jlora.core.lazy import Lazy, leaf
-from jlora.core.lift import Scope, evaluate, traced
+from jlora.core.lift import Scope, evaluate, flatten, is_array, traced
 
 MATMULS = ("gather", "dot", "conv")
 
@@ -115,35 +115,30 @@ def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
     "gather", or the primitives for which it would have to be merged. FLOPs are of one call, a loop
     of unknown length counted once.
     """
-    seen: list = []
+    scope = Scope({}, uses=[])
+    leaves, tree = jax.tree.flatten((params, args, kwargs))
+    where = [k for k, v in enumerate(leaves) if is_array(v)]
 
-    def walk(*arrays):
-        leaves, jaxpr, _ = traced(fn, *arrays)
-        names = list(leaves)
-        lazies = [
-            _unknown(path, v) if jnp.issubdtype(v.dtype, jnp.floating) else v
-            for path, v in leaves.items()
-        ]
-        scope = Scope({}, uses=[])
-        out = jax.eval_shape(
-            lambda values: [_plain(scope, v) for v in evaluate(scope, jaxpr, values)], lazies
-        )
-        seen.extend(scope.uses or ())
-        return names, out
+    def walk(arrays):
+        full = list(leaves)
+        for k, v in zip(where, arrays, strict=True):
+            full[k] = v
+        params, args, kwargs = jax.tree.unflatten(tree, full)
+        named, jaxpr, _ = traced(fn, params, args, kwargs)
+        values = [_unknown(path, v) for path, v in named.items()]
+        return [scope.dense(v) for v in evaluate(scope, jaxpr, values)]
 
-    walk(params, args, kwargs)
+    jax.eval_shape(walk, [leaves[k] for k in where])
     uses: dict[str, list] = {}
-    for w, op, kinds, flops in seen:
+    for w, op, kinds, flops in scope.uses or ():
         uses.setdefault(w.site.path, []).append((op, _kinds(w, kinds), flops, w.site))
-    rows = [_site(found) for found in uses.values()]
-    return Sites(tuple(sorted((s for s in rows if s is not None), key=lambda s: s.path)))
+    rows = (_site(found) for found in uses.values())
+    return Sites(tuple(sorted(rows, key=lambda s: s.path)))
 
 
-def _plain(scope: Scope, v: Any) -> Any:
-    return scope.dense(v)
-
-
-def _unknown(path: str, v: Any) -> Lazy:
+def _unknown(path: str, v: Any) -> Any:
+    if not jnp.issubdtype(v.dtype, jnp.floating):
+        return v
     site = Site(path, tuple(v.shape), "?" * len(v.shape), jnp.dtype(v.dtype))
     return leaf(v, site, None, {}, {})
 
@@ -163,7 +158,7 @@ def _kinds(w: Lazy, axes: Mapping[str, Any]) -> str | None:
     return "".join(next(iter(r), "s") for r in roles)
 
 
-def _site(found: list) -> Site | None:
+def _site(found: list) -> Site:
     """What the uses of one leaf say together: a lookup tells in from out, else the largest dot."""
     site = found[0][3]
     best = sorted(
@@ -189,7 +184,5 @@ def init(
     init does not depend on the others. Raises ValueError as `Sites.select` does.
     """
     chosen = sites(fn, params, *args, **kwargs).select(methods)
-    from jlora.core.lift import flatten
-
     weights, _ = flatten(params)
     return initialise(key, chosen, weights)

@@ -15,7 +15,7 @@ A ~ N(0, 1/r) where a table is looked up, else uniform in :math:`\\pm 1/\\sqrt{d
 Paper: Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732; frozen A:
 LoRA-FA, Zhang et al. 2023, arXiv:2308.03303.
 Source: paper; the bound of A is that of the official code (Kaiming, a = sqrt 5).
-Deviates: a table's A is drawn normal over rows and B is zero (the official code has A zero, B normal).
+Deviates: a table's A is drawn normal and B is zero (the official code: A zero, B normal).
 """
 
 import dataclasses

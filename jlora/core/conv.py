@@ -1,0 +1,83 @@
+"""Convolution: a matmul with the patches under the window, which are never written down.
+
+The matrix is [window * channels in, channels out]; multiplying the patches with a thin matrix is
+the same convolution with fewer channels out.
+
+Source: our reading.
+Deviates: none.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora.core import compat
+from jlora.core.lazy import Lazy
+from jlora.core.matmul import Join, Operand, applied, transposed
+
+
+class Patches(Operand):
+    """The patches [..., d_in] under a convolution's window; `x @ m` convolves with m."""
+
+    def __init__(self, x, conv, own, kernel, shape):
+        self._x, self._make = x, (conv, own, kernel, shape)
+        super().__init__(lambda m: conv(x, kernel(m)), lambda: own(x), shape, x.dtype)
+
+    def map(self, fn: Callable) -> "Patches":
+        return Patches(fn(self._x), *self._make)
+
+
+def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
+    """The rule of a convolution of any rank, stride, padding, dilation and grouping."""
+    p = eqn.params
+    spec = p["dimension_numbers"]
+    if isinstance(x, Lazy) or not isinstance(w, Lazy):
+        return None
+    wo, *wi = spec.rhs_spec
+    aval = eqn.outvars[0].aval
+    if scope.uses is not None:
+        size = 2 * math.prod(aval.shape) * math.prod(w.shape) // w.shape[wo]
+        scope.note(w, "conv", {"i": wi}, size)
+        return compat.bind(eqn, (x, w.view()))
+    wi = sorted(wi)
+    inner, out = Join(w, wi), Join(w, [wo])
+    if w.method is None or sorted(inner.atoms) != w.of("i") or sorted(out.atoms) != w.of("o"):
+        return None
+    options = {k: v for k, v in p.items() if k != "dimension_numbers"}
+    groups = p["feature_group_count"]
+    last = [*(k for k in range(aval.ndim) if k != spec.out_spec[1]), spec.out_spec[1]]
+    back = [int(k) for k in np.argsort(last)]
+
+    def run(x, kernel):
+        y = lax.conv_general_dilated(x, kernel, dimension_numbers=spec, **options)
+        return transposed(y, last)
+
+    def kernel(m):  # [d_in, k] -> the model's layout with k output features
+        axes = [*wi, wo]
+        m = jnp.moveaxis(inner.split(m.T), 0, -1)
+        return transposed(m.astype(x.dtype), [int(k) for k in np.argsort(axes)])
+
+    if groups > 1 or p["batch_group_count"] > 1:
+        return _grouped(w, x, run, kernel, out, groups, p, back, aval)
+    shape = (*(aval.shape[k] for k in last[:-1]), w.site.d_in)
+    patches = Patches(x, run, lambda x: out.join(run(x, w.view())), kernel, shape)
+    y = transposed(out.split(applied(scope, w, patches, lambda x: x.own())), back)
+    return [y.astype(aval.dtype)]
+
+
+def _grouped(w, x, run, kernel, out, groups, p, back, aval):
+    """Every group has patches of its own: factors if there are any, the merged kernel if not."""
+    uv = w.method.factors({**w.shared, **w.own})
+    if uv is None or p["batch_group_count"] > 1 or out.atoms != sorted(out.atoms):
+        return [transposed(run(x, w.merged()), back).astype(aval.dtype)]
+    u, v = uv
+    y = run(x, w.view())
+    h = run(x, kernel(jnp.tile(u, (1, groups))))  # every group sees u: [..., groups * R]
+    h = h.reshape(*h.shape[:-1], groups, u.shape[1])
+    v = v.reshape(u.shape[1], groups, -1).astype(h.dtype)
+    d = jnp.einsum("...gr,rgo->...go", h, v).reshape(y.shape)
+    return [transposed(y + d.astype(y.dtype), back).astype(aval.dtype)]
