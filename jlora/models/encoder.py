@@ -25,6 +25,8 @@ Source: paper, Devlin et al. 2019 (arXiv:1810.04805), post-norm with exact GELU.
 Deviates: no dropout, no pooler, segment 0 unless ``segments`` is given.
 """
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -133,7 +135,7 @@ def _stack(config: EncoderConfig, depth: int, name: str | None = None) -> nn.Mod
         Layer,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
         length=depth,
     )
     return scanned(config, name=name)
@@ -153,7 +155,7 @@ class Encoder(nn.Module):
 
 def embed(config: EncoderConfig, params: Params, ids: Array) -> Array:
     """The lower half of ``Encoder``: ``ids [b, t]`` to ``[b, t, d]``; reads ``embeddings``."""
-    return Embeddings(config).apply({"params": params["embeddings"]}, ids)
+    return cast(Array, Embeddings(config).apply({"params": params["embeddings"]}, ids))
 
 
 def run(params: Params, hidden: Array, mask: Array, config: EncoderConfig) -> Array:
