@@ -55,5 +55,6 @@ def averaged(opt_state: Any) -> Any:
     found = [leaf for leaf in leaves if isinstance(leaf, EmaState)]
     if len(found) != 1:
         raise ValueError(f"ema: got {len(found)} averages in the optimizer state, expected 1")
-    moments, correction = found[0].inner.ema
+    pair: Any = found[0].inner.ema
+    moments, correction = pair
     return jax.tree.map(lambda m: m / correction, moments)
