@@ -21,6 +21,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -102,9 +103,9 @@ def load(path: Path | str) -> dict[str, np.ndarray]:
       ReportError: an unreadable file, or what `check` refuses, with the file's name.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return check({name: file[name] for name in file.files})
-    except (ReportError, ValueError, OSError, EOFError) as error:
+    except (ReportError, ValueError, OSError, EOFError, BadZipFile) as error:
         raise ReportError(f"{path}: {error}") from error
 
 

@@ -6,6 +6,7 @@ Equal input gives equal bytes. What a run did not measure is said so in its plac
 """
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -35,7 +36,7 @@ def render(report: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     Args:
       report: a valid report. arrays: as `arrays.check` returns them; may be empty.
     """
-    schema.validate(report)
+    report = json.loads(schema.dumps(report))  # validated, and in one order whatever its source
     sections = (
         ("summary", "Summary", _summary(report)),
         ("unseen", "Tasks it never saw", _unseen(report)),

@@ -1,0 +1,172 @@
+"""report.json: built figures against hand calculation, refusals by path, bitwise repeatable."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from experiments.report import build, claims, schema
+from experiments.report.example import example
+
+
+@pytest.fixture(scope="module")
+def report():
+    return example(tasks=6)[0]
+
+
+def broken(report, path, value):
+    """A copy with the value at a dotted path replaced, or deleted where ``value`` is ``...``."""
+    report = copy.deepcopy(report)
+    *parents, last = path.split("/")
+    place = report
+    for key in parents:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return report
+
+
+def test_cells_summaries_and_gaps_match_hand_calculation():
+    got = build.cell([0.5, 0.7, 0.9])
+    assert got["n"] == 3 and got["values"] == [0.5, 0.7, 0.9]
+    np.testing.assert_allclose([got["mean"], got["std"]], [0.7, 0.2])
+    assert build.cell(0.5)["std"] == 0 and build.cell(0.5)["n"] == 1
+
+    methods = {key: [0.5] for key in schema.UNSEEN_KEYS}
+    tasks = {
+        "a": methods | {"base": [0.5], "trained": [0.9], "generated": [0.8, 0.9], "ridge": 0.7},
+        "b": methods | {"base": [0.4], "trained": [0.6], "generated": [0.5], "ridge": 0.6},
+        "c": methods | {"base": [0.5], "trained": [0.52], "generated": [0.1], "ridge": 0.5},
+    }
+    level = build.level(tasks, "unseen_pair")
+    assert level["dropped"] == ["c"]  # its gap of 2 points is noise
+    np.testing.assert_allclose(level["gap_recovered"]["generated"]["mean"], 0.45 / 0.6)
+    np.testing.assert_allclose(level["gap_recovered"]["ridge"]["mean"], 0.4 / 0.6)
+    np.testing.assert_allclose(level["paired"]["ridge"]["mean"], (0.15 - 0.1 - 0.4) / 3)
+    np.testing.assert_allclose(level["accuracy"]["generated"]["mean"], (0.85 + 0.5 + 0.1) / 3)
+    np.testing.assert_allclose(
+        level["accuracy"]["generated"]["within"], np.std([0.8, 0.9], ddof=1) / 3
+    )
+
+
+def test_a_user_task_needs_no_trained_adapter():
+    level = build.level({"mine": {"base": 0.5, "generated": [0.7, 0.8]}}, "user")
+    assert level["gap_recovered"] == {"generated": None} and level["paired"] == {}
+    with pytest.raises(schema.ReportError, match=r"unseen_pair.table.mine: missing trained"):
+        build.level({"mine": {"base": 0.5, "generated": 0.7}}, "unseen_pair")
+
+
+def test_written_report_reads_back_and_is_bitwise_repeatable(report, tmp_path):
+    schema.write(tmp_path / "a.json", report)
+    schema.write(tmp_path / "b.json", example(tasks=6)[0])
+    first = (tmp_path / "a.json").read_bytes()
+    assert first == (tmp_path / "b.json").read_bytes()
+    assert schema.read(tmp_path / "a.json") == json.loads(first)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]
+    assert schema.dumps(json.loads(first)) == first.decode()  # a fixed point
+    slower = report | {"times": {"zoo": 1.0}}
+    assert schema.figures(slower) == schema.figures(report) and slower != report
+    assert example(tasks=6, seed=1)[0]["table"] != report["table"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "match"),
+    [
+        ("summary/soup/mean", float("nan"), r"report\.summary\.soup\.mean: nan"),
+        ("novelty_ratio", float("inf"), r"report\.novelty_ratio: inf"),
+        ("novelty_ratio", None, r"report\.novelty_ratio: None, expected a number"),
+        ("confusion_diagonal", ..., "report: missing confusion_diagonal"),
+        ("summary/pdiff_global", ..., r"report\.summary: missing pdiff_global"),
+        ("condition_controls/null", ..., r"condition_controls: missing null"),
+        ("unseen/unseen_pair/paired/ridge", ..., r"unseen_pair\.paired: missing ridge"),
+        ("unseen/unseen_pair/gap_recovered/span", ..., r"gap_recovered: missing span"),
+        ("unseen/elsewhere", {}, r"unseen\.elsewhere: unknown level"),
+        ("confusion/matrix", [[1.0]], r"confusion\.matrix: expected 6 x 6"),
+        ("summary/base/n", 0, r"summary\.base: n=0"),
+        ("version", 2, r"version: 2, expected 1"),
+        ("notes", {1: "x"}, r"notes: key 1 is int"),
+        ("notes", {"a": object()}, r"notes\.a: object"),
+        ("table", {}, r"table: no tasks"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_path(report, tmp_path, path, value, match):
+    with pytest.raises(schema.ReportError, match=match):
+        schema.write(tmp_path / "r.json", broken(report, path, value))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_nan_accuracy_and_a_missing_method_are_refused_before_anything_is_summed():
+    seen = {"t": {key: [0.5] for key in schema.SEEN_KEYS}}
+    with pytest.raises(schema.ReportError, match=r"report\.table\.t\.generated\[1\]: nan"):
+        build.table({"t": seen["t"] | {"generated": [0.5, np.nan]}}, schema.SEEN_KEYS,
+                    "report.table")  # fmt: skip
+    with pytest.raises(schema.ReportError, match=r"report\.table\.t: missing soup"):
+        build.table(
+            {"t": {k: v for k, v in seen["t"].items() if k != "soup"}},
+            schema.SEEN_KEYS,
+            "report.table",
+        )
+
+
+def test_a_damaged_file_is_named(report, tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(schema.dumps(report)[:100])
+    with pytest.raises(schema.ReportError, match=r"r\.json: "):
+        schema.read(path)
+
+
+def verdicts(report):
+    return {claim["name"]: claim for claim in claims.judge(report)}
+
+
+def test_claims_follow_the_figures_and_never_hide_a_failure(report):
+    now = verdicts(report)
+    assert set(now) == {
+        "unseen_pair.beats_ridge",
+        "unseen_pair.gap_recovered",
+        "unseen_label.beats_ridge",
+        "unseen_label.gap_recovered",
+        "seen.within_soup",
+        "seen.confusion_diagonal",
+        "sampler.few_steps",
+    }
+    assert [c["name"] for c in report["claims"]] == list(now)
+
+    def after(name, path, value):
+        return verdicts(broken(report, path, value))[name]
+
+    pair = {"mean": 0.01, "low": 0.002, "high": 0.02, "n": 24, "confidence": 0.95}
+    where = "unseen/unseen_pair/paired/ridge"
+    assert after("unseen_pair.beats_ridge", where, pair)["holds"]
+    assert not after("unseen_pair.beats_ridge", where, pair | {"low": -0.001})["holds"]
+    assert not after("unseen_pair.beats_ridge", where, pair | {"n": 3})["holds"]
+    gap = pair | {"mean": 0.95, "low": 0.9, "high": 0.99}
+    where = "unseen/unseen_pair/gap_recovered/generated"
+    assert after("unseen_pair.gap_recovered", where, gap)["holds"]
+    assert not after("unseen_pair.gap_recovered", where, gap | {"mean": 0.949})["holds"]
+    soup = pair | {"mean": -0.005}
+    assert after("seen.within_soup", "seen_paired/soup", soup)["holds"]
+    assert not after("seen.within_soup", "seen_paired/soup", soup | {"mean": -0.0051})["holds"]
+    assert after("seen.confusion_diagonal", "confusion_diagonal", 0.99)["holds"]
+    assert not after("seen.confusion_diagonal", "confusion_diagonal", 0.989)["holds"]
+    worse = {"mean": 0.8, "std": 0.0, "n": 8, "values": [0.8] * 8}
+    better = worse | {"mean": 0.9, "values": [0.9] * 8}
+    steps = {"euler": {"20": better}, "ddpm": {"1000": worse}}
+    assert after("sampler.few_steps", "steps", steps)["holds"]
+    steps = {"euler": {"20": worse}, "ddpm": {"1000": better}}
+    assert not after("sampler.few_steps", "steps", steps)["holds"]
+
+
+def test_what_was_not_measured_does_not_hold_and_says_so(report):
+    bare = verdicts(report | {"unseen": {}, "steps": {}})
+    for name in ("unseen_pair.beats_ridge", "unseen_label.gap_recovered", "sampler.few_steps"):
+        claim = bare[name]
+        assert claim["value"] is None and not claim["holds"]
+        assert claim["text"].startswith("Not measured")
+    cheat = copy.deepcopy(report)
+    cheat["claims"][0] |= {"holds": True, "value": None}
+    with pytest.raises(schema.ReportError, match="holds without a value"):
+        schema.validate(cheat)
