@@ -132,7 +132,7 @@ def canonicalise(
             new["b"] = _times(new["b"], scale[path])
         if kind == "balanced_svd":
             new["a"], new["b"] = _over_stack(balanced_svd, new["a"], new["b"])
-        elif kind == "procrustes":
+        elif reference is not None:
             ref = reference[path]
             new["a"], new["b"] = _over_stack(procrustes, new["a"], new["b"], ref["a"], ref["b"])
         out[path] = new

@@ -58,13 +58,34 @@ class PCAInfo(NamedTuple):
     total: Array  # [] share of the energy of all tokens in the kept components
 
 
-def fit(key: Array, x: Float[Array, "n T D"], config: PCAConfig) -> tuple[PCAState, PCAInfo]:
+def init(key: Array, config: PCAConfig, length: int, dim: int) -> PCAState:
+    """An unfitted state (zero basis) for tokens [length, dim]: the template to restore one into."""
+    del key
+    groups, width = (1, length * dim) if config.joint else (length, dim)
+    basis = jnp.zeros((groups, config.components, width))
+    pieces = config.length if config.joint else length
+    scale = jnp.ones((pieces, groups * config.components // pieces))
+    return PCAState(jnp.zeros((length, dim)), basis, scale)
+
+
+def fit(
+    key: Array,
+    x: Float[Array, "n T D"],
+    config: PCAConfig,
+    *,
+    view: object = None,
+    callback: object = None,
+    resume: object = None,
+) -> tuple[PCAState, PCAInfo]:
     """Bases of training tokens.
 
     Args:
-        key: unused (the protocol of codecs has it).
+        key: unused, like `view`, `callback` and `resume`: the protocol of codecs has them.
         x: [n, T, D] normalised tokens of training adapters.
         config: hyper-parameters.
+        view: unused.
+        callback: unused.
+        resume: unused.
 
     Returns:
         (state, info).
@@ -73,7 +94,7 @@ def fit(key: Array, x: Float[Array, "n T D"], config: PCAConfig) -> tuple[PCASta
         ValueError: more components than min(n, D), a length that does not divide them, an unknown
             solver, or values that are not finite.
     """
-    del key
+    del key, view, callback, resume
     check_finite(x)
     n, length, dim = x.shape
     groups, width = (1, length * dim) if config.joint else (length, dim)

@@ -75,11 +75,11 @@ def fit(
     n, length, dim = x.shape
     if (mode == "task") != (tasks is not None):
         raise ValueError(f"{mode}: task ids are owed by mode 'task' and by nothing else")
-    if mode == "task":
-        tasks = np.asarray(tasks)
-        if tasks.shape != (n,) or set(tasks.tolist()) != set(range(tasks.max() + 1)):
-            raise ValueError(f"tasks: expected {n} ids covering 0 .. K-1, got {tasks.tolist()}")
-        rows = [_moments(x[tasks == q]) for q in range(tasks.max() + 1)]
+    if tasks is not None:
+        ids = np.asarray(tasks)
+        if ids.shape != (n,) or set(ids.tolist()) != set(range(ids.max() + 1)):
+            raise ValueError(f"tasks: expected {n} ids covering 0 .. K-1, got {ids.tolist()}")
+        rows = [_moments(x[ids == q]) for q in range(ids.max() + 1)]
         mean, var = (jnp.stack(part) for part in zip(*rows, strict=True))
     else:
         mean, var = _moments(x)
