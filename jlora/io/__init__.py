@@ -2,6 +2,7 @@
 
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap, bert, llama, vit, vit4
+from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft import load_peft, peft_extras, save_peft
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "llama",
     "load_peft",
     "peft_extras",
+    "restore_adapter",
+    "save_adapter",
     "save_peft",
     "vit",
     "vit4",

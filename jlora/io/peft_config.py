@@ -173,7 +173,7 @@ class Reader:
         for name, value in config.items():
             if name in table.allowed and value not in table.allowed[name]:
                 raise FormatError(
-                    self.source, f"{name} = {str(value)[:80]!r}, expected {table.allowed[name]}"
+                    self.source, f"{name} = {repr(value)[:80]}, expected {table.allowed[name]}"
                 )
             if name in known:
                 continue
@@ -181,7 +181,7 @@ class Reader:
             if value != neutral and not (value is None or value is False or value in ({}, [])):
                 raise FormatError(
                     self.source,
-                    f"{name} = {str(value)[:80]!r} changes the maths and cannot be represented; "
+                    f"{name} = {repr(value)[:80]} changes the maths and cannot be represented; "
                     f"expected {neutral!r}",
                 )
         lost = [name for name in table.needs if name not in config]
@@ -210,7 +210,7 @@ class Reader:
             good = value is None or isinstance(value, str | int | bool)
         if not good:
             raise FormatError(
-                self.source, f"{name} = {str(value)[:80]!r}, expected e.g. {default!r}"
+                self.source, f"{name} = {repr(value)[:80]}, expected e.g. {default!r}"
             )
 
     def _check_list(self, name: str, value: Any) -> None:

@@ -61,19 +61,12 @@ WHOLE = {"lokr_w1": "w1", "lokr_w2": "w2"}
 PARTS = {"lokr_w1_a": "b1", "lokr_w1_b": "a1", "lokr_w2_a": "b2", "lokr_w2_b": "a2"}
 
 
-def factorisation(dim: int, factor: int) -> tuple[int, int]:
-    """PEFT's two factors of `dim`: a `factor` that divides it comes first, however large."""
-    if factor > 0 and dim % factor == 0:
-        return factor, dim // factor
-    return split(dim, None if factor < 0 else factor)
-
-
 def _lokr_shapes(site: Site, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The keys and shapes that PEFT makes for one module."""
     rank, factor = fields["r"], fields["decompose_factor"]
     if factor != -1 and factor < 1:
         raise ValueError(f"decompose_factor = {factor}, expected -1 or at least 1")
-    (i1, i2), (o1, o2) = factorisation(site.d_in, factor), factorisation(site.d_out, factor)
+    (i1, i2), (o1, o2) = (split(d, None if factor < 0 else factor) for d in (site.d_in, site.d_out))
     shapes: dict[str, tuple[int, ...]] = {}
     for n, rows, cols, parts in (
         (1, o1, i1, fields["decompose_both"] and rank < max(o1, i1) / 2),

@@ -53,7 +53,7 @@ def _rotate(x: jax.Array) -> jax.Array:
     """Rotary positions on [b, t, h, c], halves paired as transformers does."""
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1], dtype=x.dtype)[:, None] * (
-        THETA ** (-jnp.arange(half, dtype=x.dtype) / half)
+        THETA ** (-jnp.arange(half, dtype=x.dtype)[None, :] / half)
     )
     cos, sin = (f(angle)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     first, second = x[..., :half], x[..., half:]

@@ -1,0 +1,129 @@
+"""Files that we write, in the real PEFT on torch: its outputs are those of `lift`."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import jlora as jl
+from jlora.io import safetensors_file
+from jlora.methods import dora, hira, ia3, loha, lokr, oft, vera
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-5
+METHODS = {
+    "lora": jl.LoRA(rank=3, alpha=5.0),
+    "rslora": jl.LoRA(rank=3, alpha=5.0, rslora=True),
+    "dora": dora.DoRA(rank=2, alpha=3.0),
+    "hira": hira.HiRA(rank=2),
+    "loha": loha.LoHa(rank=2, alpha=3.0),
+    "lokr": lokr.LoKr(rank=1, alpha=3.0, factor=2, decompose_both=True),
+    "vera": vera.VeRA(rank=4),
+    "oft": oft.OFT(block=4, terms=6),
+    "oft_exact": oft.OFT(block=2, terms=None),
+    "oft_shared": oft.OFT(block=8, share=True),
+    "ia3": ia3.IA3(),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """PEFT and transformers deprecate and inform; jlora's own warnings are tested elsewhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+def torch_model(model):
+    cls = transformers.BertModel if model.kind == "bert" else transformers.LlamaForCausalLM
+    return cls.from_pretrained(model.path / "base").eval()
+
+
+def torch_output(module, model):
+    state, _ = safetensors_file.read(model.path / "base.safetensors")
+    inputs = {k: torch.from_numpy(state[k]) for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        return module.eval()(**inputs)[0].numpy()
+
+
+def trained(model, methods, seed=0):
+    """A fresh adapter with noise on every trainable array."""
+    key = jax.random.key(seed)
+    fresh = jl.init(key, model.fn, model.params, *model.args, methods=methods)
+    leaves, tree = jax.tree.flatten(fresh.trainable)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [t + 0.2 * jax.random.normal(k, t.shape) for t, k in zip(leaves, keys, strict=True)]
+    return fresh.replace(trainable=jax.tree.unflatten(tree, noisy))
+
+
+def error(got, want):
+    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_peft_computes_what_we_do(golden, tmp_path, name):
+    model = golden["llama"]
+    pattern = "attention/query" if name in ("vera", "lokr") else "attention/(query|value)|ffn/up"
+    adapter = trained(model, {pattern: METHODS[name]})
+    jl.io.save_peft(tmp_path, adapter, model.names, params=model.params)
+    module = peft.PeftModel.from_pretrained(torch_model(model), tmp_path)
+    ours = jl.lift(model.fn)(model.params, adapter, *model.args)
+    assert error(ours, model.expected) > 1e-3
+    assert error(ours, torch_output(module, model)) <= TOLERANCE
+    module.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_sequence_classifier_gets_its_prefix_and_its_head(golden, tmp_path):
+    model = golden["bert"]
+    names = model.names.replace(prefix="bert.")
+    adapter = trained(model, {"attention/(query|key|value|out)/kernel": jl.LoRA(rank=2)})
+    config = transformers.BertConfig.from_pretrained(model.path / "base", num_labels=2)
+    module = transformers.BertForSequenceClassification(config)
+    module.bert.load_state_dict(torch_model(model).state_dict(), strict=False)
+    head = {
+        "classifier.weight": np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16),
+        "classifier.bias": np.asarray([0.5, -0.5], np.float32),
+    }
+    jl.io.save_peft(tmp_path, adapter, names, task_type="SEQ_CLS", extras=head)
+    loaded = peft.PeftModel.from_pretrained(module, tmp_path)
+    state = loaded.state_dict()
+    keys = [k for k in state if "classifier.modules_to_save.default" in k]
+    assert len(keys) == 2
+    for key in keys:
+        np.testing.assert_array_equal(state[key], head[f"classifier.{key.rpartition('.')[2]}"])
+    ours = jl.lift(model.fn)(model.params, adapter, *model.args)
+    assert error(ours, torch_output(loaded.base_model.model.bert, model)) <= TOLERANCE
+
+
+def test_an_adapter_of_the_upper_layers_lands_there(golden, tmp_path):
+    model = golden["bert"]
+    names = model.names.replace(layer_offset=2)
+    whole = trained(model, {"attention/query": jl.LoRA(rank=2)})
+    last = jax.tree.map(lambda t: t[2:], whole)
+    site, method = last.sites[0]
+    cut = jl.Site(site.path, (1, *site.shape[1:]), site.kinds, site.dtype)
+    jl.io.save_peft(tmp_path, last.replace(sites=((cut, method),)), names)
+    module = peft.PeftModel.from_pretrained(torch_model(model), tmp_path)
+    assert sum("lora_A" in key for key in module.state_dict()) == 1
+    zero = jax.tree.map(lambda t: t.at[:2].set(0), whole.trainable)
+    ours = jl.lift(model.fn)(model.params, whole.replace(trainable=zero), *model.args)
+    assert error(ours, torch_output(module, model)) <= TOLERANCE
+
+
+def test_lokr_splits_dimensions_as_peft_does():
+    from peft.tuners.lokr.layer import factorization
+
+    for dim in range(1, 130):
+        for factor in [None, *range(1, dim + 3)]:
+            theirs = factorization(dim, -1 if factor is None else factor)
+            assert lokr.split(dim, factor) == theirs, (dim, factor)
