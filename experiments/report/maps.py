@@ -42,8 +42,8 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
         axis.grid(False)
         if named:
             places = np.arange(1, size + 1)
-            axis.set_xticks(places, labels, rotation=90, fontsize=9)
-            axis.set_yticks(places, labels, fontsize=9)
+            axis.set_xticks(places)
+            axis.set_yticks(places, [f"{_clip(name, 36)}  {i}" for i, name in enumerate(labels, 1)])
         else:
             step = 5 if size <= 80 else 10
             places = [1, *range(step, size + 1, step)]
@@ -51,7 +51,7 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
             axis.set_yticks(places)
         figure.colorbar(image, ax=axis, shrink=0.7, label="share of samples")
 
-    return svg(draw, (7.0, 6.2) if named else (6.6, 5.4), "confusion matrix of generated adapters")
+    return svg(draw, (7.2, 4.6) if named else (6.6, 5.4), "confusion matrix of generated adapters")
 
 
 def _shown_tasks(task: np.ndarray, kind: np.ndarray) -> list[int]:

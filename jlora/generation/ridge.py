@@ -86,12 +86,20 @@ class Choice(NamedTuple):
 
 def smoother(kernel_matrix: Float[Array, "n n"], penalty) -> Float[Array, "n n"]:
     """P [n, n] of the docstring; symmetric, rows sum to zero. ``penalty`` > 0, scalar."""
+    return _smoother(*_spectrum(kernel_matrix), penalty)
+
+
+def _spectrum(kernel_matrix):
+    """Eigenvalues [n] of HKH and its eigenvectors, centred [n, n]: once a kernel."""
     n = kernel_matrix.shape[0]
     centre = jnp.eye(n, dtype=kernel_matrix.dtype) - 1.0 / n
     values, vectors = jnp.linalg.eigh(matmul(matmul(centre, kernel_matrix), centre))
     # HKH is positive semi-definite: what is below zero is rounding.
-    denominator = jnp.maximum(values, 0) + jnp.asarray(penalty, values.dtype)
-    basis = matmul(centre, vectors)
+    return jnp.maximum(values, 0), matmul(centre, vectors)
+
+
+def _smoother(values, basis, penalty):
+    denominator = values + jnp.asarray(penalty, values.dtype)
     return matmul(basis / denominator[None, :], basis.T)
 
 
@@ -151,10 +159,11 @@ def _errors(kind, width, conditions, gram, groups, scales):
     matrix = _matrix(kind, width, conditions, conditions)
     centre = jnp.eye(n, dtype=gram.dtype) - 1.0 / n
     unit = jnp.trace(matmul(centre, matrix)) / n
+    spectrum = _spectrum(matrix)
     total = jnp.trace(matmul(centre, gram))
 
     def one(scale):
-        residuals = residual_map(smoother(matrix, scale * unit), groups)
+        residuals = residual_map(_smoother(*spectrum, scale * unit), groups)
         return jnp.sum(matmul(residuals, gram) * residuals) / total
 
     return jax.lax.map(one, scales), scales * unit
