@@ -5,6 +5,7 @@ without ever merging.
 """
 
 from jlora import io as io
+from jlora.core import algebra as algebra
 from jlora.core.adapter import Adapter as Adapter
 from jlora.core.adapter import Method as Method
 from jlora.core.adapter import Site as Site
@@ -19,4 +20,14 @@ from jlora.core.quantized import quantize as quantize
 from jlora.core.sharding import specs as specs
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
+from jlora.methods.dora import DoRA as DoRA
+from jlora.methods.experts import Experts as Experts
+from jlora.methods.hira import HiRA as HiRA
+from jlora.methods.ia3 import IA3 as IA3
+from jlora.methods.loha import LoHa as LoHa
+from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
+from jlora.methods.oft import OFT as OFT
+from jlora.methods.pissa import PiSSA as PiSSA
+from jlora.methods.token_mask import TokenMask as TokenMask
+from jlora.methods.vera import VeRA as VeRA

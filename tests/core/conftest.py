@@ -1,4 +1,4 @@
-"""The one check that most of the core's tests are: lifting equals merging, in value and gradient."""
+"""The check that most of the core's tests are: lifting equals merging, in value and gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ import jlora as jl
 def noisy(tree, seed=0, size=0.3):
     """Every floating leaf moved, so that no zero of an initialisation hides a mistake."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda t: t + jnp.asarray(size * rng.normal(size=t.shape), t.dtype), tree
-    )
+    return jax.tree.map(lambda t: t + jnp.asarray(size * rng.normal(size=t.shape), t.dtype), tree)
 
 
 def equations(jaxpr):
     """All equations of a jaxpr, those of inner jaxprs too."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)

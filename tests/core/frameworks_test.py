@@ -1,4 +1,4 @@
-"""Lifting equals merging on models of Flax Linen, Flax NNX and Equinox, which know nothing of it."""
+"""Lifting equals merging on models of Flax Linen, Flax NNX and Equinox, none of which know it."""
 
 import flax.linen as nn
 import jax
@@ -102,7 +102,7 @@ def test_linen_scanned_equals_unrolled():
     a = a.replace(trainable=filled(a.trainable))
     flat = {"params": {"head": params["params"]["head"]}}
     for i in range(2):
-        flat["params"][f"block_{i}"] = jax.tree.map(lambda t: t[i], params["params"]["blocks"])
+        flat["params"][f"block_{i}"] = jax.tree.map(lambda t, i=i: t[i], params["params"]["blocks"])
     other = jl.init(jax.random.key(0), Unrolled().apply, flat, x, methods={"all-linear": LORA})
 
     def slices(part):

@@ -49,7 +49,11 @@ VIEWS = {
         {"w": w(2, 6, 4)},
         "oio",
     ),
-    "fused qkv": (lambda p, x: jnp.einsum("btd,dknh->kbtnh", x, p["w"]), {"w": w(6, 3, 2, 2)}, "iooo"),
+    "fused qkv": (
+        lambda p, x: jnp.einsum("btd,dknh->kbtnh", x, p["w"]),
+        {"w": w(6, 3, 2, 2)},
+        "iooo",
+    ),
     "merged axes": (lambda p, x: x @ p["w"].reshape(6, -1), {"w": w(6, 2, 4)}, "ioo"),
     "split axes": (
         lambda p, x: jnp.einsum("btd,dnh->btnh", x, p["w"].reshape(6, 2, 4)),
@@ -213,7 +217,9 @@ def branches(p, x):
 CONTROL = {
     "scan": (lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), h.sum()), x, p["w"]), w(3, 6, 6)),
     "scan over middle axis": (
-        lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.swapaxes(p["w"], 0, 1))[0],
+        lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.swapaxes(p["w"], 0, 1))[
+            0
+        ],
         w(6, 3, 6),
     ),
     "scan of scan": (
@@ -261,13 +267,38 @@ CONVS = {
     "1d": ((2, 9, 3), (3, 3, 4), ("NWC", "WIO", "NWC"), {}),
     "1d causal": ((2, 9, 3), (3, 3, 4), ("NWC", "WIO", "NWC"), {"padding": [(2, 0)]}),
     "2d not square": ((2, 6, 7, 3), (2, 3, 3, 4), ("NHWC", "HWIO", "NHWC"), {"padding": "SAME"}),
-    "2d strided": ((2, 6, 7, 3), (2, 3, 3, 4), ("NHWC", "HWIO", "NHWC"), {"window_strides": (2, 1)}),
+    "2d strided": (
+        (2, 6, 7, 3),
+        (2, 3, 3, 4),
+        ("NHWC", "HWIO", "NHWC"),
+        {"window_strides": (2, 1)},
+    ),
     "2d dilated": ((2, 6, 7, 3), (2, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {"rhs_dilation": (2, 3)}),
-    "2d transposed": ((2, 4, 4, 3), (2, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {"lhs_dilation": (2, 2), "padding": [(1, 0), (0, 1)]}),
+    "2d transposed": (
+        (2, 4, 4, 3),
+        (2, 2, 3, 4),
+        ("NHWC", "HWIO", "NHWC"),
+        {"lhs_dilation": (2, 2), "padding": [(1, 0), (0, 1)]},
+    ),
     "2d channels first": ((2, 3, 6, 7), (4, 3, 2, 3), ("NCHW", "OIHW", "NCHW"), {}),
-    "2d grouped": ((2, 6, 7, 4), (2, 3, 2, 6), ("NHWC", "HWIO", "NHWC"), {"feature_group_count": 2}),
-    "2d depthwise": ((2, 6, 7, 4), (2, 3, 1, 8), ("NHWC", "HWIO", "NHWC"), {"feature_group_count": 4}),
-    "2d batch groups": ((4, 5, 5, 3), (2, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {"batch_group_count": 2}),
+    "2d grouped": (
+        (2, 6, 7, 4),
+        (2, 3, 2, 6),
+        ("NHWC", "HWIO", "NHWC"),
+        {"feature_group_count": 2},
+    ),
+    "2d depthwise": (
+        (2, 6, 7, 4),
+        (2, 3, 1, 8),
+        ("NHWC", "HWIO", "NHWC"),
+        {"feature_group_count": 4},
+    ),
+    "2d batch groups": (
+        (4, 5, 5, 3),
+        (2, 2, 3, 4),
+        ("NHWC", "HWIO", "NHWC"),
+        {"batch_group_count": 2},
+    ),
     "3d": ((2, 4, 5, 6, 2), (2, 3, 2, 2, 3), ("NDHWC", "DHWIO", "NDHWC"), {}),
 }
 

@@ -1,0 +1,145 @@
+"""The contract: layouts, initialisation a slice at a time, banks, shared tensors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora as jl
+from jlora.core.adapter import fold, initialise, unfold
+
+
+def leaf(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def site(path="w", shape=(3, 4, 5), kinds="sio", dtype=jnp.float32, **more):
+    return jl.Site(path, shape, kinds, jnp.dtype(dtype), **more)
+
+
+def test_fold_is_the_matrix_by_numpy():
+    w = leaf(2, 3, 4, 5)
+    expected = np.asarray(w).transpose(2, 1, 0, 3).reshape(4, 3, 10)
+    np.testing.assert_array_equal(fold(w, "oiso"), expected)
+
+
+@pytest.mark.parametrize("kinds", ["sioo", "oiso", "iois", "ssio", "oooo", "isos"])
+def test_unfold_undoes_fold(kinds):
+    w = leaf(2, 3, 4, 5)
+    np.testing.assert_array_equal(unfold(fold(w, kinds), kinds, w.shape), w)
+
+
+def test_site_sizes():
+    s = site(shape=(3, 4, 2, 5), kinds="soio", dtype=jnp.bfloat16)
+    assert (s.d_in, s.d_out, s.stack) == (2, 20, (3,))
+    assert s.param_dtype == jnp.float32
+    assert s.slice().shape == (4, 2, 5) and s.slice().kinds == "oio"
+    with pytest.raises(ValueError, match=r"w: only a site given to Method.init"):
+        s.weight()
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder(jl.Method):
+    """Keeps what `init` can see."""
+
+    def shared(self, key, sites):
+        return {"t": jnp.ones(len(sites))}, {"f": jnp.zeros(2)}
+
+    def init(self, key, site):
+        seen = {"w": site.weight(), "row": jnp.asarray(site.row), "common": site.shared["t"]}
+        return {"key": jax.random.normal(key, ())}, seen
+
+    def merge(self, w, p):
+        return w + p["t"].sum() + p["key"]
+
+
+def test_init_sees_the_weight_of_its_slice():
+    w = leaf(3, 5, 4)
+    sites = [
+        (site("v", (4,), "o", group="*0"), Recorder()),
+        (site("w", w.shape, "soi", group="*0"), Recorder()),
+    ]
+    made = initialise(jax.random.key(0), sites, {"w": w, "v": leaf(4)})
+    np.testing.assert_array_equal(made.frozen["w"]["w"], np.asarray(w).swapaxes(1, 2))
+    np.testing.assert_array_equal(made.frozen["w"]["row"], np.arange(3))
+    np.testing.assert_array_equal(made.frozen["w"]["common"], np.ones((3, 2)))
+    assert len(np.unique(np.asarray(made.trainable["w"]["key"]))) == 3
+    assert made.trainable["*0"]["t"].shape == (2,) and made.frozen["*0"]["f"].shape == (2,)
+    assert made.sites[1][0].bound is None and made.sites[1][0].group == "*0"
+
+
+def test_init_does_not_depend_on_the_other_sites():
+    def fn(p, x):
+        return x @ p["a"] @ p["b"]
+
+    params, x = {"a": leaf(3, 4), "b": leaf(4, 2)}, leaf(2, 3)
+    both = jl.init(jax.random.key(1), fn, params, x, methods={"a|b": jl.LoRA(2)})
+    one = jl.init(jax.random.key(1), fn, params, x, methods={"b": jl.LoRA(2)})
+    np.testing.assert_array_equal(both.trainable["b"]["a"], one.trainable["b"]["a"])
+
+
+def test_init_of_abstract_parameters():
+    def fn(p, x):
+        return x @ p["w"]
+
+    shapes = {"w": jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)}
+    x = jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+    made = jl.init(jax.random.key(0), fn, shapes, x, methods={"w": jl.LoRA(2)})
+    assert made.trainable["w"]["a"].dtype == jnp.float32
+    with pytest.raises(ValueError, match="w: this method reads the weight"):
+        jl.init(jax.random.key(0), fn, shapes, x, methods={"w": Recorder()})
+
+
+def adapters(ranks=(2, 2), alphas=(4.0, 8.0)):
+    def one(k, rank, alpha):
+        made = initialise(jax.random.key(k), [(site(), jl.LoRA(rank, alpha))], {"w": leaf(3, 4, 5)})
+        return made.replace(trainable=jax.tree.map(lambda t: t + 1.0, made.trainable))
+
+    return [one(k, r, a) for k, (r, a) in enumerate(zip(ranks, alphas, strict=True))]
+
+
+def test_a_bank_holds_adapters_of_other_alpha_and_rank():
+    a, b = adapters(ranks=(2, 3))
+    bank = jl.stack([a, b])
+    assert bank.trainable["w"]["a"].shape == (2, 3, 4, 3)
+    assert bank.sites[0][1].rank == 3
+    w = {"w": leaf(3, 4, 5)}
+    for k, one in enumerate((a, b)):
+        merged = jax.jit(lambda i: jl.merge(w, jl.pick(bank, i)))(k)
+        np.testing.assert_allclose(merged["w"], jl.merge(w, one)["w"], rtol=1e-6, atol=1e-6)
+
+
+def test_padding_stays_zero_under_gradient_descent():
+    a, b = adapters(ranks=(2, 4))
+    bank = jl.stack([a, b])
+    w = {"w": leaf(3, 4, 5)}
+
+    def loss(trainable):
+        return jnp.sum(jl.merge(w, bank.replace(trainable=trainable)[0])["w"] ** 2)
+
+    g = jax.grad(loss)(bank.trainable)["w"]
+    assert float(jnp.abs(g["a"][0, ..., 2:]).max()) == 0
+    assert float(jnp.abs(g["b"][0, :, 2:]).max()) == 0
+
+
+def test_a_bank_of_strangers_is_refused():
+    a, b = adapters()
+    other = a.replace(sites=((dataclasses.replace(a.sites[0][0], path="v"), a.sites[0][1]),))
+    with pytest.raises(ValueError, match=r"adapter 1: got v LoRA.*expected w LoRA"):
+        jl.stack([a, other])
+    with pytest.raises(ValueError, match="adapter 1: got 0, expected 1 sites"):
+        jl.stack([a, b.replace(sites=())])
+    frozen = a.replace(sites=((a.sites[0][0], jl.LoRA(2, freeze_a=True)),))
+    with pytest.raises(ValueError, match="w: methods differ in more than rank"):
+        jl.stack([a, frozen])
+
+
+def test_merge_of_a_method_without_one_says_why():
+    class Router(jl.Method):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Router has no merge: its delta depends on x"):
+        Router().merge(jnp.zeros((2, 2)), {})
+    assert not Router().merges and jl.LoRA().merges and Recorder().merges
