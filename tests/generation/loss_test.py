@@ -19,7 +19,8 @@ def model(params, z, t, cond, null):
 
 
 def evaluate(objective, fn=model, x=X, cond=COND, seed=3):
-    return loss.diffusion_loss(fn, jnp.float32(0.4), jax.random.key(seed), x, cond, objective)
+    call = jax.jit(lambda key, x, cond: loss.diffusion_loss(fn, 0.4, key, x, cond, objective))
+    return call(jax.random.key(seed), x, cond)
 
 
 @pytest.mark.parametrize("kind", ["v", "velocity"])
@@ -67,7 +68,8 @@ def test_min_snr_weighs_the_x0_error_alike_in_every_kind(name, kind):
 
 def times(**kwargs):
     objective = Objective(paths.cosine(), "v", **kwargs)
-    return np.asarray(loss.draw_times(jax.random.key(0), 4000, objective), np.float64)
+    draw = jax.jit(lambda key: loss.draw_times(key, 4000, objective))
+    return np.asarray(draw(jax.random.key(0)), np.float64)
 
 
 def test_times_follow_their_law():

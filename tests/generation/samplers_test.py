@@ -142,10 +142,11 @@ def test_clipping_bounds_data_and_state():
     hard = run(path, Sampler("ddpm", 50, clip=0.4), (32, 32))
     assert 0.39 < hard.max() <= 0.4 + 1e-5  # the data reach far beyond
     config = Sampler("ddpm", 50, clip=1.0, clip_state=True)
-    _, states = samplers.sample(
-        gaussian(path), jax.random.key(0), (16,), path, "x0", config, trajectory=True
+    walk = jax.jit(
+        lambda key: samplers.sample(gaussian(path), key, (16,), path, "x0", config, True)
     )
-    assert states is not None and np.abs(states[1:]).max() <= 1.0 < np.abs(states[0]).max()
+    _, states = walk(jax.random.key(0))
+    assert np.abs(states[1:]).max() <= 1.0 < np.abs(states[0]).max()
 
 
 def linear(params, z, t, cond, scale):
@@ -168,16 +169,16 @@ def test_build_is_one_call_for_a_batch():
     last, states = call(params, keys, cond, jnp.float32(1.0))
     assert last.shape == (4, 2, 3) and states.shape == (4, 4, 2, 3)
     np.testing.assert_array_equal(last, states[:, -1])
+
+    @jax.jit
+    def single(key, cond):
+        def denoise(z, t):
+            return linear(params, z, t, cond, 1.0)
+
+        return samplers.sample(denoise, key, (2, 3), path, "v", config, trajectory=True)
+
     for i in (0, 3):
-        alone, path_alone = samplers.sample(
-            lambda z, t, i=i: linear(params, z, t, cond[i], 1.0),
-            keys[i],
-            (2, 3),
-            path,
-            "v",
-            config,
-            trajectory=True,
-        )
+        alone, path_alone = single(keys[i], cond[i])
         np.testing.assert_allclose(last[i], alone, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(states[i], path_alone, rtol=1e-5, atol=1e-6)
     count = len(traced)
