@@ -65,8 +65,8 @@ class Config:
     codec: str = setting("codec", "pca", "codec of our generator", ("pca", "token_ae", "conv_ae"))
     latent: int = setting("codec", 96, "latent numbers a token (pca, token_ae)")
     codec_steps: int = setting("codec", 600, "training steps of an autoencoder codec")
-    pdiff_ae_steps: int = setting("codec", 300, "training steps of the paper's autoencoder")
-    pdiff_ae_width: int = setting("codec", 64, "decoder channels of the paper's autoencoder (256)")
+    pdiff_ae_steps: int = setting("codec", 1500, "training steps of the paper's autoencoder")
+    pdiff_ae_width: int = setting("codec", 32, "decoder channels of the paper's autoencoder (256)")
     # denoiser
     objective: str = setting(
         "denoiser", "flow", "path and prediction of our denoiser", ("flow", "v", "eps")
@@ -74,7 +74,7 @@ class Config:
     width: int = setting("denoiser", 128, "DiT width")
     depth: int = setting("denoiser", 4, "DiT blocks")
     heads: int = setting("denoiser", 4, "DiT attention heads")
-    steps: int = setting("denoiser", 1500, "diffusion training steps")
+    steps: int = setting("denoiser", 800, "diffusion training steps")
     batch: int = setting("denoiser", 64, "adapters a diffusion step")
     lr: float = setting("denoiser", 1e-3, "peak learning rate of the denoiser")
     ema: float = setting("denoiser", 0.995, "decay of the weight average")
@@ -93,19 +93,19 @@ class Config:
         ("none", "infonce_l2", "infonce_cos", "hinge", "covariance"),
     )
     dispersive_weight: float = setting("denoiser", 0.5, "weight of the Dispersive Loss")
-    task_steps: int = setting("denoiser", 300, "steps with the task loss through the decoder")
-    task_batch: int = setting("denoiser", 8, "tasks a task-loss step")
-    task_rows: int = setting("denoiser", 16, "rows a task and task-loss step")
-    task_lr: float = setting("denoiser", 3e-4, "peak learning rate of the task-loss phase")
-    task_flow_weight: float = setting("denoiser", 0.1, "weight of the diffusion loss beside it")
+    task_steps: int = setting("denoiser", 500, "steps with the task loss through the decoder")
+    task_batch: int = setting("denoiser", 16, "tasks a task-loss step")
+    task_rows: int = setting("denoiser", 8, "rows a task and task-loss step")
+    task_lr: float = setting("denoiser", 5e-4, "peak learning rate of the task-loss phase")
+    task_flow_weight: float = setting("denoiser", 0.05, "weight of the diffusion loss beside it")
     task_pool: str = setting(
         "denoiser",
         "pairs",
         "tasks of the task loss: every allowed ordered pair of seen labels, or the zoo's tasks",
         ("pairs", "zoo"),
     )
-    pdiff_steps: int = setting("denoiser", 400, "training steps of the paper's DDPM")
-    pdiff_width: int = setting("denoiser", 16, "first of the U-Net's widths w,2w,4w,8w (64)")
+    pdiff_steps: int = setting("denoiser", 300, "training steps of the paper's DDPM")
+    pdiff_width: int = setting("denoiser", 8, "first of the U-Net's widths w,2w,4w,8w (64)")
     pdiff_batch: int = setting("denoiser", 32, "batch of the paper's DDPM")
     # sample
     sampler: str = setting(

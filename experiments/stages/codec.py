@@ -95,7 +95,7 @@ def codec_config(config: Config, variant: str, rows: int) -> tuple[str, Any]:
         return name, kind(latent=config.latent, steps=config.codec_steps)
     wide = config.pdiff_ae_width
     steps = config.codec_steps if variant == "ours" else config.pdiff_ae_steps
-    return name, kind(dec_channels=(4, wide, wide, 8), steps=steps, batch=64, chunk=min(50, steps))
+    return name, kind(dec_channels=(4, wide, wide, 8), steps=steps, batch=16, chunk=min(100, steps))
 
 
 def training_rows(world: World, zoo: Zoo) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:

@@ -81,7 +81,7 @@ def solver(rate: float, steps: int, decay: float) -> optax.GradientTransformatio
 
 
 def step_of(value: Callable, opt: optax.GradientTransformation) -> Callable:
-    """`step(state, data, key) -> (state, metrics)` of `value(params, data, key) -> (loss, dict)`."""
+    """`step(state, data, key) -> (state, metrics)` of `value(params, data, key) -> (loss, {})`."""
 
     def step(state: TrainState, data: Any, key: jax.Array) -> tuple[TrainState, dict]:
         (total, parts), grads = jax.value_and_grad(value, has_aux=True)(state.params, data, key)

@@ -222,6 +222,10 @@ def train(
     return {"snapshots": jax.tree.map(np.asarray, state.snapshots), "loss": np.asarray(state.loss)}
 
 
+def _first(tree: PyTree, count: int) -> PyTree:
+    return jax.tree.map(lambda x: x[:count], tree)
+
+
 def _static(config: Config) -> Config:
     """Only what `segment` reads, so that other settings do not recompile it."""
     names = "zoo_lr zoo_batch zoo_snapshots head_scale seed".split()
@@ -250,7 +254,7 @@ def run(world: World, workdir: Path) -> Stage:
             # The last chunk is filled up with repeats, so that one compilation serves all.
             full = [*chunk, *[chunk[-1]] * (size - len(chunk))]
             out = train(world, full, config.zoo_steps, folder / f"work_{k:03d}", bar)
-            save_tree(target, jax.tree.map(lambda x, n=len(chunk): x[:n], out))
+            save_tree(target, _first(out, len(chunk)))
             stage.discard(f"work_{k:03d}")
         if not (folder / "multitask").is_dir():
             out = train(world, [Run("multitask", seen, 0)], multi_steps, folder / "work_multi", bar)
