@@ -134,18 +134,23 @@ class Config:
 
 def define_flags() -> None:
     """Define one absl flag for every field of `Config`."""
-    kinds = {"int": flags.DEFINE_integer, "float": flags.DEFINE_float, "str": flags.DEFINE_string}
+    kinds: dict[str, Any] = {
+        "int": flags.DEFINE_integer,
+        "float": flags.DEFINE_float,
+        "str": flags.DEFINE_string,
+    }
     for f in dataclasses.fields(Config):
         text = f"[{f.metadata['stage']}] {f.metadata['help']}"
         if f.metadata["choices"]:
-            flags.DEFINE_enum(f.name, f.default, list(f.metadata["choices"]), text)
+            flags.DEFINE_enum(f.name, str(f.default), list(f.metadata["choices"]), text)
         else:
             kinds[str(f.type)](f.name, f.default, text)
 
 
 def from_flags(values: flags.FlagValues) -> Config:
     """Read the flags into a `Config`. Raises ValueError on values that cannot work."""
-    config = Config(**{f.name: values[f.name].value for f in dataclasses.fields(Config)})
+    found: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
+    config = Config(**found)
     check(config)
     return config
 

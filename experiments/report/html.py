@@ -212,7 +212,9 @@ def _new(report, arrays) -> str:
     pictures = []
     if "nn_generated" in arrays:
         svg = plots.histogram(arrays["nn_generated"], arrays["nn_held_out"])
-        pictures.append(figure(svg, "Left of the real new seeds: closer to memorised."))
+        pictures.append(
+            figure(svg, "Left of the real new seeds: closer to memorised. Dashed: medians.")
+        )
     else:
         text += _missing("distances to the nearest training adapter")
     if "iou_max" in arrays:

@@ -16,7 +16,7 @@ MARKERS = {
     plot_arrays.HELD_OUT: ("D", "new seed (real)"),
     plot_arrays.GENERATED: ("X", "generated"),
 }
-FULL_LABELS = 24  # more tasks than this are numbered, not named
+FULL_LABELS = 14  # more tasks than this are numbered, not named
 HIGHLIGHT = len(names.TASK_COLOURS)
 
 
@@ -43,7 +43,7 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
         if named:
             places = np.arange(1, size + 1)
             axis.set_xticks(places)
-            axis.set_yticks(places, [f"{_clip(name, 36)}  {i}" for i, name in enumerate(labels, 1)])
+            axis.set_yticks(places, [f"{_clip(name, 30)}  {i}" for i, name in enumerate(labels, 1)])
         else:
             step = 5 if size <= 80 else 10
             places = [1, *range(step, size + 1, step)]
@@ -51,7 +51,11 @@ def confusion(labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
             axis.set_yticks(places)
         figure.colorbar(image, ax=axis, shrink=0.7, label="share of samples")
 
-    return svg(draw, (7.2, 4.6) if named else (6.6, 5.4), "confusion matrix of generated adapters")
+    return svg(
+        draw,
+        (6.4, 2.2 + 0.2 * size) if named else (5.8, 4.9),
+        "confusion matrix of generated adapters",
+    )
 
 
 def _shown_tasks(task: np.ndarray, kind: np.ndarray) -> list[int]:
@@ -122,7 +126,7 @@ def scatter(
         _legend(figure, axis, kind, colours, arrays["names"], len(shown) < len(np.unique(task)),
                 paths is not None)  # fmt: skip
 
-    return svg(draw, (6.4, 6.6), alt)
+    return svg(draw, (5.7, 6.1), alt)
 
 
 def _legend(figure, axis, kind, colours, task_names, rest: bool, run: bool) -> None:
@@ -180,4 +184,4 @@ def overlap(arrays: Mapping[str, np.ndarray]) -> str:
         percent_axis(axis, "y")
         figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2)
 
-    return svg(draw, (6.4, 4.2), "overlap of mistakes against accuracy")
+    return svg(draw, (5.6, 3.8), "overlap of mistakes against accuracy")

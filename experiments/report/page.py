@@ -93,6 +93,9 @@ code { font-size: 0.94em; }
   h1 { font-size: 1.5rem; } th, td { padding: 7px 9px; }
   td:first-child { min-width: 9.5em; }
   figure { padding: 10px; }
+  .plot svg { min-width: 320px; }
+  .settings td:nth-child(2) { width: auto; min-width: 9em; }
+  .settings td:first-child { min-width: 11em; }
 }
 @media print { nav { display: none; } .tall { max-height: none; } }
 </style>

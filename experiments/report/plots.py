@@ -143,7 +143,7 @@ def controls(rows: Sequence[tuple[str, Mapping[str, Any], str]]) -> str:
         axis.set_xlabel("accuracy (%), bar: one std over tasks")
         percent_axis(axis)
 
-    return svg(draw, (6.6, 1.0 + 0.45 * len(rows)), "accuracy under changed conditions")
+    return svg(draw, (5.6, 1.0 + 0.45 * len(rows)), "accuracy under changed conditions")
 
 
 def histogram(generated: np.ndarray, held_out: np.ndarray) -> str:
@@ -161,12 +161,12 @@ def histogram(generated: np.ndarray, held_out: np.ndarray) -> str:
             axis.stairs(share, bins, color=colour, fill=fill, alpha=0.5 if fill else 1, lw=2,
                         label=text)  # fmt: skip
             axis.axvline(np.median(values), color=colour, lw=1.4, ls=(0, (4, 3)))
-        axis.set_xlabel("distance to the nearest training adapter / its norm (dashed: median)")
+        axis.set_xlabel("distance to the nearest training adapter / its norm")
         axis.set_ylabel("share of adapters")
         axis.set_xlim(0, high)
         figure.legend(loc="outside upper left", ncols=2)
 
-    return svg(draw, (6.4, 3.8), "distance to the nearest training adapter")
+    return svg(draw, (5.6, 3.5), "distance to the nearest training adapter")
 
 
 def steps(samplers: Mapping[str, Mapping[str, Any]]) -> str:
@@ -199,7 +199,7 @@ def steps(samplers: Mapping[str, Mapping[str, Any]]) -> str:
         percent_axis(axis, "y")
         figure.legend(loc="outside upper left", ncols=4)
 
-    return svg(draw, (6.4, 4.0), "accuracy against sampler steps")
+    return svg(draw, (5.6, 3.7), "accuracy against sampler steps")
 
 
 def _apart(counts: list[int]) -> list[int]:

@@ -71,7 +71,7 @@ def train_ours(
     """Both phases; returns the averaged parameters and the loss curves."""
     config = world.config
     key = jax.random.fold_in(jax.random.key(config.seed), 102)
-    size = fixed.residual.shape[1:]
+    size = two(fixed.residual.shape[1:])
     shape = (4, fixed.stats.mean.shape[1])
     params = dit.init(ours.network(config), key, size, shape)
     curves = {}
@@ -111,7 +111,7 @@ def train_pdiff(
         z, fixed.task, fixed.stats, fixed.table, fixed.embedding,
         pdiff.projection(config, int(np.prod(fixed.stats.mean.shape))),
     )  # fmt: skip
-    params = dit.init(pdiff.network(config), key, z.shape[1:], (1, pdiff.WIDTH))
+    params = dit.init(pdiff.network(config), key, two(z.shape[1:]), (1, pdiff.WIDTH))
     opt = pdiff.solver()
     state, curves = loop.train(
         ours.step_of(pdiff.value_of(config), opt),
@@ -128,12 +128,18 @@ def train_pdiff(
     return state.params, curves
 
 
+def two(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A latent's shape [S, L]."""
+    length, width = shape
+    return length, width
+
+
 def run(world: World, coded: Coded, workdir: Path) -> Trained:
     """Train (or read) everything."""
     config = world.config
     stage = Stage(workdir, "denoiser", config.key("denoiser"))
     fixed, choice = fixed_parts(world, coded)
-    size, shape = fixed.residual.shape[1:], (4, fixed.stats.mean.shape[1])
+    size, shape = two(fixed.residual.shape[1:]), (4, fixed.stats.mean.shape[1])
     like = jax.eval_shape(
         lambda k: dit.init(ours.network(config), k, size, shape), jax.random.key(0)
     )
@@ -152,7 +158,7 @@ def run(world: World, coded: Coded, workdir: Path) -> Trained:
         else:
             bar.step(config.steps + config.task_steps)
         for variant in pdiff.VARIANTS:
-            latent = jax.eval_shape(lambda v=variant: codec.latents(coded, v)).shape[1:]
+            latent = two(jax.eval_shape(lambda v=variant: codec.latents(coded, v)).shape[1:])
             target = folder / variant
             net = pdiff.network(config)
             shaped = jax.eval_shape(

@@ -172,8 +172,9 @@ def audits(
     i_real, i_made, i_held = np.arange(r), np.arange(r, r + m), np.arange(r + m, len(everything))
 
     def near(rows):
-        cross = gram[np.ix_(rows, i_real)]
-        return np.asarray(audit.nearest_distance(cross, norms[rows], norms[i_real])[0])
+        cross, own, other = gram[np.ix_(rows, i_real)], norms[rows], norms[i_real]
+        parts = (jnp.asarray(x) for x in (cross, own, other))
+        return np.asarray(audit.nearest_distance(*parts)[0])
 
     cross = grams(coded, made, fit.soups)
     own = np.asarray(

@@ -70,7 +70,8 @@ def train(
         bar.curve(done, {f"{label}/{k}": float(v.mean()) for k, v in metrics.items()})
         if done == steps or done % save_every < length:
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez(folder / f"curves_{done}.npz", **{k: np.asarray(v) for k, v in curves.items()})
+            kept_curves: dict[str, Any] = {k: np.asarray(v) for k, v in curves.items()}
+            np.savez(folder / f"curves_{done}.npz", **kept_curves)
             save_tree(folder / f"step_{done}", state)
             for old in kept:
                 shutil.rmtree(old, ignore_errors=True)

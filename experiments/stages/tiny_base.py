@@ -32,4 +32,4 @@ def make() -> tuple[encoder.EncoderConfig, dict, HashTokenizer]:
     """(config, parameters drawn from key 0, tokenizer)."""
     ids = jnp.zeros((1, 4), jnp.int32)
     params = encoder.Encoder(CONFIG).init(jax.random.key(0), ids, ids == 0)["params"]
-    return CONFIG, params, HashTokenizer()
+    return CONFIG, dict(params), HashTokenizer()

@@ -82,7 +82,7 @@ def classifier(model: encoder.EncoderConfig, scale: float) -> Callable[..., jax.
 
 
 def condition(
-    world: World, task: task_lib.Task, pick: Sequence[int], paraphrase: int = 0
+    world: World, task: task_lib.Task, pick: np.ndarray | Sequence[int], paraphrase: int = 0
 ) -> np.ndarray:
     """[4, E] condition of a task: (description, mean example) of class 0, then of class 1.
 
