@@ -11,7 +11,7 @@ from jlora.core.adapter import Method as Method
 from jlora.core.adapter import Site as Site
 from jlora.core.adapter import pick as pick
 from jlora.core.adapter import stack as stack
-from jlora.core.lift import DenseWeightError as DenseWeightError
+from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.lift import lift as lift
 from jlora.core.merge import delta as delta
 from jlora.core.merge import merge as merge

@@ -17,8 +17,8 @@ from jax import lax
 
 from jlora.core import compat
 from jlora.core.conv import conv
+from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import Lazy
-from jlora.core.lift import Scope, evaluate
 from jlora.core.lookup import gather
 from jlora.core.matmul import dot_general
 

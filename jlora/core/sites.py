@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter, Method, Site, initialise
+from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import Lazy, leaf
-from jlora.core.lift import Scope, evaluate, flatten, is_array, traced
+from jlora.core.lift import flatten, is_array, traced
+from jlora.core.rules import RULES
 
 MATMULS = ("gather", "dot", "conv")
 
@@ -115,7 +117,7 @@ def sites(fn: Callable, params: Any, *args: Any, **kwargs: Any) -> Sites:
     "gather", or the primitives for which it would have to be merged. FLOPs are of one call, a loop
     of unknown length counted once.
     """
-    scope = Scope({}, uses=[])
+    scope = Scope(RULES, {}, uses=[])
     leaves, tree = jax.tree.flatten((params, args, kwargs))
     where = [k for k, v in enumerate(leaves) if is_array(v)]
 
