@@ -203,9 +203,10 @@ def _site_json(folder: Path, site: Site, method: Method) -> dict[str, Any]:
 def _sites(folder: Path, entries: list, like: Adapter | None) -> tuple[tuple[Site, Method], ...]:
     found = []
     for number, entry in enumerate(entries):
-        fields = {k: v for k, v in entry.items() if k != "method"}
+        fields: dict[str, Any] = {k: v for k, v in entry.items() if k != "method"}
         fields |= {"shape": tuple(entry["shape"]), "ops": tuple(entry["ops"])}
-        site = Site(**fields | {"dtype": jnp.dtype(entry["dtype"])})
+        fields["dtype"] = jnp.dtype(entry["dtype"])
+        site = Site(**fields)
         if like is None:
             found.append((site, _from_json(folder, entry["method"])))
             continue

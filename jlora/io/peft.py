@@ -115,7 +115,7 @@ def load_peft(
     modules = names.table(sites.values())
     mine, shared, rest = by_module(tensors, table)
     check_rest(folder / WEIGHTS, reader, rest, extras)
-    check_modules(folder / WEIGHTS, reader, mine, modules, table)
+    check_modules(folder / WEIGHTS, reader, mine, shared, modules, table)
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
     for module, found in mine.items():
         where, index = modules[module]

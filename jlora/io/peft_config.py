@@ -18,7 +18,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import regex
@@ -73,6 +73,9 @@ class Fields(Protocol):
 
     @property
     def needs(self) -> tuple[str, ...]: ...  # fields that must be there
+
+    @property
+    def lacks(self) -> tuple[str, ...]: ...  # of TARGETS, what this type does not have
 
     @property
     def free(self) -> Mapping[str, Any]: ...  # any value: it does not change the saved function
@@ -240,6 +243,7 @@ def combine(
     config = {**COMMON, **TARGETS, **table.free, **table.fixed, **table.choose}
     config.update(table.fields)
     config.update({name: {} for name in table.patterns.values()}, **common)
+    config = {name: value for name, value in config.items() if name not in table.lacks}
     config.update(peft_type=table.type, target_modules=sorted(modules))
     for name in table.fields:
         usual = Counter(fields[name] for fields in modules.values()).most_common(1)[0][0]
@@ -261,9 +265,17 @@ def combine(
     return config
 
 
-def absent(reader: Reader, known: Iterable[str], present: Iterable[str]) -> list[str]:
-    """Modules of `known` that the config says are adapted but the file lacks."""
-    if reader.config.get("target_modules") == "all-linear":
-        return []
-    here = set(present)
-    return sorted(m for m in known if m not in here and reader.targets(m))
+def absent(
+    reader: Reader, known: Mapping[str, tuple[str, tuple[int, ...]]], present: Collection[str]
+) -> list[str]:
+    """Modules of `known` that the config says are adapted but the file lacks.
+
+    "all-linear" leaves the model's head out, whatever it is called; so there only the modules of
+    stacked sites, which no head is, must be present.
+    """
+    every = reader.config.get("target_modules") == "all-linear"
+    return sorted(
+        module
+        for module, (_, index) in known.items()
+        if module not in present and (index or not every) and reader.targets(module)
+    )

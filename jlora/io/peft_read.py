@@ -69,11 +69,20 @@ def check_rest(path: Path, reader: peft_config.Reader, rest: Arrays, extras: str
 
 
 def check_modules(
-    path: Path, reader: peft_config.Reader, mine: dict[str, Arrays], modules: Modules, table: Table
+    path: Path,
+    reader: peft_config.Reader,
+    mine: dict[str, Arrays],
+    shared: Arrays,
+    modules: Modules,
+    table: Table,
 ) -> None:
     """Every module is known, targeted and whole, and none that is targeted lacks."""
     if not mine:
         raise FormatError(path, f"no tensor of a {table.type} adapter")
+    if set(shared) != set(table.shared):
+        raise FormatError(
+            path, f"got shared tensors {sorted(shared)}, expected {list(table.shared)} to be saved"
+        )
     for module, found in mine.items():
         if module not in modules:
             raise FormatError(

@@ -59,6 +59,7 @@ class Table:
       free: config fields that do not change the saved function, with what to write.
       allowed: of a field, the values that can be read.
       needs: fields that must be there: their default has changed over time.
+      lacks: of the fields that say which modules are adapted, those this type does not have.
       sparse: absent modules of a stacked site may be filled with zeros.
       biased: PEFT also scales the module's bias, so there must be none.
       settle: (module -> fields) -> (the same, other config fields), before they are combined.
@@ -79,6 +80,7 @@ class Table:
     free: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     allowed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
     sparse: bool = False
     biased: Callable[[Method], bool] = lambda method: False
     settle: Callable[[Mapping[str, Fields]], tuple[Mapping[str, Fields], Fields]] = _unchanged

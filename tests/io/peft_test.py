@@ -253,6 +253,18 @@ def test_exact_oft_is_pefts_transpose(golden, tmp_path):
     assert weights(tmp_path / "back") == weights(path)
 
 
+def test_vera_without_its_bases_is_refused(golden, tmp_path):
+    model = golden["bert"]
+    path = edited(model, tmp_path, "vera", save_projection=False)
+    tensors, meta = safetensors_file.read(path / "adapter_model.safetensors")
+    kept = {key: array for key, array in tensors.items() if "lambda" in key}
+    safetensors_file.write(path / "adapter_model.safetensors", kept, meta)
+    with pytest.raises(
+        FormatError, match=r"got shared tensors \[\], expected \['vera_A', 'vera_B'\]"
+    ):
+        jl.io.load_peft(path, model.names, model.params)
+
+
 def test_files_that_are_not_there_or_not_what_they_say(golden, tmp_path):
     model = golden["bert"]
     with pytest.raises(FormatError, match="cannot be read"):

@@ -1,7 +1,5 @@
 """Files that we write, in the real PEFT on torch: its outputs are those of `lift`."""
 
-import warnings
-
 import jax
 import numpy as np
 import pytest
@@ -30,14 +28,15 @@ METHODS = {
 }
 
 
+# Of transformers, about itself; PEFT's own warnings stay errors.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def quiet():
-    """PEFT and transformers deprecate and inform; jlora's own warnings are tested elsewhere."""
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    yield
     torch.set_num_threads(threads)
 
 

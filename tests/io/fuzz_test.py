@@ -1,0 +1,239 @@
+"""Mutated PEFT directories: refused with `FormatError`, or the same shapes; never anything else.
+
+`JLORA_FUZZ` sets the number of cases of the long run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jlora as jl
+from jlora.io import FormatError, peft, peft_read, safetensors_file
+
+NAMES = ["lora_patterns", "dora", "lokr_factored", "vera", "oft", "lora_embedding"]
+FEW, MANY = 300, int(os.environ.get("JLORA_FUZZ", "10000"))
+SECONDS = 20.0  # of CPU for one file; the deadline of its patterns is 10
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["../../etc/passwd", "..", "/", "a\x00", "(a|aa)+b\\b.*c", "(", "all-linear"]),
+    st.lists(st.integers(-1, 3), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(-1, 9), max_size=2),
+)
+
+
+def split(data: bytes) -> tuple[dict, bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header: dict, body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def bytes_changed(draw, data: bytes) -> bytes:
+    """Truncated, extended, bits flipped, chunks repeated or dropped, header length replaced."""
+    how = draw(st.sampled_from(["cut", "grow", "flip", "drop", "length"]))
+    at = draw(st.integers(0, len(data) - 1))
+    if how == "cut":
+        return data[:at]
+    if how == "grow":
+        return data[:at] + draw(st.binary(min_size=1, max_size=40)) + data[at:]
+    if how == "flip":
+        return data[:at] + bytes([data[at] ^ (1 << draw(st.integers(0, 7)))]) + data[at + 1 :]
+    if how == "drop":
+        return data[:at] + data[at + draw(st.integers(1, 64)) :]
+    length = draw(st.sampled_from([0, 1, 7, 8, len(data) - 8, len(data), 2**24, 2**63, 2**64 - 1]))
+    return struct.pack("<Q", length) + data[8:]
+
+
+def header_changed(draw, data: bytes) -> bytes:
+    """A well-formed file that says something else: names, dtypes, shapes, offsets, values."""
+    header, body = split(data)
+    keys = sorted(key for key in header if key != "__metadata__")
+    key = draw(st.sampled_from(keys))
+    how = draw(
+        st.sampled_from(["dtype", "shape", "span", "lose", "rename", "copy", "value", "junk"])
+    )
+    entry = dict(header[key])
+    if how == "dtype":
+        entry["dtype"] = draw(st.sampled_from(["F16", "BF16", "F64", "I32", "I64", "F8_E4M3", "X"]))
+        if draw(st.booleans()) and entry["dtype"] in ("F16", "BF16"):  # of the right size
+            entry["shape"] = [*entry["shape"][:-1], 2 * entry["shape"][-1]]
+        header[key] = entry
+    elif how == "shape":
+        shape = draw(st.permutations(entry["shape"]))
+        extra = draw(st.sampled_from([[], [1], [0], [-1], [2**62]]))
+        header[key] = {**entry, "shape": [*shape, *extra]}
+    elif how == "span":
+        header[key] = {**entry, "data_offsets": draw(st.lists(st.integers(-4, 4096), max_size=3))}
+    elif how == "lose":
+        del header[key]
+        if draw(st.booleans()):  # and its bytes, so that the file itself is fine
+            tensors = arrays(data)
+            del tensors[key]
+            return safetensors_file.to_bytes("x", tensors, {"format": "pt"})
+    elif how == "rename":
+        other = draw(st.one_of(st.text(max_size=12), st.sampled_from(keys)))
+        name = draw(
+            st.sampled_from([other, key.replace("base_model.", ""), f"../{key}", key + ".x"])
+        )
+        header[name] = header.pop(key)
+    elif how == "copy":
+        tensors = arrays(data)
+        tensors[draw(st.sampled_from([key + "2", key.replace(".0.", ".7."), "x"]))] = tensors[key]
+        return safetensors_file.to_bytes("x", tensors, {"format": "pt"})
+    elif how == "value":
+        begin, end = entry["data_offsets"]
+        bad = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+        at = begin + 4 * draw(st.integers(0, (end - begin) // 4 - 1))
+        body = body[:at] + struct.pack("<f", bad) + body[at + 4 :]
+    else:
+        header[key] = draw(JUNK)
+    return joined(header, body)
+
+
+def arrays(data: bytes) -> dict[str, np.ndarray]:
+    header, body = split(data)
+    header.pop("__metadata__", None)
+    return {
+        key: np.frombuffer(body[slice(*e["data_offsets"])], np.float32).reshape(e["shape"])
+        for key, e in header.items()
+    }
+
+
+def config_changed(draw, data: bytes) -> bytes:
+    """A config with a field lost, replaced or invented, or damaged bytes."""
+    if draw(st.integers(0, 3)) == 0:
+        return bytes_changed(draw, data)
+    config = json.loads(data)
+    key = draw(st.sampled_from(sorted(config)))
+    how = draw(st.sampled_from(["lose", "replace", "invent"]))
+    if how == "lose":
+        del config[key]
+    else:
+        config[key if how == "replace" else draw(st.text(max_size=8))] = draw(JUNK)
+    return json.dumps(config).encode("utf-8", "surrogatepass")
+
+
+def form(adapter):
+    return {
+        (part, site, name): (array.shape, str(array.dtype))
+        for part in ("trainable", "frozen")
+        for site, arrays in getattr(adapter, part).items()
+        for name, array in arrays.items()
+    }
+
+
+def check(model, folder, name, changes, draw, known):
+    """Mutates one adapter, loads it, and counts (refused, accepted)."""
+    source = model.path / name
+    config = (source / peft.CONFIG).read_bytes()
+    data = (source / peft.WEIGHTS).read_bytes()
+    for change in changes:
+        try:
+            if change == "config":
+                config = config_changed(draw, config)
+            else:
+                data = (bytes_changed if change == "bytes" else header_changed)(draw, data)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            break  # the first mutation left nothing that the second can take apart
+    (folder / peft.CONFIG).write_bytes(config)
+    (folder / peft.WEIGHTS).write_bytes(data)
+    start = time.process_time()
+    try:
+        got = jl.io.load_peft(folder, model.names, model.params)
+    except FormatError:
+        known["refused"] += 1
+        return
+    finally:
+        assert time.process_time() - start < SECONDS
+    # Accepted: other values, scales or hyper-parameters perhaps, but the same arrays, and the
+    # model's own shapes: at most a rank is another one.
+    known["accepted"] += 1
+    want, got = form(jl.io.load_peft(source, model.names, model.params)), form(got)
+    assert set(got) == set(want)
+    for key, (shape, _) in got.items():
+        assert len(shape) == len(want[key][0])
+        assert sum(a != b for a, b in zip(shape, want[key][0], strict=True)) <= 1, key
+
+
+def run(golden, folder, cases):
+    model = golden["bert"]
+    known = {"refused": 0, "accepted": 0}
+
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def body(data):
+        name = data.draw(st.sampled_from(NAMES))
+        kinds = st.sampled_from(["bytes", "header", "header", "config"])
+        changes = data.draw(st.lists(kinds, min_size=1, max_size=2))
+        check(model, folder, name, changes, data.draw, known)
+
+    body()
+    return known
+
+
+def test_mutated_files_are_refused_or_harmless(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr("jlora.io.peft_config.SECONDS", 0.3)
+    known = run(golden, tmp_path, FEW)
+    assert known["refused"] > 3 * known["accepted"] > 0, known
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_files(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr("jlora.io.peft_config.SECONDS", 0.3)
+    known = run(golden, tmp_path, MANY)
+    assert sum(known.values()) >= MANY and known["refused"] > 3 * known["accepted"], known
+
+
+def test_the_fuzzer_sees_a_reader_that_does_not_check(golden, tmp_path, monkeypatch):
+    """The mutation check: without the checks of modules the same files do harm."""
+    monkeypatch.setattr(peft, "check_modules", lambda *_: None)
+    with pytest.raises(Exception) as caught:
+        run(golden, tmp_path, FEW)
+    assert not isinstance(caught.value, FormatError)
+
+
+@pytest.mark.parametrize("bad", ["../../evil", "/etc/passwd", "..", "layer\x00"])
+def test_names_that_climb_are_no_modules(golden, tmp_path, bad):
+    model = golden["bert"]
+    tensors, meta = safetensors_file.read(model.path / "lora" / peft.WEIGHTS)
+    key = sorted(tensors)[0]
+    tensors[f"{peft_read.ROOT}{bad}.lora_A.weight"] = tensors.pop(key)
+    (tmp_path / peft.CONFIG).write_bytes((model.path / "lora" / peft.CONFIG).read_bytes())
+    data = joined(*split_of(tensors, meta))
+    (tmp_path / peft.WEIGHTS).write_bytes(data)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(FormatError):
+        jl.io.load_peft(tmp_path, model.names, model.params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def split_of(tensors, meta) -> tuple[dict, bytes]:
+    """A file's header and body, names unchecked."""
+    header, body = {"__metadata__": meta}, b""
+    for name, array in tensors.items():
+        span = [len(body), len(body) + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": span}
+        body += array.tobytes()
+    return header, body
