@@ -41,8 +41,7 @@ def fixed_parts(world: World, coded: Coded) -> tuple[ours.Fixed, ridge.Choice]:
     one = jax.nn.one_hot(coded.task, len(coded.names), dtype=z.dtype)
     soups = jnp.einsum("nk,nsl->ksl", one / one.sum(0)[None], z)
     mean, choice = prior.fit(cond, soups, config.prior)
-    own = jnp.arange(len(coded.names))
-    means = jax.vmap(lambda c, k: prior.mean(mean, choice.kernel, c, k, False))(cond, own)
+    means = jax.vmap(lambda c: prior.mean(mean, choice.kernel, c, False))(cond)
     residual = z - means[coded.task]
     scale = jnp.sqrt(jnp.mean(residual**2, axis=(0, 2)))[:, None]
     names = list(coded.names)

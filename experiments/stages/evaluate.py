@@ -234,5 +234,5 @@ def trajectory(world: World, coded: Coded, trained: Trained) -> np.ndarray:
         config, coded, trained, config.sampler, config.sample_steps, path=True
     )
     return np.asarray(
-        call(trained.params, trained.fixed, *sample.inputs(world, coded, trained, [request]))
+        call(trained.params, trained.fixed, *sample.inputs(world, trained, [request]))
     )

@@ -4,7 +4,7 @@ With the prior mean :math:`m(c)`, the zoo's latents z and the decoder D:
 
 .. math::
     \mathcal{L}_1 = E\, \| f_\theta(y_t, t, c) - \mathrm{target}(y, \epsilon, t) \|^2,
-    \quad y = (z - m_{-k}(c_k)) / s
+    \quad y = (z - m(c)) / s
 
     \mathcal{L}_2 = E_{task, t}\; \mathrm{CE}\big( \mathrm{base} \oplus
     D(m(c) + s\, \hat y_\theta(\tilde y_t, t, c)),\ \text{training rows of the task} \big)
@@ -60,7 +60,8 @@ class Fixed(NamedTuple):
 def objective(config: Config) -> loss.Objective:
     """Path and prediction."""
     path = paths.rectified_flow() if config.objective == "flow" else paths.ddpm_linear()
-    kind = {"flow": "velocity", "v": "v", "eps": "eps"}[config.objective]
+    # x0 and not velocity on the flow: a fresh DiT then starts exactly at the prior mean.
+    kind = {"flow": "x0", "v": "v", "eps": "eps"}[config.objective]
     return loss.Objective(path, kind, drop=config.cond_dropout)
 
 
@@ -145,8 +146,7 @@ def task_value(
         t = last * jax.random.uniform(k_time, (), minval=0.05, maxval=1.0)
         noisy = goal.path.mix(jax.lax.stop_gradient(guess), jax.random.normal(k_second, shape), t)
         added = estimate(params, noisy, t, cond)
-        who = jnp.minimum(task, len(coded.names))
-        x = tokens(data, coded.kinds["ours"], kernel, cond, who, False, added)
+        x = tokens(data, coded.kinds["ours"], kernel, cond, False, added)
         adapter = template.replace(trainable=codec.to_trainable(coded, x), frozen=data.frozen)
         rows, label = conditions.random_rows(data.table, k_rows, task, config.task_rows)
         heads = data.table.heads[task]
@@ -172,10 +172,9 @@ def tokens(
     kind: str,
     kernel: ridge.Kernel,
     cond: jax.Array,
-    who: jax.Array,
     null: jax.Array | bool,
     added: jax.Array,
 ) -> jax.Array:
     """Canonical tokens [T, D] of prior mean + scaled addition [S, L]; `data` has the arrays."""
-    z = prior.mean(data.prior, kernel, cond, who, null) + data.scale * added
+    z = prior.mean(data.prior, kernel, cond, null) + data.scale * added
     return codec.decode(kind, data.fitted, z)

@@ -4,7 +4,8 @@ T = 1000, linear beta, noise prediction, condition concatenated to the flat late
 dropout, ancestral sampling. One model a normalisation: over the zoo (`pdiff_global`) and with the
 paper's per-task statistics (`pdiff_task`).
 
-Deviates: U-Net widths are scaled by `--pdiff_width` (the paper: 64..512) for CPUs; the condition is
+Deviates: U-Net widths are scaled by `--pdiff_width` (the paper: 64..512) and the ancestral steps
+strided by `--pdiff_sample_steps` (the paper: all 1000) for CPUs; the condition is
 a fixed random projection of ours (the paper: a CLIP text embedding); latents have unit scale
 (generation fails with the raw ones: the authors' own advice), so x0 is clipped at +-4.
 """
@@ -24,7 +25,7 @@ from jlora.generation import dit, loss, paths, unet1d
 
 PyTree = Any
 VARIANTS = ("pdiff_global", "pdiff_task")
-WIDTH = 256  # numbers of the projected condition
+WIDTH = 128  # numbers of the projected condition
 
 
 class Data(NamedTuple):

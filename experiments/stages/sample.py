@@ -59,7 +59,7 @@ class Request(NamedTuple):
 def our_sampler(
     config: Config, coded: Coded, trained: Trained, method: str, steps: int, path: bool = False
 ) -> Callable[..., Any]:
-    """jitted (params, fixed, keys [n], cond [n,4,E], who [n], null [n]) -> tokens [n, T, D].
+    """jitted (params, fixed, keys [n], cond [n,4,E], null [n]) -> tokens [n, T, D].
 
     With `path` the decoded points of the sampler's trajectory come too: [n, steps + 1, T, D].
     """
@@ -70,8 +70,8 @@ def our_sampler(
     guided = guidance.guided(model)
 
     @jax.jit
-    def run(params, fixed, keys, cond, who, null):
-        def one(key, cond, who, null):
+    def run(params, fixed, keys, cond, null):
+        def one(key, cond, null):
             def denoise(z, t):
                 if config.guidance == 1.0:
                     return model(params, z, t, cond, null)[0]
@@ -82,12 +82,12 @@ def our_sampler(
             points = z[None] if states is None else states
 
             def decode(z):
-                return ours.tokens(fixed, kind, kernel, cond, who, null, z)
+                return ours.tokens(fixed, kind, kernel, cond, null, z)
 
             out = jax.vmap(decode)(points)
             return out if path else out[0]
 
-        return jax.vmap(one)(keys, cond, who, null)
+        return jax.vmap(one)(keys, cond, null)
 
     return run
 
@@ -99,14 +99,12 @@ def key_of(config: Config, request: Request) -> jax.Array:
     return jax.random.fold_in(base, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def inputs(world: World, coded: Coded, trained: Trained, requests: Sequence[Request]):
-    """(keys, cond, who, null) of a batch of requests."""
-    position = {name: i for i, name in enumerate(coded.names)}
+def inputs(world: World, trained: Trained, requests: Sequence[Request]):
+    """(keys, cond, null) of a batch of requests."""
     raw = np.stack([_condition(world, r.asked, r.paraphrase) for r in requests])
     cond = conditions.scaled(trained.fixed.stats, jnp.asarray(raw))
-    who = jnp.asarray([position.get(r.asked, len(position)) for r in requests], jnp.int32)
     null = jnp.asarray([r.kind == "null" for r in requests])
-    return jnp.stack([key_of(world.config, r) for r in requests]), cond, who, null
+    return jnp.stack([key_of(world.config, r) for r in requests]), cond, null
 
 
 def _condition(world: World, name: str, paraphrase: int) -> np.ndarray:
@@ -210,7 +208,7 @@ def run(world: World, coded: Coded, trained: Trained, workdir: Path) -> Draws:
                 call = our_sampler(config, coded, trained, method, steps)
                 call = functools.partial(call, trained.params, trained.fixed)
                 size = min(BATCH, len(wanted))
-                tokens.append(in_batches(call, inputs(world, coded, trained, wanted), size, bar))
+                tokens.append(in_batches(call, inputs(world, trained, wanted), size, bar))
                 rows += [(r.task, r.kind) for r in wanted]
             for variant in pdiff.VARIANTS:
                 found, names = pdiff_tokens(world, coded, trained, variant, bar)

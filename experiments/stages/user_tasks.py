@@ -79,7 +79,7 @@ def run(
             asked = [
                 sample.Request(task.name, "generated", task.name, k) for k in range(config.samples)
             ]
-            arrays = sample.inputs(mine, coded, trained, asked)
+            arrays = sample.inputs(mine, trained, asked)
             made = np.asarray(call(trained.params, trained.fixed, *arrays))
             raw = jnp.asarray(conditions.canonical(mine, [task.name]))
             found = rivals.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])

@@ -1,4 +1,4 @@
-"""The prior mean: leave-one-out rows equal refits, the null condition is the mean."""
+"""The prior mean: kernel ridge on the soups, the mean of the soups without a condition."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from experiments.stages import prior
-from jlora.generation import ridge
 
 
 @pytest.fixture(scope="module")
@@ -17,34 +16,38 @@ def made():
     return cond, values, *prior.fit(cond, values, "ridge")
 
 
-def refit(choice, cond, values, keep, query):
-    """Prediction of a ridge fitted on `keep` alone, in numpy where it is only sums."""
-    flat = cond.reshape(len(cond), -1)
-    state = ridge.fit(choice.kernel, flat[keep], choice.penalty)
-    weights = np.asarray(ridge.weights(choice.kernel, state, query.reshape(1, -1)))[0]
-    return np.einsum("k,ksl->sl", weights, np.asarray(values)[keep])
+def oracle(choice, cond, values, query):
+    """Ridge with an intercept by its normal equations, in numpy float64."""
+    flat = np.asarray(cond, np.float64).reshape(len(cond), -1)
+    z = np.asarray(values, np.float64).reshape(len(values), -1)
+    kernel = lambda x, y: np.asarray(choice.kernel(jnp.asarray(x), jnp.asarray(y)), np.float64)  # noqa: E731
+    flat32 = flat.astype(np.float32)
+    inner, row = kernel(flat32, flat32), kernel(np.float32(query).reshape(1, -1), flat32)
+    n = len(z)
+    h = np.eye(n) - 1 / n
+    alpha = np.linalg.solve(h @ inner @ h + choice.penalty * np.eye(n), h @ z)
+    out = z.mean(0) + (row - inner.mean(1)[None]) @ h @ alpha
+    return out.reshape(values.shape[1:])
 
 
-@pytest.mark.parametrize("who", [0, 3, 6])
-def test_rows_equal_refits_without_the_task(made, who):
+def test_it_is_kernel_ridge_with_an_intercept(made):
     cond, values, fit, choice = made
-    keep = np.asarray([i for i in range(6) if i != who])
-    query = cond[who % 6] * 0.9
-    got = prior.mean(fit, choice.kernel, query, jnp.int32(who), False)
-    want = refit(choice, cond, values, keep, query)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
-    other = prior.mean(fit, choice.kernel, query, jnp.int32((who + 1) % 6), False)
-    assert np.abs(np.asarray(other) - want).max() > 1e-3  # mutation: the wrong task left out
+    query = np.asarray(cond[3]) * 0.8 + 0.1
+    got = prior.mean(fit, choice.kernel, jnp.asarray(query), False)
+    want = oracle(choice, cond, values, query)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+    wrong = oracle(choice._replace(penalty=choice.penalty * 30), cond, values, query)
+    assert np.abs(np.asarray(got) - wrong).max() > 1e-2  # mutation: another penalty
 
 
-def test_without_a_condition_it_is_the_mean_of_the_other_tasks(made):
+def test_without_a_condition_it_is_the_mean_of_the_soups(made):
     cond, values, fit, choice = made
-    got = prior.mean(fit, choice.kernel, cond[2], jnp.int32(2), True)
-    keep = [0, 1, 3, 4, 5]
-    np.testing.assert_allclose(got, np.asarray(values)[keep].mean(0), rtol=1e-5, atol=1e-5)
+    got = prior.mean(fit, choice.kernel, cond[2], True)
+    np.testing.assert_allclose(got, np.asarray(values).mean(0), rtol=1e-5, atol=1e-5)
+    assert np.abs(prior.mean(fit, choice.kernel, cond[2], False) - got).max() > 1e-2
 
 
 def test_prior_none_is_zero(made):
     cond, values, _, _ = made
     fit, choice = prior.fit(cond, values, "none")
-    assert not np.asarray(prior.mean(fit, choice.kernel, cond[0], jnp.int32(6), False)).any()
+    assert not np.asarray(prior.mean(fit, choice.kernel, cond[0], False)).any()
