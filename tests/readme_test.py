@@ -22,3 +22,12 @@ def test_the_quick_start_runs():
     assert scope["served"]["down"] is scope["params"]["down"] or (
         scope["served"]["down"]["kernel"] is scope["params"]["down"]["kernel"]
     )
+
+
+def test_the_results_are_those_of_the_kept_report():
+    from experiments.report import markdown, schema
+
+    text = README.read_text(encoding="utf-8")
+    (shown,) = re.findall(r"<!-- results -->\n(.*?)<!-- /results -->", text, re.S)
+    report = schema.read(README.parent / "docs" / "results" / "text_full" / "report.json")
+    assert shown == markdown.render(report)

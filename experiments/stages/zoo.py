@@ -145,7 +145,9 @@ def segment(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), run), step)
         pick = jax.random.randint(key, (config.zoo_batch,), 0, size)
         value, grads = jax.value_and_grad(loss)(trainable, pool[pick])
-        updates, moments = solver.update(grads, moments, trainable)
+        # optax raises Python floats to integer counters, which strict promotion would forbid.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = solver.update(grads, moments, trainable)
         trainable = optax.apply_updates(trainable, updates)
         hit = marks == step + 1  # [S]
 
