@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora.core.adapter import wide
+
 
 class LowRank(NamedTuple):
     """The matrix u @ v."""
@@ -291,11 +293,12 @@ def _flat(x: Array) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
 
 
 def _dtype(*trees: Any) -> jnp.dtype:
-    return jnp.result_type(jnp.float32, *[t.dtype for t in jax.tree.leaves(trees)])
+    found = [t.dtype for t in jax.tree.leaves(trees)]
+    return max(found, key=lambda d: d.itemsize, default=jnp.dtype(jnp.float32))
 
 
 def _dot(spec: str, x: Array, y: Array) -> Array:

@@ -35,12 +35,12 @@ from jlora.core.adapter import Arrays, Method, Site, low_rank
 
 
 def split(dim: int, factor: int | None = None) -> tuple[int, int]:
-    """(m, n) with m n = dim, m <= n, m the largest divisor <= min(factor, sqrt(dim)).
+    """(m, n) with m n = dim: m the largest divisor of at most min(factor, sqrt(dim)).
 
-    A `factor` that divides dim is taken as it is, also above the root (then m = dim / factor).
+    A `factor` that divides dim is m itself, also above the root.
     """
     if factor is not None and dim % factor == 0:
-        return min(factor, dim // factor), max(factor, dim // factor)
+        return factor, dim // factor
     limit = math.isqrt(dim) if factor is None else min(factor, math.isqrt(dim))
     m = next(m for m in range(limit, 0, -1) if dim % m == 0)
     return m, dim // m

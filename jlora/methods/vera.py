@@ -46,7 +46,7 @@ class VeRA(Method):
         """Frozen basis_a [max d_in, r], basis_b [r, max d_out] of `seed`; `key` is not used."""
         ka, kb = jax.random.split(jax.random.key(self.seed))
         rows, cols = max(s.d_in for s in sites), max(s.d_out for s in sites)
-        dtype = jnp.result_type(*[s.param_dtype for s in sites])
+        dtype = max((s.param_dtype for s in sites), key=lambda d: jnp.dtype(d).itemsize)
 
         def uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
             bound = math.sqrt(6 / fan_in)

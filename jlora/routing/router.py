@@ -46,10 +46,10 @@ def top_k(logits: jax.Array, k: int) -> Routes:
 
 
 def _balance(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    experts = logits.shape[-1]
-    mean = jnp.mean(jax.nn.softmax(logits, axis=-1).reshape(-1, experts), axis=0)
-    counts = jnp.bincount(ids.reshape(-1), length=experts)
-    load = counts.astype(mean.dtype) / ids.size
+    tokens, experts = tuple(range(logits.ndim - 1)), logits.shape[-1]
+    mean = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=tokens)
+    # sums of one-hot rows, not a scatter: explicit meshes have no rule for that
+    load = jnp.mean(jax.nn.one_hot(ids, experts, dtype=mean.dtype), axis=(*tokens, ids.ndim - 1))
     return experts * jnp.sum(load * mean), load
 
 

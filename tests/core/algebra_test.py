@@ -198,6 +198,8 @@ def test_deltas_reads_factors_over_stack_axes_and_names_what_has_none():
     adapter = Adapter(trainable, frozen, ((site, Product()),))
     want = 2 * np.asarray(leaf.u) * np.array([1, 3]) @ leaf.v
     np.testing.assert_allclose(dense(al.deltas(adapter)["w"]), want, rtol=1e-5)
+    half = jax.tree.map(lambda t: t.astype(jnp.bfloat16), adapter)
+    assert al.deltas(half)["w"].u.dtype == jnp.float32 == al.norm(half).dtype
     with pytest.raises(TypeError, match="w: Method has no factored delta"):
         al.deltas(adapter.replace(sites=((site, Method()),)))
 

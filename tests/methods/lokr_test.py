@@ -48,16 +48,9 @@ def test_rank_is_the_product_of_the_ranks(bench):
 
 
 def test_split():
-    got = [
-        split(12),
-        split(12, 2),
-        split(12, 6),
-        split(12, 5),
-        split(384, 8),
-        split(7),
-        split(7, 3),
-    ]
-    assert got == [(3, 4), (2, 6), (2, 6), (3, 4), (8, 48), (1, 7), (1, 7)]
+    dims = [(12,), (12, 2), (12, 6), (12, 5), (384, 8), (7,), (7, 3), (128, 4)]
+    want = [(3, 4), (2, 6), (6, 2), (3, 4), (8, 48), (1, 7), (1, 7), (4, 32)]
+    assert [split(*d) for d in dims] == want
 
 
 def test_the_fast_path_costs_less_than_a_dense_delta():

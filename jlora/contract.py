@@ -1,0 +1,341 @@
+"""The laws that every method obeys; `check(MyMethod(rank=2))` raises where one is broken.
+
+One small model, a scan over two layers of two kernels [8, 12] and [12, 8], is adapted; values and
+gradients of the lifted, merged and unrolled model come from one compilation. The registry names
+the laws that a method breaks by its nature; a further trial of a law is `LAWS["L4"](Case(method))`.
+
+Source: our reading of what an adapter owes.
+Deviates: nothing.
+"""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jlora.core.adapter import Adapter, Method, stack
+from jlora.core.lift import DenseWeightError, lift
+from jlora.core.merge import merge
+from jlora.core.sharding import specs
+from jlora.core.sites import init
+from jlora.io import NameMap, load_peft, save_peft
+from jlora.io.peft_tables import table_of
+
+PATTERN = "layers/(up|down)"
+SHAPES = {"up": (8, 12), "down": (12, 8)}
+NAMES = NameMap({r"layers/(up|down)": r"layer.{i}.\1"})
+
+# Compile time is most of the run time: no effort is spent on code that runs once.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def block(h: Any, k: Any) -> Any:
+    return h + jnp.tanh(h @ k["up"]) @ k["down"]
+
+
+def scanned(params: Any, x: Any) -> Any:
+    """The model: x [b, t, 8] -> [b, t, 8]."""
+    h, _ = jax.lax.scan(lambda h, k: (block(h, k), None), x, params["layers"])
+    return h @ params["head"]
+
+
+def unrolled(params: Any, x: Any) -> Any:
+    """The same without scan."""
+    for i in range(2):
+        x = block(x, {name: w[i] for name, w in params["layers"].items()})
+    return x @ params["head"]
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 3, jnp.float32)
+
+
+def close(got: Any, want: Any, tol: float = 1e-4) -> None:
+    """Equal up to rounding, relative to the largest entry of each leaf."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        np.testing.assert_allclose(g, w, rtol=0, atol=tol * (1e-3 + np.abs(w).max()))
+
+
+class Case:
+    """One method on the model; what several laws need is computed once.
+
+    `lift` and `merge` can be replaced, to see the laws about the library itself fail.
+    """
+
+    def __init__(self, method: Method, lift: Callable = lift, merge: Callable = merge) -> None:
+        self.method, self.lift, self.merge = method, lift, merge
+        self.x, self.target = draw(0, 4, 5, 8), draw(1, 4, 5, 8)
+        self.ctx = {"tokens": draw(2, 4, 5) > 0}
+        layers = {name: draw(10 + k, 2, *s) for k, (name, s) in enumerate(SHAPES.items())}
+        self.params = {"layers": layers, "head": draw(20, 8, 8)}
+
+    def adapter(self, seed: int, noise: float, method: Method | None = None) -> Adapter:
+        """A fresh adapter, every trainable moved by `noise` times a normal number."""
+        methods = {PATTERN: method or self.method}
+        made = init(jax.random.key(seed), scanned, self.params, self.x, methods=methods)
+        rng = np.random.default_rng(seed)
+
+        def move(t: jax.Array) -> jax.Array:
+            return t + jnp.asarray(noise * rng.normal(size=t.shape), t.dtype)
+
+        return made.replace(trainable=jax.tree.map(move, made.trainable))
+
+    def forward(self, adapter: Any, x: Any = None, params: Any = None, model: Any = scanned) -> Any:
+        x = self.x if x is None else x
+        params = self.params if params is None else params
+        return self.lift(model)(params, adapter, x, ctx=self.ctx)
+
+    def step(self, run: Callable) -> Callable:
+        """adapter -> ((loss, y), gradients of the trainables) of `run(adapter) -> y`."""
+
+        def loss(trainable, adapter):
+            y = run(adapter.replace(trainable=trainable))
+            return jnp.mean((y - self.target) ** 2), y
+
+        return lambda adapter: jax.value_and_grad(loss, has_aux=True)(adapter.trainable, adapter)
+
+    @functools.cached_property
+    def fresh(self) -> Adapter:
+        return self.adapter(0, 0.0)
+
+    @functools.cached_property
+    def noisy(self) -> tuple[Adapter, Adapter]:
+        """Two adapters, of another alpha where there is one."""
+        other = {"alpha": 5.0} if hasattr(self.method, "alpha") else {}
+        return self.adapter(1, 0.3), self.adapter(2, 0.3, dataclasses.replace(self.method, **other))
+
+    @functools.cached_property
+    def merges(self) -> bool:
+        try:
+            jax.eval_shape(lambda a: self.merge(self.params, a), self.fresh)
+        except NotImplementedError:
+            return False
+        return True
+
+    @functools.cached_property
+    def everything(self) -> Callable:
+        def run(adapter):
+            out = {"lifted": self.step(self.forward)(adapter)}
+            out["unrolled"] = self.step(lambda a: self.forward(a, model=unrolled))(adapter)
+            if self.merges:
+                merged = self.step(lambda a: scanned(self.merge(self.params, a), self.x))
+                out["merged"] = merged(adapter)
+            return out
+
+        return fast_jit(run)
+
+    @functools.cached_property
+    def values(self) -> list[Any]:
+        return [self.everything(a) for a in self.noisy]
+
+
+def empty(case: Case) -> None:
+    """an empty adapter changes nothing"""
+    for adapter in ({}, None):
+        assert np.array_equal(case.forward(adapter), scanned(case.params, case.x))
+
+
+def identity(case: Case) -> None:
+    """a fresh adapter is the identity"""
+    close(case.everything(case.fresh)["lifted"][0][1], scanned(case.params, case.x), 1e-6)
+
+
+def definition(case: Case) -> None:
+    """lifted and merged agree in value and gradient"""
+    assert case.merges, "there is no merged weight"
+    for value in case.values:
+        close(value["lifted"], value["merged"])
+
+
+def factored(case: Case) -> None:
+    """no matmul of the gradient yields a dense weight or its gradient"""
+    jaxpr = jax.make_jaxpr(case.step(case.forward))(case.noisy[0])
+    dense = {s for s in SHAPES.values()} | {s[::-1] for s in SHAPES.values()}
+    for eqn in _equations(jaxpr.jaxpr):
+        if eqn.primitive.name == "dot_general":
+            assert eqn.outvars[0].aval.shape[-2:] not in dense, eqn
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def banked(case: Case) -> None:
+    """vmap over a bank is the loop over it"""
+    got = fast_jit(jax.vmap(case.step(case.forward)))(stack(case.noisy))
+    close(got, jax.tree.map(lambda *t: jnp.stack(t), *[v["lifted"] for v in case.values]))
+
+
+def unstacked(case: Case) -> None:
+    """scanned and unrolled layers agree"""
+    for value in case.values:
+        close(value["lifted"], value["unrolled"])
+
+
+def untouched(case: Case) -> None:
+    """base arrays stay the same objects"""
+    before = jax.tree.map(lambda t: (t, np.array(t)), case.params)
+    assert case.values
+    if case.merges:
+        kept = []
+        jax.eval_shape(lambda a: kept.append(case.merge(case.params, a)["head"]), case.noisy[0])
+        assert kept[0] is case.params["head"]
+    held = jax.tree.map(lambda t, b: t is b[0] and np.array_equal(t, b[1]), case.params, before)
+    assert all(jax.tree.leaves(held)), held
+
+
+def filed(case: Case, load: Callable = load_peft) -> None:
+    """PEFT files give the same bits back, or are refused"""
+    adapter, name = case.noisy[1], type(case.method).__name__
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            table_of(case.method)
+        except ValueError:
+            _refuses(ValueError, name, lambda: save_peft(folder, adapter, NAMES))
+            return
+        save_peft(folder, adapter, NAMES, params=case.params)
+        back = load(folder, NAMES, case.params)
+    assert [s.path for s, _ in back.sites] == [s.path for s, _ in adapter.sites]
+    for (ours, _), (theirs, _) in zip(adapter.sites, back.sites, strict=True):
+        for want, got in zip(adapter.arrays(ours), back.arrays(theirs), strict=True):
+            assert want.keys() == got.keys()
+            assert all(np.array_equal(want[k], got[k]) for k in want)
+
+
+def sharded(case: Case) -> None:
+    """sharded and unsharded agree"""
+    auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+    kernels = {"up": P(None, "fsdp", "tensor"), "down": P(None, "tensor", "fsdp")}
+    _sharded_on(case, auto, {"layers": kernels, "head": P("fsdp", "tensor")})
+    # an explicit mesh has no rule for two operands that are sharded where they are contracted
+    _sharded_on(case, explicit, {"layers": dict.fromkeys(kernels, P()), "head": P(None, "tensor")})
+
+
+def _sharded_on(case: Case, kind: Any, layout: Any) -> None:
+    count = min(jax.device_count(), 8)
+    assert count in (1, 2, 4, 8), f"a mesh needs 1, 2, 4 or 8 devices, got {count}"
+    shape = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (2, 4)}[count]
+    mesh = jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(kind, kind))
+
+    def put(t: Any, spec: Any) -> Any:
+        return jax.device_put(t, NamedSharding(mesh, spec))
+
+    shardings = specs(case.noisy[0], layout, mesh)
+    adapter = jax.tree.map(jax.device_put, case.noisy[0], shardings)
+    params, x = jax.tree.map(put, case.params, layout), put(case.x, P("fsdp"))
+    with jax.set_mesh(mesh):
+        forward = fast_jit(lambda p, a, x, c: case.lift(scanned)(p, a, x, ctx=c))
+        y = forward(params, adapter, x, jax.tree.map(lambda t: put(t, P()), case.ctx))
+    close(y, case.values[0]["lifted"][0][1])
+
+
+def outspoken(case: Case) -> None:
+    """what cannot be done is an error that names it"""
+
+    def bent(params, x):
+        return scanned(params, x) + jnp.sin(params["layers"]["up"]).sum()
+
+    layers = {**case.params["layers"], "up": jnp.zeros((2, 8, 8))}
+    methods, key = {"layer/up": case.method}, jax.random.key(0)
+    _refuses(DenseWeightError, "layers/up 'sin'", lambda: case.forward(case.fresh, model=bent))
+    _refuses(
+        ValueError,
+        "'layer/up' layers/up",
+        lambda: init(key, scanned, case.params, case.x, methods=methods),
+    )
+    _refuses(
+        ValueError,
+        "layers/up (2, 8, 8) (2, 8, 12)",
+        lambda: case.forward(
+            case.fresh, params={**case.params, "layers": layers}, model=lambda p, x: x
+        ),
+    )
+
+
+def _refuses(kind: type[Exception], words: str, run: Callable) -> None:
+    try:
+        run()
+    except kind as error:
+        assert all(w in str(error) for w in words.split(" ")), f"{words!r} not in {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} that says {words!r}")
+
+
+def compiled_once(case: Case) -> None:
+    """other values do not recompile"""
+    for adapter in (case.fresh, *case.noisy):
+        case.everything(adapter)
+    assert case.everything._cache_size() == 1  # type: ignore[attr-defined]
+
+
+def typed(case: Case) -> None:
+    """dtypes are kept, float32 adapters on bfloat16 bases"""
+    start = functools.partial(init, jax.random.key(0), scanned, methods={PATTERN: case.method})
+    for base in (jnp.float32, jnp.bfloat16):
+        params, x = jax.tree.map(lambda t: t.astype(base), (case.params, case.x))  # noqa: B023
+        made = jax.eval_shape(start, params, x)
+        floats = [t for t in jax.tree.leaves(made) if jnp.issubdtype(t.dtype, jnp.floating)]
+        assert all(t.dtype == jnp.float32 for t in floats)
+        y = jax.eval_shape(lambda a, p, x: case.forward(a, x, p), made, params, x)
+        assert y.dtype == base
+        if case.merges:
+            merged = jax.eval_shape(case.merge, params, made)
+            assert all(t.dtype == base for t in jax.tree.leaves(merged))
+
+
+def trained(case: Case) -> None:
+    """every declared trainable has a gradient"""
+    _, start = case.everything(case.fresh)["lifted"]
+    assert any(np.any(g) for g in jax.tree.leaves(start)), "a fresh adapter cannot learn"
+    for value in case.values:
+        for path, g in jax.tree_util.tree_leaves_with_path(value["lifted"][1]):
+            assert np.all(np.isfinite(g)), path
+            layers = 2 if path[0].key.startswith("layers") else 1
+            live = np.any(np.reshape(g, (layers, -1)), axis=1)
+            assert np.all(live), f"no gradient: {jax.tree_util.keystr(path)}"
+
+
+LAWS: dict[str, Callable[[Case], None]] = {
+    "L1": empty,
+    "L2": identity,
+    "L3": definition,
+    "L4": factored,
+    "L5": banked,
+    "L6": unstacked,
+    "L7": untouched,
+    "L8": filed,
+    "L9": sharded,
+    "L10": outspoken,
+    "L11": compiled_once,
+    "L12": typed,
+    "L13": trained,
+}
+
+
+def check(method: Method, breaks: Container[str] = ()) -> None:
+    """All laws on one method, those in `breaks` left out.
+
+    Raises:
+      AssertionError: a law is broken; the message begins with its number and its text.
+    """
+    case = Case(method)
+    for name, law in LAWS.items():
+        if name not in breaks:
+            try:
+                law(case)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {law.__doc__}: {error}") from error

@@ -1,0 +1,196 @@
+"""The table of all systems: a system that is not in it does not exist.
+
+Tests, documentation and `python -m jlora.systems` are made from `SYSTEMS`. Every method of the
+table goes through the laws of `jlora.contract` in the forms given in `examples`; a law that it
+breaks by its nature is named in `breaks`, with the reason, and is checked to be broken.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.core.adapter import Method
+from jlora.methods import (
+    IA3,
+    OFT,
+    DoRA,
+    Experts,
+    HiRA,
+    LoHa,
+    LoKr,
+    LoRA,
+    PiSSA,
+    TokenMask,
+    VeRA,
+)
+
+KINDS = ("mechanism", "composition", "recipe")
+FAMILIES = ("method", "routing", "algebra", "generation")
+STATES = ("complete", "partial")
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A row of the table."""
+
+    name: str  # "DoRA"
+    paper: str  # first author, year, arXiv number
+    family: str  # one of FAMILIES
+    kind: str  # one of KINDS: own mechanism, composition of others, or recipe
+    module: str  # "jlora.methods.dora"
+    symbol: str  # what the module exports for it
+    tests: tuple[str, ...]  # files
+    evidence: str  # what has been measured about it, and where
+    state: str = "complete"  # one of STATES
+    missing: str = ""  # what a partial system lacks
+    examples: tuple[Method, ...] = ()  # tiny forms for the contract suite; of methods only
+    breaks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # law -> reason
+
+    def load(self) -> Any:
+        """The object itself."""
+        return getattr(importlib.import_module(self.module), self.symbol)
+
+
+CONTRACT = "contract suite; numpy value, limit law and mutation check"
+NO_MERGE = "the delta depends on the activation, so there is no merged weight"
+
+
+def _method(
+    cls: type[Method],
+    paper: str,
+    *examples: Method,
+    kind: str = "mechanism",
+    evidence: str = CONTRACT,
+    breaks: Mapping[str, str] | None = None,
+) -> System:
+    module = cls.__module__
+    tests = (f"tests/methods/{module.rsplit('.', 1)[1]}_test.py", "tests/contract_test.py")
+    row = (cls.__name__, paper, "method", kind, module, cls.__name__, tests, evidence)
+    return System(*row, examples=examples, breaks=breaks or {})
+
+
+def _other(
+    name: str, paper: str, where: str, symbol: str, *, kind: str = "mechanism", evidence: str
+) -> System:
+    family = {"core": "algebra"}.get(where.split(".")[0], where.split(".")[0])
+    tests = (f"tests/{where.replace('.', '/')}_test.py",)
+    return System(name, paper, family, kind, f"jlora.{where}", symbol, tests, evidence)
+
+
+SYSTEMS: tuple[System, ...] = (
+    _method(
+        LoRA,
+        "Hu 2021, 2106.09685",
+        LoRA(rank=2, alpha=3.0),
+        LoRA(rank=2, rslora=True, freeze_a=True),
+        evidence=CONTRACT + "",
+    ),
+    _method(
+        DoRA,
+        "Liu 2024, 2402.09353",
+        DoRA(rank=2),
+        evidence=CONTRACT + "; gradient by hand, no dense V in the jaxpr",
+    ),
+    _method(LoHa, "Hyeon-Woo 2022, 2108.06098", LoHa(rank=2), evidence=CONTRACT + ""),
+    _method(
+        LoKr,
+        "Edalati 2022, 2212.10650; Yeh 2024, 2309.14859",
+        LoKr(rank=1, factor=2),
+        LoKr(rank=8, factor=2),
+        LoKr(rank=1, decompose_both=True),
+        evidence=CONTRACT + "; FLOPs of the fast path",
+    ),
+    _method(
+        VeRA,
+        "Kopiczko 2024, 2310.11454",
+        VeRA(rank=4),
+        evidence=CONTRACT + "; bases from the seed alone",
+    ),
+    _method(
+        OFT,
+        "Qiu 2023, 2306.07280; Qiu 2025, 2506.19847",
+        OFT(block=4),
+        OFT(block=4, terms=None, share=True),
+        evidence=CONTRACT + "; norms and angles kept",
+    ),
+    _method(IA3, "Liu 2022, 2205.05638", IA3("out"), IA3("in"), evidence=CONTRACT + ""),
+    _method(
+        HiRA,
+        "Huang 2025, ICLR",
+        HiRA(rank=2),
+        evidence=CONTRACT + "",
+        breaks={"L4": "W * (1 + AB) has no factored form cheaper than itself"},
+    ),
+    _method(
+        PiSSA,
+        "Meng 2024, 2404.02948",
+        PiSSA(rank=2),
+        kind="composition",
+        evidence=CONTRACT + "; principal part against numpy's SVD",
+    ),
+    _method(
+        Experts,
+        "Dou 2023, 2312.09979; Gao 2024, 2402.08562",
+        Experts(experts=3, top_k=2, rank=2),
+        Experts(experts=3, top_k=2, rank=2, backend="gather"),
+        Experts(experts=3, top_k=2, rank=2, backend="ragged"),
+        evidence=CONTRACT + "; equal back-ends, reports through aux",
+        breaks={"L3": NO_MERGE},
+    ),
+    _method(
+        TokenMask,
+        "Greenewald 2025, 2504.12397",
+        TokenMask(LoRA(rank=2)),
+        TokenMask(DoRA(rank=2)),
+        kind="composition",
+        evidence=CONTRACT + "; one shared matmul",
+        breaks={"L3": NO_MERGE},
+    ),
+    _other(
+        "Top-k router with balance loss",
+        "Fedus 2021, 2101.03961",
+        "routing.router",
+        "top_k",
+        evidence="identities and landmarks of the loss; mutation check",
+    ),
+    _other(
+        "Sparse dispatch",
+        "our reading",
+        "routing.dispatch",
+        "dispatch",
+        evidence="numpy value; equal gradients of three back-ends; bank under vmap",
+    ),
+    _other(
+        "Factored delta algebra",
+        "Panariello 2025 (core space); textbook",
+        "core.algebra",
+        "svd",
+        evidence="dense numpy oracles; certificate of truncation; cancellation; mutation check",
+    ),
+)
+
+
+def methods() -> dict[str, System]:
+    """The rows of methods by name."""
+    return {s.name: s for s in SYSTEMS if s.family == "method"}
+
+
+def table() -> str:
+    """The registry as aligned text, one system a line."""
+    head = ("system", "family", "kind", "state", "paper", "evidence")
+    rows = [(s.name, s.family, s.kind, _state(s), s.paper, _evidence(s)) for s in SYSTEMS]
+    width = [max(len(r[k]) for r in (head, *rows)) for k in range(5)]
+    lines = [head, tuple("-" * w for w in width), *rows]
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(r, width, strict=False)), *r[5:]]).rstrip()
+        for r in lines
+    )
+
+
+def _state(s: System) -> str:
+    return f"{s.state}: {s.missing}" if s.missing else s.state
+
+
+def _evidence(s: System) -> str:
+    return s.evidence + "".join(f"; not {law} ({why})" for law, why in s.breaks.items())

@@ -1,0 +1,157 @@
+"""Every method of the registry obeys the laws, and every law can be seen to fail.
+
+Exceptions are named in the registry; one that is none fails here too.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jlora as jl
+from jlora import registry
+from jlora.contract import LAWS, Case, check, filed
+from jlora.methods import LoRA
+
+EXAMPLES = {
+    f"{name}{k or ''}": (system, method)
+    for name, system in registry.methods().items()
+    for k, method in enumerate(system.examples)
+}
+# L1 knows no method; a further form of a method is sharded as the first one is.
+TRIALS = [
+    (example, law)
+    for example in EXAMPLES
+    for law in LAWS
+    if not (law == "L1" and example != "LoRA") and not (law == "L9" and example[-1].isdigit())
+]
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return functools.cache(lambda name: Case(EXAMPLES[name][1]))
+
+
+@pytest.mark.parametrize(("example", "law"), TRIALS)
+def test_law(example, law, cases):
+    if law in EXAMPLES[example][0].breaks:
+        with pytest.raises(AssertionError):
+            LAWS[law](cases(example))
+    else:
+        LAWS[law](cases(example))
+
+
+class Loud(LoRA):  # L2: does not start at zero
+    def init(self, key, site):
+        trainable, frozen = super().init(key, site)
+        return {**trainable, "b": trainable["b"] + 1}, frozen
+
+
+class Drifting(LoRA):  # L3: the fast path is not the definition
+    def apply(self, x, w, p, ctx):
+        return super().apply(x, w, {**p, "b": 1.02 * p["b"]}, ctx)
+
+
+class Blind(LoRA):  # L3: right in value, wrong in gradient
+    def apply(self, x, w, p, ctx):
+        return super().apply(x, w, {**p, "a": jax.lax.stop_gradient(p["a"])}, ctx)
+
+
+class Dense(LoRA):  # L4: merges in the step
+    def apply(self, x, w, p, ctx):
+        return x @ w.merged(self, p)
+
+
+@jax.custom_batching.custom_vmap
+def zero(x):
+    return x * 0
+
+
+@zero.def_vmap
+def _(size, batched, x):
+    return jnp.ones_like(x), True
+
+
+class Alone(LoRA):  # L5: is something else in a bank
+    def apply(self, x, w, p, ctx):
+        y = super().apply(x, w, p, ctx)
+        return y + zero(jax.lax.stop_gradient(p["b"])).sum()
+
+
+class Counting(LoRA):  # L6: depends on how often it was traced
+    calls: ClassVar = itertools.count(1)
+
+    def apply(self, x, w, p, ctx):
+        return super().apply(x, w, {**p, "b": p["b"] * next(self.calls)}, ctx)
+
+
+class Meshy(LoRA):  # L9: looks at the mesh
+    def apply(self, x, w, p, ctx):
+        factor = 1 if jax.sharding.get_abstract_mesh().empty else 2
+        return super().apply(x, w, {**p, "b": factor * p["b"]}, ctx)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fussy(LoRA):  # L11: takes alpha for structure
+    alpha: float = 8.0
+
+
+class Half(LoRA):  # L12: keeps float16
+    def init(self, key, site):
+        return jax.tree.map(lambda t: t.astype(jnp.float16), super().init(key, site))
+
+
+class Dead(LoRA):  # L13: declares what it does not use
+    def init(self, key, site):
+        trainable, frozen = super().init(key, site)
+        return {**trainable, "unused": jnp.ones(3)}, frozen
+
+
+def noisy_lift(fn):  # L1: alters the empty case
+    return lambda params, adapter, *x, **kw: jl.lift(fn)(params, adapter, *x, **kw) + 1
+
+
+def copying_merge(params, adapter):  # L7: copies what it need not touch
+    return {**jl.merge(params, adapter), "head": params["head"] + 0.0}
+
+
+DOUBLES = [
+    ("L1", LoRA, {"lift": noisy_lift}),
+    ("L2", Loud, {}),
+    ("L3", Drifting, {}),
+    ("L3", Blind, {}),
+    ("L4", Dense, {}),
+    ("L5", Alone, {}),
+    ("L6", Counting, {}),
+    ("L7", LoRA, {"merge": copying_merge}),
+    ("L9", Meshy, {}),
+    ("L10", LoRA, {"lift": functools.partial(jl.lift, on_dense="merge")}),
+    ("L11", Fussy, {}),
+    ("L12", Half, {}),
+    ("L13", Dead, {}),
+]
+
+
+@pytest.mark.parametrize(("law", "method", "faults"), DOUBLES)
+def test_mutation_a_broken_law_is_seen(law, method, faults):
+    with pytest.raises(AssertionError):
+        LAWS[law](Case(method(rank=2), **faults))
+
+
+def test_mutation_a_file_that_changes_a_bit_is_seen(cases):
+    def rounds(*args):
+        halve = lambda t: t.astype(jnp.bfloat16).astype(t.dtype)  # noqa: E731
+        return jax.tree.map(halve, jl.io.load_peft(*args))
+
+    with pytest.raises(AssertionError):
+        filed(cases("LoRA"), load=rounds)
+
+
+def test_check_names_the_law_and_leaves_out_what_is_excused():
+    with pytest.raises(AssertionError, match=r"^L2, a fresh adapter is the identity"):
+        check(Loud(rank=2), breaks=("L1",))
+    check(Dead(rank=2), breaks=set(LAWS) - {"L4"})
