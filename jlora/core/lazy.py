@@ -82,13 +82,12 @@ class Lazy:
         return self.cast(self.opened().base)
 
     @property
-    def _layout(self) -> tuple[list[int], str]:
-        order = [a for d in self.dims for a in d]
-        return order, "".join(self.atoms[a].kind for a in order)
+    def _order(self) -> list[int]:
+        return [a for d in self.dims for a in d]
 
     def matrix(self) -> jax.Array:
         """The base as [*stack, d_in, d_out], in the dtype it is stored in."""
-        order, _ = self._layout
+        order = self._order
         w = self.opened().base.reshape([self.atoms[a].size for a in order])
         w = jnp.transpose(w, np.argsort(order)) if order != sorted(order) else w
         return fold(w, "".join(atom.kind for atom in self.atoms))
@@ -99,7 +98,7 @@ class Lazy:
             return self.view()
         w = merged(self.method, self.matrix(), self.own, self.shared, len(self.of("s")))
         w = unfold(w, "".join(a.kind for a in self.atoms), [a.size for a in self.atoms])
-        order, _ = self._layout
+        order = self._order
         w = jnp.transpose(w, order) if order != sorted(order) else w
         return self.cast(w.reshape(self.shape).astype(self.site.dtype))
 
@@ -115,8 +114,6 @@ class Lazy:
         stack = [a for a, atom in enumerate(self.atoms) if atom.kind == "s"]
 
         def front(t):
-            if not all(a in stack for a in atoms):  # kinds unknown: there are no arrays
-                return t
             t = jnp.moveaxis(t, [stack.index(a) for a in atoms], range(len(atoms)))
             return t.reshape(n, *t.shape[len(atoms) :])
 
@@ -131,21 +128,19 @@ class Lazy:
         if len(atoms) != 1 or self.atoms[atoms[0]].kind not in "s?":
             return None
         (a,) = atoms
-        base, own = jax.tree.map(lambda t: take(t, axis), self.base), self.own
-        if self.method is not None:
-            own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), own)
+        base = jax.tree.map(lambda t: take(t, axis), self.base)
+        own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), self.own)
         cut = Atom("s", base.shape[axis], self.atoms[a].axis)
         return self.replace(base=base, own=own, atoms=(*self.atoms[:a], cut, *self.atoms[a + 1 :]))
 
     def _stack_axis(self, atom: int) -> int:
         return sum(self.atoms[a].kind == "s" for a in range(atom))
 
-    def select(self, axis: int, take: Any, lead: tuple[int, ...]) -> "Lazy | None":
+    def select(self, axis: int, take: Any, lead: tuple[int, ...]) -> "Lazy":
         """`take(array, axis)` trades a stack axis for leading stack axes of sizes `lead`."""
         self, (a,) = self._ready(axis), self.dims[axis]
-        base, own = jax.tree.map(lambda t: take(t, axis), self.base), self.own
-        if self.method is not None:
-            own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), own)
+        base = jax.tree.map(lambda t: take(t, axis), self.base)
+        own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), self.own)
         dims = self.dims[:axis] + self.dims[axis + 1 :]
         rest = self._without((a,), dims)((base, own))
         n = len(lead)

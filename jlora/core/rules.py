@@ -8,7 +8,7 @@ Deviates: none.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -112,6 +112,7 @@ def split(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
 
 
 def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
+    """Inlined; the outer jit compiles it."""
     return evaluate(scope, compat.called(eqn), values)
 
 
@@ -128,47 +129,50 @@ def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     return out
 
 
+class Carry:
+    """A loop's state. A weight that every step hands on unchanged is a constant, and stays lazy."""
+
+    def __init__(self, scope: Scope, eqn: Any, values: Sequence[Any], ins: Any, outs: Any):
+        same = [isinstance(v, Lazy) and o is i for v, i, o in zip(values, ins, outs, strict=False)]
+        self.free = [k for k, fixed in enumerate(same) if not fixed]
+        self._all = [v if f else scope.dense(v, eqn) for v, f in zip(values, same, strict=True)]
+        self.start = [self._all[k] for k in self.free]
+
+    def full(self, free: Sequence[Any]) -> list[Any]:
+        """The whole state, from the part that changes."""
+        out = list(self._all)
+        for k, v in zip(self.free, free, strict=True):
+            out[k] = v
+        return out
+
+
 def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Stacks are sliced by the scan itself; a weight that is carried unchanged is a constant."""
+    """Stacks are sliced by the scan itself; outputs that are slices handed on stay lazy too."""
     s = compat.scan(eqn)
     body, _ = compat.opened(s.body)
-    consts = list(values[: s.consts])
-    carry = list(values[s.consts : s.consts + s.carry])
-    xs = list(values[s.consts + s.carry :])
+    consts, xs = values[: s.consts], values[s.consts + s.carry :]
     ins, outs = body.invars[s.consts :], body.outvars
-    fixed = {i for i, v in enumerate(carry) if isinstance(v, Lazy) and outs[i] is ins[i]}
-    carry = [v if i in fixed else scope.dense(v, eqn) for i, v in enumerate(carry)]
-    free = [i for i in range(s.carry) if i not in fixed]
+    carry = Carry(scope, eqn, values[s.consts : s.consts + s.carry], ins, outs)
     peeled = [v.peel(0) if isinstance(v, Lazy) else None for v in xs]
     xs = [scope.dense(v, eqn) if p is None else v for v, p in zip(xs, peeled, strict=True)]
     fed = [v if p is None else p[0] for v, p in zip(xs, peeled, strict=True)]
-    # outputs that are the slices themselves, handed on
-    handed = {
-        k: ins.index(v) - s.carry
-        for k, v in enumerate(outs[s.carry :])
-        if v in ins[s.carry :] and peeled[ins.index(v) - s.carry] is not None
-    }
+    lazy = {id(i): k for k, (i, p) in enumerate(zip(ins[s.carry :], peeled, strict=True)) if p}
+    handed = {k: lazy[id(o)] for k, o in enumerate(outs[s.carry :]) if id(o) in lazy}
     template = scope.fork(times=s.length)
 
     def step(c, x):
         i, x = x
         child = template.child(i)
-        now = list(carry)
-        for k, v in zip(free, c, strict=True):
-            now[k] = v
         x = [v if p is None else p[1](v) for v, p in zip(x, peeled, strict=True)]
-        out = evaluate(child, s.body, [*consts, *now, *x])
+        out = evaluate(child, s.body, [*consts, *carry.full(c), *x])
         ys = [None if k in handed else child.dense(v, eqn) for k, v in enumerate(out[s.carry :])]
-        return [child.dense(out[k], eqn) for k in free], (ys, child.aux)
+        return [child.dense(out[k], eqn) for k in carry.free], (ys, child.aux)
 
-    steps = jnp.arange(s.length, dtype=jnp.int32)
-    start = [carry[k] for k in free]
+    steps = jnp.arange(s.length, dtype=jnp.int32) if "key" in scope.ctx else None
     options = {"length": s.length, "reverse": s.reverse, "unroll": s.unroll}
-    last, (ys, aux) = lax.scan(step, start, (steps, fed), **options)
-    for k, v in zip(free, last, strict=True):
-        carry[k] = v
+    last, (ys, aux) = lax.scan(step, carry.start, (steps, fed), **options)
     scope.join(template, aux)
-    return [*carry, *(xs[handed[k]] if k in handed else y for k, y in enumerate(ys))]
+    return [*carry.full(last), *(xs[handed[k]] if k in handed else y for k, y in enumerate(ys))]
 
 
 def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
@@ -185,7 +189,7 @@ def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
 
     bodies = [body(t, b) for t, b in zip(templates, eqn.params["branches"], strict=True)]
     shapes: dict[str, Any] = {}
-    for run in bodies:
+    for run in bodies if scope.reporting else ():
         shapes.update(jax.eval_shape(run, *values)[1])
 
     def padded(run):
@@ -196,9 +200,8 @@ def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
         return full
 
     out, aux = lax.switch(index, [padded(run) for run in bodies], *values)
-    for template in templates:
-        scope.join(template, {})
-    scope.join(templates[0], aux) if scope.uses is None else None
+    for k, template in enumerate(templates):
+        scope.join(template, {} if k else aux)
     return out
 
 
@@ -206,35 +209,26 @@ def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     """Raises ValueError for reports: a loop of unknown length cannot hand them on."""
     p = eqn.params
     a, b = p["cond_nconsts"], p["body_nconsts"]
-    test, body, carry = values[:a], values[a : a + b], list(values[a + b :])
+    test, body = values[:a], values[a : a + b]
     inner, _ = compat.opened(p["body_jaxpr"])
-    ins, outs = inner.invars[b:], inner.outvars
-    fixed = {i for i, v in enumerate(carry) if isinstance(v, Lazy) and outs[i] is ins[i]}
-    carry = [v if i in fixed else scope.dense(v, eqn) for i, v in enumerate(carry)]
-    free = [i for i in range(len(carry)) if i not in fixed]
-    template = scope.fork()
-
-    def full(c):
-        now = list(carry)
-        for k, v in zip(free, c, strict=True):
-            now[k] = v
-        return now
+    carry = Carry(scope, eqn, values[a + b :], inner.invars[b:], inner.outvars)
+    template, condition = scope.fork(), scope.fork()
 
     def proceed(state):
         i, c = state
         child = template.child(i)
-        out = evaluate(child, p["body_jaxpr"], [*body, *full(c)])
+        out = evaluate(child, p["body_jaxpr"], [*body, *carry.full(c)])
         if child.aux:
             raise ValueError(f"{[*child.aux]} report inside a while loop; lift with aux=False")
-        return i + 1, [child.dense(out[k], eqn) for k in free]
+        return i + 1, [child.dense(out[k], eqn) for k in carry.free]
 
     def go_on(state):
-        return evaluate(scope.fork().child(), p["cond_jaxpr"], [*test, *full(state[1])])[0]
+        return evaluate(condition.child(), p["cond_jaxpr"], [*test, *carry.full(state[1])])[0]
 
-    start = (jnp.zeros((), jnp.int32), [carry[k] for k in free])
-    last = lax.while_loop(go_on, proceed, start)[1]
-    scope.join(template, {})
-    return full(last)
+    last = lax.while_loop(go_on, proceed, (jnp.zeros((), jnp.int32), carry.start))[1]
+    for body_or_test in (template, condition):
+        scope.join(body_or_test, {})
+    return carry.full(last)
 
 
 _SAME = ("copy", "copy_p", "sharding_constraint", "optimization_barrier", "name", "mesh_cast")
