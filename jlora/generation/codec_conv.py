@@ -40,7 +40,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jlora.generation.codec_train import Callback, TrainInfo, TrainState, draw_params, train
+from jlora.generation.codec_train import (
+    Callback,
+    Problem,
+    TrainInfo,
+    TrainState,
+    draw_params,
+    train,
+)
 from jlora.generation.delta_error import DeltaView
 from jlora.generation.normalise import check_finite
 
@@ -160,9 +167,10 @@ def init(key: Array, config: ConvAEConfig, length: int, dim: int) -> ConvAEState
 
 
 def losses(
-    model: ConvAE, params: Any, key: Array, x: Float[Array, "b K"]
+    model: ConvAE, view: None, params: Any, key: Array, x: Float[Array, "b K"]
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean square error of the noisy round trip on a batch of flat adapters."""
+    """Mean square error of the noisy round trip on a batch of flat adapters; `view` is unused."""
+    del view
     c, (k_in, k_latent) = model.config, jax.random.split(key)
     run = model.bind({"params": params})
     z = jax.vmap(run.encode)(_blend(k_in, x, c.input_noise))
@@ -173,6 +181,14 @@ def losses(
 
 def _blend(key: Array, x: Array, share: float) -> Array:
     return (1 - share) * x + share * jax.random.normal(key, x.shape, x.dtype)
+
+
+def _optimizer(model: ConvAE) -> optax.GradientTransformation:
+    c = model.config
+    return optax.chain(
+        optax.adamw(c.learning_rate, weight_decay=c.weight_decay),
+        optax.contrib.reduce_on_plateau(factor=0.5, patience=c.patience, rtol=1e-4),
+    )
 
 
 def fit(
@@ -205,13 +221,8 @@ def fit(
     state = init(k_init, config, *x.shape[1:])
     flat = x.reshape(x.shape[0], -1)
     model = ConvAE(config, flat.shape[1])
-    optimizer = optax.chain(
-        optax.adamw(config.learning_rate, weight_decay=config.weight_decay),
-        optax.contrib.reduce_on_plateau(factor=0.5, patience=config.patience, rtol=1e-4),
-    )
     info = train(
-        lambda params, k, rows: losses(model, params, k, rows),
-        optimizer,
+        Problem(model, losses, _optimizer),
         state.params,
         flat,
         k_train,
@@ -224,12 +235,16 @@ def fit(
     mean, scale = state.mean, state.scale
     if config.standardise:
         # One example at a time: the zoo at once would hold n K channels numbers.
-        one = model.bind({"params": info.train.params}).encode
-        z = jax.jit(functools.partial(jax.lax.map, one))(flat)
+        z = _encode_all(model, info.train.params, flat)
         mean = jnp.mean(z, axis=0)
         scale = jnp.sqrt(jnp.mean(jnp.square(z - mean[None]), axis=(0, 1)))
         scale = jnp.where(scale > 1e-5, scale, jnp.ones_like(scale))
     return ConvAEState(info.train.params, mean, scale, state.shape, config), info
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode_all(model: ConvAE, params: Any, flat: Float[Array, "n K"]) -> Float[Array, "n S L"]:
+    return jax.lax.map(model.bind({"params": params}).encode, flat)
 
 
 def _bound(state: ConvAEState) -> ConvAE:

@@ -33,7 +33,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jlora.generation.codec_train import Callback, TrainInfo, TrainState, draw_params, train
+from jlora.generation.codec_train import (
+    Callback,
+    Problem,
+    TrainInfo,
+    TrainState,
+    draw_params,
+    train,
+)
 from jlora.generation.delta_error import DeltaView, delta_terms
 from jlora.generation.normalise import check_finite
 
@@ -142,6 +149,16 @@ def losses(
     return total, {"delta": delta, "one_minus_cos": turn, "mse": mse}
 
 
+def _optimizer(model: TokenAE) -> optax.GradientTransformation:
+    c = model.config
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, c.learning_rate, max(c.steps // 20, 1), max(c.steps, 2)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=c.weight_decay)
+    )
+
+
 def fit(
     key: Array,
     x: Float[Array, "n T D"],
@@ -172,21 +189,15 @@ def fit(
     k_init, k_train = jax.random.split(key)
     state = init(k_init, config, *x.shape[1:])
     model = TokenAE(config, *x.shape[1:])
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(config.steps // 20, 1), max(config.steps, 2)
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=config.weight_decay)
-    )
     info = train(
-        lambda params, k, rows: losses(model, view, params, k, rows),
-        optimizer,
+        Problem(model, losses, _optimizer),
         state.params,
         x,
         k_train,
         steps=config.steps,
         batch=config.batch,
         chunk=config.chunk,
+        view=view,
         callback=callback,
         resume=resume,
     )

@@ -7,6 +7,7 @@ Source: our reading.
 Deviates: nothing.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ import optax
 from jaxtyping import Array, Float
 
 Metrics = dict[str, Any]
-Loss = Callable[[Any, Array, Array], tuple[Array, Metrics]]
 Callback = Callable[["TrainState", Metrics], None]
 
 
@@ -29,6 +29,14 @@ class TrainState(NamedTuple):
     params: Any  # parameters of the autoencoder
     opt_state: optax.OptState  # moments and schedule position
     step: Array  # int32 [], steps taken
+
+
+class Problem(NamedTuple):
+    """What is minimised; hashable, so that two fits of one kind and shape are compiled once."""
+
+    model: nn.Module  # autoencoder, unbound
+    loss: Callable  # (model, view, params, key, x [batch, ...]) -> (scalar, metrics of scalars)
+    optimizer: Callable  # (model) -> optax transformation; is told the loss as `value`
 
 
 class TrainInfo(NamedTuple):
@@ -66,30 +74,52 @@ def _bounds(shapes: Any) -> Any:
     return {k: _bounds(v) if isinstance(v, dict) else layer for k, v in shapes.items()}
 
 
+@functools.partial(jax.jit, static_argnames=("problem", "size", "length"))
+def _run(
+    problem: Problem, size: int, length: int, state: TrainState, view: Any, x: Array, key: Array
+) -> tuple[TrainState, Metrics]:
+    optimizer = optax.with_extra_args_support(problem.optimizer(problem.model))
+
+    def step(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+        pick, noise = jax.random.split(jax.random.fold_in(key, state.step))
+        rows = x if size == x.shape[0] else x[jax.random.permutation(pick, x.shape[0])[:size]]
+        gradient = jax.value_and_grad(
+            lambda params: problem.loss(problem.model, view, params, noise, rows), has_aux=True
+        )
+        (value, metrics), grads = gradient(state.params)
+        # optax raises Python floats to integer counters, which strict promotion forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), metrics | {"loss": value}
+
+    return jax.lax.scan(step, state, None, length)
+
+
 def train(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
+    problem: Problem,
     params: Any,
-    x: Float[Array, "n T D"],
+    x: Float[Array, "n ..."],
     key: Array,
     *,
     steps: int,
     batch: int,
     chunk: int,
+    view: Any = None,
     callback: Callback | None = None,
     resume: TrainState | None = None,
 ) -> TrainInfo:
     """Minimises a loss over minibatches drawn without replacement within a step.
 
     Args:
-        loss: (params, key, x [batch, T, D]) -> (scalar, metrics of scalars).
-        optimizer: optax transformation; is told the loss as `value`.
+        problem: model, loss and optimizer.
         params: initial parameters (ignored with `resume`).
-        x: [n, T, D] training tokens.
+        x: [n, ...] training examples.
         key: PRNG key of the whole run.
         steps: total steps, including those already taken by `resume`.
         batch: minibatch size; more than n is n.
         chunk: steps in one jitted scan.
+        view: PyTree handed on to the loss.
         callback: called after each chunk with the state and the metrics [chunk] as numpy arrays.
         resume: a state to go on from.
 
@@ -102,28 +132,13 @@ def train(
     """
     if min(steps, batch, chunk) < 1:
         raise ValueError(f"steps, batch and chunk must be positive, got {steps}, {batch}, {chunk}")
-    optimizer = optax.with_extra_args_support(optimizer)
-    size = min(batch, x.shape[0])
-    state = resume or TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    def step(state: TrainState, x: Array) -> tuple[TrainState, Metrics]:
-        pick, noise = jax.random.split(jax.random.fold_in(key, state.step))
-        rows = x if size == x.shape[0] else x[jax.random.permutation(pick, x.shape[0])[:size]]
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = gradient(state.params, noise, rows)
-        # optax raises Python floats to integer counters, which strict promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=value)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), metrics | {"loss": value}
-
-    @jax.jit
-    def run(state: TrainState, x: Array, length: Array) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(lambda s, _: step(s, x), state, length)
-
+    state, size = resume, min(batch, x.shape[0])
+    if state is None:
+        opt_state = problem.optimizer(problem.model).init(params)
+        state = TrainState(params, opt_state, jnp.zeros((), jnp.int32))
     history: list[Metrics] = []
     while (at := int(state.step)) < steps:
-        state, metrics = run(state, x, jnp.zeros(min(chunk, steps - at)))
+        state, metrics = _run(problem, size, min(chunk, steps - at), state, view, x, key)
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
         bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
         if bad.size:
