@@ -1,6 +1,8 @@
-"""Files: PEFT's adapters and Orbax checkpoints. Refuses what it does not understand."""
+"""Files: adapters of PEFT, kohya and diffusers, Orbax checkpoints. Refuses what is unclear."""
 
+from jlora.io.diffusers import load_diffusers, save_diffusers
 from jlora.io.errors import FormatError
+from jlora.io.kohya import load_kohya, save_kohya
 from jlora.io.names import NameMap, bert, llama, vit, vit4
 from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft import load_peft, peft_extras, save_peft
@@ -10,10 +12,14 @@ __all__ = [
     "NameMap",
     "bert",
     "llama",
+    "load_diffusers",
+    "load_kohya",
     "load_peft",
     "peft_extras",
     "restore_adapter",
     "save_adapter",
+    "save_diffusers",
+    "save_kohya",
     "save_peft",
     "vit",
     "vit4",

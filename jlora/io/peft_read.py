@@ -132,17 +132,20 @@ def join(
         group, frozen[GROUP] = GROUP, {k: _device(path, k, v) for k, v in common.items()}
     for where in sorted(slices):
         site = Site(**{**_fields(sites[where]), "group": group})
-        method, trainable[where], frozen[where] = _stacked(path, site, slices[where], table)
+        method, trainable[where], frozen[where] = stacked(path, site, slices[where], table.sparse)
         done.append((site, method))
     return Adapter(trainable, frozen, tuple(done))
 
 
-def _stacked(
-    path: Path, site: Site, slices: Mapping[tuple[int, ...], Read], table: Table
+def stacked(
+    path: Path, site: Site, slices: Mapping[tuple[int, ...], Read], sparse: bool
 ) -> tuple[Method, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Slices of one site as (method, trainable, frozen) with leading stack axes."""
+    """Slices of one site as (method, trainable, frozen) with leading stack axes.
+
+    Layers that lack are zeros where the method allows it (`sparse`); smaller ranks are padded.
+    """
     top = max(slices.values(), key=lambda read: getattr(read.method, "rank", 0))
-    if len(slices) < np.prod(site.stack, dtype=int) and not table.sparse:
+    if len(slices) < np.prod(site.stack, dtype=int) and not sparse:
         raise FormatError(
             path,
             f"{site.path}: only {sorted(slices)} of the stack {site.stack} are adapted, which "

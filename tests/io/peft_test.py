@@ -59,9 +59,10 @@ def test_peft_files_compute_what_peft_computes_and_go_back_bitwise(golden, tmp_p
     assert {type(m) for _, m in adapter.sites} == {METHODS.get(name, jl.LoRA)}
     want = safetensors_file.read(model.path / name / "expected.safetensors")[0]["expected"]
     assert error(model.expected, want) > 1e-3  # the adapter does something
-    assert error(jl.lift(model.fn)(model.params, adapter, *model.args), want) <= TOLERANCE
     merged = jl.merge(model.params, adapter)
     assert error(jax.jit(model.fn)(merged, *model.args), want) <= TOLERANCE
+    if kind == "llama" or name.startswith("lora_"):  # lift compiles anew for every method
+        assert error(jl.lift(model.fn)(model.params, adapter, *model.args), want) <= TOLERANCE
 
     jl.io.save_peft(tmp_path, adapter, model.names, params=model.params)
     assert weights(tmp_path) == weights(model.path / name)

@@ -1,0 +1,115 @@
+"""LoRA adapters in the one-file format of diffusers (`pytorch_lora_weights.safetensors`).
+
+Keys are ``<component>.<module>.lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r], with DoRA
+``lora_magnitude_vector`` [out] as well. The fields of PEFT's config, each under ``<component>.``,
+are JSON in the header; without them alpha is r, module by module.
+
+Source: the files of diffusers 0.34.
+Deviates: convolutions and keys of older versions (``to_q_lora.down``, ``lora_linear_layer``) are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jlora.core.adapter import Adapter
+from jlora.io import peft_config, safetensors_file
+from jlora.io.errors import FormatError
+from jlora.io.names import NameMap
+from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
+from jlora.io.peft_read import ROOT, by_module, check_modules, check_rest, join, sites_of
+from jlora.io.peft_table import Arrays, Read
+from jlora.io.peft_write import torch_side
+
+METADATA = "lora_adapter_metadata"
+
+
+def load_diffusers(
+    path: str | os.PathLike[str],
+    names: NameMap,
+    params_or_sites: Any,
+    component: str = "transformer",
+    *,
+    others: str = "refuse",
+) -> Adapter:
+    """Reads the LoRA (or DoRA) of one component, ``unet``, ``transformer``, ``text_encoder``, ...
+
+    Args:
+      path: the ``.safetensors`` file.
+      names: from site paths to torch modules.
+      params_or_sites: as for `load_peft`.
+      component: the first part of the keys.
+      others: what to do with keys of other components: "refuse" the file or "leave" them.
+
+    Raises:
+      FormatError: anything damaged, missing, surplus or not understood.
+      ValueError: `names` does not fit the sites.
+    """
+    source = Path(path)
+    tensors, header = safetensors_file.read(source)
+    mine = _under(tensors, f"{component}.")
+    if len(mine) != len(tensors) and others != "leave":
+        raise FormatError(source, f"has keys of other components: {_first(tensors, component)}")
+    told = safetensors_file.parse_json(source, header.get(METADATA, "{}").encode())
+    if not isinstance(told, dict):
+        raise FormatError(source, f"{METADATA} is no JSON object")
+    table = DORA if any(key.endswith(f".{MAGNITUDE}") for key in mine) else LORA
+    found, _, rest = by_module({ROOT + k: v for k, v in mine.items()}, table)
+    config = {"peft_type": "LORA", **_under(told, f"{component}.")}
+    if "r" not in config:
+        config |= _plain_ranks(source, found)
+    if not config.get("target_modules"):
+        config["target_modules"] = sorted(found)
+    reader = peft_config.Reader(source, config, table)
+    check_rest(source, reader, rest, "refuse")
+    sites, _ = sites_of(params_or_sites, names)
+    modules = names.table(sites.values())
+    check_modules(source, reader, found, {}, modules, table)
+    slices: dict[str, dict[tuple[int, ...], Read]] = {}
+    for module, parts in found.items():
+        where, index = modules[module]
+        try:
+            read = table.read(sites[where].slice(), parts, reader.fields(module))
+        except ValueError as error:
+            raise FormatError(source, f"{module}: {error}") from error
+        slices.setdefault(where, {})[index] = read
+    return join(source, table, sites, slices, {})
+
+
+def save_diffusers(
+    path: str | os.PathLike[str], adapter: Adapter, names: NameMap, component: str = "transformer"
+) -> None:
+    """Writes a LoRA or DoRA adapter as one file that diffusers' `load_lora_weights` takes."""
+    source = Path(path)
+    tensors, fields, table = torch_side(source, adapter, names, None)
+    if table not in (LORA, DORA):
+        raise FormatError(source, f"diffusers loads LoRA only, got {table.method.__name__}")
+    config = peft_config.combine(source, table, fields, {})
+    told = {f"{component}.{key}": value for key, value in sorted(config.items())}
+    keys = {f"{component}.{k.removeprefix(ROOT)}": v for k, v in tensors.items()}
+    header = {"format": "pt", METADATA: json.dumps(told, indent=2, sort_keys=True)}
+    safetensors_file.write(source, keys, header)
+
+
+def _under(tree: Mapping[str, Any], start: str) -> dict[str, Any]:
+    return {k.removeprefix(start): v for k, v in tree.items() if k.startswith(start)}
+
+
+def _first(tensors: Arrays, component: str) -> list[str]:
+    return sorted(key for key in tensors if not key.startswith(f"{component}."))[:3]
+
+
+def _plain_ranks(source: Path, found: Mapping[str, Arrays]) -> dict[str, Any]:
+    """Without metadata every module has the rank of its tensors, and alpha is the rank."""
+    ranks = {}
+    for module, t in found.items():
+        if MATRIX[0] not in t or t[MATRIX[0]].ndim != 2:
+            raise FormatError(source, f"{module}: no matrix {MATRIX[0]}")
+        ranks[module] = int(t[MATRIX[0]].shape[0])
+    patterns = {module.replace(".", r"\."): rank for module, rank in ranks.items()}
+    return {"r": 1, "lora_alpha": 1, "rank_pattern": patterns, "alpha_pattern": patterns}
