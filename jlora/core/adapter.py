@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora.core import compat
 
@@ -28,19 +27,30 @@ def wide(dtype: Any) -> Any:
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    return x if list(order) == sorted(order) else jnp.transpose(x, list(order))
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes `order`."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _order(kinds: str) -> list[int]:
+    return [k for kind in "sio" for k, c in enumerate(kinds) if c == kind]
+
+
 def fold(w: jax.Array, kinds: str) -> jax.Array:
     """A leaf as [*stack, d_in, d_out]: stack axes first, the others flattened in their order."""
-    order = [k for kind in "sio" for k, c in enumerate(kinds) if c == kind]
     size = {kind: [w.shape[k] for k, c in enumerate(kinds) if c == kind] for kind in "sio"}
-    w = w if order == sorted(order) else jnp.transpose(w, order)
+    w = transposed(w, _order(kinds))
     return w.reshape(*size["s"], math.prod(size["i"]), math.prod(size["o"]))
 
 
 def unfold(m: jax.Array, kinds: str, shape: Sequence[int]) -> jax.Array:
     """The inverse of `fold`."""
-    order = [k for kind in "sio" for k, c in enumerate(kinds) if c == kind]
-    m = m.reshape([shape[k] for k in order])
-    return m if order == sorted(order) else jnp.transpose(m, [int(k) for k in np.argsort(order)])
+    order = _order(kinds)
+    return transposed(m.reshape([shape[k] for k in order]), inverse(order))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ Deviates: none.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,7 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def located(eqn: Any) -> Iterable[None]:
+def located(eqn: Any) -> Iterator[None]:
     """The equation's own context: mesh, compute type, name stack, source line."""
     with contextlib.ExitStack() as stack:
         if _source_info is not None:

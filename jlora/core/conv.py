@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jlora.core import compat
+from jlora.core.adapter import inverse, transposed
 from jlora.core.lazy import Lazy
-from jlora.core.matmul import Join, Operand, applied, transposed
+from jlora.core.matmul import Join, Operand, applied
 
 
 class Patches(Operand):
@@ -50,7 +50,7 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
     options = {k: v for k, v in p.items() if k != "dimension_numbers"}
     groups = p["feature_group_count"]
     last = [*(k for k in range(aval.ndim) if k != spec.out_spec[1]), spec.out_spec[1]]
-    back = [int(k) for k in np.argsort(last)]
+    back = inverse(last)
 
     def run(x, kernel):
         y = lax.conv_general_dilated(x, kernel, dimension_numbers=spec, **options)
@@ -59,7 +59,7 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
     def kernel(m):  # [d_in, k] -> the model's layout with k output features
         axes = [*wi, wo]
         m = jnp.moveaxis(inner.split(m.T), 0, -1)
-        return transposed(m.astype(x.dtype), [int(k) for k in np.argsort(axes)])
+        return transposed(m.astype(x.dtype), inverse(axes))
 
     if groups > 1 or p["batch_group_count"] > 1:
         return _grouped(w, x, run, kernel, out, groups, p, back, aval)

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jlora.core.adapter import Arrays, Method, Site, fold, unfold, wide
+from jlora.core.adapter import Arrays, Method, Site, fold, inverse, transposed, unfold, wide
 
 
 class Atom(NamedTuple):
@@ -81,16 +80,11 @@ class Lazy:
         """The base weight as the model sees it now."""
         return self.cast(self.opened().base)
 
-    @property
-    def _order(self) -> list[int]:
-        return [a for d in self.dims for a in d]
-
     def matrix(self) -> jax.Array:
         """The base as [*stack, d_in, d_out], in the dtype it is stored in."""
-        order = self._order
+        order = [a for d in self.dims for a in d]
         w = self.opened().base.reshape([self.atoms[a].size for a in order])
-        w = jnp.transpose(w, np.argsort(order)) if order != sorted(order) else w
-        return fold(w, "".join(atom.kind for atom in self.atoms))
+        return fold(transposed(w, inverse(order)), "".join(atom.kind for atom in self.atoms))
 
     def merged(self) -> jax.Array:
         """merge(w, p) in the current view: dense, in the current dtype."""
@@ -98,8 +92,7 @@ class Lazy:
             return self.view()
         w = merged(self.method, self.matrix(), self.own, self.shared, len(self.of("s")))
         w = unfold(w, "".join(a.kind for a in self.atoms), [a.size for a in self.atoms])
-        order = self._order
-        w = jnp.transpose(w, order) if order != sorted(order) else w
+        w = transposed(w, [a for d in self.dims for a in d])
         return self.cast(w.reshape(self.shape).astype(self.site.dtype))
 
     def peel(self, axis: int) -> tuple[tuple[Any, Arrays], Any] | None:

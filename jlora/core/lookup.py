@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jlora.core import compat
+from jlora.core.adapter import inverse, transposed
 from jlora.core.lazy import Lazy
-from jlora.core.matmul import Join, Operand, applied, transposed
+from jlora.core.matmul import Join, Operand, applied
 
 
 class Rows(Operand):
@@ -77,7 +77,7 @@ def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
     options = {k: p[k] for k in keys}
     rows = Rows(ids, own, (*ids.shape[:-1], w.shape[axis]), w.dtype, options)
     y = out.split(applied(scope, w, rows, lambda x: x.own()))
-    y = transposed(y, [int(k) for k in np.argsort(order)])
+    y = transposed(y, inverse(order))
     return [y.astype(aval.dtype)]
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jlora.core import compat
-from jlora.core.adapter import low_rank, wide
+from jlora.core.adapter import inverse, low_rank, transposed, wide
 from jlora.core.lazy import Lazy, merged
 
 
@@ -83,25 +82,27 @@ class Join:
         self.atoms = [a for k in axes for a in w.dims[k]]
         self.shape = [w.shape[k] for k in axes]
         self._sizes = [w.atoms[a].size for a in self.atoms]
-        self._sorted = self.atoms == sorted(self.atoms)
 
     def join(self, x: jax.Array) -> jax.Array:
         """[..., *shape] -> [..., d]."""
         lead = x.shape[: x.ndim - len(self.shape)]
-        if not self._sorted:
-            n = len(lead)
+        if self.atoms != sorted(self.atoms):
             x = x.reshape(*lead, *self._sizes)
-            x = jnp.transpose(x, [*range(n), *(n + k for k in np.argsort(self.atoms))])
+            x = transposed(x, self._after(lead, inverse(self.atoms)))
         return x.reshape(*lead, math.prod(self._sizes))
 
     def split(self, y: jax.Array) -> jax.Array:
         """[..., d] -> [..., *shape]."""
         lead = y.shape[:-1]
-        if not self._sorted:
-            n, order = len(lead), np.argsort(self.atoms)
+        if self.atoms != sorted(self.atoms):
+            order = inverse(self.atoms)
             y = y.reshape(*lead, *(self._sizes[k] for k in order))
-            y = jnp.transpose(y, [*range(n), *(n + int(k) for k in np.argsort(order))])
+            y = transposed(y, self._after(lead, inverse(order)))
         return y.reshape(*lead, *self.shape)
+
+    @staticmethod
+    def _after(lead: Sequence[int], order: Sequence[int]) -> list[int]:
+        return [*range(len(lead)), *(len(lead) + k for k in order)]
 
 
 def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
@@ -117,19 +118,19 @@ def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
 
 def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.Array | None:
     """x [..., d_out] @ merge(w, p).T, for weights used both ways (tied embeddings)."""
-    assert w.method is not None
-    p = {**w.shared, **w.own}
-    uv = w.method.factors(p)
+    method, p = w.method, {**w.shared, **w.own}
+    assert method is not None
+    uv = method.factors(p)
     if uv is not None:
         y = own(x)
         return y + low_rank(x, uv[1].T, uv[0].T).astype(y.dtype)
-    if w.method.merges is False:
+    if not method.merges:
         return None
     ctx = scope.enter(w.site)
     like = jax.ShapeDtypeStruct((*x.shape[:-1], w.site.d_in), x.dtype)
 
     def forward(z):
-        y = w.method.apply(z, Weight(w, None, z), p, ctx)
+        y = method.apply(z, Weight(w, None, z), p, ctx)
         return (y[0] if isinstance(y, tuple) else y).astype(x.dtype)
 
     return jax.linear_transpose(forward, like)(x)[0]
@@ -183,7 +184,7 @@ def _product(scope, w, x, dims, left, options):
     else:
         return None
     order = [*xf, *xc]
-    back = [int(k) for k in np.argsort(order)]
+    back = inverse(order)
     n = len(wf)
 
     def own(x2):
@@ -202,7 +203,3 @@ def _product(scope, w, x, dims, left, options):
 
 def _less(axes: Sequence[int], gone: int) -> tuple[int, ...]:
     return tuple(k - (k > gone) for k in axes)
-
-
-def transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
-    return x if list(order) == sorted(order) else jnp.transpose(x, order)

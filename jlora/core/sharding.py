@@ -99,4 +99,3 @@ def _inherit(name: str, shape: Any, site: Site, method: Method, spec: list[Any])
     out = [sizes.get(n) for n in own]
     seen: set[Any] = set()
     return stack + [None if e in seen or seen.add(e) else e for e in out]
-
