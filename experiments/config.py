@@ -93,11 +93,11 @@ class Config:
         ("none", "infonce_l2", "infonce_cos", "hinge", "covariance"),
     )
     dispersive_weight: float = setting("denoiser", 0.5, "weight of the Dispersive Loss")
-    task_steps: int = setting("denoiser", 600, "steps with the task loss through the decoder")
+    task_steps: int = setting("denoiser", 450, "steps with the task loss through the decoder")
     task_batch: int = setting("denoiser", 16, "tasks a task-loss step")
     task_rows: int = setting("denoiser", 8, "rows a task and task-loss step")
-    task_lr: float = setting("denoiser", 5e-4, "peak learning rate of the task-loss phase")
-    task_flow_weight: float = setting("denoiser", 0.05, "weight of the diffusion loss beside it")
+    task_lr: float = setting("denoiser", 1.5e-3, "peak learning rate of the task-loss phase")
+    task_flow_weight: float = setting("denoiser", 0.02, "weight of the diffusion loss beside it")
     task_pool: str = setting(
         "denoiser",
         "pairs",
@@ -115,7 +115,7 @@ class Config:
     guidance: float = setting("sample", 1.0, "classifier-free guidance scale (1: conditional)")
     samples: int = setting("sample", 10, "samples a task")
     pdiff_sample_steps: int = setting("sample", 250, "ancestral steps of the paper's DDPM (1000)")
-    step_grid: str = setting("sample", "2,5,10,20,50", "sampler steps of the step curve")
+    step_grid: str = setting("sample", "2,5,20", "sampler steps of the step curve")
     ddpm_grid: str = setting("sample", "20,1000", "ancestral steps of the same curve")
     step_tasks: int = setting("sample", 8, "seen tasks used for the step curve")
     seed: int = setting("zoo", 0, "seed of everything trained or sampled")

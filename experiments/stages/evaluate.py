@@ -57,12 +57,13 @@ def candidates(
     raw = jnp.asarray(conditions.canonical(world, [task]))
     found = rivals.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])
     out = {"base": base_tokens(coded), "trained": own, "generated": draws.of(task, "generated")}
-    out |= {name: tokens[None] for name, tokens in found.items()}
     if task in coded.names:
+        out["mean_adapter"] = found["mean_adapter"][None]
         out["soup"] = fit.soups[coded.names.index(task)][None]
         kinds = sorted({k for t, k in draws.rows if t == task} - {"generated"})
         out |= {kind: draws.of(task, kind) for kind in kinds}
         return out
+    out |= {name: tokens[None] for name, tokens in found.items()}
     multi = jax.tree.map(lambda x: jnp.asarray(x)[None], zoo.multitask)
     out["multitask"] = np.asarray(codec.to_tokens(coded, world.config, multi))
     out["span"] = rivals.project(coded, own[-1])[None]

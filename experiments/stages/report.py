@@ -72,7 +72,10 @@ def run(
     """Build, validate and write the report; returns it."""
     config = world.config
     tasks, audit = found["tasks"], dict(found["audit"])
-    seen = {n: {k: v for k, v in tasks[n]["accuracy"].items() if k in _seen()} for n in coded.names}
+    seen = {
+        n: {k: v for k, v in tasks[n]["accuracy"].items() if k in schema.SEEN_KEYS}
+        for n in coded.names
+    }
     unseen: dict[str, dict[str, Any]] = {}
     for task in world.tasks:
         if task.name not in coded.names:
@@ -141,7 +144,3 @@ def notes(config: Config, audit: Mapping[str, Any]) -> list[str]:
         "The per-task normalisation of the paper tells the decoder which task it is (see"
         " pdiff_task_norm): its accuracy does not show that the condition was read.",
     ]
-
-
-def _seen() -> tuple[str, ...]:
-    return (*schema.SEEN_KEYS, "nearest", "softmax", "ridge")

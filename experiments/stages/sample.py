@@ -121,11 +121,10 @@ def requests_of(world: World, coded: Coded) -> list[Request]:
     order = np.random.default_rng([config.seed, 9]).permutation(len(names))
     after = {names[order[i]]: names[order[(i + 1) % len(names)]] for i in range(len(names))}
     for name in names:
-        for k in range(min(2, config.samples)):
-            out.append(Request(name, "shuffled", after[name], k))
-            out.append(Request(name, "null", name, k))
-            if len(world.task(name).paraphrases[0]) and len(world.task(name).paraphrases[1]):
-                out.append(Request(name, "paraphrased", name, k, 2))
+        out.append(Request(name, "shuffled", after[name], 0))
+        out.append(Request(name, "null", name, 0))
+        if len(world.task(name).paraphrases[0]) and len(world.task(name).paraphrases[1]):
+            out.append(Request(name, "paraphrased", name, 0, 2))
     return out
 
 
@@ -138,7 +137,7 @@ def step_requests(world: World, coded: Coded) -> dict[tuple[str, int], list[Requ
     plans = [(m, n) for m in samplers_used for n in grid]
     plans += [("ddpm", int(x)) for x in config.ddpm_grid.split(",")]
     return {
-        (m, n): [Request(t, f"{m}/{n}", t, k) for t in tasks for k in range(min(3, config.samples))]
+        (m, n): [Request(t, f"{m}/{n}", t, k) for t in tasks for k in range(min(2, config.samples))]
         for m, n in plans
     }
 
