@@ -11,7 +11,7 @@ Deviates: nothing.
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ SHAPES = {"up": (8, 12), "down": (12, 8)}
 NAMES = NameMap({r"layers/(up|down)": r"layer.{i}.\1"})
 
 # Compile time is most of the run time: no effort is spent on code that runs once.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+HASTY = {"xla_backend_optimization_level": 0}
 
 
 def block(h: Any, k: Any) -> Any:
@@ -68,11 +68,19 @@ def close(got: Any, want: Any, tol: float = 1e-4) -> None:
 class Case:
     """One method on the model; what several laws need is computed once.
 
-    `lift` and `merge` can be replaced, to see the laws about the library itself fail.
+    `lift` and `merge` can be replaced, to see the laws about the library itself fail; `options`
+    are the compiler's.
     """
 
-    def __init__(self, method: Method, lift: Callable = lift, merge: Callable = merge) -> None:
+    def __init__(
+        self,
+        method: Method,
+        lift: Callable = lift,
+        merge: Callable = merge,
+        options: Mapping[str, Any] = HASTY,
+    ) -> None:
         self.method, self.lift, self.merge = method, lift, merge
+        self.jit = functools.partial(jax.jit, compiler_options=dict(options))
         self.x, self.target = draw(0, 4, 5, 8), draw(1, 4, 5, 8)
         self.ctx = {"tokens": draw(2, 4, 5) > 0}
         layers = {name: draw(10 + k, 2, *s) for k, (name, s) in enumerate(SHAPES.items())}
@@ -131,7 +139,7 @@ class Case:
                 out["merged"] = merged(adapter)
             return out
 
-        return fast_jit(run)
+        return self.jit(run)
 
     @functools.cached_property
     def values(self) -> list[Any]:
@@ -176,7 +184,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 def banked(case: Case) -> None:
     """vmap over a bank is the loop over it"""
-    got = fast_jit(jax.vmap(case.step(case.forward)))(stack(case.noisy))
+    got = case.jit(jax.vmap(case.step(case.forward)))(stack(case.noisy))
     close(got, jax.tree.map(lambda *t: jnp.stack(t), *[v["lifted"] for v in case.values]))
 
 
@@ -238,7 +246,7 @@ def _sharded_on(case: Case, kind: Any, layout: Any) -> None:
     adapter = jax.tree.map(jax.device_put, case.noisy[0], shardings)
     params, x = jax.tree.map(put, case.params, layout), put(case.x, P("fsdp"))
     with jax.set_mesh(mesh):
-        forward = fast_jit(lambda p, a, x, c: case.lift(scanned)(p, a, x, ctx=c))
+        forward = case.jit(lambda p, a, x, c: case.lift(scanned)(p, a, x, ctx=c))
         y = forward(params, adapter, x, jax.tree.map(lambda t: put(t, P()), case.ctx))
     close(y, case.values[0]["lifted"][0][1])
 
