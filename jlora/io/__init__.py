@@ -6,10 +6,12 @@ from jlora.io.kohya import load_kohya, save_kohya
 from jlora.io.names import NameMap, bert, llama, vit, vit4
 from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft import load_peft, peft_extras, save_peft
+from jlora.io.peft_table import Table
 
 __all__ = [
     "FormatError",
     "NameMap",
+    "Table",
     "bert",
     "llama",
     "load_diffusers",

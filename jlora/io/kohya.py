@@ -32,7 +32,7 @@ from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap, near
 from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
-from jlora.io.peft_others import HADA, LOHA, PARTS, WHOLE
+from jlora.io.peft_lycoris import HADA, LOHA, LOKR_LAYOUTS, PARTS, WHOLE
 from jlora.io.peft_read import sites_of, stacked
 from jlora.io.peft_table import Arrays, Read, scale_of, trim, want_shape
 from jlora.io.peft_tables import table_of
@@ -143,16 +143,9 @@ def _read(site: Site, t: Arrays) -> Read:
         rank = t["hada_w1_b"].shape[0] if t["hada_w1_b"].ndim else 0
         fields = {"r": rank, "alpha": rank if alpha is None else alpha}
         return LOHA.read(site, {key: t[key] for key in keys}, fields)
-    if any(keys == set(layout) for layout in _LOKR_LAYOUTS):
+    if any(keys == set(layout) for layout in LOKR_LAYOUTS):
         return _read_lokr(site, {key: t[key] for key in keys}, alpha)
     raise ValueError(f"got {sorted(t)}, which is no LoRA, DoRA, LoHa or LoKr of a matrix")
-
-
-_LOKR_LAYOUTS = tuple(
-    (*first, *second)
-    for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
-    for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
-)
 
 
 def _read_lokr(site: Site, t: Arrays, alpha: float | None) -> Read:

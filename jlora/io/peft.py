@@ -15,7 +15,7 @@ Deviates: target_modules lists whole module names; no README.md is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from jlora.io.peft_read import (
     check_rest,
     join,
     read_files,
+    regrown,
     sites_of,
 )
-from jlora.io.peft_table import Read
+from jlora.io.peft_table import Read, Table
 from jlora.io.peft_write import extra_tensors, torch_side
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -88,6 +89,7 @@ def load_peft(
     params_or_sites: Any,
     *,
     extras: str = "refuse",
+    tables: Sequence[Table] = (),
 ) -> Adapter:
     """Reads a directory that PEFT wrote.
 
@@ -98,6 +100,7 @@ def load_peft(
         rules of `names` tell the stack axes, and every leaf must be [*stack, in, out].
       extras: what to do with weights of the base model in the file (``modules_to_save``, biases):
         "refuse" the file, or "leave" them to `peft_extras`.
+      tables: of methods of your own, tried before the library's.
 
     Returns:
       The adapter, float arrays in the dtype of the file.
@@ -109,12 +112,14 @@ def load_peft(
     if extras not in ("refuse", "leave"):
         raise ValueError(f"{extras=}, expected 'refuse' or 'leave'")
     folder = Path(path)
-    config, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS)
+    config, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
     reader = peft_config.Reader(folder / CONFIG, config, table)
     sites, biases = sites_of(params_or_sites, names)
     modules = names.table(sites.values())
     mine, shared, rest = by_module(tensors, table)
     check_rest(folder / WEIGHTS, reader, rest, extras)
+    if table.regrow and not shared:
+        shared = regrown(reader, table, mine, modules, sites)
     check_modules(folder / WEIGHTS, reader, mine, shared, modules, table)
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
     for module, found in mine.items():
@@ -128,13 +133,15 @@ def load_peft(
     return join(folder / WEIGHTS, table, sites, slices, shared)
 
 
-def peft_extras(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def peft_extras(
+    path: str | os.PathLike[str], tables: Sequence[Table] = ()
+) -> dict[str, np.ndarray]:
     """Weights of the base model that an adapter's file brings along, by torch name.
 
     Returns:
       ``{"classifier.weight": [out, in], ...}``; empty for most adapters.
     """
     folder = Path(path)
-    _, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS)
+    _, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
     rest = by_module(tensors, table)[2]
     return {name.removeprefix(ROOT).replace(".base_layer.", "."): t for name, t in rest.items()}

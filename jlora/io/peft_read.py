@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ GROUP = "*0"  # key of the arrays that all sites share; one method, so one group
 Modules = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-def read_files(config_path: Path, weights_path: Path) -> tuple[dict[str, Any], Table, Arrays]:
+def read_files(
+    config_path: Path, weights_path: Path, tables: Sequence[Table]
+) -> tuple[dict[str, Any], Table, Arrays]:
     """The config, the table that reads it, and all tensors."""
     config = peft_config.read(config_path)
     try:
-        table = table_for(config)
+        table = table_for(config, tables)
     except ValueError as error:
         raise FormatError(config_path, str(error)) from error
     if not weights_path.exists():
@@ -51,6 +53,21 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
         else:
             rest[key] = tensor
     return mine, shared, rest
+
+
+def regrown(
+    reader: peft_config.Reader,
+    table: Table,
+    mine: Mapping[str, Arrays],
+    modules: Modules,
+    sites: Mapping[str, Site],
+) -> Arrays:
+    """Shared tensors of which the file has only a seed; none where something else is wrong."""
+    whole = all(any(set(t) == set(layout) for layout in table.layouts) for t in mine.values())
+    if table.regrow is None or not mine or not whole or not set(mine) <= set(modules):
+        return {}
+    known = [(sites[modules[module][0]].slice(), tensors) for module, tensors in mine.items()]
+    return table.regrow(reader.config, known) or {}
 
 
 def check_rest(path: Path, reader: peft_config.Reader, rest: Arrays, extras: str) -> None:

@@ -1,8 +1,8 @@
 """The contract of a method with PEFT's files: type, key suffixes, layouts, config fields.
 
-A method may bring its own `Table` as its attribute `peft`; those of the library's methods that PEFT
-knows as well are in `peft_lora` and `peft_others`. `io/peft.py` works through them and knows no
-method.
+A method may bring its own `Table` as its attribute `peft`; those of the library's methods that
+PEFT knows as well are in `peft_lora`, `peft_lycoris` and `peft_others`. `io/peft.py` works through
+them and knows no method.
 
 Layouts: torch keeps W as [out, in], so a matrix of PEFT is ours transposed.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +65,8 @@ class Table:
       settle: (module -> fields) -> (the same, other config fields), before they are combined.
       shared: keys below ``base_model.`` of tensors that all modules share.
       write_shared: shared arrays -> tensors by key.
+      regrow: (config, un-stacked site and tensors of each module) -> shared tensors by key, where
+        the file has only their seed; None where it must have them.
       read_shared: tensors by key -> frozen shared arrays.
     """
 
@@ -87,6 +89,9 @@ class Table:
     shared: tuple[str, ...] = ()
     write_shared: Callable[[Arrays], Arrays] = dict
     read_shared: Callable[[Arrays], Arrays] = dict
+    regrow: Callable[[Mapping[str, Any], Sequence[tuple[Site, Arrays]]], Arrays | None] | None = (
+        None
+    )
 
 
 def want_shape(key: str, array: np.ndarray, shape: tuple[int, ...]) -> None:

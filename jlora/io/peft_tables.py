@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.core.adapter import Method
 from jlora.io.peft_lora import DORA, HIRA, LORA
-from jlora.io.peft_others import IA3_TABLE, LOHA, LOKR, OFT_TABLE, VERA
+from jlora.io.peft_lycoris import LOHA, LOKR
+from jlora.io.peft_others import IA3_TABLE, OFT_TABLE, VERA
 from jlora.io.peft_table import Table
 
 TABLES: tuple[Table, ...] = (LORA, DORA, HIRA, LOHA, LOKR, VERA, OFT_TABLE, IA3_TABLE)
 
 
-def table_for(config: Mapping[str, Any], tables: tuple[Table, ...] = TABLES) -> Table:
-    """The table that reads files of this config.
+def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:
+    """The table that reads files of this config: the first that fits of `more` and the library's.
 
     Raises:
       ValueError: the library has no method for its ``peft_type``.
     """
+    tables = (*more, *TABLES)
     for table in tables:
         if table.type == config["peft_type"] and all(
             bool(config.get(k)) == v for k, v in table.choose.items()

@@ -1,5 +1,6 @@
 """Adapters that PEFT wrote: its outputs, bitwise back; and what is refused. No torch needed."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 import jlora as jl
 from jlora.io import FormatError, safetensors_file
+from jlora.io.peft_table import Read, Slice
 from jlora.methods import dora, hira, ia3, loha, lokr, oft, vera
 
 METHODS = {
@@ -254,15 +256,28 @@ def test_exact_oft_is_pefts_transpose(golden, tmp_path):
     assert weights(tmp_path / "back") == weights(path)
 
 
-def test_vera_without_its_bases_is_refused(golden, tmp_path):
-    model = golden["bert"]
-    path = edited(model, tmp_path, "vera", save_projection=False)
+def without_bases(model, tmp_path, **change):
+    path = edited(model, tmp_path, "vera", **change)
     tensors, meta = safetensors_file.read(path / "adapter_model.safetensors")
     kept = {key: array for key, array in tensors.items() if "lambda" in key}
     safetensors_file.write(path / "adapter_model.safetensors", kept, meta)
-    with pytest.raises(
-        FormatError, match=r"got shared tensors \[\], expected \['vera_A', 'vera_B'\]"
-    ):
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_vera_bases_grow_again_from_torchs_seed_bitwise(golden, tmp_path, kind):
+    model = golden[kind]
+    path = without_bases(model, tmp_path, save_projection=False)
+    grown = jl.io.load_peft(path, model.names, model.params)
+    read = jl.io.load_peft(model.path / "vera", model.names, model.params)
+    for x, y in zip(jax.tree.leaves(grown), jax.tree.leaves(read), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_vera_without_bases_that_should_be_there_is_refused(golden, tmp_path):
+    model = golden["bert"]
+    with pytest.raises(FormatError, match=r"got shared tensors \[\], expected"):
+        path = without_bases(model, tmp_path, save_projection=True)
         jl.io.load_peft(path, model.names, model.params)
 
 
@@ -310,6 +325,40 @@ def test_what_peft_cannot_say_is_not_written(golden, tmp_path):
     with pytest.raises(ValueError, match="no rule"):
         jl.io.save_peft(tmp_path / "x", made(query=jl.LoRA(2)), jl.io.NameMap({"a": "b"}))
     assert not (tmp_path / "x").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift(jl.Method):
+    """A user's method: one number a site, added to every weight."""
+
+    def merge(self, w, p):
+        return w + p["c"]
+
+    @property
+    def peft(self):
+        return SHIFT
+
+
+SHIFT = jl.io.Table(
+    type="SHIFT",
+    method=Shift,
+    layouts=(("shift_c",),),
+    fields={},
+    write=lambda method, site, p: Slice({"shift_c": p["c"].reshape(1)}, {}),
+    read=lambda site, t, fields: Read(Shift(), {"c": t["shift_c"].reshape(())}, {}),
+)
+
+
+def test_a_users_method_brings_its_own_table(golden, tmp_path):
+    model = golden["llama"]
+    site = jl.Site("layers/ffn/up/kernel", (3, 16, 24), "sio", jnp.dtype("float32"))
+    made = jl.Adapter({site.path: {"c": jnp.arange(3.0)}}, {site.path: {}}, ((site, Shift()),))
+    jl.io.save_peft(tmp_path, made, model.names)
+    with pytest.raises(FormatError, match="'SHIFT' cannot be read"):
+        jl.io.load_peft(tmp_path, model.names, model.params)
+    back = jl.io.load_peft(tmp_path, model.names, model.params, tables=[SHIFT])
+    assert back.sites == made.sites
+    np.testing.assert_array_equal(back.trainable[site.path]["c"], made.trainable[site.path]["c"])
 
 
 def test_a_bank_of_other_ranks_is_written_with_its_own(golden, tmp_path):
