@@ -95,16 +95,16 @@ def matmul(x: Any, m: jax.Array) -> jax.Array:
     """
     if not isinstance(x, jax.Array):
         return x @ m
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
     mine, other = jax.typeof(x).sharding, jax.typeof(m).sharding
     if AxisType.Explicit not in getattr(mine.mesh, "axis_types", ()):
-        return x @ m
+        return jax.lax.dot_general(x, m, numbers)
     lead = tuple(mine.spec[:-1]) + (None,) * (x.ndim - 1 - len(mine.spec[:-1]))
     used = {a for entry in lead for a in (entry if isinstance(entry, tuple) else (entry,))}
     last = other.spec[1] if len(other.spec) > 1 else None
     names = last if isinstance(last, tuple) else (last,)
     last = None if used.intersection(names) else last
     out = NamedSharding(mine.mesh, PartitionSpec(*lead, last))
-    numbers = (((x.ndim - 1,), (0,)), ((), ()))
     return jax.lax.dot_general(x, m, numbers, out_sharding=out)
 
 

@@ -43,7 +43,7 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
         size = 2 * math.prod(aval.shape) * math.prod(w.shape) // w.shape[wo]
         scope.note(w, "conv", {"i": wi}, size)
         return compat.bind(eqn, (x, w.view()))
-    wi = sorted(wi)
+    x, wi = jnp.asarray(x), sorted(wi)
     inner, out = Join(w, wi), Join(w, [wo])
     if w.method is None or sorted(inner.atoms) != w.of("i") or sorted(out.atoms) != w.of("o"):
         return None

@@ -65,7 +65,7 @@ def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
     out = Join(w, rest)
     if w.method is None or w.dims[axis] != tuple(w.of("i")) or sorted(out.atoms) != w.of("o"):
         return None
-    offset = list(numbers.offset_dims)
+    ids, offset = jnp.asarray(ids), list(numbers.offset_dims)
     aval = eqn.outvars[0].aval
     order = [k for k in range(aval.ndim) if k not in offset] + offset
 

@@ -23,6 +23,8 @@ from jlora.core.lazy import Lazy, merged
 class Weight:
     """The `w` of `Method.apply`: `x @ w` is the model's own operation on the base weight."""
 
+    __array_ufunc__ = None  # so that numpy leaves `x @ w` to us
+
     def __init__(self, lazy: Lazy, own: Callable | None, x: Any):
         self._lazy, self._own, self._x = lazy, own, x
         self.shape = (lazy.site.d_in, lazy.site.d_out)
@@ -32,7 +34,7 @@ class Weight:
         alike = isinstance(x, Operand) == isinstance(self._x, Operand)
         if self._own is not None and alike and x.shape == self._x.shape:
             return self._own(x if isinstance(x, Operand) else x.astype(self._x.dtype))
-        return x @ self._lazy.cast(self._lazy.matrix()).astype(x.dtype)
+        return compat.matmul(x, self._lazy.cast(self._lazy.matrix()).astype(x.dtype))
 
     def dense(self) -> jax.Array:
         """The base matrix [d_in, d_out], in at least float32."""
@@ -150,6 +152,7 @@ def dot_general(scope: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
         return compat.bind(eqn, (w.view(), x) if left else (x, w.view()))
     if w.method is None:
         return None
+    x = jnp.asarray(x)
     options = {k: v for k, v in eqn.params.items() if k != "dimension_numbers" and v is not None}
     y = _product(scope, w, x, wx, left, options)
     return None if y is None else [y.astype(eqn.outvars[0].aval.dtype)]

@@ -1,5 +1,6 @@
 """Lifting equals merging on plain JAX: every way in which code may hold and use a weight."""
 
+import dataclasses
 import functools
 
 import jax
@@ -325,3 +326,106 @@ def test_scanned_convolution(law):
         return lax.scan(step, x, p["w"])[0]
 
     law(fn, {"w": w(2, 3, 3, 2, 2)}, {"w": LORA}, w(2, 3, 5, 5))
+
+
+def test_two_adapters_on_one_weight():
+    """lift(lift(f)): the second changes what the first left."""
+
+    def fn(p, x):
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+
+    params, x = {"w": jnp.asarray(w(3, 6, 6), jnp.float32)}, jnp.asarray(X, jnp.float32)
+    one, two = (jl.init(jax.random.key(k), fn, params, x, methods={"w": LORA}) for k in range(2))
+    one, two = (
+        a.replace(trainable=jax.tree.map(lambda t: t + 0.2, a.trainable)) for a in (one, two)
+    )
+    both = jl.lift(jl.lift(fn))(params, two, one, x)
+    np.testing.assert_allclose(both, fn(jl.merge(jl.merge(params, one), two), x), rtol=1e-4)
+
+
+def test_inside_other_transformations():
+    """jax.checkpoint, vmap, jvp and scan around a lifted function."""
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["w"]
+
+    params, x = {"w": jnp.asarray(w(6, 6), jnp.float32)}, jnp.asarray(X, jnp.float32)
+    a = jl.init(jax.random.key(0), fn, params, x, methods={"w": LORA})
+    a = a.replace(trainable=jax.tree.map(lambda t: t + 0.2, a.trainable))
+    merged, tuned = jl.merge(params, a), jl.lift(fn)
+    expected = fn(merged, x)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
+    close(jax.vmap(lambda x: tuned(params, a, x))(x), expected)
+    close(lax.map(lambda x: tuned(params, a, x), x), expected)
+
+    def loss(run, t):
+        return jnp.sum(run(params, a.replace(trainable=t), x) ** 2)
+
+    plain = jax.grad(functools.partial(loss, tuned))(a.trainable)
+    saved = jax.grad(functools.partial(loss, jax.checkpoint(tuned)))(a.trainable)
+    jax.tree.map(close, saved, plain)
+    _, tangent = jax.jvp(lambda x: tuned(params, a, x), (x,), (jnp.ones_like(x),))
+    close(tangent, jax.jvp(lambda x: fn(merged, x), (x,), (jnp.ones_like(x),))[1])
+
+
+def test_vectors_are_merged_where_they_are_used(law):
+    """A method for biases and norms: nothing dense is at stake, so there is no error."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Shift(jl.Method):
+        vectors = True
+
+        def init(self, key, site):
+            return {"v": jnp.zeros(site.d_out, site.param_dtype)}, {}
+
+        def merge(self, w, p):
+            return w + p["v"][None]
+
+    def fn(p, x):
+        def step(h, layer):
+            return jnp.tanh(h * layer["scale"][None, None]) + layer["bias"].reshape(1, 1, 6), None
+
+        return lax.scan(step, x, p)[0]
+
+    adapter = law(fn, {"scale": w(2, 6), "bias": w(2, 2, 3)}, {"scale|bias": Shift()}, X)
+    assert [s.kinds for s, _ in adapter.sites] == ["soo", "so"]
+
+
+def test_arguments_that_are_not_arrays():
+    def fn(p, x, *, flip, name=None):
+        return {"y": x @ p["w"] * (-1 if flip else 1), "none": None, name: p["bias"]}
+
+    params = {"w": jnp.ones((6, 7)), "bias": jnp.ones(3), "act": jax.nn.relu, "depth": 3}
+    x = jnp.asarray(X, jnp.float32)
+    a = jl.init(jax.random.key(0), fn, params, x, flip=True, name="n", methods={"w": LORA})
+    out = jl.lift(fn)(params, a, x, flip=True, name="n")
+    np.testing.assert_allclose(out["y"], -x @ params["w"], rtol=1e-5)
+    assert out["none"] is None and out["n"].shape == (3,)
+
+
+def test_empty_adapters():
+    """L1: nothing to do is the function itself, bit for bit."""
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"])
+
+    params, x = {"w": jnp.asarray(w(6, 7), jnp.float32)}, jnp.asarray(X, jnp.float32)
+    for empty in ({}, None, jl.Adapter({}, {}, ())):
+        np.testing.assert_array_equal(jl.lift(fn)(params, empty, x), fn(params, x))
+    assert jl.lift(fn, aux=True)(params, {}, x)[1] == {}
+
+
+def test_a_bank_without_vmap_is_refused():
+    def fn(p, x):
+        return x @ p["w"]
+
+    params, x = {"w": jnp.ones((6, 7))}, jnp.ones((3, 6))
+    a = jl.init(jax.random.key(0), fn, params, x, methods={"w": LORA})
+    with pytest.raises(ValueError, match=r"w: got a scale of shape \(3,\).*of a bank, pick one"):
+        jl.lift(fn)(params, jl.stack([a] * 3), x)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    params = {"a/b": jnp.ones((6, 7)), "a": {"b": jnp.ones((6, 7))}}
+    with pytest.raises(ValueError, match="two leaves of params have the same path"):
+        jl.sites(lambda p, x: x @ p["a/b"] + x @ p["a"]["b"], params, jnp.ones((3, 6)))
