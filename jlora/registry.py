@@ -142,7 +142,6 @@ SYSTEMS: tuple[System, ...] = (
         TokenMask,
         "Greenewald 2025, 2504.12397",
         TokenMask(LoRA(rank=2)),
-        TokenMask(DoRA(rank=2)),
         kind="composition",
         evidence=CONTRACT + "; one shared matmul",
         breaks={"L3": NO_MERGE},
