@@ -276,18 +276,18 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     for i, (site, _) in enumerate(first.sites):
         same = [a.sites[i][1] for a in adapters]
         top = max(same, key=lambda m: getattr(m, "rank", 0))
-        like = [m if m == top else dataclasses.replace(m, rank=top.rank) for m in same]
-        if any(m != top for m in like):
+        rank = {"rank": getattr(top, "rank", None)} if hasattr(top, "rank") else {}
+        if any(dataclasses.replace(m, **rank) != top for m in same):
             raise ValueError(f"{site.path}: methods differ in more than rank: {same}")
         ranks[site.path] = top
     return Adapter(
-        _stack_part([a.trainable for a in adapters], first, ranks),
-        _stack_part([a.frozen for a in adapters], first, ranks),
+        _stack_part([a.trainable for a in adapters], ranks),
+        _stack_part([a.frozen for a in adapters], ranks),
         tuple((site, ranks[site.path]) for site, _ in first.sites),
     )
 
 
-def _stack_part(parts, first, methods):
+def _stack_part(parts, methods):
     def pad(path, *leaves):
         where, name = path[0].key, path[1].key
         axes = methods[where].rank_axes if where in methods else {}

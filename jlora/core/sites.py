@@ -78,7 +78,7 @@ class Sites:
             return head + f"has no site left: earlier patterns took {[s.path for s in found]}"
         unsuited = [f"{s.path} ({', '.join(s.ops)})" for s in self.rows if _matches(pattern, s)]
         if unsuited:
-            return head + f"matches only leaves that no matmul consumes: {unsuited}"
+            return head + f"matches only leaves that no matmul consumes whole: {unsuited}"
         paths = [s.path for s in self.rows if _suits(method, s)]
         plain = re.sub(r"[^\w/]+", "", pattern)
         near = sorted(paths, key=lambda p: -_likeness(plain, p))[:5]
@@ -168,7 +168,7 @@ def _site(found: list) -> Site:
         key=lambda f: (f[0] not in MATMULS, f[0] != "gather", -f[2]),
     )
     kinds = best[0][1] if best else "o" * len(site.shape)
-    ops = tuple(dict.fromkeys(f[0] for f in found))
+    ops = tuple(dict.fromkeys(f[0] if f[1] else f"{f[0]} of a part" for f in found))
     return dataclasses.replace(site, kinds=kinds, ops=ops, flops=sum(f[2] for f in found))
 
 

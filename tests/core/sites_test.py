@@ -82,6 +82,13 @@ def test_a_weight_that_lift_would_refuse_shows_why():
     assert table["w"].ops == ("mul",)
 
 
+def test_a_part_of_a_weight_is_no_site():
+    table = jl.sites(lambda p, x: x @ p["w"][:, 1:3], {"w": leaf(3, 4)}, leaf(2, 3))
+    assert table["w"].ops == ("dot of a part",)
+    with pytest.raises(ValueError, match=r"consumes whole: \['w \(dot of a part\)'\]"):
+        table.select({"w": jl.LoRA()})
+
+
 def test_a_loop_of_scan_counts_every_step():
     def fn(p, x):
         return lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, None, length=7)[0]
@@ -106,7 +113,10 @@ def test_patterns():
     [
         ({}, "got no patterns"),
         ({"layer/quary": jl.LoRA()}, r"matches no site; nearest: \['layers/query/kernel'"),
-        ({"scale": jl.LoRA()}, r"matches only leaves that no matmul consumes: \['scale \(mul\)'\]"),
+        (
+            {"scale": jl.LoRA()},
+            r"matches only leaves that no matmul consumes whole: \['scale \(mul\)'\]",
+        ),
         (
             {"layers": jl.LoRA(), "out": jl.LoRA(2)},
             r"'out' .* has no site left: earlier patterns took",
