@@ -11,6 +11,7 @@ CORE = [
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.28",
+    "regex>=2024.5",
     "safetensors>=0.5",
 ]
 EXPERIMENTS = [
