@@ -260,11 +260,8 @@ def outspoken(case: Case) -> None:
     layers = {**case.params["layers"], "up": jnp.zeros((2, 8, 8))}
     methods, key = {"layer/up": case.method}, jax.random.key(0)
     _refuses(DenseWeightError, "layers/up 'sin'", lambda: case.forward(case.fresh, model=bent))
-    _refuses(
-        ValueError,
-        "'layer/up' layers/up",
-        lambda: init(key, scanned, case.params, case.x, methods=methods),
-    )
+    start = functools.partial(init, key, scanned, case.params, case.x, methods=methods)
+    _refuses(ValueError, "'layer/up' layers/up", start)
     _refuses(
         ValueError,
         "layers/up (2, 8, 8) (2, 8, 12)",
