@@ -53,6 +53,7 @@ class System:
 
 
 CONTRACT = "contract suite; numpy value, limit law and mutation check"
+PARITY = "torch PEFT's outputs to 1e-5"
 NO_MERGE = "the delta depends on the activation, so there is no merged weight"
 
 
@@ -61,12 +62,15 @@ def _method(
     paper: str,
     *examples: Method,
     kind: str = "mechanism",
-    evidence: str = CONTRACT,
+    evidence: str = "",
+    peft: bool = False,
     breaks: Mapping[str, str] | None = None,
 ) -> System:
     module = cls.__module__
     tests = (f"tests/methods/{module.rsplit('.', 1)[1]}_test.py", "tests/contract_test.py")
-    row = (cls.__name__, paper, "method", kind, module, cls.__name__, tests, evidence)
+    tests += ("tests/io/peft_torch_test.py",) if peft else ()
+    seen = "; ".join(filter(None, (CONTRACT, evidence, PARITY if peft else "")))
+    row = (cls.__name__, paper, "method", kind, module, cls.__name__, tests, seen)
     return System(*row, examples=examples, breaks=breaks or {})
 
 
@@ -84,42 +88,46 @@ SYSTEMS: tuple[System, ...] = (
         "Hu 2021, 2106.09685",
         LoRA(rank=2, alpha=3.0),
         LoRA(rank=2, rslora=True, freeze_a=True),
-        evidence=CONTRACT + "",
+        peft=True,
     ),
     _method(
         DoRA,
         "Liu 2024, 2402.09353",
         DoRA(rank=2),
-        evidence=CONTRACT + "; gradient by hand, no dense V in the jaxpr",
+        evidence="gradient by hand, no dense V in the jaxpr",
+        peft=True,
     ),
-    _method(LoHa, "Hyeon-Woo 2022, 2108.06098", LoHa(rank=2), evidence=CONTRACT + ""),
+    _method(LoHa, "Hyeon-Woo 2022, 2108.06098", LoHa(rank=2), peft=True),
     _method(
         LoKr,
         "Edalati 2022, 2212.10650; Yeh 2024, 2309.14859",
         LoKr(rank=1, factor=2),
         LoKr(rank=8, factor=2),
         LoKr(rank=1, decompose_both=True),
-        evidence=CONTRACT + "; FLOPs of the fast path",
+        evidence="FLOPs of the fast path",
+        peft=True,
     ),
     _method(
         VeRA,
         "Kopiczko 2024, 2310.11454",
         VeRA(rank=4),
-        evidence=CONTRACT + "; bases from the seed alone",
+        evidence="bases from the seed alone",
+        peft=True,
     ),
     _method(
         OFT,
         "Qiu 2023, 2306.07280; Qiu 2025, 2506.19847",
         OFT(block=4),
         OFT(block=4, terms=None, share=True),
-        evidence=CONTRACT + "; norms and angles kept",
+        evidence="norms and angles kept",
+        peft=True,
     ),
-    _method(IA3, "Liu 2022, 2205.05638", IA3("out"), IA3("in"), evidence=CONTRACT + ""),
+    _method(IA3, "Liu 2022, 2205.05638", IA3("out"), IA3("in"), peft=True),
     _method(
         HiRA,
         "Huang 2025, ICLR",
         HiRA(rank=2),
-        evidence=CONTRACT + "",
+        peft=True,
         breaks={"L4": "W * (1 + AB) has no factored form cheaper than itself"},
     ),
     _method(
@@ -127,7 +135,7 @@ SYSTEMS: tuple[System, ...] = (
         "Meng 2024, 2404.02948",
         PiSSA(rank=2),
         kind="composition",
-        evidence=CONTRACT + "; principal part against numpy's SVD",
+        evidence="principal part against numpy's SVD",
     ),
     _method(
         Experts,
@@ -135,7 +143,7 @@ SYSTEMS: tuple[System, ...] = (
         Experts(experts=3, top_k=2, rank=2),
         Experts(experts=3, top_k=2, rank=2, backend="gather"),
         Experts(experts=3, top_k=2, rank=2, backend="ragged"),
-        evidence=CONTRACT + "; equal back-ends, reports through aux",
+        evidence="equal back-ends, reports through aux",
         breaks={"L3": NO_MERGE},
     ),
     _method(
@@ -143,7 +151,7 @@ SYSTEMS: tuple[System, ...] = (
         "Greenewald 2025, 2504.12397",
         TokenMask(LoRA(rank=2)),
         kind="composition",
-        evidence=CONTRACT + "; one shared matmul",
+        evidence="one shared matmul",
         breaks={"L3": NO_MERGE},
     ),
     _other(
