@@ -34,7 +34,8 @@ class Bench:
 
     def forward(self, adapter, x=None, **kw):
         x = self.x if x is None else x
-        return jl.lift(self.model, **kw)(self.params, adapter, x)
+        tuned = jax.jit(jl.lift(self.model, **kw))
+        return tuned(self.params, adapter, x)
 
     def merged(self, adapter):
         return np.asarray(jl.merge(self.params, adapter)["w"], np.float64)
