@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.core.adapter import Adapter, Method, stack
-from jlora.core.lift import DenseWeightError, lift
+from jlora.core.evaluate import DenseWeightError
+from jlora.core.lift import lift
 from jlora.core.merge import merge
 from jlora.core.sharding import specs
 from jlora.core.sites import init
