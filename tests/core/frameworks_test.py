@@ -77,9 +77,7 @@ def filled(shapes):
 
 
 LINEN = {
-    "scan and remat": (Scanned(), X, r"kernel"),
-    "scan and remat, dots": (Scanned(jax.checkpoint_policies.dots_saveable), X, r"blocks/.*kernel"),
-    "unrolled": (Unrolled(), X, r"all-linear"),
+    "scan and remat": (Scanned(jax.checkpoint_policies.dots_saveable), X, r"kernel"),
     "general": (General(), X, r"kernel"),
     "tied": (Tied(), IDS, r"embedding|kernel"),
     "convolutions": (Convs(), np.ones((2, 5, 6, 2)), r"kernel"),

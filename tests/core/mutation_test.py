@@ -95,7 +95,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_broken_part_is_noticed(law, monkeypatch, name):
     mutate, fn, weight = CASES[name]
-    law(fn, {"w": weight}, {"w": LORA}, X)
+    law(fn, {"w": weight}, {"w": LORA}, X, fresh=True)
     mutate(monkeypatch)
     with pytest.raises(AssertionError):
-        law(fn, {"w": weight}, {"w": LORA}, X)
+        law(fn, {"w": weight}, {"w": LORA}, X, fresh=True)
