@@ -5,6 +5,7 @@ without ever merging.
 """
 
 from jlora import io as io
+from jlora import merging as merging
 from jlora.core import algebra as algebra
 from jlora.core.adapter import Adapter as Adapter
 from jlora.core.adapter import Method as Method

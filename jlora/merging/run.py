@@ -1,0 +1,85 @@
+"""`merge`: any method of the table on any adapters.
+
+.. math:: (\\Delta_1, w_1), ..., (\\Delta_N, w_N) \\;\\mapsto\\; \\Delta
+
+Source: our reading.
+Deviates: nothing.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jlora.core.adapter import Adapter
+from jlora.core.algebra import Deltas
+from jlora.merging.inputs import gather, per_site, to_adapter
+from jlora.merging.table import METHODS, Merging
+
+
+def merge(
+    name: str,
+    adapters: Sequence[Adapter] | Adapter,
+    weights: Any = None,
+    *,
+    key: Array | None = None,
+    ids: Any = None,
+    missing: str = "error",
+    **options: Any,
+) -> Adapter:
+    """A plain LoRA adapter that merges `adapters` (a list of any methods and ranks, or a bank).
+
+    `weights` is [N], 1/N each where it is None, or {path: [N, *stack]}. `key` is owed by
+    randomised methods; `ids` [N] name the adapters in their keys. Arrays among `options` are
+    traced, other options are static.
+
+    Raises ValueError as `gather` does, for an unknown name, and for a missing key.
+    """
+    row = lookup(name)
+    bank, weights, sites = gather(adapters, weights, missing=missing)
+    if row.scope == "adapter" and isinstance(weights, dict):
+        raise ValueError(f"{name}: got weights of every site, expected weights [N]")
+    if row.randomised and key is None:
+        raise ValueError(f"{name}: got no key, expected one: the method is randomised")
+    return to_adapter(apply(row, bank, weights, key=key, ids=ids, **options), sites)
+
+
+def lookup(name: str) -> Merging:
+    """The row of a method; ValueError for an unknown name."""
+    if name not in METHODS:
+        raise ValueError(f"merge method: got {name!r}, expected one of {sorted(METHODS)}")
+    return METHODS[name]
+
+
+def apply(
+    row: Merging,
+    bank: Deltas,
+    weights: Any,
+    *,
+    key: Array | None = None,
+    ids: Any = None,
+    jit: bool = True,
+    **options: Any,
+) -> Deltas:
+    """A row of the table on a bank of deltas, jitted once for each set of static options."""
+    arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray)}
+    static = tuple(sorted((k, v) for k, v in options.items() if k not in arrays))
+    run = _jitted if jit else _run
+    kind = (row.function, row.scope, row.randomised, row.loop)
+    return run(bank, weights, key, ids, arrays, kind, static)
+
+
+def _run(bank, weights, key, ids, arrays, kind, static):
+    function, scope, randomised, loop = kind
+    options = {**arrays, **dict(static)}
+    if scope == "adapter":
+        extra = {"key": key, "ids": ids} if randomised else {}
+        return function(bank, weights, **extra, **options)
+    mapped: Callable[..., Deltas] = per_site(function, randomised=randomised, loop=loop)
+    return mapped(bank, weights, key, ids, **options)
+
+
+_jitted = functools.partial(jax.jit, static_argnums=(5, 6))(_run)
