@@ -1,0 +1,1 @@
+"""Ranks: how many dimensions an adapter keeps, and when it loses them."""
