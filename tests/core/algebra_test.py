@@ -96,7 +96,7 @@ def test_distance_of_neighbours_does_not_cancel(pair):
     np.testing.assert_allclose(al.distance(x, near), want, rtol=0.05)
     by_gram = al.inner(x, x) + al.inner(near, near) - 2 * al.inner(x, near)
     naive = np.sqrt(abs(float(by_gram)))  # the shortcut this test is here to exclude
-    assert abs(naive - want) > want
+    assert abs(naive - want) > 0.5 * want
 
 
 def test_gram_matches_dense_and_is_one_matmul_a_factor(bank):
