@@ -230,10 +230,15 @@ def _checked_entry(path: str | os.PathLike[str], name: str, entry: Any) -> tuple
 
 
 def _not_finite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite; without a cast, on which signalling NaNs would warn."""
+    """How many values are NaN or infinite, by the bits of their exponents.
+
+    Arithmetic, even `isfinite` of bfloat16, may warn of signalling NaNs before they are refused.
+    """
     if array.dtype.kind not in "fV":  # V: bfloat16
         return 0
-    return array.size - int(np.isfinite(array).sum())
+    bits = np.dtype(f"u{array.dtype.itemsize}")
+    exponent = np.asarray(np.inf, array.dtype).view(bits)
+    return int(((array.view(bits) & exponent) == exponent).sum())
 
 
 def _naturals(value: Any) -> bool:

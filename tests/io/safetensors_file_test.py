@@ -85,6 +85,7 @@ def test_bytes_are_those_of_the_library_and_do_not_depend_on_order():
         (raw({"a": entry()}, struct.pack("<f", float("inf"))), "NaN or infinite"),
         (raw({"a": entry()}, b"\x01\x00\x80\x7f"), "NaN or infinite"),  # a signalling NaN
         (raw({"a": entry("BF16", (2,))}, b"\x00\x00\x80\x7f"), "NaN or infinite"),
+        (raw({"a": entry("BF16", (2,))}, b"\x00\x00\x81\x7f"), "1 of 2"),  # signalling as well
         (b"PK\x03\x04" + b"0" * 100, "zip or pickle"),
         (b"\x80\x02}q\x00." + b"0" * 100, "zip or pickle"),
     ],
