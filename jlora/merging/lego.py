@@ -1,0 +1,139 @@
+"""LoRA-LEGO: adapters are taken apart into rank-one units, which are clustered and reassembled.
+
+==========  =====================================================================
+m_k         unit k of the pool: column k of u and row k of v, [d_in + d_out]
+w_k         weight of its adapter
+K           clusters that have units, at most the rank of the result
+C_j         the units of cluster j
+r           mean number of units of an adapter
+==========  =====================================================================
+
+.. math:: \\mu_j = \\frac{\\sum_{k \\in C_j} |w_k| m_k}{\\sum_{k \\in C_j} |w_k|}, \\qquad
+          \\mu_j \\leftarrow \\mu_j \\,
+          \\frac{\\mathrm{mean}_{k \\in C_j} \\|m_k\\|}{\\|\\mu_j\\|}, \\qquad
+          \\Delta = \\sqrt{r / K} \\, \\sum_j c_j \\, \\mu_j^{u} \\, \\mu_j^{v}
+
+Clusters are those of k-means on [a/|a|, b/|b|]; c_j is the mean of N w_k over the cluster, 1 for
+equal weights that sum to 1; the mean of |m_k| is weighted with |w_k| too. The dual reweighting is
+the factor on each centroid and the one on the output. When K is the size of the pool every unit is
+its own cluster and the result is sum_n N w_n Delta_n: the sum of the paper, where fewer clusters
+take means.
+
+Units depend on the basis that an adapter is written in: `units="spectral"` takes those of the
+singular value decomposition, with the largest entry of each column positive.
+
+Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result u [d_in, K], v [K, d_out].
+
+Paper: Zhao et al. 2024, arXiv:2409.16167.
+Source: abstract; notes and third-party code for the reweighting (its norm is not confirmed).
+Deviates: farthest-point start instead of a random one, so the order of adapters does not matter;
+weights (the paper has none); an empty cluster adds nothing; padding (zero units) is not clustered.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jlora.core import algebra
+from jlora.core.algebra import LowRank
+from jlora.merging.concat import concat
+
+
+def lego(
+    bank: LowRank,
+    weights: Array,
+    *,
+    rank: int | None = None,
+    steps: int = 10,
+    units: str = "factors",
+    reweight: bool = True,
+    norm: str = "l2",
+) -> LowRank:
+    """The merge of one site, of `rank` (R where it is None; the size of the pool at most).
+
+    Raises ValueError: rank < 1, steps < 0, other `units` than factors and spectral, or another
+    `norm` than l2 and max.
+    """
+    n, d_in, r = bank.u.shape
+    if (rank is not None and rank < 1) or steps < 0:
+        raise ValueError(f"rank, steps: got {rank}, {steps}, expected >= 1 and >= 0")
+    if units not in ("factors", "spectral") or norm not in ("l2", "max"):
+        raise ValueError(f"units, norm: got {units!r}, {norm!r}, expected factors or spectral, "
+                         "l2 or max")  # fmt: skip
+    if units == "spectral":
+        bank = spectral(bank)
+        r = bank.u.shape[-1]
+    if rank is not None and rank >= n * r:
+        return concat(bank, weights * n)
+    a, b = bank.u.mT.reshape(n * r, d_in), bank.v.reshape(n * r, -1)
+    w = jnp.repeat(weights, r)
+    live = (jnp.any(a != 0, axis=1) & jnp.any(b != 0, axis=1)).astype(a.dtype)
+    k = min(r if rank is None else rank, n * r)
+    own = clusters(a, b, live, k, steps)
+    pool, size = jnp.concatenate([a, b], axis=1), jnp.abs(w)[:, None]
+    mass = _dot("kj,kq->jq", own, size)
+    centre = _dot("kj,kd->jd", own * size, pool) / _safe(mass)
+    count = jnp.sum(own, axis=0)[:, None]
+    if reweight:
+        length = _dot("kj,kq->jq", own * size, _length(pool, norm)) / _safe(mass)
+        centre = centre * length / _safe(_length(centre, norm))
+    gain = _dot("kj,kq->jq", own, n * w[:, None]) / _safe(count)
+    if reweight:
+        used = jnp.sum((count > 0).astype(a.dtype))
+        gain = gain * jnp.sqrt(jnp.sum(live) / _safe(n * used))
+    return LowRank(centre[:, :d_in].T, (centre * gain)[:, d_in:])
+
+
+def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
+    """Memberships [P, K], 0 or 1, of units (a [P, d_in], b [P, d_out]); none of a dead one.
+
+    Not differentiated. Starts from the longest unit, then always the one farthest from all chosen.
+    """
+    a, b, live = map(lax.stop_gradient, (a, b, live))
+    size = jnp.sum(a * a, axis=1) * jnp.sum(b * b, axis=1)
+    x = jnp.concatenate([t / _safe(_length(t, "l2")) for t in (a, b)], axis=1)
+
+    def choose(nearest: Array, _: None) -> tuple[Array, Array]:
+        i = jnp.argmax(nearest)
+        new = jnp.minimum(nearest, jnp.sum((x - x[i][None]) ** 2, axis=1))
+        return new.at[i].set(-1.0), x[i]
+
+    first = jnp.where(live > 0, 8.0 + size / _safe(jnp.max(size)), -1.0)  # 8: the largest distance
+    _, centres = lax.scan(choose, first, None, length=k)
+
+    def assign(c: Array) -> Array:
+        far = jnp.sum((x[:, None] - c[None]) ** 2, axis=2)
+        return jax.nn.one_hot(jnp.argmin(far, axis=1), k, dtype=x.dtype) * live[:, None]
+
+    def lloyd(c: Array, _: None) -> tuple[Array, None]:
+        own = assign(c)
+        count = jnp.sum(own, axis=0)[:, None]
+        return jnp.where(count > 0, _dot("kj,kd->jd", own, x) / _safe(count), c), None
+
+    return assign(lax.scan(lloyd, centres, None, length=steps)[0])
+
+
+def spectral(bank: LowRank) -> LowRank:
+    """The bank in the basis of its singular vectors, balanced, signs fixed."""
+    u, s, v = algebra.svd({"": bank})[""]
+    root = jnp.sqrt(s)[:, None, :]
+    top = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=1, keepdims=True), axis=1)
+    sign = jnp.where(top < 0, -1.0, 1.0).astype(u.dtype)
+    return LowRank(u * sign * root, (sign * root).mT * v)
+
+
+def _length(x: Array, norm: str) -> Array:
+    """[P, d] -> [P, 1]; a finite gradient (0) at a zero row."""
+    if norm == "max":
+        return jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    squared = jnp.sum(x * x, axis=1, keepdims=True)
+    live = squared > 0
+    return jnp.where(live, jnp.sqrt(jnp.where(live, squared, jnp.ones_like(squared))), 0.0)
+
+
+def _safe(x: Array) -> Array:
+    return jnp.where(x > 0, x, jnp.ones_like(x))
+
+
+def _dot(spec: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)
