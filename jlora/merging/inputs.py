@@ -107,9 +107,8 @@ def per_site(
             start = 0
             for path, (low, _, _) in zip(paths, parts, strict=True):
                 s, stack = low.u.shape[0], bank[path][0].shape[1:-2]
-                out[path] = LowRank(
-                    *(t[start : start + s].reshape(*stack, *t.shape[1:]) for t in made)
-                )
+                part = (start, start + s, stack)
+                out[path] = jax.tree.map(lambda t, part=part: _unflat(t, *part), made)
                 start += s
         return {path: out[path] for path in bank}
 
@@ -276,6 +275,10 @@ def _alike(bank: Deltas) -> list[list[str]]:
     for path, (u, v) in bank.items():  # type: ignore[misc]
         groups.setdefault((u.shape[-2:], v.shape[-2:], u.dtype), []).append(path)
     return list(groups.values())
+
+
+def _unflat(t: Array, start: int, stop: int, stack: tuple[int, ...]) -> Array:
+    return t[start:stop].reshape(*stack, *t.shape[1:])
 
 
 def _slices(low: Any) -> LowRank:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jlora.core import algebra
 from jlora.core.adapter import Adapter
 from jlora.core.algebra import Deltas
 from jlora.merging.inputs import gather, per_site, to_adapter
@@ -28,23 +30,52 @@ def merge(
     key: Array | None = None,
     ids: Any = None,
     missing: str = "error",
+    out_rank: int | None = None,
     **options: Any,
 ) -> Adapter:
     """A plain LoRA adapter that merges `adapters` (a list of any methods and ranks, or a bank).
 
     `weights` is [N], 1/N each where it is None, or {path: [N, *stack]}. `key` is owed by
-    randomised methods; `ids` [N] name the adapters in their keys. Arrays among `options` are
-    traced, other options are static.
+    randomised methods; `ids` [N] name the adapters in their keys. `out_rank` cuts the result to a
+    rank. Arrays among `options` are traced, other options are static.
 
-    Raises ValueError as `gather` does, for an unknown name, and for a missing key.
+    Raises ValueError as `gather` does, for an unknown name, a missing key, a wrong number of
+    adapters, and (outside of transformations) where the result is not finite.
     """
     row = lookup(name)
     bank, weights, sites = gather(adapters, weights, missing=missing)
+    size = next(iter(bank.values()))[0].shape[0]
+    if row.size not in (None, size):
+        raise ValueError(f"{name}: got {size} adapters, expected {row.size}")
     if row.scope == "adapter" and isinstance(weights, dict):
         raise ValueError(f"{name}: got weights of every site, expected weights [N]")
     if row.randomised and key is None:
         raise ValueError(f"{name}: got no key, expected one: the method is randomised")
-    return to_adapter(apply(row, bank, weights, key=key, ids=ids, **options), sites)
+    made = apply(row, bank, weights, key=key, ids=ids, **options)
+    if out_rank is not None:
+        made = algebra.truncate(made, out_rank).deltas
+    _check_finite(name, made)
+    return to_adapter(made, sites)
+
+
+def certificate(
+    name: str, adapters: Sequence[Adapter] | Adapter, weights: Any = None, **options: Any
+) -> dict[str, Array]:
+    """{path: [*stack]}: how far a merge is, at most, from the exact weighted sum (Frobenius).
+
+    Raises ValueError as `merge` does, and for a method that gives no certificate.
+    """
+    row = lookup(name)
+    bank, weights, _ = gather(adapters, weights)
+    return bound(row, bank, weights, **options)
+
+
+def bound(row: Merging, bank: Deltas, weights: Any, **options: Any) -> dict[str, Array]:
+    """`certificate` of a row of the table on a bank of deltas."""
+    if row.certificate is None:
+        raise ValueError(f"{row.name}: expected a method with a certificate, got one without")
+    run: Any = per_site(row.certificate)
+    return run(bank, weights, **options)
 
 
 def lookup(name: str) -> Merging:
@@ -70,6 +101,16 @@ def apply(
     run = _jitted if jit else _run
     kind = (row.function, row.scope, row.randomised, row.loop)
     return run(bank, weights, key, ids, arrays, kind, static)
+
+
+def _check_finite(name: str, made: Deltas) -> None:
+    if any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(made)):
+        return
+    for path, parts in made.items():
+        if not all(bool(jnp.isfinite(t).all()) for t in parts):
+            raise ValueError(
+                f"{name}: {path}: got nan or inf; no such merge exists for these weights"
+            )
 
 
 def _run(bank, weights, key, ids, arrays, kind, static):

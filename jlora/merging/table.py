@@ -21,7 +21,24 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jlora.merging.concat import concat
+from jlora.merging.cart import cart
+from jlora.merging.concat import concat, concat_error
+from jlora.merging.core_space import merge_core
+from jlora.merging.do_merging import decoupled, do_merging
+from jlora.merging.iso import iso_c, iso_cts
+from jlora.merging.karcher import karcher
+from jlora.merging.knots import knots
+from jlora.merging.lego import lego, lego_spectral
+from jlora.merging.lion import lion, lion_orthogonal
+from jlora.merging.robust_merge import robust_merge
+from jlora.merging.slerp import multislerp, nuslerp, slerp
+from jlora.merging.truncated import truncated, truncation_error
+from jlora.merging.tsv import tsv
+from jlora.merging.wudi import wudi
+
+MERGEKIT = "Goddard 2024, 2403.13257 (mergekit)"
+TRIMMED = "small entries are trimmed"
+FLATTENED = "the spectrum is flattened"
 
 LAWS = (
     "weight_one",
@@ -44,6 +61,7 @@ class Merging:
     paper: str  # first author, year, arXiv number
     kind: str = "mechanism"  # own mechanism, composition of others, or recipe
     scope: str = "site"  # "site": fn(LowRank, weights) -> LowRank; "adapter": of Deltas
+    size: int | None = None  # the number of adapters it takes; None: any
     randomised: bool = False  # a site's function takes `keys` [N], an adapter's `key`
     loop: str = "vmap"  # "map": slices one after the other, to bound the memory
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the laws
@@ -63,10 +81,126 @@ class Merging:
 
 ROWS: tuple[Merging, ...] = (
     # --- exact and spherical ---
-    Merging("concat", concat, "Prabhakar 2024, 2410.13025; Wang 2024, 2409.05976"),
+    Merging(
+        "concat",
+        concat,
+        "Prabhakar 2024, 2410.13025; Wang 2024, 2409.05976",
+        certificate=concat_error,
+        tight=True,
+    ),
+    Merging(
+        "truncated",
+        truncated,
+        "Eckart 1936 (textbook)",
+        options={"rank": 4},
+        certificate=truncation_error,
+        tight=True,
+        evidence="exact error against dense SVD; vmapped over weights and rank",
+    ),
+    Merging("slerp", slerp, MERGEKIT, size=2),
+    Merging("nuslerp", nuslerp, MERGEKIT, size=2, tests=("tests/merging/slerp_test.py",)),
+    Merging("multislerp", multislerp, MERGEKIT, tests=("tests/merging/slerp_test.py",)),
+    Merging("karcher", karcher, MERGEKIT, evidence="stationarity of the mean; law suite"),
     # --- spectral, in the core space ---
+    Merging(
+        "knots",
+        knots,
+        "Stoica 2024, 2410.19735",
+        options={"density": 0.2},
+        breaks={"weight_one": TRIMMED, "idempotent": TRIMMED},
+    ),
+    Merging(
+        "core_space",
+        merge_core,
+        "Panariello 2025; Yadav 2023, 2306.01708",
+        options={"density": 0.2},
+        breaks={"weight_one": TRIMMED},
+    ),
+    Merging(
+        "tsv",
+        tsv,
+        "Gargiulo 2025, 2412.00081",
+        breaks={"idempotent": "equal directions are made orthogonal: N copies give 1/N of one"},
+    ),
+    Merging(
+        "iso_c",
+        iso_c,
+        "Marczak 2025, 2502.04959",
+        breaks={"weight_one": FLATTENED, "idempotent": FLATTENED},
+        tests=("tests/merging/iso_test.py",),
+    ),
+    Merging(
+        "iso_cts",
+        iso_cts,
+        "Marczak 2025, 2502.04959",
+        breaks={"weight_one": FLATTENED, "idempotent": FLATTENED},
+        tests=("tests/merging/iso_test.py",),
+    ),
+    Merging(
+        "wudi",
+        wudi,
+        "Cheng 2025, 2503.08099",
+        atol=1e-3,
+        evidence="minimum of its loss against least squares; law suite",
+    ),
+    Merging(
+        "cart",
+        cart,
+        "Choi 2024, 2412.12153",
+        options={"rank": 2, "strength": 0.5},
+    ),
+    Merging(
+        "robust_merge",
+        robust_merge,
+        "Zeng 2025, 2502.17159",
+        options={"density": 0.5},
+        breaks={
+            "weight_one": TRIMMED,
+            "idempotent": "the second factor is averaged: N copies give 1/N of one",
+        },
+    ),
     # --- elementwise and factor space ---
     # --- systems and learned ---
+    Merging(
+        "do_merging",
+        do_merging,
+        "Zheng 2025, 2505.15875",
+        breaks={"idempotent": "equal adapters overlap, and are pushed apart"},
+        evidence="descent and decoupling by dense numpy; a loud adapter keeps no direction",
+    ),
+    Merging(
+        "do_decoupled",
+        decoupled,
+        "Zheng 2025, 2505.15875",
+        evidence="numpy value; the direction does not see the scale of an adapter",
+    ),
+    Merging(
+        "lego",
+        lego,
+        "Zhao 2024, 2409.16167",
+        breaks={"gauge": "units are columns of the factors as they are written"},
+        evidence="loops by numpy; shuffled copies are one adapter; K = pool is the sum",
+    ),
+    Merging(
+        "lego_spectral",
+        lego_spectral,
+        "Zhao 2024, 2409.16167",
+        breaks={"gradient": "singular vectors of equal (padded: zero) singular values"},
+        evidence="as lego, on units without gauge",
+    ),
+    Merging(
+        "lion",
+        lion,
+        "Zhang 2025, 2507.05678",
+        evidence="norms and overlaps by numpy; a weak adapter is heard",
+    ),
+    Merging(
+        "lion_orthogonal",
+        lion_orthogonal,
+        "Zhang 2025, 2507.05678",
+        breaks={"idempotent": "equal adapters have no orthogonal frame"},
+        evidence="frame by numpy; linear in each amplitude alone",
+    ),
 )
 
 METHODS: dict[str, Merging] = {row.name: row for row in ROWS}
