@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.core.adapter import Method
+from jlora.merging.systems import OTHERS, Other
+from jlora.merging.table import ROWS, Merging
 from jlora.methods import (
     IA3,
     OFT,
@@ -26,7 +28,7 @@ from jlora.methods import (
 )
 
 KINDS = ("mechanism", "composition", "recipe")
-FAMILIES = ("method", "routing", "algebra", "generation")
+FAMILIES = ("method", "routing", "algebra", "merging", "generation")
 STATES = ("complete", "partial")
 
 
@@ -80,6 +82,20 @@ def _other(
     family = {"core": "algebra"}.get(where.split(".")[0], where.split(".")[0])
     tests = (f"tests/{where.replace('.', '/')}_test.py",)
     return System(name, paper, family, kind, f"jlora.{where}", symbol, tests, evidence)
+
+
+def _merging(row: Merging) -> System:
+    """A row of the table of merges; its laws are those of `jlora.merging.laws`."""
+    module = row.function.__module__
+    tests = row.tests or (f"tests/merging/{module.rsplit('.', 1)[1]}_test.py",)
+    seen = (module, row.function.__name__, (*tests, "tests/merging/laws_test.py"), row.evidence)
+    return System(row.name, row.paper, "merging", row.kind, *seen, breaks=row.breaks)
+
+
+def _beside(row: Other) -> System:
+    tests = row.tests or (f"tests/merging/{row.module.rsplit('.', 1)[1]}_test.py",)
+    seen = (row.module, row.symbol, tests, row.evidence)
+    return System(row.name, row.paper, "merging", row.kind, *seen)
 
 
 SYSTEMS: tuple[System, ...] = (
@@ -175,6 +191,8 @@ SYSTEMS: tuple[System, ...] = (
         "svd",
         evidence="dense numpy oracles; certificate of truncation; cancellation; mutation check",
     ),
+    *map(_merging, ROWS),
+    *map(_beside, OTHERS),
     _other(
         "Conditional P-Diff: 1-D convolutional U-Net",
         "Jin 2024, 2408.01415",
