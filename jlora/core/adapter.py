@@ -181,7 +181,8 @@ class Method:
 
 def low_rank(x: Any, u: jax.Array, v: jax.Array) -> jax.Array:
     """x @ u @ v in the dtype of x, the thin product first; sharded as x and v are."""
-    return compat.matmul(compat.matmul(x, u.astype(x.dtype)), v.astype(x.dtype))
+    inner = compat.matmul(x, u.astype(x.dtype), thin=True)
+    return compat.matmul(inner, v.astype(x.dtype), thin=True)
 
 
 @jax.tree_util.register_dataclass

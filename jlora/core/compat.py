@@ -88,16 +88,20 @@ def source(eqn: Any) -> str:
     return _source_info.summarize(eqn.source_info) or "unknown line"
 
 
-def matmul(x: Any, m: jax.Array) -> jax.Array:
+def matmul(x: Any, m: jax.Array, *, thin: bool = False) -> jax.Array:
     """x [..., k] @ m [k, n]; on a mesh with explicit axes the result is sharded as x and m say.
 
     There JAX asks for the sharding of a product whose summed axis is sharded on both sides.
+    `thin`: m has few rows or columns, and a gradient. It enters transposed, behind a barrier: the
+    product that makes its gradient is then not turned into a form XLA's CPU has no kernel for.
     """
     if not isinstance(x, jax.Array):
         return x @ m
     numbers = (((x.ndim - 1,), (0,)), ((), ()))
     mine, other = jax.typeof(x).sharding, jax.typeof(m).sharding
     if AxisType.Explicit not in getattr(mine.mesh, "axis_types", ()):
+        if thin:
+            m, numbers = jax.lax.optimization_barrier(m.T), (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, m, numbers)
     lead = tuple(mine.spec[:-1]) + (None,) * (x.ndim - 1 - len(mine.spec[:-1]))
     used = {a for entry in lead for a in (entry if isinstance(entry, tuple) else (entry,))}
