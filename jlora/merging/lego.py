@@ -84,25 +84,35 @@ def lego(
     return LowRank(centre[:, :d_in].T, (centre * gain)[:, d_in:])
 
 
+def lego_spectral(bank: LowRank, weights: Array, **options) -> LowRank:
+    """`lego` on the units of the singular value decomposition."""
+    return lego(bank, weights, units="spectral", **options)
+
+
 def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
     """Memberships [P, K], 0 or 1, of units (a [P, d_in], b [P, d_out]); none of a dead one.
 
     Not differentiated. Starts from the longest unit, then always the one farthest from all chosen.
+    Singular vectors of one adapter are all equally far: ties (up to 1e-4) go to the longer unit and
+    to the centre chosen first, so that rounding decides nothing.
     """
     a, b, live = map(lax.stop_gradient, (a, b, live))
     size = jnp.sum(a * a, axis=1) * jnp.sum(b * b, axis=1)
+    size = size / _safe(jnp.max(size))  # at most 1
     x = jnp.concatenate([t / _safe(_length(t, "l2")) for t in (a, b)], axis=1)
 
+    order = 1e-4 * jnp.arange(k, dtype=x.dtype)[None, :] / k
+
     def choose(nearest: Array, _: None) -> tuple[Array, Array]:
-        i = jnp.argmax(nearest)
+        i = jnp.argmax(nearest + 1e-4 * size)
         new = jnp.minimum(nearest, jnp.sum((x - x[i][None]) ** 2, axis=1))
         return new.at[i].set(-1.0), x[i]
 
-    first = jnp.where(live > 0, 8.0 + size / _safe(jnp.max(size)), -1.0)  # 8: the largest distance
+    first = jnp.where(live > 0, 8.0 + size, -1.0)  # 8 is the largest squared distance
     _, centres = lax.scan(choose, first, None, length=k)
 
     def assign(c: Array) -> Array:
-        far = jnp.sum((x[:, None] - c[None]) ** 2, axis=2)
+        far = jnp.sum((x[:, None] - c[None]) ** 2, axis=2) + order
         return jax.nn.one_hot(jnp.argmin(far, axis=1), k, dtype=x.dtype) * live[:, None]
 
     def lloyd(c: Array, _: None) -> tuple[Array, None]:
@@ -116,7 +126,8 @@ def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
 def spectral(bank: LowRank) -> LowRank:
     """The bank in the basis of its singular vectors, balanced, signs fixed."""
     u, s, v = algebra.svd({"": bank})[""]
-    root = jnp.sqrt(s)[:, None, :]
+    least = jnp.finfo(s.dtype).eps * max(u.shape[-2], v.shape[-1]) * s[:, :1]
+    root = jnp.where(s > least, jnp.sqrt(s), jnp.zeros_like(s))[:, None, :]  # padding stays zero
     top = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=1, keepdims=True), axis=1)
     sign = jnp.where(top < 0, -1.0, 1.0).astype(u.dtype)
     return LowRank(u * sign * root, (sign * root).mT * v)

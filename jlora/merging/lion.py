@@ -63,6 +63,11 @@ def lion(
     return concat(bank, _dot("n,nm->m", weights * mean, mixed) * scale)
 
 
+def lion_orthogonal(bank: LowRank, weights: Array, **options) -> LowRank:
+    """`lion` with the deltas made orthogonal."""
+    return lion(bank, weights, orthogonal=True, **options)
+
+
 def overlap(bank: LowRank, inputs: Array | None = None) -> Array:
     """Cosines between the features of the adapters of one site, [N, N]; 0 for a zero delta."""
     gram = features(bank, inputs)

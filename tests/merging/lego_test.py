@@ -35,17 +35,17 @@ def by_numpy(b, w, k, steps=10):
                                m[split:] / np.linalg.norm(m[split:])])  # fmt: skip
 
     x = np.stack([unit(m) for m, _ in pool])
-    chosen = [
-        int(np.argmax([np.linalg.norm(m[:split]) * np.linalg.norm(m[split:]) for m, _ in pool]))
-    ]
+    sizes = [np.linalg.norm(m[:split]) * np.linalg.norm(m[split:]) for m, _ in pool]
+    chosen = [int(np.argmax(sizes))]
     while len(chosen) < k:
         far = ((x[:, None] - x[chosen][None]) ** 2).sum(2).min(1)
-        chosen.append(int(np.argmax(far)))
-    c = x[chosen]
+        far[chosen] = -1
+        chosen.append(int(np.argmax(far + 1e-4 * np.square(sizes) / np.max(np.square(sizes)))))
+    c, ties = x[chosen], 1e-4 * np.arange(k)[None] / k
     for _ in range(steps):
-        own = ((x[:, None] - c[None]) ** 2).sum(2).argmin(1)
+        own = (((x[:, None] - c[None]) ** 2).sum(2) + ties).argmin(1)
         c = np.stack([x[own == j].mean(0) if (own == j).any() else c[j] for j in range(k)])
-    own = ((x[:, None] - c[None]) ** 2).sum(2).argmin(1)
+    own = (((x[:, None] - c[None]) ** 2).sum(2) + ties).argmin(1)
     total = np.zeros((split, v.shape[2]))
     used = len(set(own.tolist()))
     for j in set(own.tolist()):
