@@ -14,6 +14,7 @@ adapters from their descriptions and a few examples, scored and saved as PEFT.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 import time
@@ -29,6 +30,7 @@ from experiments.workdir import Stage, StageError, explain_oserror, write_json
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
 STAGE = flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
+HASTY = flags.DEFINE_bool("hasty", False, "compile in less time, run slower: for tiny runs")
 CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
 config_lib.define_flags()
 
@@ -123,6 +125,19 @@ class _Timer:
         write_json(self.times.path, known)
 
 
+def compile_settings(workdir: Path, hasty: bool) -> None:
+    """Compiled programs are kept in the workdir, so that a resumed run does not compile again."""
+    import jax
+
+    if hasty:
+        fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}"
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        # The paths of XLA's own caches would be part of every key.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
 def show(report: dict[str, Any], workdir: Path) -> None:
     """The report in a few lines on standard output."""
     print("\nSeen tasks (mean over tasks):")
@@ -153,6 +168,7 @@ def main(argv: list[str]) -> None:
                 f"--stage={','.join(STAGE.value)}: expected some of {', '.join(STAGES)}"
             )
         workdir.mkdir(parents=True, exist_ok=True)
+        compile_settings(workdir, HASTY.value)
         if config.task_dir and set(STAGE.value) <= {"sample", "evaluate"}:
             scores = user_pipeline(config, workdir, cache)
             for task, table in scores.items():

@@ -101,9 +101,15 @@ def train_ours(
 
 
 def train_pdiff(
-    config: Config, coded: Coded, fixed: ours.Fixed, variant: str, folder: Path, bar: Progress
+    config: Config,
+    step: loop.Step,
+    coded: Coded,
+    fixed: ours.Fixed,
+    variant: str,
+    folder: Path,
+    bar: Progress,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """One DDPM of the paper."""
+    """One DDPM of the paper; `step` is the training step that both variants share."""
     key = jax.random.fold_in(jax.random.key(config.seed), 104 + pdiff.VARIANTS.index(variant))
     z = codec.latents(coded, variant)
     data = pdiff.Data(
@@ -111,10 +117,9 @@ def train_pdiff(
         pdiff.projection(config, int(np.prod(fixed.stats.mean.shape))),
     )  # fmt: skip
     params = dit.init(pdiff.network(config), key, two(z.shape[1:]), (1, pdiff.WIDTH))
-    opt = pdiff.solver()
     state, curves = loop.train(
-        ours.step_of(pdiff.value_of(config), opt),
-        ours.TrainState(params, opt.init(params)),
+        step,
+        ours.TrainState(params, pdiff.solver().init(params)),
         data,
         jax.random.fold_in(key, 1),
         steps=config.pdiff_steps,
@@ -146,7 +151,7 @@ def run(world: World, coded: Coded, workdir: Path) -> Trained:
     if stage.done:
         stage.verify()
     folder, curves = stage.open(), {}
-    nets = {}
+    nets, step = {}, ours.step_of(pdiff.value_of(config), pdiff.solver())
     total = config.steps + config.task_steps + 2 * config.pdiff_steps
     with Progress(workdir, "denoiser", total, "step") as bar:
         if not (folder / "ours").is_dir():
@@ -164,7 +169,9 @@ def run(world: World, coded: Coded, workdir: Path) -> Trained:
                 lambda k, n=net, s=latent: dit.init(n, k, s, (1, pdiff.WIDTH)), jax.random.key(0)
             )
             if not target.is_dir():
-                made, curves = train_pdiff(config, coded, fixed, variant, folder / "work", bar)
+                made, curves = train_pdiff(
+                    config, step, coded, fixed, variant, folder / "work", bar
+                )
                 write_json(folder / f"curves_{variant}.json", curves)
                 save_tree(target, made)
             else:

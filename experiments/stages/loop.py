@@ -6,6 +6,7 @@ never disturbed.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,16 @@ from experiments.workdir import load_tree, save_tree
 
 PyTree = Any
 Step = Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def many(step: Step, state: PyTree, data: PyTree, key: jax.Array, at: jax.Array) -> Any:
+    """The steps numbered `at` [n]; compiled once a step function and shape."""
+
+    def body(carry: PyTree, s: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
+        return step(carry, data, jax.random.fold_in(key, s))
+
+    return jax.lax.scan(body, state, at)
 
 
 def train(
@@ -40,14 +51,6 @@ def train(
     Returns the last state and each metric as a list, one number a step. Raises FloatingPointError
     naming the step when the metric "loss" is not finite.
     """
-
-    @jax.jit
-    def many(state, data, at):
-        def body(carry, s):
-            return step(carry, data, jax.random.fold_in(key, s))
-
-        return jax.lax.scan(body, state, at)
-
     done, curves = 0, {}
     kept = sorted(folder.glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))
     if kept:
@@ -58,7 +61,7 @@ def train(
         bar.step(done)
     while done < steps:
         length = min(chunk, steps - done)
-        state, metrics = many(state, data, done + jnp.arange(length, dtype=jnp.int32))
+        state, metrics = many(step, state, data, key, done + jnp.arange(length, dtype=jnp.int32))
         metrics = {k: np.asarray(v, np.float64) for k, v in metrics.items()}
         bad = np.flatnonzero(~np.isfinite(metrics["loss"]))
         if bad.size:

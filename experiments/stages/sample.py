@@ -203,10 +203,11 @@ def run(world: World, coded: Coded, trained: Trained, workdir: Path) -> Draws:
         tokens, rows = [], []
         with Progress(workdir, "sample", total, "adapter") as bar:
             main = ((config.sampler, config.sample_steps), asked)
-            for (method, steps), wanted in (main, *curve.items()):
-                call = our_sampler(config, coded, trained, method, steps)
-                call = functools.partial(call, trained.params, trained.fixed)
-                size = min(BATCH, len(wanted))
+            size, made = min(BATCH, len(asked)), {}
+            for plan, wanted in (main, *curve.items()):
+                if plan not in made:  # the curve takes the main sampler too: compiled once
+                    made[plan] = our_sampler(config, coded, trained, *plan)
+                call = functools.partial(made[plan], trained.params, trained.fixed)
                 tokens.append(in_batches(call, inputs(world, trained, wanted), size, bar))
                 rows += [(r.task, r.kind) for r in wanted]
             for variant in pdiff.VARIANTS:

@@ -25,6 +25,8 @@ Source: papers.
 Deviates: site tokens instead of image patches; condition tokens are also in the context.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -149,9 +151,12 @@ def init(
 ) -> dict:
     """Parameters of a denoiser for latents [S, L] and conditions [C, E]."""
     z, cond = jnp.zeros(latent, jnp.float32), jnp.zeros(condition, jnp.float32)
-    return jax.jit(model.init)(key, z, jnp.asarray(0.5, jnp.float32), cond, jnp.asarray(False))[
-        "params"
-    ]
+    return _init(model, key, z, jnp.asarray(0.5, jnp.float32), cond, jnp.asarray(False))["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: nn.Module, *args: Array) -> dict:
+    return model.init(*args)
 
 
 def bind(model: nn.Module):

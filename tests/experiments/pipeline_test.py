@@ -68,7 +68,7 @@ def test_every_stage_leaves_what_it_promises(finished):
 
 def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, tmp_path):
     """SIGKILL inside the zoo and inside the denoiser; then the same command again."""
-    for mark in ("zoo-*/work_001/step_10", "denoiser-*/work/diffusion/step_60"):
+    for mark in ("zoo-*/work_001/step_10", "denoiser-*/work/diffusion/step_50"):
         run = subprocess.Popen(
             command(tmp_path), cwd=ROOT, env=environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
