@@ -27,6 +27,8 @@ TEST = [
     "datasets>=4.0",
     "equinox>=0.13",
     "hypothesis>=6.100",
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
     "peft==0.21.2",
     "pyright>=1.1.400",
     "pytest>=8.3",
