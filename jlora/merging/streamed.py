@@ -1,0 +1,198 @@
+"""A merge that acts on the elements of dW, by row blocks, and back to factors. No dense dW.
+
+=========  =====================================================================================
+D_n        delta of adapter n, u_n v_n [d_in, d_out]; only b of its rows exist at a time
+f          the `rule`: ([N, b, d_out] deltas, [b] row numbers) -> [b, d_out], the same row by row
+M          the merged matrix, M[i] = f(D_1[i], ..., D_N[i]); of any rank
+Q          orthonormal [d_in, k], the columns of M (M^T M)^q G, G Gaussian [d_out, rank + p]
+=========  =====================================================================================
+
+.. math:: M \\approx U V, \\quad U = Q X_r, \\quad V = U^T M, \\quad Q^T M = X S Y^T
+
+A pass computes each block once: q power iterations take 2 q + 2 passes, and one more gives the
+error |M - U V|. The largest temporary has N b d_out elements. Rows beyond d_in are zero deltas,
+so rules must map zeros to zero. Gradients flow through V with U held fixed: exact for weights
+where M stays in the span of the adapters' columns, else those of the projection on U.
+
+Shapes: bank u [N, d_in, R], v [N, R, d_out]; factors u [d_in, r] orthonormal, v [r, d_out].
+
+Paper: Halko, Martinsson and Tropp 2011, arXiv:0909.4061 (algorithms 4.4 and 5.1).
+Source: paper.
+Deviates: blocks are recomputed for each pass, not stored; the error is measured, not estimated.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jlora.core.algebra import LowRank
+
+Rule = Callable[[Array, Array], Array]  # ([N, b, d_out], [b] int32) -> [b, d_out]
+ROWS, ELEMENTS = 32, 2**19  # the most of a default block: rows; elements of all deltas (2 MiB)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How the merged matrix is read. Raises ValueError for negative settings."""
+
+    power: int = 2  # power iterations q: 2 q + 2 passes
+    oversample: int = 8  # p, columns beyond the rank
+    block: int | None = None  # rows at a time; by default 32, or fewer that fill 2 MiB
+    store: bool = False  # keep M [d_in, d_out]: one pass, and the memory of one dense delta
+
+    def __post_init__(self):
+        least = {"power": 0, "oversample": 0, "block": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: got {value}, expected at least {low}")
+
+
+class Factored(NamedTuple):
+    """A merged matrix as factors."""
+
+    factors: LowRank  # u [d_in, r] with orthonormal columns, v [r, d_out]
+    error: Array  # [], |M - u v|, Frobenius, measured by one more pass
+    norm: Array  # [], |M|
+
+
+def fold(
+    bank: LowRank, step: Callable[[Any, Array, Array, Any], Any], init: Any, block: int | None,
+    *rows: Array,
+) -> Any:  # fmt: skip
+    """carry = step(carry, deltas [N, b, d_out], row numbers [b], rows' blocks [b, ...]) over M.
+
+    `rows` are arrays [d_in, ...] read along; what lies beyond d_in is zero.
+    """
+    u, numbers, *along = _blocked(bank, block, rows)
+
+    @jax.checkpoint  # differentiated, blocks are computed again instead of kept
+    def one(carry: Any, x: Any) -> tuple[Any, None]:
+        return step(carry, deltas(x[0], bank.v), x[1], x[2:]), None
+
+    return lax.scan(one, init, (u, numbers, *along))[0]
+
+
+def rows_of(bank: LowRank, rule: Rule, after: Callable[[Array], Array], block: int | None) -> Array:
+    """`after` of each merged block [b, d_out], as [d_in, ...]."""
+    u, numbers = _blocked(bank, block, ())
+
+    @jax.checkpoint
+    def one(x: Any) -> Array:
+        return after(rule(deltas(x[0], bank.v), x[1]))
+
+    out = lax.map(one, (u, numbers))
+    return out.reshape(-1, *out.shape[2:])[: bank.u.shape[1]]
+
+
+def deltas(u: Array, v: Array) -> Array:
+    """u_n v_n [N, b, d_out]; the same in every pass."""
+    return jnp.einsum("nbr,nro->nbo", u, v, precision=lax.Precision.HIGHEST)
+
+
+def dense(bank: LowRank, rule: Rule, *, block: int | None = None) -> Array:
+    """M itself [d_in, d_out], in one pass: for a base that is merged into at once."""
+    return rows_of(bank, rule, lambda m: m, block)
+
+
+def factor(
+    bank: LowRank, rule: Rule, rank: int | None = None, solver: Solver | None = None
+) -> LowRank:
+    """M as u [d_in, rank] and v [rank, d_out]; `rank` is N R, at most full, where it is None.
+
+    Raises ValueError for a rank < 1 or beyond min(d_in, d_out).
+    """
+    solver = solver or Solver()
+    (n, d_in, r), d_out = bank.u.shape, bank.v.shape[-1]
+    full = min(d_in, d_out)
+    rank = min(n * r, full) if rank is None else rank
+    if not 1 <= rank <= full:
+        raise ValueError(f"rank: got {rank}, expected 1 to {full}")
+    width = min(rank + solver.oversample, full)
+    right, left = _products(bank, rule, solver)
+    q = jax.random.normal(jax.random.key(0), (d_out, width), bank.u.dtype)
+    for k in range(solver.power + 1 if width < full else 1):
+        q = _basis(right(_basis(left(q)) if k else q))
+    b = left(q).T  # q.T @ M
+    core = jnp.linalg.qr(lax.stop_gradient(b).T, mode="r").T  # b = core @ (orthonormal rows)
+    x = jnp.linalg.svd(core)[0][:, :rank]
+    return LowRank(_mul(q, x), _mul(x.T, b))
+
+
+def certified(
+    bank: LowRank, rule: Rule, rank: int | None = None, solver: Solver | None = None
+) -> Factored:
+    """`factor`, its true error and the norm of M, by one more pass."""
+    solver = solver or Solver()
+    low = factor(bank, rule, rank, solver)
+    error, norm = distance(bank, rule, low, block=solver.block)
+    return Factored(low, error, norm)
+
+
+def distance(
+    bank: LowRank, rule: Rule, low: LowRank, *, block: int | None = None
+) -> tuple[Array, Array]:
+    """(|M - u v|, |M|), Frobenius, of any factors u [d_in, r], v [r, d_out]."""
+
+    def step(carry: Any, d: Array, numbers: Array, along: Any) -> Any:
+        m = rule(d, numbers)
+        gap = m - _mul(along[0], low.v)
+        return carry + jnp.stack([jnp.sum(gap * gap), jnp.sum(m * m)])
+
+    total = fold(bank, step, jnp.zeros(2, bank.u.dtype), block, low.u)
+    return jnp.sqrt(total[0]), jnp.sqrt(total[1])
+
+
+def flip(x: LowRank) -> LowRank:
+    """The transposed deltas: rows become columns."""
+    return LowRank(x.v.mT, x.u.mT)
+
+
+def _products(bank: LowRank, rule: Rule, solver: Solver) -> tuple[Any, Any]:
+    """The functions g -> M g and q -> M^T q."""
+    if solver.store:
+        m = dense(bank, rule, block=solver.block)
+        return lambda g: _mul(m, g), lambda q: _mul(m.T, q)
+
+    def right(g: Array) -> Array:
+        return rows_of(bank, rule, lambda m: _mul(m, g), solver.block)
+
+    return right, lambda q: _left(bank, rule, q, solver.block)
+
+
+def _basis(y: Array) -> Array:
+    return lax.stop_gradient(jnp.linalg.qr(y)[0])
+
+
+def _left(bank: LowRank, rule: Rule, q: Array, block: int | None) -> Array:
+    """M^T q [d_out, k]."""
+
+    def step(carry: Array, d: Array, numbers: Array, along: Any) -> Array:
+        return carry + _mul(rule(d, numbers).T, along[0])
+
+    shape = (bank.v.shape[-1], q.shape[-1])
+    return fold(bank, step, jnp.zeros(shape, bank.u.dtype), block, q)
+
+
+def _blocked(bank: LowRank, block: int | None, rows: tuple[Array, ...]) -> tuple[Array, ...]:
+    """u [blocks, N, b, R], row numbers [blocks, b], rows [blocks, b, ...]; padded with zeros."""
+    n, d_in, _ = bank.u.shape
+    b = block or max(1, min(ROWS, ELEMENTS // (n * bank.v.shape[-1])))
+    count = -(-d_in // b)
+    b = -(-d_in // count)
+
+    def cut(t: Array) -> Array:
+        t = jnp.pad(t, [(0, count * b - d_in)] + [(0, 0)] * (t.ndim - 1))
+        return t.reshape(count, b, *t.shape[1:])
+
+    u = cut(jnp.moveaxis(bank.u, 1, 0)).swapaxes(1, 2)
+    numbers = jnp.arange(count * b, dtype=jnp.int32).reshape(count, b)
+    return u, numbers, *map(cut, rows)
+
+
+def _mul(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,178 @@
+"""Row blocks and back to factors: values, the best rank, the certificate, memory, gradients."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.core.algebra import LowRank
+from jlora.merging import streamed
+from jlora.merging.concat import concat
+from jlora.merging.election import weighted
+from jlora.merging.streamed import Solver
+from jlora.merging.ties import ties, ties_rule
+
+N, D_IN, D_OUT, R = 3, 26, 20, 2
+W = jnp.asarray([0.5, 0.3, 0.2], jnp.float32)
+
+
+def make(n=N, d_in=D_IN, d_out=D_OUT, r=R, seed=0):
+    rng = np.random.default_rng(seed)
+    u, v = rng.normal(size=(n, d_in, r)), rng.normal(size=(n, r, d_out))
+    return LowRank(jnp.asarray(u, jnp.float32), jnp.asarray(v, jnp.float32))
+
+
+BANK = make()
+DENSE = np.einsum("nir,nro->nio", np.asarray(BANK.u, float), np.asarray(BANK.v, float))
+
+
+def bent(d, numbers):
+    """A rule that is not linear, differs by row, and maps zero to zero."""
+    return jnp.sum(jnp.sin(d), axis=0) * (1.0 + numbers.astype(d.dtype))[:, None]
+
+
+BENT = np.sin(DENSE).sum(0) * (1.0 + np.arange(D_IN))[:, None]
+
+
+@pytest.mark.parametrize("block", [1, 7, 26, 100, None])
+def test_any_block_gives_the_same_matrix(block):
+    got = streamed.dense(BANK, bent, block=block)
+    np.testing.assert_allclose(got, BENT, rtol=1e-4, atol=1e-4)
+
+
+def test_full_rank_is_exact():
+    low = jax.jit(lambda bank: streamed.factor(bank, bent, D_OUT))(BANK)
+    np.testing.assert_allclose(low.u @ low.v, BENT, rtol=1e-3, atol=1e-3)
+
+
+def check_best(rank, solver):
+    """The error is within 2 % of the best of that rank, and measured right."""
+    low, error, norm = jax.jit(lambda bank: streamed.certified(bank, bent, rank, solver))(BANK)
+    best = np.sqrt((np.linalg.svd(BENT, compute_uv=False)[rank:] ** 2).sum())
+    true = np.linalg.norm(BENT - np.asarray(low.u, float) @ np.asarray(low.v, float))
+    assert low.u.shape == (D_IN, rank) and low.v.shape == (rank, D_OUT)
+    np.testing.assert_allclose(low.u.T @ low.u, np.eye(rank), atol=1e-5)
+    assert best * (1 - 1e-5) <= true <= 1.02 * best
+    np.testing.assert_allclose([error, norm], [true, np.linalg.norm(BENT)], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "solver", [Solver(oversample=4, block=7), Solver(oversample=4, store=True)]
+)
+@pytest.mark.parametrize("rank", [1, 6])
+def test_rank_is_cut_at_its_best(rank, solver):
+    check_best(rank, solver)
+
+
+def test_mutation_powers_of_the_transposed_matrix_fail(monkeypatch):
+    real = streamed._left
+    monkeypatch.setattr(streamed, "_left", lambda *a: real(*a)[::-1])
+    with pytest.raises(AssertionError):
+        check_best(6, Solver(oversample=4))
+
+
+def test_mutation_without_power_iterations_fails():
+    with pytest.raises(AssertionError):
+        check_best(6, Solver(power=0, oversample=0))
+
+
+def test_a_linear_rule_is_the_exact_sum():
+    """The limit: default rank N R loses nothing of a weighted sum, and the certificate says so."""
+    run = jax.jit(lambda bank: streamed.certified(bank, lambda d, numbers: weighted(d, W)))
+    low, error, norm = run(BANK)
+    exact = concat(BANK, W)
+    np.testing.assert_allclose(low.u @ low.v, exact.u @ exact.v, rtol=1e-4, atol=1e-5)
+    assert low.u.shape[-1] == N * R and float(error) < 1e-5 * float(norm)
+
+
+def test_zero_adapters_give_zero():
+    zero = jax.tree.map(jnp.zeros_like, BANK)
+    low = jax.jit(lambda bank: streamed.factor(bank, bent, 3))(zero)
+    assert float(jnp.abs(low.u @ low.v).max()) == 0
+
+
+def test_flip():
+    low = streamed.flip(BANK)
+    np.testing.assert_allclose(low.u @ low.v, DENSE.swapaxes(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_weights_is_the_dense_one():
+    """Where the rank suffices, and at the same memory as the value."""
+    probe = jnp.asarray(np.random.default_rng(5).normal(size=(D_IN, D_OUT)), jnp.float32)
+
+    def loss(w):
+        low = streamed.factor(BANK, lambda d, numbers: weighted(d, w) ** 1, N * R)
+        return jnp.sum((low.u @ low.v) * probe)
+
+    expected = np.einsum("nio,io->n", DENSE, np.asarray(probe))
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(W), expected, rtol=1e-4)
+
+
+def test_gradient_of_factors_at_full_rank():
+    probe = jnp.asarray(np.random.default_rng(5).normal(size=(D_OUT, D_OUT)), jnp.float32)
+    bank = make(d_in=D_OUT)
+
+    def loss(bank):
+        low = streamed.factor(bank, bent, D_OUT)
+        return jnp.sum((low.u @ low.v) * probe)
+
+    def plain(bank):
+        return jnp.sum(bent(bank.u @ bank.v, jnp.arange(D_OUT)) * probe)
+
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=2e-3, atol=2e-3),
+        jax.jit(jax.grad(loss))(bank),
+        jax.grad(plain)(bank),
+    )
+
+
+def buffers(compiled):
+    """The sizes of all arrays in a compiled program, in elements."""
+    found = re.findall(r"\b[fsu]\d+\[([\d,]+)\]", compiled.as_text())
+    return {int(np.prod([int(n) for n in dims.split(",")])) for dims in found}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_peak_memory_is_bounded(grad):
+    """Eight adapters of 512 x 512: no buffer as large as one dense delta, in all 1/8 of theirs."""
+    bank, w = make(8, 512, 512, 4), jnp.full(8, 0.125)
+
+    def run(bank, w):
+        return ties(bank, w, rank=4, solver=Solver(power=1))
+
+    def slope(bank, w):
+        return jax.grad(lambda w: jnp.sum(run(bank, w).v))(w)
+
+    compiled = jax.jit(slope if grad else run).lower(bank, w).compile()
+    dense = 512 * 512
+    assert max(buffers(compiled)) < dense
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * dense * 4 / 4
+
+
+def test_stored_memory_is_that_of_one_delta():
+    bank, w = make(8, 512, 512, 4), jnp.full(8, 0.125)
+    run = jax.jit(lambda bank, w: ties(bank, w, rank=4, solver=Solver(power=1, store=True)))
+    compiled = run.lower(bank, w).compile()
+    assert max(buffers(compiled)) == 512 * 512
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 512 * 512 * 4
+
+
+def test_mutation_a_dense_bank_is_seen():
+    bank, w = make(8, 512, 512, 4), jnp.full(8, 0.125)
+    rule = ties_rule(bank, w, density=0.5)
+    everything = jax.jit(lambda bank: rule(bank.u @ bank.v, jnp.arange(512)))
+    assert max(buffers(everything.lower(bank).compile())) >= 8 * 512 * 512
+
+
+@pytest.mark.parametrize("rank", [0, D_OUT + 1])
+def test_bad_rank(rank):
+    with pytest.raises(ValueError, match=f"rank: got {rank}, expected 1 to {D_OUT}"):
+        streamed.factor(BANK, bent, rank)
+
+
+@pytest.mark.parametrize("bad", [{"power": -1}, {"oversample": -1}, {"block": 0}])
+def test_bad_solver(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: got"):
+        Solver(**bad)
