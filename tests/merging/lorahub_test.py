@@ -1,0 +1,145 @@
+"""LoraHub and its search: values, the flat start, what few examples find; CMA-ES on quadratics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora as jl
+from jlora.core.algebra import LowRank
+from jlora.merging import cma, gather
+from jlora.merging.coefficients import mixed, penalised
+from jlora.merging.lorahub import factor_mix, lorahub, lorahub_gradient
+
+
+def leaf(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 2, jnp.float32)
+
+
+PARAMS, X = {"w": leaf(6, 5)}, leaf(5, 6, seed=2)
+TRUE = jnp.asarray([0.9, -0.6, 0.0, 0.0])
+
+
+def model(p, x):
+    return jnp.tanh(x @ p["w"])
+
+
+TUNED = jl.lift(model)
+
+
+def adapter(seed):
+    a = jl.init(jax.random.key(seed), model, PARAMS, X, methods={"w": jl.LoRA(2)})
+    new = jax.tree.map(lambda t: leaf(*t.shape, seed=seed + 10), a.trainable)
+    return a.replace(trainable=new)
+
+
+ADAPTERS = [adapter(k) for k in range(4)]
+
+
+def loss(adapter, batch):
+    x, y = batch
+    return jnp.mean((TUNED(PARAMS, adapter, x) - y) ** 2)
+
+
+def test_factor_mix_by_numpy_and_its_cross_terms():
+    bank = gather(ADAPTERS).bank["w"]
+    w = np.asarray(TRUE)
+    u, v = (np.einsum("n,n...->...", w, np.asarray(t)) for t in bank)
+    got = factor_mix(LowRank(*bank), TRUE)
+    np.testing.assert_allclose(got.u @ got.v, u @ v, atol=1e-5)
+    exact = np.einsum("n,nir,nro->io", w, *map(np.asarray, bank))
+    assert np.abs(u @ v - exact).max() > 0.1
+
+
+def test_objective_by_numpy():
+    gathered = gather(ADAPTERS)
+    value = penalised(loss, gathered, 0.05, factor_mix)(TRUE, (X, jnp.zeros((5, 5))))
+    bank = gathered.bank["w"]
+    u, v = (np.einsum("n,n...->...", np.asarray(TRUE), np.asarray(t)) for t in bank)
+    y = np.tanh(np.asarray(X) @ (np.asarray(PARAMS["w"]) + u @ v))
+    np.testing.assert_allclose(value, (y**2).mean() + 0.05 * 1.5 / 4, rtol=1e-5)
+
+
+def test_factor_space_is_flat_where_the_paper_starts():
+    gathered, data = gather(ADAPTERS), (X, leaf(5, 5, seed=4))
+    slope = jax.grad(penalised(loss, gathered, 0.0, factor_mix))(jnp.zeros(4), data)
+    assert np.all(np.asarray(slope) == 0)
+    assert (
+        np.abs(np.asarray(jax.grad(penalised(loss, gathered, 0.0))(jnp.zeros(4), data))).max() > 0
+    )
+
+
+@pytest.mark.parametrize("space", ["factors", "deltas"])
+def test_five_examples_of_a_composed_task(space):
+    """The paper's claim in small: better than the base, any one adapter, and their average."""
+    fn = factor_mix if space == "factors" else jl.merging.concat.concat
+    gathered = gather(ADAPTERS)
+    truth = jl.merge(PARAMS, mixed(gathered, TRUE, fn))
+    unseen = leaf(200, 6, seed=7)
+    data, held_out = ((x, model(truth, x)) for x in (X, unseen))
+    search = jax.jit(lambda d, k: lorahub(loss, ADAPTERS, d, k, budget=480, space=space, l1=1e-4))
+    found = search(data, jax.random.key(0))
+    steps = jax.tree.map(lambda t: jnp.broadcast_to(t, (300, *t.shape)), data)
+    descent = jax.jit(lambda b: lorahub_gradient(loss, ADAPTERS, b, space=space, l1=1e-4))(steps)
+    rivals = [mixed(gathered, c, fn) for c in [jnp.zeros(4), jnp.full(4, 0.25), *jnp.eye(4)]]
+    best = min(float(loss(a, held_out)) for a in rivals)
+    assert float(loss(found.adapter, held_out)) < 0.3 * best
+    assert float(loss(descent.adapter, held_out)) < 0.3 * best
+    assert np.abs(np.asarray(found.coefficients)).max() <= 1.5
+    assert found.adapter.sites[0][1].rank == (2 if space == "factors" else 8)
+
+
+def test_search_keeps_the_best_it_has_seen():
+    data = (X, leaf(5, 5, seed=4))
+    out = lorahub(loss, ADAPTERS, data, jax.random.key(1))
+    assert out.values.shape == (40 // cma.population(4),)
+    objective = penalised(loss, gather(ADAPTERS), 0.05, factor_mix)
+    value = float(objective(out.coefficients, data))
+    assert value <= float(objective(jnp.zeros(4), data)) + 1e-6
+    np.testing.assert_allclose(value, min(float(out.values.min()), float(
+        objective(jnp.zeros(4), data))), rtol=1e-5)  # fmt: skip
+
+
+def rotated(n=5, seed=0):
+    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
+    h = jnp.asarray(q @ np.diag(np.logspace(0, 3, n)) @ q.T, jnp.float32)
+    centre = jnp.linspace(-0.5, 0.5, n)
+    return lambda x: jnp.sum((x - centre) * (h @ (x - centre))), centre
+
+
+def test_cma_finds_the_bottom_of_a_narrow_valley():
+    f, centre = rotated()
+    run = jax.jit(lambda k: cma.minimise(f, jnp.ones(5), k, generations=250))
+    found = run(jax.random.key(0))
+    np.testing.assert_allclose(found.best, centre, atol=1e-2)
+    assert float(found.value) < 1e-3 and np.isfinite(np.asarray(found.values)).all()
+    again = run(jax.random.key(0))
+    np.testing.assert_array_equal(found.best, again.best)
+
+
+def test_cma_stays_inside_and_finds_the_corner():
+    def f(x):
+        return jnp.sum((x - 3.0) ** 2)
+
+    found = jax.jit(lambda k: cma.minimise(f, jnp.zeros(3), k, generations=80, bound=1.5))(
+        jax.random.key(0)
+    )
+    np.testing.assert_allclose(found.best, 1.5, atol=2e-2)
+    np.testing.assert_allclose(found.value, 3 * 1.5**2, rtol=5e-2)
+
+
+def test_mutation_a_search_that_prefers_the_worst():
+    f, centre = rotated()
+    found = jax.jit(lambda k: cma.minimise(lambda x: -f(x), jnp.ones(5), k, generations=60))(
+        jax.random.key(0)
+    )
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(found.best, centre, atol=1e-2)
+
+
+def test_refusals():
+    data = (X, leaf(5, 5, seed=4))
+    with pytest.raises(ValueError, match="space: got 'rows'"):
+        lorahub(loss, ADAPTERS, data, jax.random.key(0), space="rows")
+    with pytest.raises(ValueError, match="generations, sigma, bound: got 0"):
+        cma.minimise(jnp.sum, jnp.zeros(2), jax.random.key(0), generations=0)
