@@ -91,29 +91,38 @@ def _basis_jvp(primals, tangents):
     return q, step - q @ dot("dp,dq->pq", q, step)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def top_basis(c: Array, rank: int) -> tuple[Array, Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def top_basis(rank: int, live: bool, c: Array, keep: Any) -> tuple[Array, Array]:
     """(y [rank, q], s [rank]): the leading right singular vectors of c [p, q], and their values.
 
-    `rank` <= min(p, q). The derivative of y is that of its span; that of s is exact.
+    `rank` <= min(p, q). Both are zero after the first `keep` [], and with `live` also where a
+    value is noise. The derivative of y is that of the span of what is left.
     """
     _, s, y = jnp.linalg.svd(c, full_matrices=False)
-    return y[:rank], s[:rank]
+    kept = _kept(rank, live, c, s, keep)[:rank]
+    return y[:rank] * kept[:, None], s[:rank] * kept
 
 
 @top_basis.defjvp
-def _top_basis_jvp(rank, primals, tangents):
-    (c,), (dc,) = primals, tangents
+def _top_basis_jvp(rank, live, primals, tangents):
+    (c, keep), dc = primals, tangents[0]
     x, s, y = jnp.linalg.svd(c, full_matrices=False)
+    kept = _kept(rank, live, c, s, keep)
     a = dot("ik,ij,lj->kl", x, dc, y)
-    top, rest = s[:rank, None], s[None, rank:]
     near = jnp.sqrt(jnp.finfo(s.dtype).eps) * 1e-2 * jnp.max(s)
-    up = top * a[:rank, rank:] + rest * a[rank:, :rank].T
-    zero = jnp.zeros_like(up)
-    step = _quotient(up, (top - rest) * (top + rest), near * near, zero) @ y[rank:]
-    out = dot("ik,ij->kj", x[:, :rank], dc) - a[:rank] @ y  # outside of the thin basis
-    step = step + _quotient(out, jnp.broadcast_to(top, out.shape), near, jnp.zeros_like(out))
-    return (y[:rank], s[:rank]), (step, jnp.diagonal(a)[:rank])
+    up = s[:, None] * a + s[None, :] * a.T
+    gap = (s[:, None] - s[None, :]) * (s[:, None] + s[None, :])
+    turn = _quotient(up, gap, near * near, jnp.zeros_like(up)) * (1 - kept[None, :])
+    out = dot("ik,ij->kj", x, dc) - dot("kl,lj->kj", a, y)  # outside of the thin basis
+    out = _quotient(out, jnp.broadcast_to(s[:, None], out.shape), near, jnp.zeros_like(out))
+    step = (dot("kl,lj->kj", turn, y) + out)[:rank] * kept[:rank, None]
+    kept = kept[:rank]
+    return (y[:rank] * kept[:, None], s[:rank] * kept), (step, jnp.diagonal(a)[:rank] * kept)
+
+
+def _kept(rank: int, live: bool, c: Array, s: Array, keep: Any) -> Array:
+    first = (jnp.arange(s.shape[0]) < jnp.minimum(keep, rank)).astype(s.dtype)
+    return first * support(s, max(c.shape)) if live else first
 
 
 def top_pair(c: Array, rank: int) -> tuple[Array, Array, Array, Array]:
@@ -122,10 +131,8 @@ def top_pair(c: Array, rank: int) -> tuple[Array, Array, Array, Array]:
     Columns of x and rows of y are zero where the singular value is. With the derivatives of
     `top_basis`, whatever is the same for (x Q, Q^T b R, R^T y) is differentiated exactly.
     """
-    (x, s), (y, _) = top_basis(c.T, rank), top_basis(c, rank)
-    live = support(s, max(c.shape))
-    x, y = (x * live[:, None]).T, y * live[:, None]
-    return x, dot("pk,pq,lq->kl", x, c, y), y, s * live
+    (x, s), (y, _) = top_basis(rank, True, c.T, rank), top_basis(rank, True, c, rank)
+    return x.T, dot("kp,pq,lq->kl", x, c, y), y, s
 
 
 def polar(m: Array) -> Array:

@@ -37,9 +37,8 @@ def truncated(bank: LowRank, weights: Array, *, rank: int, keep: Any = None) -> 
         raise ValueError(f"rank: got {rank}, expected at least 1")
     core = to_core(bank)
     c = dot("n,npq->pq", weights, core.cores)
-    y, s = top_basis(c, min(rank, *c.shape))
-    if keep is not None:
-        y = y * (jnp.arange(y.shape[0]) < keep).astype(y.dtype)[:, None]
+    k = min(rank, *c.shape)
+    y, s = top_basis(k, False, c, k if keep is None else keep)
     root = lax.stop_gradient(jnp.sqrt(s))
     root = jnp.where(root > 0, root, jnp.ones_like(root))
     u = dot("ip,pq,kq,k->ik", core.left, c, y, 1 / root)

@@ -82,7 +82,7 @@ def test_top_basis_spans_and_its_product_is_differentiated():
     c, dc = (np.float32(t) for t in (matrix([3, 2, 1, 0.5]), RNG.normal(size=(5, 4))))
 
     def kept(c):
-        y, _ = sp.top_basis(c, 2)
+        y, _ = sp.top_basis(3, False, c, 2)
         return sp.dot("pq,kq,kr->pr", c, y, y)
 
     value, got = jax.jvp(kept, (jnp.asarray(c),), (jnp.asarray(dc),))

@@ -13,9 +13,9 @@ W = np.array([1.0, 0.5, 2.0])
 W32 = jnp.asarray(W, jnp.float32)
 
 
-def by_numpy(deltas, w, k):
+def by_numpy(deltas, w, ranks):
     us, ss, vs = [], [], []
-    for d, c, k in zip(deltas, w, np.broadcast_to(k, 3), strict=True):
+    for d, c, k in zip(deltas, w, np.broadcast_to(ranks, 3), strict=True):
         x, s, y = np.linalg.svd(d, full_matrices=False)
         us, ss, vs = [*us, x[:, :k]], [*ss, c * s[:k]], [*vs, y[:k]]
     polar = []
