@@ -21,6 +21,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jlora.merging import elementwise
 from jlora.merging.cart import cart
 from jlora.merging.concat import concat, concat_error
 from jlora.merging.core_space import merge_core
@@ -30,6 +31,7 @@ from jlora.merging.karcher import karcher
 from jlora.merging.knots import knots
 from jlora.merging.lego import lego, lego_spectral
 from jlora.merging.lion import lion, lion_orthogonal
+from jlora.merging.lorahub import factor_mix
 from jlora.merging.robust_merge import robust_merge
 from jlora.merging.slerp import multislerp, nuslerp, slerp
 from jlora.merging.truncated import truncated, truncation_error
@@ -160,6 +162,7 @@ ROWS: tuple[Merging, ...] = (
         },
     ),
     # --- elementwise and factor space ---
+    *(Merging(**row) for row in elementwise.ROWS),
     # --- systems and learned ---
     Merging(
         "do_merging",
@@ -200,6 +203,13 @@ ROWS: tuple[Merging, ...] = (
         "Zhang 2025, 2507.05678",
         breaks={"idempotent": "equal adapters have no orthogonal frame"},
         evidence="frame by numpy; linear in each amplitude alone",
+    ),
+    Merging(
+        "factor_mix",
+        factor_mix,
+        "Huang 2023, 2307.13269",
+        breaks={"gauge": "factors are summed as they are written"},
+        tests=("tests/merging/lorahub_test.py",),
     ),
 )
 
