@@ -21,6 +21,8 @@ from jlora.core.quantized import quantize as quantize
 from jlora.core.sharding import specs as specs
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
+from jlora.methods.adalora import AdaLoRA as AdaLoRA
+from jlora.methods.boft import BOFT as BOFT
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.experts import Experts as Experts
 from jlora.methods.hira import HiRA as HiRA

@@ -14,8 +14,10 @@ from jlora.core.adapter import Method
 from jlora.merging.systems import OTHERS, Other
 from jlora.merging.table import ROWS, Merging
 from jlora.methods import (
+    BOFT,
     IA3,
     OFT,
+    AdaLoRA,
     DoRA,
     Experts,
     HiRA,
@@ -28,7 +30,7 @@ from jlora.methods import (
 )
 
 KINDS = ("mechanism", "composition", "recipe")
-FAMILIES = ("method", "routing", "algebra", "merging", "generation")
+FAMILIES = ("method", "routing", "algebra", "merging", "federated", "ranks", "generation")
 STATES = ("complete", "partial")
 
 
@@ -136,6 +138,21 @@ SYSTEMS: tuple[System, ...] = (
         OFT(block=4),
         OFT(block=4, terms=None, share=True),
         evidence="norms and angles kept",
+        peft=True,
+    ),
+    _method(
+        BOFT,
+        "Liu 2024, 2311.06243",
+        BOFT(block=4),
+        BOFT(block=2, stages=2),
+        evidence="one factor is OFT, reach doubles a stage",
+        peft=True,
+    ),
+    _method(
+        AdaLoRA,
+        "Zhang 2023, 2303.10512",
+        AdaLoRA(rank=2),
+        evidence="one number switches a direction, penalty by numpy",
         peft=True,
     ),
     _method(IA3, "Liu 2022, 2205.05638", IA3("out"), IA3("in"), peft=True),
@@ -262,6 +279,71 @@ SYSTEMS: tuple[System, ...] = (
         "generation.ema",
         "average",
         evidence="recursion by numpy; fixed point",
+    ),
+    _other(
+        "FedIT, the average of factors",
+        "Zhang 2023, 2305.05644",
+        "federated.fedavg",
+        "fedavg",
+        evidence="numpy value; how far it is from the average of the deltas",
+    ),
+    _other(
+        "FLoRA",
+        "Wang 2024, 2409.05976",
+        "federated.flora",
+        "flora",
+        kind="composition",
+        evidence="exact for clients of other ranks and alpha, on a model; p squared is seen",
+    ),
+    _other(
+        "FedEx-LoRA",
+        "Singhal 2024, 2410.09432",
+        "federated.fedex",
+        "fedex",
+        evidence="mean and residual are exact; tail of a cut residual; mutation check",
+    ),
+    _other(
+        "FlexLoRA",
+        "Bai 2024, 2402.11505",
+        "federated.flexlora",
+        "flexlora",
+        kind="composition",
+        evidence="best of each rank by dense SVD; mutation check",
+    ),
+    _other(
+        "HetLoRA",
+        "Cho 2024, 2401.06432",
+        "federated.hetlora",
+        "hetlora",
+        evidence="numpy value; idle clients do not dilute; self-pruning; mutation check",
+    ),
+    _other(
+        "FFA-LoRA",
+        "Sun 2024, 2403.12313",
+        "federated.ffa",
+        "ffa",
+        evidence="exact; alpha and rate are one setting; noise is linear; mutation check",
+    ),
+    _other(
+        "Fed-SB",
+        "Singhal 2025, 2502.15436",
+        "federated.fed_sb",
+        "fed_sb",
+        evidence="exact; bases by dense SVD; gradient of the core through the bases",
+    ),
+    _other(
+        "LoRA-FAIR",
+        "Bian 2024, 2411.14961",
+        "federated.lora_fair",
+        "lora_fair",
+        evidence="closed form is stationary; cosine reaches it; equal clients unchanged",
+    ),
+    _other(
+        "LoRA-Squeeze",
+        "Vulić 2026, 2602.10993",
+        "ranks.squeeze",
+        "squeeze",
+        evidence="tail by dense SVD; moments by gradients and simulation; annealed beats cut",
     ),
     _other(
         "Adapter soups",

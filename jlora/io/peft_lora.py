@@ -1,12 +1,15 @@
-"""PEFT tables of the LoRA family: LoRA with its looked-up tables, DoRA, HiRA."""
+"""PEFT tables of the LoRA family: LoRA with its looked-up tables, DoRA, HiRA, AdaLoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jlora.core.adapter import Site
 from jlora.io.peft_table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim, want_shape
+from jlora.methods.adalora import TINY, AdaLoRA
 from jlora.methods.dora import DoRA
 from jlora.methods.hira import HiRA
 from jlora.methods.lora import LoRA
@@ -106,6 +109,37 @@ def _read_hira(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     return Read(HiRA(rank=fields["r"]), factors, {})
 
 
+def _ada_scale(alpha: float, rank: int) -> np.ndarray:
+    """PEFT's alpha / (r + 1e-5), r where alpha is 0 or less, in float32."""
+    if rank < 1:
+        raise ValueError(f"rank {rank}, expected at least 1")
+    top = np.float32(alpha if alpha > 0 else rank)
+    return np.asarray(top / (np.float32(rank) + np.float32(TINY)), np.float32)
+
+
+def _write_adalora(method: AdaLoRA, site: Site, p: Arrays) -> Slice | None:
+    rank, p = trim(p, method.rank_axes)
+    if rank == 0:
+        return None
+    exact = float(p["scale"]) * (rank + TINY)
+    found = (x for x in (method.alpha, round(exact, 4), exact) if _ada_scale(x, rank) == p["scale"])
+    alpha = next(found, None)
+    if alpha is None:
+        raise ValueError(f"no alpha gives the scale {float(p['scale'])!r} at rank {rank}")
+    tensors = {"lora_A": p["a"].T, "lora_B": p["b"].T, "lora_E": p["e"][:, None]}
+    alpha = int(alpha) if float(alpha).is_integer() else float(alpha)
+    return Slice(tensors, {"init_r": rank, "lora_alpha": alpha})
+
+
+def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    rank, alpha = fields["init_r"], fields["lora_alpha"]
+    want_shape("lora_A", t["lora_A"], (rank, site.d_in))
+    want_shape("lora_B", t["lora_B"], (site.d_out, rank))
+    want_shape("lora_E", t["lora_E"], (rank, 1))
+    trainable = {"a": t["lora_A"].T, "b": t["lora_B"].T, "e": t["lora_E"][:, 0]}
+    return Read(AdaLoRA(rank, alpha), trainable, {"scale": _ada_scale(alpha, rank)})
+
+
 LORA = Table(
     type="LORA",
     method=LoRA,
@@ -144,5 +178,24 @@ HIRA = Table(
     read=_read_hira,
     patterns={"r": "rank_pattern"},
     free={"fan_in_fan_out": False, "hira_dropout": 0.0, "init_weights": True},
+    sparse=True,
+)
+
+# Of the schedule only; `total_step` has to be positive for PEFT.
+SCHEDULE = {"beta1": 0.85, "beta2": 0.85, "deltaT": 1, "orth_reg_weight": 0.5, "r": 8}
+SCHEDULE |= {"target_r": 8, "tfinal": 0, "tinit": 0, "total_step": 1}
+
+ADALORA = Table(
+    type="ADALORA",
+    method=AdaLoRA,
+    layouts=(("lora_A", "lora_B", "lora_E"),),
+    fields={"init_r": 12, "lora_alpha": 8},
+    write=_write_adalora,
+    read=_read_adalora,
+    # a rank_pattern is a mask by module here, of directions that the schedule has taken out
+    fixed={**FIXED, "alpha_pattern": {}, "rank_pattern": None, "use_rslora": False},
+    choose={"use_dora": False},
+    free={**FREE, **SCHEDULE, "lora_dropout": 0.0},
+    allowed=ALLOWED,
     sparse=True,
 )

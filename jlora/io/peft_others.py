@@ -1,4 +1,4 @@
-"""PEFT tables of VeRA, OFT and IA3, for matrices [out, in]."""
+"""PEFT tables of VeRA, OFT, BOFT and IA3, for matrices [out, in]."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from jlora.io.peft_table import (
     want_shape,
 )
 from jlora.io.torch_random import Generator
+from jlora.methods.boft import BOFT
 from jlora.methods.ia3 import IA3
 from jlora.methods.oft import OFT
 from jlora.methods.vera import VeRA
@@ -105,6 +106,43 @@ def _settle_oft(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fi
     return {module: {**fields, zero: 0} for module, fields in modules.items()}, {}
 
 
+# --- BOFT: (x M_{m-1} ... M_0 W) * s ------------------------------------------------------------
+
+
+def _write_boft(method: BOFT, site: Site, p: Arrays) -> Slice:
+    fields = {
+        "boft_block_num": p["r"].shape[1],
+        "boft_block_size": method.block,
+        "boft_n_butterfly_factor": method.stages,
+    }
+    return Slice({"boft_R": p["r"], "boft_s": p["s"][:, None]}, fields)
+
+
+def _read_boft(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    r, size, count = t["boft_R"], fields["boft_block_size"], fields["boft_block_num"]
+    if (size > 0) == (count > 0) or site.d_in % (size or count):
+        raise ValueError(
+            f"boft_block_size = {size} and boft_block_num = {count}, expected one that divides "
+            f"{site.d_in} inputs, the other 0"
+        )
+    block, told = size or site.d_in // count, fields["boft_n_butterfly_factor"]
+    stages = r.shape[0] if r.ndim else 0
+    if stages not in (1, told):  # without its CUDA kernel PEFT makes one, whatever it is told
+        raise ValueError(f"boft_R has {stages} factors, expected {told} or 1")
+    want_shape("boft_R", r, (stages, site.d_in // block, block, block))
+    want_shape("boft_s", t["boft_s"], (site.d_out, 1))
+    if site.d_in % (2 ** (stages - 1) * block):
+        raise ValueError(f"{stages} factors with blocks of {block} in {site.d_in} inputs")
+    return Read(BOFT(block, stages), {"r": r, "s": t["boft_s"][:, 0]}, {})
+
+
+def _settle_boft(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fields]:
+    """One of block size and number of blocks is 0 and follows from the other, for all modules."""
+    one = len({f["boft_block_size"] for f in modules.values()}) == 1
+    zero = "boft_block_num" if one else "boft_block_size"
+    return {module: {**fields, zero: 0} for module, fields in modules.items()}, {}
+
+
 # --- IA3: y * l or x * l ------------------------------------------------------------------------
 
 
@@ -173,6 +211,17 @@ OFT_TABLE = Table(
     },
     needs=("use_cayley_neumann", "num_cayley_neumann_terms"),
     settle=_settle_oft,
+)
+
+BOFT_TABLE = Table(
+    type="BOFT",
+    method=BOFT,
+    layouts=(("boft_R", "boft_s"),),
+    fields={"boft_block_num": 0, "boft_block_size": 4, "boft_n_butterfly_factor": 1},
+    write=_write_boft,
+    read=_read_boft,
+    free={"bias": "none", "boft_dropout": 0.0, "fan_in_fan_out": False, "init_weights": True},
+    settle=_settle_boft,
 )
 
 IA3_TABLE = Table(

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.core.adapter import Method
-from jlora.io.peft_lora import DORA, HIRA, LORA
+from jlora.io.peft_lora import ADALORA, DORA, HIRA, LORA
 from jlora.io.peft_lycoris import LOHA, LOKR
-from jlora.io.peft_others import IA3_TABLE, OFT_TABLE, VERA
+from jlora.io.peft_others import BOFT_TABLE, IA3_TABLE, OFT_TABLE, VERA
 from jlora.io.peft_table import Table
 
-TABLES: tuple[Table, ...] = (LORA, DORA, HIRA, LOHA, LOKR, VERA, OFT_TABLE, IA3_TABLE)
+TABLES: tuple[Table, ...] = (
+    *(LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
+    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE),
+)
 
 
 def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:

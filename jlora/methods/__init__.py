@@ -1,5 +1,7 @@
 """Parameterisations: one file a method, each a frozen dataclass of pure functions of one matrix."""
 
+from jlora.methods.adalora import AdaLoRA as AdaLoRA
+from jlora.methods.boft import BOFT as BOFT
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.experts import Experts as Experts
 from jlora.methods.hira import HiRA as HiRA

@@ -13,9 +13,11 @@ import pytest
 import jlora as jl
 from jlora.io import FormatError, safetensors_file
 from jlora.io.peft_table import Read, Slice
-from jlora.methods import dora, hira, ia3, loha, lokr, oft, vera
+from jlora.methods import adalora, boft, dora, hira, ia3, loha, lokr, oft, vera
 
 METHODS = {
+    "adalora": adalora.AdaLoRA,
+    "boft": boft.BOFT,
     "dora": dora.DoRA,
     "hira": hira.HiRA,
     "ia3": ia3.IA3,
@@ -77,6 +79,7 @@ def test_peft_files_compute_what_peft_computes_and_go_back_bitwise(golden, tmp_p
     if name != "lora_patterns":  # there the same patterns are written by module
         told = {"auto_mapping", "exclude_modules", "layers_to_transform", "target_modules"}
         told |= {"feedforward_modules", "lora_dropout", "init_lora_weights"}
+        told |= {"target_r", "total_step"}  # of AdaLoRA's schedule
         same = set(theirs) - told
         assert {k: ours[k] for k in same} == {k: theirs[k] for k in same}
 
@@ -190,7 +193,6 @@ def test_weights_of_the_base_model_are_never_dropped(golden, tmp_path):
     [
         ("bert", "lora_pissa", "init_lora_weights = 'pissa'"),
         ("bert", "prompt", "'PROMPT_TUNING' cannot be read"),
-        ("bert", "boft", "'BOFT' cannot be read"),
         ("bert", "ia3", "IA3 scales its bias too"),
     ],
 )
@@ -229,6 +231,11 @@ def edited(model, tmp_path, name="lora", **change):
         ("lokr", {"decompose_factor": 0}, "decompose_factor"),
         ("lokr", {"decompose_factor": 2}, "PEFT makes"),
         ("loha", {"r": -1}, "expected"),
+        ("adalora", {"init_r": 2}, "expected"),
+        ("adalora", {"rank_pattern": {"x": [True, False]}}, "rank_pattern"),
+        ("boft", {"boft_block_size": 8}, "expected"),
+        ("boft", {"boft_block_size": 0, "boft_block_num": 5}, "divides 16"),
+        ("boft", {"boft_block_num": 4}, "the other 0"),
     ],
 )
 def test_a_config_that_does_not_fit_its_tensors_is_refused(golden, tmp_path, name, change, why):

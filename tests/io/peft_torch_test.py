@@ -6,7 +6,7 @@ import pytest
 
 import jlora as jl
 from jlora.io import safetensors_file
-from jlora.methods import dora, hira, ia3, loha, lokr, oft, vera
+from jlora.methods import adalora, boft, dora, hira, ia3, loha, lokr, oft, vera
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -16,6 +16,8 @@ TOLERANCE = 1e-5
 METHODS = {
     "lora": jl.LoRA(rank=3, alpha=5.0),
     "rslora": jl.LoRA(rank=3, alpha=5.0, rslora=True),
+    "adalora": adalora.AdaLoRA(rank=2, alpha=3.0),
+    "boft": boft.BOFT(block=8),
     "dora": dora.DoRA(rank=2, alpha=3.0),
     "hira": hira.HiRA(rank=2),
     "loha": loha.LoHa(rank=2, alpha=3.0),
@@ -30,6 +32,12 @@ METHODS = {
 
 # Of transformers, about itself; PEFT's own warnings stay errors.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_cuda_kernel(monkeypatch):
+    """PEFT would try to compile BOFT's kernel, and warn that there is no GPU."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,3 +134,16 @@ def test_lokr_splits_dimensions_as_peft_does():
         for factor in [None, *range(1, dim + 3)]:
             theirs = factorization(dim, -1 if factor is None else factor)
             assert lokr.split(dim, factor) == theirs, (dim, factor)
+
+
+def test_boft_deals_inputs_as_peft_does():
+    from peft.tuners.boft.layer import BOFTLayer
+
+    for block in (2, 4, 6):
+        for stages in (2, 3, 4):
+            size = 3 * block * 2 ** (stages - 1)
+            for i in range(stages):
+                theirs = BOFTLayer.block_butterfly_perm(
+                    None, size, size // block // 2**i, block // 2, stages - 1
+                )
+                np.testing.assert_array_equal(boft.deal(size, block, i), theirs.numpy())
