@@ -18,6 +18,7 @@ from jax import Array
 from jlora.core import algebra
 from jlora.core.adapter import Adapter
 from jlora.core.algebra import Deltas
+from jlora.merging.convert import converted
 from jlora.merging.inputs import gather, per_site, to_adapter
 from jlora.merging.table import METHODS, Merging
 
@@ -27,6 +28,7 @@ def merge(
     adapters: Sequence[Adapter] | Adapter,
     weights: Any = None,
     *,
+    params: Any = None,
     key: Array | None = None,
     ids: Any = None,
     missing: str = "error",
@@ -36,13 +38,17 @@ def merge(
     """A plain LoRA adapter that merges `adapters` (a list of any methods and ranks, or a bank).
 
     `weights` is [N], 1/N each where it is None, or {path: [N, *stack]}. `key` is owed by
-    randomised methods; `ids` [N] name the adapters in their keys. `out_rank` cuts the result to a
-    rank. Arrays among `options` are traced, other options are static.
+    randomised methods; `ids` [N] name the adapters in their keys. With `params`, methods without a
+    factored delta (DoRA, OFT, IA3, HiRA) are converted first, exactly, and sites are looked up in
+    the parameters. `out_rank` cuts the result to a rank. Arrays among `options` are traced, other
+    options are static.
 
     Raises ValueError as `gather` does, for an unknown name, a missing key, a wrong number of
     adapters, and (outside of transformations) where the result is not finite.
     """
     row = lookup(name)
+    if params is not None:
+        adapters = [converted(a, params) for a in _listed(adapters)]
     bank, weights, sites = gather(adapters, weights, missing=missing)
     size = next(iter(bank.values()))[0].shape[0]
     if row.size not in (None, size):
@@ -101,6 +107,13 @@ def apply(
     run = _jitted if jit else _run
     kind = (row.function, row.scope, row.randomised, row.loop)
     return run(bank, weights, key, ids, arrays, kind, static)
+
+
+def _listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
+    if not isinstance(adapters, Adapter):
+        return adapters
+    arrays = jax.tree.leaves((adapters.trainable, adapters.frozen))
+    return [adapters[k] for k in range(arrays[0].shape[0] if arrays and arrays[0].ndim else 0)]
 
 
 def _check_finite(name: str, made: Deltas) -> None:
