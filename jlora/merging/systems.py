@@ -31,6 +31,27 @@ OTHERS: tuple[Other, ...] = (
         "derivatives against differences at repeated and zero singular values",
     ),
     Other(
+        "Conversion to LoRA",
+        "Eckart 1936 (textbook)",
+        "jlora.merging.convert",
+        "to_lora",
+        "exact certificate by rank, energy and error; least total rank; one dense slice at a time",
+    ),
+    Other(
+        "Interference diagnostics",
+        "Yadav 2023, 2306.01708; Hu 2021, 2106.09685",
+        "jlora.merging.diagnostics",
+        "sign_conflict",
+        "signs and overlaps by dense numpy; landmarks; mutation check",
+    ),
+    Other(
+        "Duplicates, clusters and retrieval in a bank",
+        "textbook",
+        "jlora.merging.banks",
+        "cluster",
+        "clusters against scipy; gauge-free duplicates; retrieval by numpy",
+    ),
+    Other(
         "Coefficients by gradient",
         "Yang 2023, 2310.02575",
         "jlora.merging.coefficients",

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.cluster import hierarchy
 
+from jlora.core import algebra
 from jlora.core.algebra import LowRank
 from jlora.merging import cluster, duplicates, retrieve
 
@@ -33,9 +35,6 @@ def test_clusters_are_the_groups():
 
 
 def test_clusters_are_those_of_scipy():
-    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
-    from jlora.core import algebra
-
     bank, _ = grouped(noise=3.0, sizes=(4, 4, 4), seed=2)
     s = np.asarray(algebra.similarity(bank), np.float64)
     tree = hierarchy.linkage((1 - s)[np.triu_indices(12, 1)], "average")
@@ -46,9 +45,6 @@ def test_clusters_are_those_of_scipy():
 
 def test_mutation_single_linkage_is_seen():
     """The comparison above can fail: another linkage gives other clusters."""
-    hierarchy = pytest.importorskip("scipy.cluster.hierarchy")
-    from jlora.core import algebra
-
     bank, _ = grouped(noise=3.0, sizes=(4, 4, 4), seed=2)
     s = np.asarray(algebra.similarity(bank), np.float64)
     tree = hierarchy.linkage((1 - s)[np.triu_indices(12, 1)], "single")
