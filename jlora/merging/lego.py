@@ -100,25 +100,30 @@ def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
     size = jnp.sum(a * a, axis=1) * jnp.sum(b * b, axis=1)
     size = size / _safe(jnp.max(size))  # at most 1
     x = jnp.concatenate([t / _safe(_length(t, "l2")) for t in (a, b)], axis=1)
-
+    gram, p = _dot("kd,ld->kl", x, x), x.shape[0]  # centres are weighted units: nothing else needed
     order = 1e-4 * jnp.arange(k, dtype=x.dtype)[None, :] / k
 
+    def distances(c: Array) -> Array:  # of units to centres c [K, P], squared, [P, K]
+        mixed = _dot("jk,kl->jl", c, gram)
+        own = jnp.sum(mixed * c, axis=1)
+        return jnp.diagonal(gram)[:, None] - 2 * mixed.T + own[None, :]
+
     def choose(nearest: Array, _: None) -> tuple[Array, Array]:
-        i = jnp.argmax(nearest + 1e-4 * size)
-        new = jnp.minimum(nearest, jnp.sum((x - x[i][None]) ** 2, axis=1))
-        return new.at[i].set(-1.0), x[i]
+        one = jax.nn.one_hot(jnp.argmax(nearest + 1e-4 * size), p, dtype=x.dtype)
+        nearest = jnp.minimum(nearest, distances(one[None])[:, 0])
+        return jnp.where(one > 0, -1.0, nearest), one
 
     first = jnp.where(live > 0, 8.0 + size, -1.0)  # 8 is the largest squared distance
     _, centres = lax.scan(choose, first, None, length=k)
 
     def assign(c: Array) -> Array:
-        far = jnp.sum((x[:, None] - c[None]) ** 2, axis=2) + order
+        far = distances(c) + order
         return jax.nn.one_hot(jnp.argmin(far, axis=1), k, dtype=x.dtype) * live[:, None]
 
     def lloyd(c: Array, _: None) -> tuple[Array, None]:
-        own = assign(c)
-        count = jnp.sum(own, axis=0)[:, None]
-        return jnp.where(count > 0, _dot("kj,kd->jd", own, x) / _safe(count), c), None
+        own = assign(c).T
+        count = jnp.sum(own, axis=1, keepdims=True)
+        return jnp.where(count > 0, own / _safe(count), c), None
 
     return assign(lax.scan(lloyd, centres, None, length=steps)[0])
 
