@@ -1,0 +1,1 @@
+"""Paired measurements of jlora against hand-written JAX and against torch with PEFT."""

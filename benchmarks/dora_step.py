@@ -1,0 +1,66 @@
+r"""What DoRA costs over LoRA, in jlora and in PEFT: train steps on MiniLM-L6.
+
+``python -m benchmarks.dora_step``; per size and, as the worst of the sizes, at the top:
+``dora_over_lora`` (jlora's DoRA time / its LoRA time), ``extra_ratio_vs_peft``,
+
+.. math::
+    (t^{\mathrm{peft}}_{\mathrm{dora}} - t^{\mathrm{peft}}_{\mathrm{lora}}) /
+    (t^{\mathrm{jlora}}_{\mathrm{dora}} - t^{\mathrm{jlora}}_{\mathrm{lora}}),
+
+and ``ratio_vs_peft``, PEFT's DoRA time / jlora's. jlora takes the column norms in closed form from
+the factors, PEFT makes the dense product in every step.
+
+Source: our reading. Deviates: -.
+"""
+
+from typing import Any
+
+import jlora as jl
+from benchmarks import encoder, peers, timing
+
+
+def measure(settings: timing.Settings) -> dict[str, Any]:
+    base = encoder.base(settings.quick)
+    sizes = [(4, 8)] if settings.quick else [(16, 64), (2, 32)]
+    found: dict[str, Any] = {f"{b}x{t}": _size(base, b, t, settings) for b, t in sizes}
+    each = list(found.values())
+    return {
+        "dora_over_lora": max(f["dora_over_lora"] for f in each),
+        "extra_ratio_vs_peft": min(f["extra_ratio_vs_peft"] for f in each),
+        "ratio_vs_peft": min(f["ratio_vs_peft"] for f in each),
+    } | found
+
+
+def _size(base: encoder.Base, rows: int, tokens: int, settings: timing.Settings) -> dict[str, Any]:
+    config, params, _ = base
+    batch, runs, temp, difference = encoder.batch(config, rows, tokens), {}, {}, 0.0
+    methods = {
+        "lora": jl.LoRA(encoder.RANK, encoder.ALPHA),
+        "dora": jl.DoRA(encoder.RANK, encoder.ALPHA),
+    }
+    data = peers.batch(batch)
+    for name, method in methods.items():
+        adapter = encoder.adapter(config, params, method)
+        ours = encoder.Stepper(encoder.lifted(config), params, adapter, batch)
+        peft = peers.peft(base, [adapter], settings.threads)
+        train = peers.trainer(peft, encoder.head(params))
+        difference = max(difference, peers.agree(ours.train, lambda t=train: t(data)))
+        runs[name], runs[f"peft_{name}"] = ours.run, lambda t=train: t(data)
+        temp[name] = ours.temp_mib
+    label = f"dora_step {rows}x{tokens}"
+    seconds = timing.interleave(runs, settings.count(20 if rows > 4 else 50), settings, label)
+    ms = timing.best(seconds)
+    ours, theirs = ms["dora"] - ms["lora"], ms["peft_dora"] - ms["peft_lora"]
+    return {
+        "dora_over_lora": ms["dora"] / ms["lora"],
+        "extra_ratio_vs_peft": timing.ratio_of_extras(theirs, ours, ms["lora"]),
+        "ratio_vs_peft": ms["peft_dora"] / ms["dora"],
+        "extra_ms": {"jlora": ours, "peft": theirs},
+        "ms": timing.spread(seconds),
+        "xla_temp_mib": temp,
+        "loss_difference": difference,
+    }
+
+
+if __name__ == "__main__":
+    timing.main("dora_step", measure)
