@@ -64,7 +64,7 @@ def merge_core(
     weights: Array,
     *,
     rule: str = "ties",
-    density: float = 0.2,
+    density: Any = 0.2,
     strength: float = 1.0,
 ) -> LowRank:
     """The cores of the balanced singular bases, merged entry by entry."""
@@ -77,14 +77,15 @@ def merge_core(
     return from_core(core, strength * entrywise(core.cores, weights, rule, density))
 
 
-def entrywise(x: Array, weights: Array, rule: str, density: float) -> Array:
-    """Tensors [N, ...] merged entry by entry into one; "sum" or "ties"."""
+def entrywise(x: Array, weights: Array, rule: str, density: Any) -> Array:
+    """Tensors [N, ...] merged entry by entry; `density` a number, or a tuple of N of them."""
     w = weights.reshape(-1, *[1] * (x.ndim - 1))
     if rule == "sum":
         return jnp.sum(w * x, axis=0)
     if rule != "ties":
         raise ValueError(f"rule: got {rule!r}, expected 'sum' or 'ties'")
-    x = x * jax.vmap(lambda t: largest(t, density))(x)
+    many = density if isinstance(density, tuple) else (density,) * x.shape[0]
+    x = x * jnp.stack([largest(t, share) for t, share in zip(x, many, strict=True)])
     elected = jnp.where(jnp.sum(w * x, axis=0) >= 0, 1.0, -1.0).astype(x.dtype)
     agree = w * (x * elected[None] > 0).astype(x.dtype)
     total = jnp.sum(agree, axis=0)

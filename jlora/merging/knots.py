@@ -22,6 +22,8 @@ Deviates: entries are trimmed within a site and a layer, the official code trims
 Weights are ours. Gradients hold the basis fixed.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -35,7 +37,7 @@ def knots(
     weights: Array,
     *,
     rule: str = "ties",
-    density: float = 0.2,
+    density: Any = 0.2,
     strength: float = 1.0,
 ) -> LowRank:
     """The merge of one site in the common basis of its outputs."""

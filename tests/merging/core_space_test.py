@@ -89,6 +89,12 @@ def test_largest_counts():
     np.testing.assert_array_equal(largest(x, 0.5, jnp.asarray(2.0)), [0, 1, 0, 0])
 
 
+def test_one_density_for_each_adapter():
+    x = jnp.asarray([[3.0, 1.0, 2.0], [5.0, -1.0, 4.0]])
+    got = entrywise(x, jnp.ones(2), "ties", (0.4, 1.0))
+    np.testing.assert_allclose(got, [4.0, -1.0, 4.0])
+
+
 @pytest.mark.parametrize(
     "bad, text",
     [({"rule": "mean"}, "rule: got 'mean'"), ({"density": 0.0}, "density: got 0.0")],
