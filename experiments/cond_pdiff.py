@@ -134,8 +134,8 @@ def compile_settings(workdir: Path, hasty: bool) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}"
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        # The paths of XLA's own caches would be part of every key.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    # The paths of XLA's own caches would be part of every key.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def show(report: dict[str, Any], workdir: Path) -> None:

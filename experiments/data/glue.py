@@ -16,12 +16,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from experiments.data.assets import AssetError
 from experiments.data.corpora import normalise, opening
 from experiments.data.descriptions import Label
 from experiments.data.task import Caps, Task, TaskData, balanced, describe, shuffled, split_of
 
 
-class GlueError(RuntimeError):
+class GlueError(AssetError):
     """GLUE cannot be had; the message says what to do."""
 
 

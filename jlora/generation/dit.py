@@ -26,6 +26,7 @@ Deviates: site tokens instead of image patches; condition tokens are also in the
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -155,7 +156,7 @@ def init(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(model: nn.Module, *args: Array) -> dict:
+def _init(model: nn.Module, *args: Array) -> Any:
     return model.init(*args)
 
 
