@@ -1,12 +1,12 @@
 """LoRA adapters in the one-file format of diffusers (`pytorch_lora_weights.safetensors`).
 
 Keys are ``<component>.<module>.lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r], with DoRA
-``lora_magnitude_vector`` [out] as well. The fields of PEFT's config, each under ``<component>.``,
-are JSON in the header; without them alpha is r, module by module.
+``lora_magnitude_vector`` [out] as well; of convolutions as PEFT has them (`torch_layout`). The
+fields of PEFT's config, each under ``<component>.``, are JSON in the header; without them alpha is
+r, module by module.
 
 Source: the files of diffusers 0.34.
-Deviates: convolutions and keys of older versions (``to_q_lora.down``, ``lora_linear_layer``) are
-refused.
+Deviates: keys of older versions (``to_q_lora.down``, ``lora_linear_layer``) are refused.
 """
 
 from __future__ import annotations

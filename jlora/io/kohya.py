@@ -16,7 +16,8 @@ Without `alpha` it is r; a LoKr of two whole factors has no r and the scale 1. E
 its own method and rank. On writing, the scale of such a LoKr goes into its second factor.
 
 Source: the files of sd-scripts and LyCORIS 4.1.
-Deviates: convolutions (lora_mid, hada_t1, lokr_t2), norms, biases and full weights are refused.
+Deviates: of convolutions, whose factors are [r, in, *window] and [out, r, 1, ...], LoRA and LoHa
+only; their Tucker forms (lora_mid, hada_t1, lokr_t2), norms, biases and full weights are refused.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap, near
 from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
-from jlora.io.peft_lycoris import HADA, LOHA, LOKR_LAYOUTS, PARTS, WHOLE
+from jlora.io.peft_lycoris import HADA, LOHA, LOKR_LAYOUTS, PARTS, WHOLE, write_hada
 from jlora.io.peft_read import sites_of, stacked
 from jlora.io.peft_table import Arrays, Read, scale_of, trim, want_shape
 from jlora.io.peft_tables import table_of
+from jlora.io.torch_layout import first, is_conv, second
 from jlora.methods.dora import DoRA
 from jlora.methods.loha import LoHa
 from jlora.methods.lokr import LoKr
@@ -112,7 +114,9 @@ def save_kohya(
         for index in np.ndindex(*site.stack):
             key = _flat(prefix, names.module(site.path, index))
             try:
-                made = _write(method, {name: array[index] for name, array in own.items()})
+                made = _write(
+                    site.slice(), method, {name: array[index] for name, array in own.items()}
+                )
             except ValueError as error:
                 raise FormatError(source, f"{site.path}{list(index)}: {error}") from error
             if any(f"{key}.{suffix}" in tensors for suffix in made):
@@ -130,6 +134,8 @@ def _read(site: Site, t: Arrays) -> Read:
     """One module's tensors; the method is told by its suffixes."""
     alpha = _alpha(t)
     keys = set(t) - {ALPHA}
+    if is_conv(site) and keys not in ({DOWN, UP}, set(HADA)):
+        raise ValueError(f"got {sorted(t)}, which is no LoRA or LoHa of a convolution")
     if keys in ({DOWN, UP}, {DOWN, UP, DORA_SCALE}):
         rank = t[DOWN].shape[0] if t[DOWN].ndim else 0
         fields = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
@@ -172,10 +178,13 @@ def _read_lokr(site: Site, t: Arrays, alpha: float | None) -> Read:
     return Read(method, trainable, {"scale": scale_of(alpha, rank)})
 
 
-def _write(method: Method, p: Arrays) -> Arrays:
+def _write(site: Site, method: Method, p: Arrays) -> Arrays:
     """Suffix -> tensor of one slice; empty where it is zero padding."""
-    if type(method) not in (LoRA, DoRA, LoHa, LoKr):
-        raise ValueError(f"this format has no place for {type(method).__name__}")
+    if type(method) not in ((LoRA, LoHa) if is_conv(site) else (LoRA, DoRA, LoHa, LoKr)):
+        what = " of a convolution" if is_conv(site) else ""
+        raise ValueError(f"this format has no place for {type(method).__name__}{what}")
+    if "gather" in site.ops:
+        raise ValueError("this format has no place for tables")
     axes = {name: axis for name, axis in method.rank_axes.items() if name in p}
     rank, p = trim(p, axes) if axes else (1, p)
     if rank == 0 or not any(array.any() for name, array in p.items() if name != "scale"):
@@ -190,8 +199,8 @@ def _write(method: Method, p: Arrays) -> Arrays:
             return {**alpha, "lokr_w1": p["w1"].T, "lokr_w2": last.T}
         return alpha | {key: p[name].T for key, name in names.items() if name in p}
     if isinstance(method, LoHa):
-        return alpha | {key: p[name].T for key, name in HADA.items()}
-    made = alpha | {DOWN: p["a"].T, UP: p["b"].T}
+        return alpha | write_hada(site, p)
+    made = alpha | {DOWN: first(site, p["a"]), UP: second(site, p["b"])}
     return made | ({DORA_SCALE: p["m"][:, None]} if isinstance(method, DoRA) else {})
 
 

@@ -36,7 +36,7 @@ from jlora.io.peft_read import (
     regrown,
     sites_of,
 )
-from jlora.io.peft_table import Read, Table
+from jlora.io.peft_table import Read, Table, check_site
 from jlora.io.peft_write import extra_tensors, torch_side
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -125,6 +125,7 @@ def load_peft(
     for module, found in mine.items():
         where, index = modules[module]
         try:
+            check_site(table, sites[where])
             read = table.read(sites[where].slice(), {**found, **shared}, reader.fields(module))
         except ValueError as error:
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Site
+from jlora.io import torch_layout
 from jlora.io.peft_table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim, want_shape
 from jlora.methods.adalora import TINY, AdaLoRA
 from jlora.methods.dora import DoRA
@@ -52,10 +53,16 @@ PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def _factors(keys: tuple[str, str], site: Site, t: Arrays, rank: int) -> Arrays:
-    """a [d_in, r] and b [r, d_out] of PEFT's [r, in] and [out, r]."""
-    want_shape(keys[0], t[keys[0]], (rank, site.d_in))
-    want_shape(keys[1], t[keys[1]], (site.d_out, rank))
-    return {"a": t[keys[0]].T, "b": t[keys[1]].T}
+    """a [d_in, r] and b [r, d_out] of PEFT's two factors."""
+    first, second = (t[key] for key in keys)
+    want_shape(keys[0], first, torch_layout.first_shape(site, rank))
+    want_shape(keys[1], second, torch_layout.second_shape(site, rank))
+    return {"a": torch_layout.of_first(site, first), "b": torch_layout.of_second(site, second)}
+
+
+def _torch_factors(site: Site, p: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `_factors`."""
+    return torch_layout.first(site, p["a"]), torch_layout.second(site, p["b"])
 
 
 def _write_lora(method: LoRA, site: Site, p: Arrays) -> Slice | None:
@@ -69,7 +76,7 @@ def _write_lora(method: LoRA, site: Site, p: Arrays) -> Slice | None:
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
     }
-    return Slice(dict(zip(keys, (p["a"].T, p["b"].T), strict=True)), fields)
+    return Slice(dict(zip(keys, _torch_factors(site, p), strict=True)), fields)
 
 
 def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
@@ -86,16 +93,18 @@ def _write_dora(method: DoRA, site: Site, p: Arrays) -> Slice:
     if rank == 0:
         raise ValueError("a and b are zero, which PEFT cannot say of DoRA")
     alpha = alpha_of(method, p["scale"], rank)
-    tensors = {MATRIX[0]: p["a"].T, MATRIX[1]: p["b"].T, MAGNITUDE: p["m"]}
+    a, b = _torch_factors(site, p)
+    m = p["m"].reshape(torch_layout.magnitude_shape(site))
+    tensors = {MATRIX[0]: a, MATRIX[1]: b, MAGNITUDE: m}
     return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": False})
 
 
 def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     rank, alpha = fields["r"], fields["lora_alpha"]
-    want_shape(MAGNITUDE, t[MAGNITUDE], (site.d_out,))
+    want_shape(MAGNITUDE, t[MAGNITUDE], torch_layout.magnitude_shape(site))
     scale = {"scale": scale_of(alpha, rank, fields["use_rslora"])}
     factors = _factors(MATRIX, site, t, rank)
-    return Read(DoRA(rank=rank, alpha=alpha), {**factors, "m": t[MAGNITUDE]}, scale)
+    return Read(DoRA(rank=rank, alpha=alpha), {**factors, "m": t[MAGNITUDE].reshape(-1)}, scale)
 
 
 def _write_hira(method: HiRA, site: Site, p: Arrays) -> Slice | None:
@@ -153,6 +162,7 @@ LORA = Table(
     free=FREE,
     allowed=ALLOWED,
     sparse=True,
+    convolves=True,
 )
 
 DORA = Table(
@@ -167,6 +177,7 @@ DORA = Table(
     choose={"use_dora": True},
     free={**FREE, "lora_dropout": 0.0},
     allowed=ALLOWED,
+    convolves=True,
 )
 
 HIRA = Table(

@@ -1,4 +1,4 @@
-"""PEFT tables of LoHa and LoKr (LyCORIS in PEFT's layout), for matrices [out, in]."""
+"""PEFT tables of LoHa, of convolutions too, and LoKr (LyCORIS in PEFT's layout)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.core.adapter import Site
+from jlora.io import torch_layout
 from jlora.io.peft_table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim, want_shape
 from jlora.methods.loha import LoHa
 from jlora.methods.lokr import LoKr, split
@@ -28,14 +29,25 @@ def _write_loha(method: LoHa, site: Site, p: Arrays) -> Slice | None:
     if rank == 0:
         return None
     fields = {"r": rank, "alpha": alpha_of(method, p["scale"], rank)}
-    return Slice({key: p[name].T for key, name in HADA.items()}, fields)
+    return Slice(write_hada(site, p), fields)
+
+
+def write_hada(site: Site, p: Arrays) -> Arrays:
+    """The four factors by key."""
+    return {
+        key: torch_layout.flat(site, p[name]) if name[0] == "a" else p[name].T
+        for key, name in HADA.items()
+    }
 
 
 def _read_loha(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     rank, alpha = fields["r"], fields["alpha"]
     for key in HADA:
         want_shape(key, t[key], (site.d_out, rank) if key.endswith("a") else (rank, site.d_in))
-    trainable = {name: t[key].T for key, name in HADA.items()}
+    trainable = {
+        name: torch_layout.of_flat(site, t[key]) if name[0] == "a" else t[key].T
+        for key, name in HADA.items()
+    }
     return Read(LoHa(rank=rank, alpha=alpha), trainable, {"scale": scale_of(alpha, rank)})
 
 
@@ -110,6 +122,7 @@ LOHA = Table(
     patterns=PATTERNS,
     free=LYCORIS_FREE,
     sparse=True,
+    convolves=True,
 )
 
 LOKR = Table(

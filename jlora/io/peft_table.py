@@ -61,6 +61,7 @@ class Table:
       needs: fields that must be there: their default has changed over time.
       lacks: of the fields that say which modules are adapted, those this type does not have.
       sparse: absent modules of a stacked site may be filled with zeros.
+      convolves: kernels of convolutions can be written and read as well.
       biased: PEFT also scales the module's bias, so there must be none.
       settle: (module -> fields) -> (the same, other config fields), before they are combined.
       shared: keys below ``base_model.`` of tensors that all modules share.
@@ -84,6 +85,7 @@ class Table:
     needs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     sparse: bool = False
+    convolves: bool = False
     biased: Callable[[Method], bool] = lambda method: False
     settle: Callable[[Mapping[str, Fields]], tuple[Mapping[str, Fields], Fields]] = _unchanged
     shared: tuple[str, ...] = ()
@@ -98,6 +100,12 @@ def want_shape(key: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless `array` has `shape`."""
     if array.shape != shape:
         raise ValueError(f"{key} has shape {list(array.shape)}, expected {list(shape)}")
+
+
+def check_site(table: Table, site: Site) -> None:
+    """Raises ValueError for a convolution that the table has no layout for."""
+    if "conv" in site.ops and not table.convolves:
+        raise ValueError(f"{table.method.__name__} of a convolution has no layout here")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool = False) -> np.ndarray:

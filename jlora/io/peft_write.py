@@ -12,7 +12,7 @@ from jlora.core.adapter import Adapter
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
 from jlora.io.peft_read import BASE, ROOT, biased_in, check_bias, leaves_of
-from jlora.io.peft_table import Arrays, Fields, Table
+from jlora.io.peft_table import Arrays, Fields, Table, check_site
 from jlora.io.peft_tables import table_of
 
 
@@ -34,6 +34,7 @@ def torch_side(
             part = {name: array[index] for name, array in own.items()}
             module = names.module(site.path, index)
             try:
+                check_site(table, site)
                 made = table.write(method, site.slice(), part)
             except ValueError as error:
                 raise FormatError(folder, f"{site.path}{list(index)}: {error}") from error

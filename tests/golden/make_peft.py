@@ -6,7 +6,8 @@ Run by a developer where torch, transformers and peft are installed:
 
 For two tiny random models, BERT and Llama: the model in transformers' format, its inputs and, by
 adapter, PEFT's directory plus `expected.safetensors`, the hidden states [2, 6, 16] (BERT) or logits
-[2, 6, 32] (Llama) that PEFT computes.
+[2, 6, 32] (Llama) that PEFT computes. The third, `conv`, is three convolutions, its weights and
+inputs in `base.safetensors`, its output [2, 5].
 METADATA says versions, command and the sha256 of every file.
 """
 
@@ -106,6 +107,51 @@ def models() -> dict[str, tuple[torch.nn.Module, dict[str, peft.PeftConfig]]]:
     return {"bert": (bert, bert_configs()), "llama": (llama, configs(LLAMA_ALL))}
 
 
+class Convolutions(torch.nn.Module):
+    """Two-dimensional (window not square, strided), then one- and three-dimensional.
+
+    None is dilated: PEFT's factors forget the dilation and fail.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.two = torch.nn.Conv2d(3, 4, (3, 2), stride=(1, 2), padding=(1, 0))
+        self.one = torch.nn.Conv1d(4, 6, 3)
+        self.three = torch.nn.Conv3d(2, 5, (2, 1, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.two(x)).flatten(2)  # [2, 3, 7, 8] -> [2, 4, 7 * 4]
+        h = torch.tanh(self.one(h))  # [2, 6, 26]
+        return self.three(h.reshape(2, 2, 3, 2, 13)).mean((2, 3, 4))  # [2, 5]
+
+
+def conv_configs() -> dict[str, peft.PeftConfig]:
+    every = ["one", "two", "three"]
+    return {
+        "lora": peft.LoraConfig(r=2, lora_alpha=3, target_modules=every),
+        "dora": peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=every),
+        "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=["one", "two"]),
+    }
+
+
+def make_convolutions(folder: Path) -> None:
+    """The third model, which is not of transformers."""
+    torch.manual_seed(2)
+    model, x = Convolutions(), torch.randn(2, 3, 7, 8)
+    folder.mkdir(parents=True)
+    with torch.no_grad():
+        state = {"expected": model.eval()(x), "x": x, **model.state_dict()}
+        safetensors.torch.save_file(state, folder / "base.safetensors")
+        for number, (name, config) in enumerate(sorted(conv_configs().items())):
+            wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+            randomise(wrapped, number)
+            wrapped.save_pretrained(folder / name)
+            (folder / name / "README.md").unlink()
+            made = {"expected": wrapped.eval()(x)}
+            safetensors.torch.save_file(made, folder / name / "expected.safetensors")
+            os.chmod(folder / name / "adapter_model.safetensors", 0o644)
+
+
 def inputs() -> dict[str, torch.Tensor]:
     ids = torch.randint(0, VOCAB, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -175,6 +221,7 @@ def main() -> None:
     torch.set_num_threads(1)
     shutil.rmtree(folder, ignore_errors=True)
     make(folder)
+    make_convolutions(folder / "conv")
     metadata(folder)
 
 

@@ -25,7 +25,7 @@ from jlora.io import FormatError, peft, peft_read, safetensors_file
 NAMES = {
     "bert": [
         *("lora_patterns", "lora_layers", "lora_exclude", "lora_linear", "lora_embedding", "dora"),
-        *("loha", "lokr", "lokr_factored", "vera", "oft", "hira"),
+        *("loha", "lokr", "lokr_factored", "vera", "oft", "boft", "adalora", "hira"),
     ],
     "llama": ["lora_all", "ia3"],
 }

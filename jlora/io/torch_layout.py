@@ -1,0 +1,96 @@
+"""The two factors of a site as torch has them: transposed, and those of a convolution unfolded.
+
+A convolution's matrix has the inputs under its window as d_in. The site's kernel has them as
+[*window, in] with the outputs last (Flax), or as [in, *window] with the outputs first (torch).
+
+========  =============  ============================  =====================================
+factor    ours           torch, of a matrix            torch, of a convolution
+========  =============  ============================  =====================================
+first     [d_in, r]      [r, d_in]                     [r, in, *window]
+second    [r, d_out]     [d_out, r]                    [d_out, r, 1, ...]
+flat      [d_in, r]      [r, d_in]                     [r, in * window]
+========  =============  ============================  =====================================
+
+Source: peft 0.21.2, its files.
+Deviates: none. Grouped convolutions are not told from others by their site: PEFT's second factor of
+them is smaller, so their files are refused, here and there.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jlora.core.adapter import Site
+
+
+def is_conv(site: Site) -> bool:
+    return "conv" in site.ops
+
+
+def _patch(site: Site) -> tuple[int, tuple[int, ...], bool]:
+    """(channels in, window, whether the channels are the last of the kernel's 'i' axes)."""
+    sizes = tuple(n for n, kind in zip(site.shape, site.kinds, strict=True) if kind == "i")
+    kinds = site.kinds.replace("s", "")
+    if len(sizes) < 2 or kinds.count("o") != 1 or "o" not in (kinds[0], kinds[-1]):
+        raise ValueError(f"kinds {site.kinds!r} are not those of a convolution's kernel")
+    last = kinds[-1] == "o"
+    return (sizes[-1], sizes[:-1], True) if last else (sizes[0], sizes[1:], False)
+
+
+def first(site: Site, a: np.ndarray) -> np.ndarray:
+    """a [d_in, r] -> torch's first factor."""
+    if not is_conv(site):
+        return a.T
+    channels, window, last = _patch(site)
+    if not last:
+        return a.T.reshape(-1, channels, *window)
+    return np.moveaxis(a.reshape(*window, channels, -1), (-1, -2), (0, 1))
+
+
+def second(site: Site, b: np.ndarray) -> np.ndarray:
+    """b [r, d_out] -> torch's second factor."""
+    return b.T.reshape(second_shape(site, b.shape[0]))
+
+
+def flat(site: Site, a: np.ndarray) -> np.ndarray:
+    """a [d_in, r] -> [r, inputs in torch's order]."""
+    return first(site, a).reshape(a.shape[1], -1)
+
+
+def first_shape(site: Site, rank: int) -> tuple[int, ...]:
+    channels, window, _ = _patch(site) if is_conv(site) else (site.d_in, (), True)
+    return (rank, channels, *window)
+
+
+def second_shape(site: Site, rank: int) -> tuple[int, ...]:
+    return (
+        (site.d_out, rank, *(1 for _ in _patch(site)[1]))
+        if is_conv(site)
+        else (
+            site.d_out,
+            rank,
+        )
+    )
+
+
+def of_first(site: Site, t: np.ndarray) -> np.ndarray:
+    """The inverse of `first`, of an array of `first_shape`."""
+    if not is_conv(site) or not _patch(site)[2]:
+        return t.reshape(t.shape[0], -1).T
+    return np.moveaxis(t, (0, 1), (-1, -2)).reshape(-1, t.shape[0])
+
+
+def of_second(site: Site, t: np.ndarray) -> np.ndarray:
+    """The inverse of `second`, of an array of `second_shape`."""
+    return t.reshape(t.shape[:2]).T
+
+
+def of_flat(site: Site, t: np.ndarray) -> np.ndarray:
+    """The inverse of `flat`, of an array [r, d_in]."""
+    return of_first(site, t.reshape(first_shape(site, t.shape[0])))
+
+
+def magnitude_shape(site: Site) -> tuple[int, ...]:
+    """DoRA's, as PEFT has it."""
+    ones = (1,) * (len(first_shape(site, 1)) - 2)
+    return (1, site.d_out, *ones) if is_conv(site) else (site.d_out,)
