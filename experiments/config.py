@@ -28,7 +28,7 @@ class Config:
 
     # data: base model, tasks, conditions
     base: str = setting("data", "minilm", "minilm, tiny (random weights, for tests) or hf:DIR")
-    tasks: str = setting("data", "quick", "toy | smoke | quick | full | glue | glue:DIR")
+    tasks: str = setting("data", "quick", "toy | smoke | quick | full | merging | glue | glue:DIR")
     task_dir: str = setting("data", "", "folder of the user's own tasks; they join the zoo")
     max_length: int = setting("data", 32, "tokens kept of a text")
     train_texts: int = setting("data", 250, "most training texts a class")
@@ -166,7 +166,7 @@ def check(config: Config) -> None:
             raise ValueError(f"--{name}={getattr(config, name)}: expected at least 1")
     if config.width % config.heads:
         raise ValueError(f"--width={config.width} is not a multiple of --heads={config.heads}")
-    known = ("toy", "smoke", "quick", "full", "glue")
+    known = ("toy", "smoke", "quick", "full", "merging", "glue")
     if config.tasks.split(":")[0] not in known:
         raise ValueError(f"--tasks={config.tasks}: expected one of {known} or glue:DIR")
     if config.base.split(":")[0] not in ("minilm", "tiny", "hf"):

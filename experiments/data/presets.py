@@ -1,4 +1,4 @@
-"""The zoo's task plans: presets full, quick, smoke (real corpora) and toy (nothing to download).
+"""The zoo's task plans: presets full, quick, smoke, merging (real corpora) and toy (no download).
 
 Source: our reading. Deviates: -.
 """
@@ -119,6 +119,20 @@ PRESETS: dict[str, TaskConfig] = {
         unseen_label=1,
         unseen_corpus=1,
         held_out_corpora=("election_tweets",),
+    ),
+    # Eight tasks of eight corpora, none held out: adapters to merge.
+    "merging": TaskConfig(
+        preset="merging",
+        pairs=(
+            PairPlan("20newsgroups", 1, labels=("rec.autos", "sci.med")),
+            PairPlan("rotten_tomatoes", 1),
+            PairPlan("reuters_r8", 1, labels=("crude", "money-fx")),
+            PairPlan("subjectivity", 1),
+            PairPlan("brown", 1, labels=("learned", "adventure")),
+            PairPlan("spam", 1),
+            PairPlan("election_tweets", 1),
+            PairPlan("vader_tweets", 1),
+        ),
     ),
     # Made-up sentences: nothing to download.
     "toy": TaskConfig(
