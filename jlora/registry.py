@@ -30,7 +30,10 @@ from jlora.methods import (
 )
 
 KINDS = ("mechanism", "composition", "recipe")
-FAMILIES = ("method", "routing", "algebra", "merging", "federated", "ranks", "generation")
+FAMILIES = (
+    *("method", "routing", "algebra", "optimizers", "merging", "federated", "ranks"),
+    "generation",
+)
 STATES = ("complete", "partial")
 
 
@@ -207,6 +210,13 @@ SYSTEMS: tuple[System, ...] = (
         "core.algebra",
         "svd",
         evidence="dense numpy oracles; certificate of truncation; cancellation; mutation check",
+    ),
+    _other(
+        "LoRA+",
+        "Hayou 2024, 2402.12354",
+        "optimizers.lora_plus",
+        "lora_plus",
+        evidence="one step by numpy; two learning rates of optax; half the steps of one rate",
     ),
     *map(_merging, ROWS),
     *map(_beside, OTHERS),

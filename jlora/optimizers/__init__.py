@@ -1,0 +1,5 @@
+"""Optax transformations that know what A and B are; one file a system."""
+
+from jlora.optimizers.lora_plus import lora_plus as lora_plus
+
+__all__ = ["lora_plus"]
