@@ -1,7 +1,25 @@
 """jlora: low-rank adapters in JAX.
 
 An adapter is a PyTree beside the parameters. Merging it into them is its meaning; `lift` runs it
-without ever merging.
+without ever merging. A tour, with ``import jlora as jl``:
+
+====================================  =============================================================
+jl.sites(fn, params, x)               the weights that fn uses, and how; nothing runs
+jl.init(key, fn, params, x, methods)  a fresh adapter for those that the patterns select
+jl.lift(fn)                           tuned(params, adapter, x) == fn(merge(params, adapter), x)
+jl.merge(params, adapter)             new parameters; those given are not touched
+jl.delta(params, adapter)             what it adds to each weight, dense
+jl.stack(adapters), bank[i]           many adapters as one PyTree, for jax.vmap
+jl.specs(adapter, base_specs, mesh)   shardings of an adapter from those of its base
+jl.quantize(w, bits, block)           a frozen weight in 8 or 4 bits
+jl.algebra                            sums, norms, angles and SVDs of factored deltas
+jl.merging                            adapters to one adapter, without a dense delta
+jl.io                                 PEFT, kohya and diffusers files, Orbax checkpoints
+jl.LoRA, jl.DoRA, ...                 the methods; jl.Method is the contract for your own
+====================================  =============================================================
+
+`python -m jlora.systems` lists all systems with their papers and evidence;
+`jlora.contract.check(MyMethod())` tries the laws on a method of your own.
 """
 
 from jlora import io as io
@@ -34,3 +52,36 @@ from jlora.methods.oft import OFT as OFT
 from jlora.methods.pissa import PiSSA as PiSSA
 from jlora.methods.token_mask import TokenMask as TokenMask
 from jlora.methods.vera import VeRA as VeRA
+
+__all__ = [
+    "BOFT",
+    "IA3",
+    "OFT",
+    "AdaLoRA",
+    "Adapter",
+    "DenseWeightError",
+    "DoRA",
+    "Experts",
+    "HiRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "Method",
+    "PiSSA",
+    "Quantized",
+    "Site",
+    "TokenMask",
+    "VeRA",
+    "algebra",
+    "delta",
+    "init",
+    "io",
+    "lift",
+    "merge",
+    "merging",
+    "pick",
+    "quantize",
+    "sites",
+    "specs",
+    "stack",
+]

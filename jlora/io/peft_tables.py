@@ -10,6 +10,7 @@ from jlora.io.peft_lora import ADALORA, DORA, HIRA, LORA
 from jlora.io.peft_lycoris import LOHA, LOKR
 from jlora.io.peft_others import BOFT_TABLE, IA3_TABLE, OFT_TABLE, VERA
 from jlora.io.peft_table import Table
+from jlora.io.peft_types import OTHERS
 
 TABLES: tuple[Table, ...] = (
     *(LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
@@ -30,7 +31,9 @@ def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:
         ):
             return table
     known = sorted({table.type for table in tables})
-    raise ValueError(f"peft_type {config['peft_type']!r} cannot be read; these can: {known}")
+    kind = config["peft_type"]
+    why = OTHERS.get(kind, "fields of its config choose a form" if kind in known else "unknown")
+    raise ValueError(f"peft_type {kind!r} cannot be read ({why}); these can: {known}")
 
 
 def table_of(method: Method) -> Table:

@@ -192,7 +192,7 @@ def test_weights_of_the_base_model_are_never_dropped(golden, tmp_path):
     ("kind", "name", "why"),
     [
         ("bert", "lora_pissa", "init_lora_weights = 'pissa'"),
-        ("bert", "prompt", "'PROMPT_TUNING' cannot be read"),
+        ("bert", "prompt", "'PROMPT_TUNING' cannot be read .it adds tokens"),
         ("bert", "ia3", "IA3 scales its bias too"),
     ],
 )

@@ -147,3 +147,12 @@ def test_boft_deals_inputs_as_peft_does():
                     None, size, size // block // 2**i, block // 2, stages - 1
                 )
                 np.testing.assert_array_equal(boft.deal(size, block, i), theirs.numpy())
+
+
+def test_every_type_of_peft_is_read_or_listed_with_the_reason():
+    from jlora.io.peft_tables import TABLES
+    from jlora.io.peft_types import OTHERS
+
+    read = {table.type for table in TABLES}
+    assert not read & set(OTHERS)
+    assert read | set(OTHERS) == {kind.value for kind in peft.PeftType}
