@@ -10,13 +10,14 @@ f_k        the model with the head of task k; p = softmax(f_k(x))
           \\textstyle\\sum_n c_n \\Delta_n\\bigr)\\Bigr), \\qquad H(p) = -\\sum_y p_y \\log p_y
 
 Entropy stands for the loss that needs labels. Only the coefficients are learned, by gradient
-through the lifted model, on the inputs of the tasks to be solved.
+through the lifted model, on the inputs of the tasks to be solved. Certain is not right: where
+adapters clash much at the start, entropy may fall and accuracy with it (seen on toy tasks).
 
 Shapes: logits [..., classes]; batches[k] has a leading axis of steps.
 
 Paper: Yang et al. 2023, arXiv:2310.02575.
-Source: paper's abstract and the documentation of fusion_bench; start 0.3 and rate 1e-3 are those of
-the official code's flags.
+Source: documentation of fusion_bench; start 0.3 as in scripts built on the official code; the rate
+from memory, unverified.
 Deviates: on adapters instead of full weights; the ++ variant is this one on adapters that TIES has
 trimmed.
 """

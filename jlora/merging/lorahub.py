@@ -17,7 +17,8 @@ basis of each adapter, and flat at c = 0, where both sums vanish: descent cannot
 Shapes: bank u [N, d_in, R], v [N, R, d_out]; coefficients [N].
 
 Paper: Huang et al. 2023, arXiv:2307.13269.
-Source: official code (sail-sg/lorahub), for bounds, start and penalty.
+Source: README and copies of the official code (sail-sg/lorahub) for the penalty; notes for the
+bounds; the start from memory, unverified.
 Deviates: the search is CMA-ES (theirs: nevergrad's NGOpt, a portfolio), counted in evaluations;
 the gradient variant and the delta space are ours.
 """

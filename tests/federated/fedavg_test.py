@@ -9,6 +9,7 @@ from jlora.core.algebra import LowRank
 from jlora.federated.fedavg import fedavg, shares
 from jlora.federated.flora import flora
 from jlora.federated.hetlora import hetlora
+from jlora.merging import per_site
 
 
 def dense(x):
@@ -49,3 +50,14 @@ def test_gradient_by_finite_differences(clients, fn):
     numeric = (loss(jnp.float32(h), p) - loss(jnp.float32(-h), p)) / (2 * h)
     np.testing.assert_allclose(slope, numeric, rtol=2e-2, atol=1e-2)
     assert np.isfinite(np.asarray(by_weight)).all() and np.abs(np.asarray(by_weight)).max() > 0
+
+
+@pytest.mark.parametrize("fn", [fedavg, flora, hetlora])
+def test_all_sites_and_layers_of_a_bank(clients, fn):
+    """`per_site` maps an aggregation over sites and stacked layers."""
+    first, _, _, p = clients((2, 3, 1))
+    second, *_ = clients((2, 3, 1), seed=1)
+    layers = LowRank(*(jnp.stack(pair, axis=1) for pair in zip(first, second, strict=True)))
+    made = per_site(fn)({"one": first, "layers": layers}, p)
+    for got, bank in ((made["one"], first), (LowRank(*(t[1] for t in made["layers"])), second)):
+        np.testing.assert_allclose(dense(got), dense(fn(bank, p)), atol=1e-4)
