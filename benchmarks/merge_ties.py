@@ -1,0 +1,198 @@
+r"""TIES and DARE-TIES over 8 adapters of 64 sites: streamed against dense deltas.
+
+``python -m benchmarks.merge_ties``. On one core, CPU time, density 0.2. From factors to factors
+of the same rank:
+
+- ``jlora``: `ties`, `dare_ties` on row blocks, one site after the other;
+- ``peft``: ``add_weighted_adapter`` with ``ties_svd``, ``dare_ties_svd`` (dense deltas, full SVD).
+
+To full weights (base + merged delta):
+
+- ``jlora_dense``: the same rules by `streamed.dense`, from factors;
+- ``mergekit``: ``merge_tensors`` of mergekit, where it is installed, from dense fine-tuned weights
+  that are made beforehand (that is all it reads; making them is not timed). Null elsewhere.
+
+In factor space (gauge-dependent, another result): ``jlora_factor``, ``peft_factor``, the
+combination types ``ties`` and ``dare_ties`` of PEFT.
+
+``ratio_*`` is peer time / jlora time, ``memory_*`` peer / jlora of ``transient_mib``, the peak
+memory of a call; ``large`` is one site of 2048 x 2048. ``agreement`` compares results of TIES.
+
+Source: our reading of the public interfaces. Deviates: -.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import merging, timing
+from jlora.core.algebra import LowRank
+from jlora.merging.dare import dare_ties, dare_ties_rule
+from jlora.merging.peft_factor import peft_dare_ties, peft_ties
+from jlora.merging.streamed import Solver, dense
+from jlora.merging.ties import ties, ties_rule
+
+DENSITY = 0.2
+SITES, RULES = (
+    {"ties": ties, "dare_ties": dare_ties},
+    {"ties": ties_rule, "dare_ties": dare_ties_rule},
+)
+
+
+def measure(settings: timing.Settings) -> dict[str, Any]:
+    n, sites, size, rank = (3, 2, 48, 4) if settings.quick else (8, 64, 384, 16)
+    found = _family(n, sites, size, rank, settings)
+    if not settings.quick:
+        found["large"] = _large(8, 2048, 16, settings)
+    return found
+
+
+def ours(kind: str, n: int, rank: int, store: bool = False) -> tuple[Callable, Callable]:
+    """(to factors, to the dense weight) of one site, jitted: (low, w [, base])."""
+    extra = {"keys": jax.random.split(jax.random.key(0), n)} if kind == "dare_ties" else {}
+    run = functools.partial(SITES[kind], rank=rank, density=DENSITY, solver=Solver(store=store))
+    rule = functools.partial(RULES[kind], density=DENSITY)
+
+    def full(low: LowRank, w: jax.Array, base: jax.Array) -> jax.Array:
+        return base + dense(low, rule(low, w, **extra))
+
+    return jax.jit(lambda low, w: run(low, w, **extra)), jax.jit(full)
+
+
+def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings) -> dict[str, Any]:
+    bank, w = merging.bank(n, sites, size, rank), jnp.full(n, 1.0 / n)
+    theirs, base = merging.Peft(bank, settings.threads), jnp.zeros((size, size))
+    found: dict[str, Any] = {"shape": {"adapters": n, "sites": sites, "size": size, "rank": rank}}
+    merge_tensors = mergekit()
+    found["mergekit"] = "0.1.5" if merge_tensors else None
+    for kind in SITES:
+        low_rank, full = ours(kind, n, rank)
+        stored, _ = ours(kind, n, rank, store=True)
+        factor = {"ties": peft_ties, "dare_ties": peft_dare_ties}[kind]
+        keys = {"keys": jax.random.split(jax.random.key(0), n)} if kind == "dare_ties" else {}
+        in_factors = jax.jit(lambda low, w, f=factor, k=keys: f(low, w, density=DENSITY, **k))
+        runs = {
+            "jlora": merging.each(low_rank, bank, w),
+            "jlora_stored": merging.each(stored, bank, w),
+            "peft": lambda kind=kind: theirs.merge(
+                w, f"{kind}_svd", density=DENSITY, svd_rank=rank
+            ),
+            "jlora_dense": merging.each(full, bank, w, base),
+            "jlora_factor": merging.each(in_factors, bank, w),
+            "peft_factor": lambda kind=kind: theirs.merge(w, kind, density=DENSITY),
+        }
+        if merge_tensors:
+            runs["mergekit"] = kit(merge_tensors, kind, bank, np.asarray(w))
+        seconds = timing.interleave(runs, settings.count(2), settings, kind, warm=1)
+        ms = timing.best(seconds)
+        memory = {k: timing.transient_mib(run) for k, run in runs.items()}
+        found[kind] = {
+            **_against(ms, memory, "peft", "jlora"),
+            **_against(ms, memory, "mergekit", "jlora_dense"),
+            **_against(ms, memory, "peft_factor", "jlora_factor"),
+            "ms": timing.spread(seconds),
+            "transient_mib": memory,
+            "xla_temp_mib": merging.temp_mib(low_rank, next(iter(bank.values())), w),
+        }
+    found["agreement"] = _agreement(bank, w, rank, theirs, merge_tensors)
+    for key in ("ratio_vs_peft", "memory_vs_peft", "ratio_vs_mergekit", "memory_vs_mergekit"):
+        values = [found[kind][key] for kind in SITES if found[kind].get(key) is not None]
+        found[key] = min(values) if values else None
+    return found
+
+
+def _large(n: int, size: int, rank: int, settings: timing.Settings) -> dict[str, Any]:
+    """Two calls each (PEFT's full SVD takes long): the faster one's time, one's memory."""
+    bank, w = merging.bank(n, 1, size, rank), jnp.full(n, 1.0 / n)
+    theirs, (low_rank, full) = merging.Peft(bank, settings.threads), ours("ties", n, rank)
+    runs = {
+        "jlora": merging.each(low_rank, bank, w),
+        "jlora_dense": merging.each(full, bank, w, jnp.zeros((size, size))),
+        "peft": lambda: theirs.merge(w, "ties_svd", density=DENSITY, svd_rank=rank),
+    }
+    merge_tensors = mergekit()
+    if merge_tensors:
+        runs["mergekit"] = kit(merge_tensors, "ties", bank, np.asarray(w))
+    ms, memory = {}, {}
+    for name, run in runs.items():
+        took: list[float] = []
+
+        def timed(run: Callable[[], Any] = run, took: list[float] = took) -> None:
+            start = settings.clock()
+            run()
+            took.append(settings.clock() - start)
+
+        memory[name] = timing.transient_mib(timed)
+        ms[name] = 1e3 * min(took)
+        timing.note(f"ties {size} {name} {ms[name]:.1f} ms")
+    return {
+        "shape": {"adapters": n, "size": size, "rank": rank},
+        **_against(ms, memory, "peft", "jlora"),
+        **_against(ms, memory, "mergekit", "jlora_dense"),
+        "ms": ms,
+        "transient_mib": memory,
+        "xla_temp_mib": merging.temp_mib(low_rank, bank["layer0"], w),
+    }
+
+
+def _against(ms: Any, memory: Any, peer: str, us: str) -> dict[str, Any]:
+    if peer not in ms:
+        return {f"ratio_vs_{peer}": None, f"memory_vs_{peer}": None}
+    # what a call needs at its peak may be less than the kernel's accounting can show
+    share = memory[peer] / max(memory[us], 1.0) if memory[us] is not None else None
+    return {f"ratio_vs_{peer}": ms[peer] / ms[us], f"memory_vs_{peer}": share}
+
+
+def mergekit() -> Any:
+    """`merge_tensors`, or None where mergekit is not installed."""
+    try:
+        from mergekit.merge_methods.api import merge_tensors
+    except ImportError:
+        return None
+    return merge_tensors
+
+
+def kit(merge_tensors: Any, kind: str, bank: merging.Bank, w: np.ndarray) -> Callable[[], Any]:
+    """mergekit on fine-tuned weights (base zero), made here."""
+    size = next(iter(bank.values())).u.shape[1]
+    base = torch.zeros(size, size)
+    tuned = {
+        path: [torch.tensor(np.asarray(u) @ np.asarray(v)) for u, v in zip(*low, strict=True)]
+        for path, low in bank.items()
+    }
+    options = {"density": DENSITY, "weight": list(map(float, w)), "normalize": True}
+    options["rescale"] = kind == "dare_ties"
+
+    def run() -> Any:
+        return {
+            path: merge_tensors([base, *many], kind, parameters=options, base_index=0)
+            for path, many in tuned.items()
+        }
+
+    return run
+
+
+def _agreement(bank: merging.Bank, w: Any, rank: int, theirs: Any, merge_tensors: Any) -> Any:
+    """Relative distances of results of TIES: ours to mergekit's, dense; to PEFT's, as factors."""
+    path, low = next(iter(bank.items()))
+    one = {path: low}
+    found = {}
+    if merge_tensors:
+        _, full = ours("ties", low.u.shape[0], rank)
+        kits = kit(merge_tensors, "ties", one, np.asarray(w))()[path]
+        found["mergekit"] = merging.gap(full(low, w, jnp.zeros(kits.shape)), kits)
+    theirs.merge(w, "ties_svd", True, density=DENSITY, svd_rank=rank)
+    from jlora.merging.peft_svd import peft_ties_svd
+
+    got = jax.jit(lambda low, w: peft_ties_svd(low, w, density=DENSITY, rank=rank))(low, w)
+    found["peft"] = merging.gap(got.u @ got.v, theirs.product(path))
+    return found
+
+
+if __name__ == "__main__":
+    timing.main("merge_ties", measure, threads=(1,))
