@@ -11,15 +11,16 @@ CORE = [
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.28",
+    "PyYAML>=6.0",
     "regex>=2024.5",
     "safetensors>=0.5",
+    "tqdm>=4.66",
 ]
 EXPERIMENTS = [
     "matplotlib>=3.9",
     "scikit-learn>=1.5",
     "tensorboardX>=2.6",
     "tokenizers>=0.21",
-    "tqdm>=4.66",
     "transformers>=5.0",
 ]
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.

@@ -60,7 +60,7 @@ def merge(
     made = apply(row, bank, weights, key=key, ids=ids, **options)
     if out_rank is not None:
         made = algebra.truncate(made, out_rank).deltas
-    _check_finite(name, made)
+    check_finite(name, made)
     return to_adapter(made, sites)
 
 
@@ -116,7 +116,8 @@ def _listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
     return [adapters[k] for k in range(arrays[0].shape[0] if arrays and arrays[0].ndim else 0)]
 
 
-def _check_finite(name: str, made: Deltas) -> None:
+def check_finite(name: str, made: Deltas) -> None:
+    """ValueError, outside of transformations, where a merge by `name` is not finite."""
     if any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(made)):
         return
     for path, parts in made.items():

@@ -45,6 +45,15 @@ OTHERS: tuple[Other, ...] = (
         "signs and overlaps by dense numpy; landmarks; mutation check",
     ),
     Other(
+        "Merge by configuration, python -m jlora.merge",
+        "Goddard 2024, 2403.13257 (mergekit)",
+        "jlora.merge_cli.main",
+        "main",
+        "PEFT, Orbax and merged weights by numpy; failures leave nothing half-written",
+        "composition",
+        ("tests/merge_cli/main_test.py", "tests/merge_cli/config_test.py"),
+    ),
+    Other(
         "Duplicates, clusters and retrieval in a bank",
         "textbook",
         "jlora.merging.banks",

@@ -1,0 +1,1 @@
+"""`python -m jlora.merge`: adapters in files merged to a file, by a configuration."""

@@ -1,0 +1,104 @@
+"""The result in files: whole, or not there at all.
+
+Everything is written into a hidden directory beside the target, which is renamed when it is
+complete, and removed when anything goes wrong.
+
+Source: our reading.
+Deviates: nothing.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import io
+from jlora.core.adapter import Adapter
+from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.merge_cli.base import Base
+
+
+@contextlib.contextmanager
+def whole(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A path to write to, which becomes `path` at the end. Raises FormatError where it exists."""
+    path = path.absolute()
+    check_free(path, overwrite)
+    partial = path.parent / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial / "new"
+        if path.exists():
+            os.replace(path, partial / "old")
+        os.replace(partial / "new", path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """FormatError where something is at `path` that may not be replaced."""
+    if path.exists() and not overwrite:
+        raise FormatError(path, "exists already; --overwrite replaces it")
+
+
+def peft(
+    path: Path, adapter: Adapter, names: NameMap, base: Base | None, dtype: str | None
+) -> None:
+    """The adapter as a PEFT directory."""
+    name = str(base.folder) if base else None
+    io.save_peft(path, cast(adapter, dtype), names, base_model_name=name)
+
+
+def orbax(path: Path, adapter: Adapter, dtype: str | None) -> None:
+    """The adapter as an Orbax checkpoint."""
+    io.save_adapter(path, cast(adapter, dtype))
+
+
+def merged(
+    path: Path,
+    adapter: Adapter,
+    names: NameMap,
+    base: Base,
+    dtype: str | None,
+    done: Callable[[], None],
+) -> None:
+    """The base with the adapter merged into it, shard by shard; `done` is called after each.
+
+    Weights are added in float32 and rounded once, to `dtype` or that of the base; tensors that no
+    site changes are as they were, or cast to `dtype` where they are floating.
+    """
+    table = {}
+    for module, (site, index) in names.table([s for s, _ in adapter.sites]).items():
+        name = f"{base.module(module, names)}.weight"
+        if name not in base.where:
+            raise FormatError(base.folder, f"has no {name}, which the adapters change")
+        table[name] = (site, index)
+    path.mkdir()
+    for file in base.rest():
+        shutil.copy(file, path / file.name)
+    for file, tensors, metadata in base.shards():
+        out = {}
+        for name, old in tensors.items():
+            floating = jnp.issubdtype(old.dtype, jnp.floating)
+            kind = np.dtype(jnp.dtype(dtype)) if dtype and floating else old.dtype
+            if name in table:
+                site, index = table[name]
+                arrays, scale = adapter.trainable[site], adapter.frozen[site]["scale"]
+                a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
+                delta = (float(scale[index]) * a) @ b
+                old = old.astype(np.float32) + delta.T
+            out[name] = old.astype(kind)
+        safetensors_file.write(path / file, out, metadata)
+        done()
+
+
+def cast(adapter: Adapter, dtype: str | None) -> Adapter:
+    """With trainable arrays in `dtype`."""
+    kind = jnp.dtype(dtype or jnp.float32)
+    new = {p: {k: t.astype(kind) for k, t in arrays.items()} for p, arrays in
+           adapter.trainable.items()}  # fmt: skip
+    return adapter.replace(trainable=new)
