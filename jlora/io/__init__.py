@@ -7,6 +7,7 @@ from jlora.io.names import NameMap, bert, llama, vit, vit4
 from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft import load_peft, peft_extras, save_peft
 from jlora.io.peft_table import Table
+from jlora.io.replication import replicate_layers
 
 __all__ = [
     "FormatError",
@@ -18,6 +19,7 @@ __all__ = [
     "load_kohya",
     "load_peft",
     "peft_extras",
+    "replicate_layers",
     "restore_adapter",
     "save_adapter",
     "save_diffusers",

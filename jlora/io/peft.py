@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
-from jlora.io import peft_config, safetensors_file
+from jlora.io import peft_config, replication, safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
 from jlora.io.peft_read import (
@@ -51,6 +51,7 @@ def save_peft(
     *,
     extras: Mapping[str, Any] | None = None,
     params: Any = None,
+    layer_replication: replication.Replication | None = None,
 ) -> None:
     """Writes `adapter` as a directory that PEFT 0.21.2 loads.
 
@@ -64,6 +65,7 @@ def save_peft(
         (``{"classifier.weight": [out, in], ...}``) and biases of adapted modules.
       params: the base parameters; wanted where PEFT scales biases as well (IA3), to see that there
         are none.
+      layer_replication: what the layers were expanded by with `replicate_layers`, if they were.
 
     Raises:
       FormatError: the files cannot say what the adapter is.
@@ -77,6 +79,11 @@ def save_peft(
         more, told = extra_tensors(folder, extras, fields, table)
         tensors, common = {**tensors, **more}, {**common, **told}
     config = peft_config.combine(folder / CONFIG, table, fields, common)
+    if layer_replication is not None:
+        if replication.FIELD not in config:
+            raise FormatError(folder, f"PEFT's {table.type} has no {replication.FIELD}")
+        replication.check_sites(folder, (site for site, _ in adapter.sites), layer_replication)
+        config[replication.FIELD] = [list(pair) for pair in layer_replication]
     data = safetensors_file.to_bytes(folder / WEIGHTS, tensors, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_file.write_bytes(folder / WEIGHTS, data)
@@ -90,6 +97,7 @@ def load_peft(
     *,
     extras: str = "refuse",
     tables: Sequence[Table] = (),
+    layer_replication: replication.Replication | None = None,
 ) -> Adapter:
     """Reads a directory that PEFT wrote.
 
@@ -101,6 +109,8 @@ def load_peft(
       extras: what to do with weights of the base model in the file (``modules_to_save``, biases):
         "refuse" the file, or "leave" them to `peft_extras`.
       tables: of methods of your own, tried before the library's.
+      layer_replication: what `params_or_sites` were expanded by, see `replicate_layers`; it must be
+        that of the config.
 
     Returns:
       The adapter, float arrays in the dtype of the file.
@@ -113,6 +123,7 @@ def load_peft(
         raise ValueError(f"{extras=}, expected 'refuse' or 'leave'")
     folder = Path(path)
     config, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
+    config = replication.settled(folder / CONFIG, config, layer_replication)
     reader = peft_config.Reader(folder / CONFIG, config, table)
     sites, biases = sites_of(params_or_sites, names)
     modules = names.table(sites.values())
@@ -131,6 +142,8 @@ def load_peft(
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
         check_bias(folder / WEIGHTS, table, read.method, where, biases)
         slices.setdefault(where, {})[index] = read
+    if layer_replication is not None:
+        replication.check_sites(folder, (sites[where] for where in slices), layer_replication)
     return join(folder / WEIGHTS, table, sites, slices, shared)
 
 

@@ -94,6 +94,16 @@ def bert_configs() -> dict[str, peft.PeftConfig]:
     }
 
 
+# Made after the others, whose noise is numbered.
+LATER: dict[str, dict[str, peft.PeftConfig]] = {
+    "llama": {
+        "lora_replicated": peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 2], [1, 3]]
+        )
+    }
+}
+
+
 def models() -> dict[str, tuple[torch.nn.Module, dict[str, peft.PeftConfig]]]:
     torch.manual_seed(0)
     bert = transformers.BertModel(transformers.BertConfig(**SMALL), add_pooling_layer=False)
@@ -182,7 +192,8 @@ def make(folder: Path) -> None:
         model.save_pretrained(base)
         state = {"expected": run(model), **inputs()}
         safetensors.torch.save_file(state, folder / kind / "base.safetensors")
-        for number, (name, config) in enumerate(sorted(wanted.items())):
+        made = [*sorted(wanted.items()), *LATER.get(kind, {}).items()]
+        for number, (name, config) in enumerate(made):
             path = folder / kind / name
             wrapped = peft.get_peft_model(copy.deepcopy(model), config)
             randomise(wrapped, number)
