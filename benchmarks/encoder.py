@@ -160,15 +160,18 @@ def merged(config: encoder.EncoderConfig) -> Callable[..., jax.Array]:
     """Hand-written: the dense W + s A B of every layer, made inside the loss."""
 
     def forward(params, adapter, ids, mask):
-        attention = dict(params["layers"]["attention"])
-        for name in ("query", "value"):
-            a, b = _factors(adapter, name)
-            delta = jnp.einsum("lir,lro->lio", a, b)
-            attention[name] = attention[name] | {"kernel": attention[name]["kernel"] + delta}
-        params = params | {"layers": params["layers"] | {"attention": attention}}
-        return _hidden(config, params, {}, ids, mask)
+        return _hidden(config, merge(params, adapter), {}, ids, mask)
 
     return forward
+
+
+def merge(params: Any, adapter: Any) -> Any:
+    """The parameters with W + s A B for query and value, by hand."""
+    attention = dict(params["layers"]["attention"])
+    for name in ("query", "value"):
+        delta = jnp.einsum("lir,lro->lio", *_factors(adapter, name))
+        attention[name] = attention[name] | {"kernel": attention[name]["kernel"] + delta}
+    return params | {"layers": params["layers"] | {"attention": attention}}
 
 
 def _factors(adapter: Any, name: str) -> tuple[jax.Array, jax.Array]:
@@ -232,3 +235,37 @@ class Stepper:
     def temp_mib(self) -> float:
         """What the step holds besides arguments and results, by XLA's analysis."""
         return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def unrolled(config: encoder.EncoderConfig, low: bool = False) -> Callable[..., jax.Array]:
+    """The layers one by one, each reading its slice of the stacks.
+
+    (params, adapter, ids, mask) -> hidden; with `low` the adapter's factors by hand, else it is
+    not looked at.
+    """
+
+    def forward(params, adapter, ids, mask):
+        bias, x = layers.mask_bias(mask), encoder.embed(config, params, ids)
+        factors = {n: _factors(adapter, n) for n in ("query", "value")} if low else {}
+        for k in range(config.layers):
+            weights, own = jax.tree.map(lambda t, k=k: t[k], (params["layers"], factors))
+            x = block(config, weights, own, x, bias)
+        return x
+
+    return forward
+
+
+def lifted_unrolled(config: encoder.EncoderConfig) -> Callable[..., jax.Array]:
+    """`jl.lift` of the unrolled encoder."""
+    plain = unrolled(config)
+    return jl.lift(lambda params, ids, mask: plain(params, None, ids, mask))
+
+
+def merged_unrolled(config: encoder.EncoderConfig) -> Callable[..., jax.Array]:
+    """The unrolled encoder on weights that are merged inside the loss."""
+    plain = unrolled(config)
+
+    def forward(params, adapter, ids, mask):
+        return plain(merge(params, adapter), None, ids, mask)
+
+    return forward

@@ -4,7 +4,7 @@ r"""Merging an adapter of 64 sites into its base, and writing it for others to r
 ``ratio_vs_peft``: PEFT's ``merge_and_unload`` / ``jl.merge`` compiled once (both leave a model
 without adapters; PEFT's writes into its own weights, jlora's makes new ones).
 ``ratio_vs_peft_eager``: the same against ``jl.merge`` outside of ``jit``.
-``save_ratio_vs_peft``: PEFT's ``save_pretrained`` / ``jl.io.save_peft``, to the same directory format.
+``save_ratio_vs_peft``: PEFT's ``save_pretrained`` / ``jl.io.save_peft``, the same files.
 
 Source: our reading. Deviates: -.
 """

@@ -4,8 +4,8 @@ A benchmark is a function ``measure(settings) -> dict``. ``main(name, measure)``
 processes, one for each number of threads, whose cores and thread pools are fixed before anything
 heavy is imported:
 
-- 1 thread: pinned to one core, the minimum of CPU time, the figure that a busy machine bends least;
-- 2 threads: the minimum of wall time, what a user waits for (worth reading on a quiet machine only).
+- 1 thread: pinned to one core, the minimum of CPU time, which a busy machine bends least;
+- 2 threads: the minimum of wall time, worth reading on a quiet machine only.
 
 Repetitions are interleaved and their order rotates, so that drift meets all peers alike. With
 :math:`t` the minimum over repetitions,
@@ -13,7 +13,8 @@ Repetitions are interleaved and their order rotates, so that drift meets all pee
 .. math:: \mathrm{ratio} = t_{\mathrm{peer}} / t_{\mathrm{jlora}}
 
 is above 1 where jlora is faster. Progress goes to stderr; the last line of stdout is one JSON
-object. ``--quick`` takes tiny shapes and two repetitions: it shows that a benchmark runs, no more.
+object. ``--quick`` takes tiny shapes, one thread and two repetitions: it shows that a benchmark
+runs, no more.
 
 Source: our reading. Deviates: -.
 """
@@ -160,7 +161,7 @@ def main(name: str, measure: Callable[[Settings], dict[str, Any]], threads=(1, 2
         print(json.dumps(measure(settings), default=float))
         return
     found: dict[str, Any] = {"benchmark": name}
-    for n in threads:
+    for n in threads[:1] if args.quick else threads:
         note(f"{name}: {n} thread{'s' if n > 1 else ''}")
         figures = _child(name, n, args)
         found |= figures if n == threads[0] else {f"threads_{n}": figures}

@@ -1,0 +1,169 @@
+r"""Runs the benchmarks one after the other and writes their table.
+
+``python -m benchmarks.run [--quick] [--only=NAME,...]``: about ten minutes on two quiet cores.
+Every object of figures goes to ``docs/results/benchmarks.json``, the table to
+``docs/benchmarks.md`` between its markers; with ``--only`` the others keep their last figures.
+``--quick`` writes nothing. ``--render`` makes the table again from the kept figures.
+
+A row is one figure, its aim, and whether it is met: by CPU time on one core, and beside it by wall
+time on two. The last line of stdout is one JSON object ``{row: [figure, met]}``.
+
+Source: our reading. Deviates: -.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import timing
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FIGURES, PAGE = DOCS / "results" / "benchmarks.json", DOCS / "benchmarks.md"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+RUNS: dict[str, tuple[str, ...]] = {  # name of a run: module and options
+    "lora_step": ("lora_step",),
+    "lora_step_huge_pages": ("lora_step", "--huge-pages"),
+    "dora_step": ("dora_step",),
+    "many_adapters": ("many_adapters",),
+    "mixed_batch": ("mixed_batch",),
+    "merge_export": ("merge_export",),
+    "trace_time": ("trace_time",),
+    "flops": ("flops",),
+}
+
+
+class Row(NamedTuple):
+    """One figure of the table."""
+
+    run: str  # key of RUNS
+    figure: str  # path in its JSON object, parts joined by '/'
+    text: str
+    aim: tuple[str, float] | None = None  # (">=" or "<=", value)
+
+
+def _steps(run: str, note: str = "") -> list[Row]:
+    rows = []
+    for size in ("16x64", "2x32"):
+        rows += [
+            Row(run, f"{size}/ratio_vs_peft", f"torch + PEFT / jlora, {size}{note}", (">=", 1.0)),
+            Row(run, f"{size}/matmul_ratio", f"of which bare products, torch / XLA, {size}{note}"),
+            Row(
+                run,
+                f"{size}/ratio_vs_peft_equal_matmul",
+                f"torch + PEFT with XLA's time for the products / jlora, {size}{note}",
+            ),
+            Row(run, f"{size}/ratio_vs_hand", f"hand-written / jlora, {size}{note}", (">=", 0.95)),
+            Row(run, f"{size}/ratio_vs_merge", f"merge in the loss / jlora, {size}{note}"),
+        ]
+    return rows
+
+
+ROWS = [
+    *_steps("lora_step"),
+    Row("lora_step", "memory_vs_hand", "memory, hand-written / jlora", (">=", 0.95)),
+    Row("lora_step", "memory_vs_merge", "memory, merge in the loss / jlora"),
+    *_steps("lora_step_huge_pages", ", 2 MiB pages"),
+    Row("dora_step", "16x64/dora_over_lora", "DoRA / LoRA in jlora, 16x64", ("<=", 1.15)),
+    Row("dora_step", "16x64/extra_ratio_vs_peft", "PEFT's extra / jlora's extra", (">=", 2.0)),
+    Row("dora_step", "2x32/dora_over_lora", "DoRA / LoRA in jlora, 2x32"),
+    Row("dora_step", "2x32/extra_ratio_vs_peft", "PEFT's extra / jlora's extra, 2x32", (">=", 2.0)),
+    Row("many_adapters", "ratio_vs_sequential", "16 in sequence / at once", (">=", 1.3)),
+    Row("many_adapters", "ratio_vs_peft", "PEFT's 16 in sequence / at once", (">=", 1.5)),
+    Row("many_adapters", "base_copies", "copies of the base in memory", ("<=", 1.0)),
+    Row("mixed_batch", "overhead_vs_base", "32 rows, worst case / base alone", ("<=", 1.15)),
+    Row("mixed_batch", "peft_overhead_vs_base", "PEFT in that case / torch base alone"),
+    Row("mixed_batch", "overhead_ratio_vs_peft", "PEFT's overhead / jlora's", (">=", 3.0)),
+    Row("mixed_batch", "recompiles", "compilations when adapters are swapped", ("<=", 0)),
+    Row("merge_export", "ratio_vs_peft", "merge_and_unload / merge, 64 sites", (">=", 1.0)),
+    Row("merge_export", "save_ratio_vs_peft", "save_pretrained / save_peft"),
+    Row("trace_time", "lifted_over_plain", "trace and compile, lifted / plain, worst", ("<=", 1.5)),
+    Row("flops", "over_bound", "FLOPs over 2u + 3v + attention", ("<=", 0.05)),
+    Row("flops", "merge_over_bound", "the same of merging in the loss"),
+    Row("flops", "dense_weight_gradients", "dense weight gradients", ("<=", 0)),
+]
+
+
+def met(row: Row, value: float) -> bool | None:
+    """Whether a figure meets its aim; None without an aim."""
+    if row.aim is None:
+        return None
+    sign, aim = row.aim
+    value = round(value, 6)
+    return value >= aim if sign == ">=" else value <= aim
+
+
+def look(figures: Any, path: str) -> float | None:
+    """The figure at `path`; None where the run or the figure is missing."""
+    for part in path.split("/"):
+        if not isinstance(figures, dict) or part not in figures:
+            return None
+        figures = figures[part]
+    return figures
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| benchmark | figure | one core, CPU time | two cores, wall time | aim | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        figures = found.get(row.run, {})
+        value, wall = look(figures, row.figure), look(figures, f"threads_2/{row.figure}")
+        if value is None:
+            continue
+        verdict = {None: "", True: "yes", False: "**no**"}[met(row, value)]
+        aim = (
+            f"{row.aim[0]} {row.aim[1]:g}".replace(">=", "≥").replace("<=", "≤") if row.aim else ""
+        )
+        wall = "" if wall is None else f"{wall:.2f}"
+        lines.append(f"| {row.run} | {row.text} | {value:.2f} | {wall} | {aim} | {verdict} |")
+    seen = next(iter(found.values()), {}).get("environment", {})
+    parts = [f"{k} {seen[k]}" for k in ("cpu", "python", "jax", "torch", "peft") if seen.get(k)]
+    told = f"Measured on: {', '.join(parts)}." if parts else "Not measured yet."
+    return "\n".join([told, "", *lines])
+
+
+def render(found: dict[str, Any], page: str) -> str:
+    """`page` with the table between the markers; ValueError where they are missing."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"expected {BEGIN} and {END} once each")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{table(found)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes; writes nothing")
+    parser.add_argument("--only", default=",".join(RUNS), help="names of runs, by commas")
+    parser.add_argument("--render", action="store_true", help="the table from kept figures")
+    args = parser.parse_args()
+    if unknown := set(args.only.split(",")) - RUNS.keys():
+        parser.error(f"--only: got {sorted(unknown)}, expected some of {list(RUNS)}")
+    found = json.loads(FIGURES.read_text()) if FIGURES.exists() and not args.quick else {}
+    for k, name in enumerate([] if args.render else args.only.split(",")):
+        timing.note(f"[{k + 1}/{len(args.only.split(','))}] {name}")
+        start = time.perf_counter()
+        command = [sys.executable, "-m", f"benchmarks.{RUNS[name][0]}", *RUNS[name][1:]]
+        done = subprocess.run(
+            command + ["--quick"] * args.quick, stdout=subprocess.PIPE, text=True, check=True
+        )
+        found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        timing.note(f"{name}: {time.perf_counter() - start:.0f} s")
+        if not args.quick:
+            found = {run: found[run] for run in RUNS if run in found}
+            FIGURES.parent.mkdir(parents=True, exist_ok=True)
+            FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+    if not args.quick:
+        PAGE.write_text(render(found, PAGE.read_text()))
+    values = {f"{r.run}/{r.figure}": (look(found.get(r.run), r.figure), r) for r in ROWS}
+    print(json.dumps({k: [v, met(r, v)] for k, (v, r) in values.items() if v is not None}))
+
+
+if __name__ == "__main__":
+    main()
