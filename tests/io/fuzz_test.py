@@ -264,7 +264,7 @@ def test_mutated_files_are_refused_or_harmless(golden, tmp_path, monkeypatch):
     assert known["refused"] > 3 * known["accepted"] > 0, known
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_mutated_files(golden, tmp_path, monkeypatch):
     monkeypatch.setattr("jlora.io.peft_config.SECONDS", 0.3)
     known = run(golden, tmp_path, MANY + MANY // 10)  # some mutations change nothing
