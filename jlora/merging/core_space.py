@@ -28,7 +28,6 @@ Weights are ours. Gradients hold the singular bases fixed.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
