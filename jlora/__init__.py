@@ -51,6 +51,7 @@ from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.oft import OFT as OFT
 from jlora.methods.pissa import PiSSA as PiSSA
 from jlora.methods.token_mask import TokenMask as TokenMask
+from jlora.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from jlora.methods.vera import VeRA as VeRA
 
 __all__ = [
@@ -71,6 +72,7 @@ __all__ = [
     "Quantized",
     "Site",
     "TokenMask",
+    "TrainableTokens",
     "VeRA",
     "algebra",
     "delta",

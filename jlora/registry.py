@@ -26,6 +26,7 @@ from jlora.methods import (
     LoRA,
     PiSSA,
     TokenMask,
+    TrainableTokens,
     VeRA,
 )
 
@@ -189,6 +190,13 @@ SYSTEMS: tuple[System, ...] = (
         kind="composition",
         evidence="one shared matmul",
         breaks={"L3": NO_MERGE},
+    ),
+    _method(
+        TrainableTokens,
+        "none (practice; PEFT 0.21)",
+        TrainableTokens((0, 5)),
+        evidence="lookups by numpy; PEFT's golden adapter",
+        breaks={"L4": "outside of lookups the merged table is formed"},
     ),
     _other(
         "Top-k router with balance loss",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
-from jlora.io import peft_config, replication, safetensors_file
+from jlora.io import peft_config, peft_tokens, replication, safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
 from jlora.io.peft_read import (
@@ -57,7 +57,8 @@ def save_peft(
 
     Args:
       path: the directory; made if missing, its two files replaced.
-      adapter: one adapter, no bank; all sites of one method that PEFT knows.
+      adapter: one adapter, no bank; all sites of one method that PEFT knows, and beside LoRA and
+        DoRA tables of which some rows are trained (`TrainableTokens`).
       names: from site paths to torch modules.
       base_model_name: ``base_model_name_or_path`` of the config.
       task_type: such as ``"CAUSAL_LM"``.
@@ -72,6 +73,7 @@ def save_peft(
       ValueError: a site has no name, or the adapter is a bank.
     """
     folder = Path(path)
+    adapter, rows, token_ids = peft_tokens.split(adapter, names)
     tensors, fields, table = torch_side(folder, adapter, names, params)
     fields, common = table.settle(fields)
     common = {**common, "base_model_name_or_path": base_model_name, "task_type": task_type}
@@ -84,6 +86,10 @@ def save_peft(
             raise FormatError(folder, f"PEFT's {table.type} has no {replication.FIELD}")
         replication.check_sites(folder, (site for site, _ in adapter.sites), layer_replication)
         config[replication.FIELD] = [list(pair) for pair in layer_replication]
+    if token_ids is not None:
+        if peft_tokens.FIELD not in config:
+            raise FormatError(folder, f"PEFT's {table.type} has no {peft_tokens.FIELD}")
+        config[peft_tokens.FIELD], tensors = token_ids, {**tensors, **rows}
     data = safetensors_file.to_bytes(folder / WEIGHTS, tensors, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_file.write_bytes(folder / WEIGHTS, data)
@@ -124,9 +130,13 @@ def load_peft(
     folder = Path(path)
     config, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
     config = replication.settled(folder / CONFIG, config, layer_replication)
-    reader = peft_config.Reader(folder / CONFIG, config, table)
     sites, biases = sites_of(params_or_sites, names)
     modules = names.table(sites.values())
+    rows: dict[str, Read] = {}
+    if peft_tokens.FIELD in table.fixed:
+        given = (folder / WEIGHTS, config, tensors, sites, modules)
+        config, tensors, rows = peft_tokens.taken(*given)
+    reader = peft_config.Reader(folder / CONFIG, config, table)
     mine, shared, rest = by_module(tensors, table)
     check_rest(folder / WEIGHTS, reader, rest, extras)
     if table.regrow and not shared:
@@ -144,7 +154,8 @@ def load_peft(
         slices.setdefault(where, {})[index] = read
     if layer_replication is not None:
         replication.check_sites(folder, (sites[where] for where in slices), layer_replication)
-    return join(folder / WEIGHTS, table, sites, slices, shared)
+    made = join(folder / WEIGHTS, table, sites, slices, shared)
+    return peft_tokens.with_rows(folder / WEIGHTS, made, sites, rows)
 
 
 def peft_extras(
@@ -158,4 +169,5 @@ def peft_extras(
     folder = Path(path)
     _, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
     rest = by_module(tensors, table)[2]
+    rest = {key: t for key, t in rest.items() if not peft_tokens.is_token_key(key)}
     return {name.removeprefix(ROOT).replace(".base_layer.", "."): t for name, t in rest.items()}

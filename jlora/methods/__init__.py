@@ -12,4 +12,5 @@ from jlora.methods.lora import LoRA as LoRA
 from jlora.methods.oft import OFT as OFT
 from jlora.methods.pissa import PiSSA as PiSSA
 from jlora.methods.token_mask import TokenMask as TokenMask
+from jlora.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from jlora.methods.vera import VeRA as VeRA

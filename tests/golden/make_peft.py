@@ -99,7 +99,10 @@ LATER: dict[str, dict[str, peft.PeftConfig]] = {
     "llama": {
         "lora_replicated": peft.LoraConfig(
             r=2, target_modules=["q_proj", "v_proj"], layer_replication=[[0, 2], [1, 3]]
-        )
+        ),
+        "lora_tokens": peft.LoraConfig(
+            r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 1, 4]}
+        ),
     }
 }
 
