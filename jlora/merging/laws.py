@@ -14,7 +14,7 @@ Source: our reading.
 Deviates: nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -133,9 +133,44 @@ def gradient(row: Merging, world: World) -> float:
     return 0.0 if np.isfinite(size) and size > 0 else float("inf")
 
 
+def memory(row: Merging, world: World) -> float:
+    """Zero where no array of the program on a large site is a quarter of a dense delta or more."""
+    n, width = world.weights.shape[0], 4096
+    u, v = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((n, width, 4), (n, 4, width)))
+
+    def f(bank: Deltas, w: Array) -> Deltas:
+        return _merge(row, world._replace(weights=w), bank, w, jit=False)
+
+    jaxpr = jax.make_jaxpr(f)({"x": LowRank(u, v)}, world.weights).jaxpr  # type: ignore[arg-type]
+    return 0.0 if 4 * max(_sizes(jaxpr)) < width * width else float("inf")
+
+
+def _sizes(jaxpr: Any) -> Iterator[int]:
+    """Elements of every array that a program and its inner programs make."""
+    for e in jaxpr.eqns:
+        yield from (getattr(v.aval, "size", 0) for v in e.outvars)
+        for value in jax.tree.leaves(tuple(e.params.values()), is_leaf=_program):
+            if _program(value):
+                yield from _sizes(getattr(value, "jaxpr", value))
+
+
+def _program(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
 CHECKS: dict[str, Callable[[Merging, World], float]] = {
     f.__name__: f
-    for f in (weight_one, idempotent, permutation, gauge, certificate, jit, sharded, gradient)
+    for f in (
+        weight_one,
+        idempotent,
+        permutation,
+        gauge,
+        certificate,
+        jit,
+        sharded,
+        gradient,
+        memory,
+    )
 }
 
 

@@ -11,6 +11,7 @@ certificate    the distance to the exact weighted sum is at most what `certifica
 jit            jitted is eager
 sharded        sharded over 8 devices is on one
 gradient       the gradient with respect to weights and factors is finite
+memory         no array of the program is as large as a quarter of a dense delta
 =============  =================================================================================
 
 Source: our reading.
@@ -51,6 +52,7 @@ LAWS = (
     "jit",
     "sharded",
     "gradient",
+    "memory",
 )
 
 

@@ -1,10 +1,13 @@
 """The configuration: parsed, resolved for each site, refused with the key, got and expected."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jlora.merge_cli.config import ConfigError, layer_of, parse, resolve
+from jlora.merging import METHODS
 
 SMALL = {"merge_method": "concat", "models": [{"model": "a"}, {"model": "/b"}]}
 
@@ -15,6 +18,16 @@ def test_defaults_and_relative_paths():
     assert (config.base, config.seed, config.missing) == (None, 0, "error")
     assert (config.out.path, config.out.format, config.out.rank) == (None, "peft", None)
     assert config.names.module("model.layers.3.q/kernel") == "model.layers.3.q"
+
+
+def test_the_example_of_the_readme():
+    readme = Path(__file__).parents[2] / "README.md"
+    (text,) = re.findall(r"<!-- merge config -->\n```yaml\n(.*?)```", readme.read_text(), re.S)
+    config = parse(yaml.safe_load(text))
+    assert config.method in METHODS and len(config.models) == 2
+    weight = config.models[1].parameters["weight"]
+    assert resolve(weight, "weight", "layers.3.self_attn.q/kernel", 0.5) == 0.5
+    assert resolve(weight, "weight", "layers.3.mlp.up/kernel", 0.5) == 0.4
 
 
 def test_names_and_prefix():

@@ -80,6 +80,12 @@ def rough(bank, weights):
     return concat(bank, weights + jnp.sqrt(jnp.abs(weights - weights)))
 
 
+def dense(bank, weights):
+    """The delta itself."""
+    total = jnp.einsum("n,nir,nro->io", weights, *bank)
+    return LowRank(total, jnp.eye(total.shape[1], dtype=total.dtype))
+
+
 DOUBLES = {
     "weight_one": Merging("double", twice, ""),
     "idempotent": Merging("double", shrunk, ""),
@@ -89,6 +95,7 @@ DOUBLES = {
     "jit": Merging("double", forgetful(), ""),
     "sharded": Merging("double", forgetful(), ""),
     "gradient": Merging("double", rough, ""),
+    "memory": Merging("double", dense, ""),
 }
 
 
