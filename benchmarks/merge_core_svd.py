@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import merging, timing
 from jlora.core.algebra import LowRank
@@ -39,28 +38,29 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     plain = jax.jit(lambda low, w: dense_svd(low, w, rank))
     theirs = merging.Peft(bank, settings.threads)
 
-    def peft(thin: bool, keep: bool = False) -> None:
-        theirs.merge(w, "svd", keep, svd_rank=rank, svd_full_matrices=not thin)
+    def peft(full: bool) -> None:
+        theirs.merge(w, "svd", svd_rank=rank, svd_full_matrices=full)
 
-    runs = {
-        "jlora": merging.each(ours, bank, w),
+    fast = {"jlora": merging.each(ours, bank, w)}
+    slow = {
         "dense": merging.each(plain, bank, w),
-        "peft_thin": lambda: peft(True),
-        "peft": lambda: peft(False),
+        "peft_thin": lambda: peft(False),
+        "peft": lambda: peft(True),
     }
-    reference = plain(low, w)
-    exact = reference.u @ reference.v
-    got = ours(low, w)
-    peft(False, keep=True)
-    errors = {"jlora": merging.gap(got.u @ got.v, exact),
-              "peft": merging.gap(theirs.product(path), exact)}  # fmt: skip
-    seconds = timing.interleave(runs, settings.count(2), settings, f"merge {size}", warm=1)
-    return merging.ratios(timing.best(seconds)) | {
+    timing.interleave(fast, settings.count(20), settings, "core svd")  # compiled, warm
+    ms, memory = merging.few(slow, settings, f"svd {size}")
+    again = timing.interleave(fast, settings.count(20), settings, "core svd")
+    ms |= timing.best(again)
+    exact, got = plain(low, w), ours(low, w)
+    exact = exact.u @ exact.v
+    return merging.ratios(ms) | {
         "shape": {"adapters": n, "rank": rank, "size": size},
-        "ms": timing.spread(seconds),
-        "error_vs_dense": errors,
-        "transient_mib": {k: timing.transient_mib(runs[k]) for k in ("jlora", "peft")},
-        "weights": np.asarray(w).tolist(),
+        "ms": ms,
+        "error_vs_dense": {
+            "jlora": merging.gap(got.u @ got.v, exact),
+            "peft": merging.gap(theirs.product(path), exact),
+        },
+        "transient_mib": memory | {"jlora": timing.transient_mib(fast["jlora"])},
     }
 
 

@@ -76,26 +76,27 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
         factor = {"ties": peft_ties, "dare_ties": peft_dare_ties}[kind]
         keys = {"keys": jax.random.split(jax.random.key(0), n)} if kind == "dare_ties" else {}
         in_factors = jax.jit(lambda low, w, f=factor, k=keys: f(low, w, density=DENSITY, **k))
-        runs = {
+        fast = {
             "jlora": merging.each(low_rank, bank, w),
             "jlora_stored": merging.each(stored, bank, w),
-            "peft": lambda kind=kind: theirs.merge(
-                w, f"{kind}_svd", density=DENSITY, svd_rank=rank
-            ),
             "jlora_dense": merging.each(full, bank, w, base),
             "jlora_factor": merging.each(in_factors, bank, w),
             "peft_factor": lambda kind=kind: theirs.merge(w, kind, density=DENSITY),
         }
+        slow = {
+            "peft": lambda kind=kind: theirs.merge(w, f"{kind}_svd", density=DENSITY, svd_rank=rank)
+        }
         if merge_tensors:
-            runs["mergekit"] = kit(merge_tensors, kind, bank, np.asarray(w))
-        seconds = timing.interleave(runs, settings.count(2), settings, kind, warm=1)
-        ms = timing.best(seconds)
-        memory = {k: timing.transient_mib(run) for k, run in runs.items()}
+            slow["mergekit"] = kit(merge_tensors, kind, bank, np.asarray(w))
+        seconds = timing.interleave(fast, settings.count(3), settings, kind, warm=1)
+        ms, memory = merging.few(slow, settings, kind)
+        ms |= timing.best(seconds)
+        memory |= {k: timing.transient_mib(run) for k, run in fast.items()}
         found[kind] = {
             **_against(ms, memory, "peft", "jlora"),
             **_against(ms, memory, "mergekit", "jlora_dense"),
             **_against(ms, memory, "peft_factor", "jlora_factor"),
-            "ms": timing.spread(seconds),
+            "ms": ms,
             "transient_mib": memory,
             "xla_temp_mib": merging.temp_mib(low_rank, next(iter(bank.values())), w),
         }
@@ -118,18 +119,7 @@ def _large(n: int, size: int, rank: int, settings: timing.Settings) -> dict[str,
     merge_tensors = mergekit()
     if merge_tensors:
         runs["mergekit"] = kit(merge_tensors, "ties", bank, np.asarray(w))
-    ms, memory = {}, {}
-    for name, run in runs.items():
-        took: list[float] = []
-
-        def timed(run: Callable[[], Any] = run, took: list[float] = took) -> None:
-            start = settings.clock()
-            run()
-            took.append(settings.clock() - start)
-
-        memory[name] = timing.transient_mib(timed)
-        ms[name] = 1e3 * min(took)
-        timing.note(f"ties {size} {name} {ms[name]:.1f} ms")
+    ms, memory = merging.few(runs, settings, f"ties {size}")
     return {
         "shape": {"adapters": n, "size": size, "rank": rank},
         **_against(ms, memory, "peft", "jlora"),
@@ -186,7 +176,7 @@ def _agreement(bank: merging.Bank, w: Any, rank: int, theirs: Any, merge_tensors
         _, full = ours("ties", low.u.shape[0], rank)
         kits = kit(merge_tensors, "ties", one, np.asarray(w))()[path]
         found["mergekit"] = merging.gap(full(low, w, jnp.zeros(kits.shape)), kits)
-    theirs.merge(w, "ties_svd", True, density=DENSITY, svd_rank=rank)
+    theirs.merge(w, "ties_svd", density=DENSITY, svd_rank=rank)
     from jlora.merging.peft_svd import peft_ties_svd
 
     got = jax.jit(lambda low, w: peft_ties_svd(low, w, density=DENSITY, rank=rank))(low, w)

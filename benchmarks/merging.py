@@ -6,7 +6,7 @@ A bank is ``adapters`` adapters of rank ``r`` on ``sites`` linear layers of ``d 
 
 with entries of :math:`v` small, as those of a trained LoRA's ``b`` are. ``Peft`` holds them as
 adapters of a ``PeftModel``; a merge is `add_weighted_adapter`, and the merged adapter is deleted
-after each call.
+before the next.
 
 Source: our reading of the public interfaces. Deviates: -.
 """
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks import timing
 from jlora.core.algebra import LowRank
 
 Bank = dict[str, LowRank]  # site -> u [N, d, r], v [N, r, d]
@@ -61,23 +62,21 @@ class Peft:
                     layer.lora_A[name].weight.copy_(torch.tensor(np.asarray(u[k]).T.copy()))
                     layer.lora_B[name].weight.copy_(torch.tensor(np.asarray(v[k]).T.copy()))
 
-    def merge(self, weights: Any, kind: str, keep: bool = False, **options: Any) -> None:
-        """`add_weighted_adapter` of all; the result is deleted unless it is kept as "merged"."""
+    def merge(self, weights: Any, kind: str, **options: Any) -> None:
+        """`add_weighted_adapter` of all as "merged", which is deleted before."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if "merged" in self.model.peft_config:
+                self.model.delete_adapter("merged")
             self.model.add_weighted_adapter(
                 self.names, list(map(float, weights)), "merged", combination_type=kind, **options
             )
-            if not keep:
-                self.model.delete_adapter("merged")
 
     def product(self, site: str) -> np.ndarray:
-        """The merged delta of a site [d_in, d_out], after `merge(keep=True)`; then deletes it."""
+        """The merged delta of a site [d_in, d_out], after `merge`."""
         layer = self.model.base_model.model[site]
         a, b = layer.lora_A["merged"].weight, layer.lora_B["merged"].weight
-        found = (b @ a).detach().numpy().T.copy()
-        self.model.delete_adapter("merged")
-        return found
+        return (b @ a).detach().numpy().T.copy()
 
 
 def each(site: Callable[..., Any], bank: Bank, *rest: Any) -> Callable[[], Any]:
@@ -87,6 +86,28 @@ def each(site: Callable[..., Any], bank: Bank, *rest: Any) -> Callable[[], Any]:
         return jax.block_until_ready({path: site(low, *rest) for path, low in bank.items()})
 
     return run
+
+
+def few(
+    runs: Mapping[str, Callable[[], Any]], settings: timing.Settings, label: str
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """({name: ms}, {name: peak MiB}) of runs of which a call takes long: two calls of each.
+
+    The time is that of the faster call, the memory that of the second one.
+    """
+    ms, memory = {}, {}
+    for name, run in runs.items():
+        took: list[float] = []
+
+        def timed(run: Callable[[], Any] = run, took: list[float] = took) -> None:
+            start = settings.clock()
+            run()
+            took.append(settings.clock() - start)
+
+        memory[name] = timing.transient_mib(timed)
+        ms[name] = 1e3 * min(took)
+        timing.note(f"{label} {name} {ms[name]:.1f} ms")
+    return ms, memory
 
 
 def temp_mib(site: Callable[..., Any], *args: Any) -> float:

@@ -20,7 +20,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,12 @@ QUICK_PLAN = lib.Plan(
 def measure(
     config: Config, plan: lib.Plan, workdir: Path, cache: Path | None = None, seeds: int = 0
 ) -> dict[str, Any]:
-    """Everything that is in the JSON file: settings, accuracies of each cell, seconds.
+    """Everything that is in the JSON file: settings, and accuracies of each cell.
 
     `seeds` > 0 judges only the first ones.
     """
-    start = time.monotonic()
     world = world_lib.build(config, workdir, cache)
     bench = lib.train(world, plan, workdir)
-    ready = time.monotonic()
     names = [t.name for t in bench.world.tasks]
     seeds = min(seeds, config.zoo_seeds + 1) if seeds else config.zoo_seeds + 1
     cells = [(s, m) for s in lib.settings(plan, names, seeds)
@@ -90,7 +87,6 @@ def measure(
         "multitask": lib.accuracy(bench, bench.multitask, names),
         "single": singles,
         "results": results,
-        "seconds": {"train": round(ready - start), "merge": round(time.monotonic() - ready)},
     }  # fmt: skip
 
 

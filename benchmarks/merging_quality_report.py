@@ -116,10 +116,9 @@ def claims(top: Mapping[str, Any]) -> list[dict[str, Any]]:
 def render(found: Mapping[str, Any], summary: Mapping[str, Any], command: str) -> str:
     """The generated part of the page."""
     config, plan, top = found["config"], found["plan"], largest(found)
-    number, seconds = len(found["tasks"]), found["seconds"]
+    number = len(found["tasks"])
     lines = [
-        f"Made by `{command}` (training {seconds['train']} s, merging {seconds['merge']} s; of"
-        " the last run, if it was resumed).",
+        f"Made by `{command}`.",
         "",
         f"Base `{config['base']}`, adapters on `{config['sites']}` of the upper {config['layers']}"
         f" layers, {number} tasks of two classes, {found['seeds']} training seeds,"
@@ -199,12 +198,23 @@ def paragraph(found: Mapping[str, Any], summary: Mapping[str, Any], top: str) ->
             f" The weighted sum has {_show(base['default'])} % at weights 1/T and"
             f" {_show(base['tuned'])} % tuned."
         )
+    tests = len(found["tasks"]) * found["plan"]["test_rows"]
+    mean = summary["accuracy"][top][first]["tuned"]["mean"]
+    noise = 100 * float(np.sqrt(mean * (1 - mean) / tests))
+    kinds = {v: [f"`{c['above']}` over `{c['below']}`" for c in summary["claims"]
+                 if c["verdict"] == v] for v in VERDICTS}  # fmt: skip
     lines += [
         "",
         f"Rankings of papers at T = {top}, tuned: reproduced where the difference of normalised"
         f" accuracy is positive for each of {seeds} seeds, the other way round where it is negative"
-        " for each, else undecided. That is all that so few seeds can say; differences within a"
-        " few tenths of a point are of the size of one test row.",
+        f" for each, else undecided. All seeds share the {tests} test rows, which alone move an"
+        f" accuracy by {noise:.1f} points (one standard error; less in a difference of two merges),"
+        f" so of {len(summary['claims'])} rankings some may fall to either side by chance.",
+        "",
+        *(
+            f"- {words[0].upper() + words[1:]}: {', '.join(kinds[v]) or 'none'}."
+            for v, words in VERDICTS.items()
+        ),
         "",
         "| paper | ranking | difference (points) | here |",
         "|---|---|---|---|",

@@ -36,7 +36,7 @@ def made_up():
         "config": {"base": "x", "sites": "s", "layers": 2, "zoo_steps": 3},
         "plan": plan, "tasks": TASKS, "seeds": 2, "single": single, "results": results,
         "settings": [s._asdict() for s in settings], "base": dict.fromkeys(TASKS, 0.5),
-        "multitask": dict.fromkeys(TASKS, 0.8), "seconds": {"train": 1, "merge": 2},
+        "multitask": dict.fromkeys(TASKS, 0.8),
     }  # fmt: skip
 
 

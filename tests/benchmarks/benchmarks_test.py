@@ -1,0 +1,126 @@
+"""Every benchmark runs on tiny shapes and prints the figures that the table asks for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import run, timing
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = sorted({module for module, *_ in run.RUNS.values()})
+
+
+SCRIPT = """
+import importlib, json, sys
+from benchmarks import timing
+settings = timing.Settings(quick=True)
+measures = {name: importlib.import_module(f"benchmarks.{name}").measure for name in sys.argv[1:]}
+print(json.dumps({name: measure(settings) for name, measure in measures.items()}, default=float))
+"""
+
+
+def _run(*command: str) -> tuple[dict, str]:
+    # Another process: the settings of the tests (devices, promotion) are not those of a benchmark.
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = (sys.executable, *command)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return _run("-c", SCRIPT, *MODULES)[0]
+
+
+def test_command_line():
+    figures, progress = _run("-m", "benchmarks.merge_export", "--quick")
+    assert figures["benchmark"] == "merge_export" and figures["environment"]["jax"]
+    assert "merge_export: 1 thread" in progress and figures["ms"].keys() >= {"merge", "peft"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_runs_and_finds_what_the_table_asks_for(measured, module):
+    figures = measured[module]
+    rows = [r for r in run.ROWS if run.RUNS[r.run][0] == module]
+    assert rows
+    for row in rows:
+        # Sizes are other ones here: any that is there stands for the size of the row.
+        *parents, name = row.figure.split("/")
+        within = [f for f in figures.values() if isinstance(f, dict) and name in f]
+        holder = within[0] if parents else figures
+        assert np.isfinite(holder[name]), row
+    if module == "mixed_batch":
+        assert figures["recompiles"] == 0
+    if module == "many_adapters":
+        assert figures["base_copies"] == 1.0
+    if module == "flops":
+        assert figures["dense_weight_gradients"] == 0
+        assert figures["merge_dense_weight_gradients"] > 0  # the count sees one where there is one
+
+
+def test_interleaved_runs_rotate_and_warm_up_does_not_count():
+    calls, settings = [], timing.Settings(repetitions=3)
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = timing.interleave(runs, settings.count(99), settings)
+    assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
+    assert "".join(calls) == "abbaabbaab"
+
+
+def test_a_used_up_input_is_made_anew_each_time():
+    made, used = [], []
+
+    def make():
+        made.append(len(made))
+        return made[-1]
+
+    settings = timing.Settings(quick=True)
+    timing.interleave({"a": timing.Fresh(make, used.append)}, settings.count(99), settings)
+    assert used == made == [0, 1, 2, 3]
+
+
+def test_figures_of_a_sample():
+    seconds = {"a": [0.004, 0.002, 0.003, 0.009, 0.005]}
+    assert timing.best(seconds) == {"a": 2.0}
+    assert timing.spread(seconds) == {"a": [2.0, 3.0, 4.0]}
+    assert timing.ratio_of_extras(3.0, 1.5, 100.0) == 2.0
+    # An extra below a thousandth of the whole is noise and counts as that much.
+    assert timing.ratio_of_extras(3.0, -1.0, 100.0) == 30.0
+
+
+def test_transient_memory_sees_what_a_call_allocates():
+    small = timing.transient_mib(lambda: None)
+    large = timing.transient_mib(lambda: np.ones(8 << 20))
+    if large is not None:
+        assert small < 16 < 48 < large < 80
+
+
+def test_table_says_what_is_met_and_what_is_not():
+    found = {"flops": {"over_bound": 0.04, "environment": {"cpu": "X"}}, "dora_step": {}}
+    text = run.table(found)
+    assert "Measured on: cpu X." in text and text.count("| yes |") == 1
+    assert "0.04 |" in text and "dora" not in text
+    found["flops"]["over_bound"] = 0.06
+    assert run.table(found).count("| **no** |") == 1
+    found["trace_time"] = {"lifted_over_plain": 1.2, "threads_2": {"lifted_over_plain": 1.3}}
+    assert "| 1.20 | 1.30 | ≤ 1.5 | yes |" in run.table(found)
+
+
+def test_page_keeps_what_is_around_the_table():
+    page = f"above\n{run.BEGIN}\nold\n{run.END}\nbelow\n"
+    once = run.render({}, page)
+    assert once.startswith("above\n") and once.endswith("\nbelow\n") and "old" not in once
+    assert run.render({}, once) == once
+    with pytest.raises(ValueError, match="once each"):
+        run.render({}, "no markers")
+
+
+def test_kept_page_is_the_rendering_of_the_kept_figures():
+    found = json.loads(run.FIGURES.read_text())
+    page = run.PAGE.read_text()
+    assert run.render(found, page) == page
