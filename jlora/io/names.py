@@ -12,9 +12,12 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from jlora.core.adapter import Site
 
 INDICES = "ijkl"
+BRACKETS = re.compile(r"(.*)\[([^\[\]]+?)(\.T)?\]")
 
 
 class HasPath(Protocol):
@@ -27,6 +30,16 @@ class HasPath(Protocol):
     def stack(self) -> tuple[int, ...]: ...
 
 
+class Parameter(NamedTuple):
+    """A bare parameter of a torch module, of all experts where there are any."""
+
+    name: str  # "model.layers.0.mlp.experts.gate_up_proj"
+    module: str  # "model.layers.0.mlp.experts"
+    site: Site
+    experts: list[tuple[int, ...]]  # their indices in the site's stack; one, if there are none
+    swapped: bool  # whether PEFT takes its inputs for outputs
+
+
 @dataclasses.dataclass(frozen=True)
 class NameMap:
     r"""Site paths to torch module names.
@@ -37,7 +50,8 @@ class NameMap:
       rules: regex on the whole site path -> template. ``\1``, ``\g<name>`` are groups of the regex;
         ``{i}``, ``{j}``, ... the indices on the first, second, ... stack axis. In models without
         stacks a group named ``i`` takes the place of the first index: ``layers_(?P<i>\d+)/...``.
-        The first rule that matches wins.
+        The first rule that matches wins. ``module[name]``, or ``module[name.T]``, is a parameter
+        `name` of a module, see `peft_parameters`.
       prefix: put before every module name: ``"bert."`` for a `BertForSequenceClassification`.
       layer_offset: added to ``{i}``: the first layer of the adapter within the torch model, where
         the adapter is for the upper layers only.
@@ -103,6 +117,35 @@ class NameMap:
                 return len(set(re.findall(r"\{(\w+)\}", template))) - named
         return None
 
+    def is_parameter(self, path: str) -> bool:
+        """Whether the rule of the site at `path` names a parameter of a module."""
+        rules = (t for pattern, t in self.rules.items() if re.fullmatch(pattern, path))
+        return BRACKETS.fullmatch(next(rules, "")) is not None
+
+    def parameters(self, sites: Iterable[Site]) -> list[Parameter]:
+        """The parameters among the sites, those of one module in the order of the rules.
+
+        Raises:
+          ValueError: more than one stack axis that the template does not name.
+        """
+        found = []
+        for site in sites:
+            order = next((k for k, p in enumerate(self.rules) if re.fullmatch(p, site.path)), None)
+            if order is None or not self.is_parameter(site.path):
+                continue
+            named = self.stack_axes(site.path) or 0
+            if len(site.stack) - named not in (0, 1):
+                raise ValueError(f"name map: {site.path!r} has stack {site.stack}, names {named}")
+            for index in itertools.product(*map(range, site.stack[:named])):
+                match = BRACKETS.fullmatch(self.module(site.path, index))
+                assert match is not None
+                module, name, turned = match.groups()
+                experts = itertools.product(*map(range, site.stack[named:]))
+                slices = [(*index, *e) for e in experts]
+                one = Parameter(f"{module}.{name}", module, site, slices, turned is not None)
+                found.append((order, one))
+        return [one for _, one in sorted(found, key=lambda item: item[0])]
+
     def table(self, sites: Iterable[HasPath]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Module name -> (site path, stack index), for all slices of the given sites.
 
@@ -113,7 +156,7 @@ class NameMap:
         """
         modules: dict[str, tuple[str, tuple[int, ...]]] = {}
         for site in sites:
-            if self.stack_axes(site.path) is None:
+            if self.stack_axes(site.path) is None or self.is_parameter(site.path):
                 continue
             for index in itertools.product(*map(range, site.stack)):
                 name = self.module(site.path, index)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
-from jlora.io import peft_config, peft_tokens, replication, safetensors_file
+from jlora.io import peft_config, peft_parameters, peft_tokens, replication, safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
 from jlora.io.peft_read import (
@@ -37,7 +37,9 @@ from jlora.io.peft_read import (
     sites_of,
 )
 from jlora.io.peft_table import Read, Table, check_site
+from jlora.io.peft_tables import table_of
 from jlora.io.peft_write import extra_tensors, torch_side
+from jlora.methods.lora import LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -74,13 +76,22 @@ def save_peft(
     """
     folder = Path(path)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
-    tensors, fields, table = torch_side(folder, adapter, names, params)
+    adapter, bare, parameters = peft_parameters.split(folder, adapter, names)
+    if parameters and not adapter.sites:
+        tensors, fields, table = {}, {}, table_of(LoRA())
+    else:
+        tensors, fields, table = torch_side(folder, adapter, names, params)
     fields, common = table.settle(fields)
     common = {**common, "base_model_name_or_path": base_model_name, "task_type": task_type}
     if extras:
         more, told = extra_tensors(folder, extras, fields, table)
         tensors, common = {**tensors, **more}, {**common, **told}
-    config = peft_config.combine(folder / CONFIG, table, fields, common)
+    fields, tensors = {**fields, **parameters}, {**tensors, **bare}
+    if parameters and peft_parameters.FIELD not in table.fixed:
+        raise FormatError(folder, f"PEFT's {table.type} has no {peft_parameters.FIELD}")
+    config = peft_config.combine(folder / CONFIG, table, fields, common, set(parameters))
+    if parameters:
+        config[peft_parameters.FIELD] = sorted(parameters)
     if layer_replication is not None:
         if replication.FIELD not in config:
             raise FormatError(folder, f"PEFT's {table.type} has no {replication.FIELD}")
@@ -136,13 +147,19 @@ def load_peft(
     if peft_tokens.FIELD in table.fixed:
         given = (folder / WEIGHTS, config, tensors, sites, modules)
         config, tensors, rows = peft_tokens.taken(*given)
+    slices: peft_parameters.Slices = {}
+    if table.method is LoRA and config.get(peft_parameters.FIELD):
+        bare = names.parameters(sites.values())
+        tensors, slices = peft_parameters.taken(folder / WEIGHTS, config, table, tensors, bare)
+        config = {**config, peft_parameters.FIELD: None}
     reader = peft_config.Reader(folder / CONFIG, config, table)
     mine, shared, rest = by_module(tensors, table)
     check_rest(folder / WEIGHTS, reader, rest, extras)
     if table.regrow and not shared:
         shared = regrown(reader, table, mine, modules, sites)
+    if not mine and not slices:
+        raise FormatError(folder / WEIGHTS, f"no tensor of a {table.type} adapter")
     check_modules(folder / WEIGHTS, reader, mine, shared, modules, table)
-    slices: dict[str, dict[tuple[int, ...], Read]] = {}
     for module, found in mine.items():
         where, index = modules[module]
         try:

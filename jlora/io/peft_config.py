@@ -228,6 +228,7 @@ def combine(
     table: Fields,
     modules: Mapping[str, Mapping[str, Any]],
     common: Mapping[str, Any],
+    parameters: Collection[str] = (),
 ) -> dict[str, Any]:
     """The config whose `Reader.fields` gives every module its own fields.
 
@@ -236,6 +237,7 @@ def combine(
       table: the method's fields.
       modules: module name -> its fields.
       common: values for `COMMON` fields and the like.
+      parameters: those of `modules` that are parameters of modules, no targets.
 
     Raises:
       FormatError: modules differ in a field for which PEFT has no pattern.
@@ -244,7 +246,7 @@ def combine(
     config.update(table.fields)
     config.update({name: {} for name in table.patterns.values()}, **common)
     config = {name: value for name, value in config.items() if name not in table.lacks}
-    config.update(peft_type=table.type, target_modules=sorted(modules))
+    config.update(peft_type=table.type, target_modules=sorted(set(modules) - set(parameters)))
     for name in table.fields:
         usual = Counter(fields[name] for fields in modules.values()).most_common(1)[0][0]
         config[name] = usual
@@ -260,7 +262,8 @@ def combine(
             config[table.patterns[name]] = dict(sorted(others.items()))
     reader = Reader(source, config, table)
     for module, fields in modules.items():
-        if reader.fields(module) != dict(fields) or not reader.targets(module):
+        targeted = module in parameters or reader.targets(module)
+        if reader.fields(module) != dict(fields) or not targeted:
             raise FormatError(source, f"PEFT's patterns cannot tell {module!r} from other modules")
     return config
 

@@ -39,7 +39,7 @@ FIXED = {
     "layer_replication": None,
     "lora_bias": False,
     "monteclora_config": None,
-    "target_parameters": None,
+    "target_parameters": None,  # but see peft_parameters
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
@@ -92,19 +92,19 @@ def _write_dora(method: DoRA, site: Site, p: Arrays) -> Slice:
     rank, p = trim(p, method.rank_axes)
     if rank == 0:
         raise ValueError("a and b are zero, which PEFT cannot say of DoRA")
-    alpha = alpha_of(method, p["scale"], rank)
+    alpha = alpha_of(method, p["scale"], rank, method.rslora)
     a, b = _torch_factors(site, p)
     m = p["m"].reshape(torch_layout.magnitude_shape(site))
     tensors = {MATRIX[0]: a, MATRIX[1]: b, MAGNITUDE: m}
-    return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": False})
+    return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": method.rslora})
 
 
 def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
-    rank, alpha = fields["r"], fields["lora_alpha"]
+    rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
     want_shape(MAGNITUDE, t[MAGNITUDE], torch_layout.magnitude_shape(site))
-    scale = {"scale": scale_of(alpha, rank, fields["use_rslora"])}
-    factors = _factors(MATRIX, site, t, rank)
-    return Read(DoRA(rank=rank, alpha=alpha), {**factors, "m": t[MAGNITUDE].reshape(-1)}, scale)
+    scale = {"scale": scale_of(alpha, rank, rslora)}
+    trainable = {**_factors(MATRIX, site, t, rank), "m": t[MAGNITUDE].reshape(-1)}
+    return Read(DoRA(rank=rank, alpha=alpha, rslora=rslora), trainable, scale)
 
 
 def _write_hira(method: HiRA, site: Site, p: Arrays) -> Slice | None:

@@ -94,8 +94,6 @@ def check_modules(
     table: Table,
 ) -> None:
     """Every module is known, targeted and whole, and none that is targeted lacks."""
-    if not mine:
-        raise FormatError(path, f"no tensor of a {table.type} adapter")
     if set(shared) != set(table.shared):
         raise FormatError(
             path, f"got shared tensors {sorted(shared)}, expected {list(table.shared)} to be saved"
@@ -239,7 +237,8 @@ def _guessed(path: str, leaf: Any, names: NameMap) -> Site | None:
     stack = names.stack_axes(path)
     if stack is None:
         return None
-    kinds = "s" * stack + "io"
+    experts = names.is_parameter(path) and len(leaf.shape) == stack + 3
+    kinds = "s" * (stack + experts) + "io"
     if len(leaf.shape) != len(kinds):
         raise ValueError(
             f"{path}: shape {tuple(leaf.shape)} is not [{stack} stack axes, in, out]; pass sites "

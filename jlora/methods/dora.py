@@ -53,6 +53,7 @@ class DoRA(Method):
 
     rank: int = 8
     alpha: float = dataclasses.field(default=8.0, compare=False)
+    rslora: bool = dataclasses.field(default=False, compare=False)  # s = alpha / sqrt(rank)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -63,7 +64,8 @@ class DoRA(Method):
         w, bound = site.weight(), 1 / math.sqrt(site.d_in)
         a = jax.random.uniform(key, (site.d_in, self.rank), w.dtype, -bound, bound)
         b = jnp.zeros((self.rank, site.d_out), w.dtype)
-        scale = jnp.asarray(self.alpha / self.rank, w.dtype)
+        scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        scale = jnp.asarray(scale, w.dtype)
         return {"a": a, "b": b, "m": column_norms(w, a, b, scale)}, {"scale": scale}
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:

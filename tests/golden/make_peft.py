@@ -7,7 +7,7 @@ Run by a developer where torch, transformers and peft are installed:
 For two tiny random models, BERT and Llama: the model in transformers' format, its inputs and, by
 adapter, PEFT's directory plus `expected.safetensors`, the hidden states [2, 6, 16] (BERT) or logits
 [2, 6, 32] (Llama) that PEFT computes. The third, `conv`, is three convolutions, its weights and
-inputs in `base.safetensors`, its output [2, 5].
+inputs in `base.safetensors`, its output [2, 5]. The fourth, `experts`, has bare parameters.
 METADATA says versions, command and the sha256 of every file.
 """
 
@@ -103,7 +103,14 @@ LATER: dict[str, dict[str, peft.PeftConfig]] = {
         "lora_tokens": peft.LoraConfig(
             r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 1, 4]}
         ),
-    }
+        "lora_saved": peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    },
+    "bert": {
+        "lora_bias_all": peft.LoraConfig(r=2, target_modules=["query"], bias="all"),
+        "dora_rslora": peft.LoraConfig(
+            r=2, lora_alpha=3, use_dora=True, use_rslora=True, target_modules=["query"]
+        ),
+    },
 }
 
 
@@ -147,15 +154,75 @@ def conv_configs() -> dict[str, peft.PeftConfig]:
     }
 
 
-def make_convolutions(folder: Path) -> None:
-    """The third model, which is not of transformers."""
-    torch.manual_seed(2)
-    model, x = Convolutions(), torch.randn(2, 3, 7, 8)
+class Experts(torch.nn.Module):
+    """Weights [E, out, in] or, `flat`, [E, in, out], which PEFT knows where it is told so."""
+
+    def __init__(self, sizes: tuple[int, int], flat: bool, told: bool):
+        super().__init__()
+        self.is_transposed, self.flat = told, flat
+        for name, (inner, outer) in {"up": sizes, "down": sizes[::-1]}.items():
+            shape = (3, inner, outer) if flat else (3, outer, inner)
+            setattr(self, name, torch.nn.Parameter(0.4 * torch.randn(shape)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spec = "ebi,eio->ebo" if self.flat else "ebi,eoi->ebo"
+        return torch.einsum(spec, torch.tanh(torch.einsum(spec, x, self.up)), self.down)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(5, 3, bias=False)
+        self.experts = Experts((5, 7), False, False)  # as Mixtral's
+        self.turned = Experts((5, 6), True, True)  # as those of gpt-oss
+        self.flat = Experts((5, 4), True, False)  # as Llama 4's
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share = torch.softmax(self.gate(x), dim=-1)  # [b, E]
+        every = x.expand(3, *x.shape)
+        y = self.experts(every) + self.turned(every) + self.flat(every)
+        return x + torch.einsum("be,ebo->bo", share, y)
+
+
+class Mixture(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def expert_configs() -> dict[str, peft.PeftConfig]:
+    both = ["experts.up", "experts.down"]
+    return {
+        "lora": peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=both),
+        "lora_layouts": peft.LoraConfig(
+            r=2, target_modules=[], target_parameters=["turned.up", "flat.down", "flat.up"]
+        ),
+        "lora_more": peft.LoraConfig(
+            r=2,
+            lora_alpha=3,
+            use_rslora=True,
+            target_modules=["gate"],
+            target_parameters=["experts.down", "layers.1.turned.up"],
+            rank_pattern={"experts.down": 1},
+            alpha_pattern={"turned.up": 5},
+        ),
+    }
+
+
+def make_small(
+    folder: Path, model: torch.nn.Module, x: torch.Tensor, wanted: dict[str, peft.PeftConfig]
+) -> None:
+    """A model that is not of transformers."""
     folder.mkdir(parents=True)
     with torch.no_grad():
         state = {"expected": model.eval()(x), "x": x, **model.state_dict()}
         safetensors.torch.save_file(state, folder / "base.safetensors")
-        for number, (name, config) in enumerate(sorted(conv_configs().items())):
+        for number, (name, config) in enumerate(sorted(wanted.items())):
             wrapped = peft.get_peft_model(copy.deepcopy(model), config)
             randomise(wrapped, number)
             wrapped.save_pretrained(folder / name)
@@ -190,20 +257,30 @@ def run(model: torch.nn.Module) -> torch.Tensor:
 
 def make(folder: Path) -> None:
     """Writes one directory a model, one below it an adapter."""
-    for kind, (model, wanted) in models().items():
-        base = folder / kind / "base"
-        model.save_pretrained(base)
+    made = models()
+    for kind, (model, wanted) in made.items():
+        model.save_pretrained(folder / kind / "base")
         state = {"expected": run(model), **inputs()}
         safetensors.torch.save_file(state, folder / kind / "base.safetensors")
-        made = [*sorted(wanted.items()), *LATER.get(kind, {}).items()]
-        for number, (name, config) in enumerate(made):
-            path = folder / kind / name
-            wrapped = peft.get_peft_model(copy.deepcopy(model), config)
-            randomise(wrapped, number)
-            wrapped.save_pretrained(path)
-            (path / "README.md").unlink()
-            safetensors.torch.save_file({"expected": run(wrapped)}, path / "expected.safetensors")
-            os.chmod(path / "adapter_model.safetensors", 0o644)
+        make_adapters(folder / kind, model, sorted(wanted.items()))
+    for kind, more in LATER.items():
+        make_adapters(folder / kind, made[kind][0], list(more.items()), len(made[kind][1]))
+
+
+def make_adapters(
+    folder: Path,
+    model: torch.nn.Module,
+    wanted: list[tuple[str, peft.PeftConfig]],
+    first: int = 0,
+) -> None:
+    for number, (name, config) in enumerate(wanted, first):
+        path = folder / name
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+        randomise(wrapped, number)
+        wrapped.save_pretrained(path)
+        (path / "README.md").unlink()
+        safetensors.torch.save_file({"expected": run(wrapped)}, path / "expected.safetensors")
+        os.chmod(path / "adapter_model.safetensors", 0o644)
 
 
 def metadata(folder: Path) -> None:
@@ -235,7 +312,10 @@ def main() -> None:
     torch.set_num_threads(1)
     shutil.rmtree(folder, ignore_errors=True)
     make(folder)
-    make_convolutions(folder / "conv")
+    torch.manual_seed(2)
+    make_small(folder / "conv", Convolutions(), torch.randn(2, 3, 7, 8), conv_configs())
+    torch.manual_seed(3)
+    make_small(folder / "experts", Mixture(), torch.randn(4, 5), expert_configs())
     metadata(folder)
 
 

@@ -1,5 +1,6 @@
 """PEFT's rules for targets and patterns, against PEFT's own functions where they are installed."""
 
+import functools
 import json
 import time
 
@@ -161,6 +162,8 @@ def test_the_written_config_has_exactly_pefts_fields():
         "LOKR": peft.LoKrConfig,
         "VERA": peft.VeraConfig,
         "OFT": peft.OFTConfig,
+        "BOFT": peft.BOFTConfig,
+        "ADALORA": functools.partial(peft.AdaLoraConfig, total_step=1),
         "IA3": peft.IA3Config,
     }
     for table in TABLES:

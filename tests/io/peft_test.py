@@ -19,6 +19,7 @@ METHODS = {
     "adalora": adalora.AdaLoRA,
     "boft": boft.BOFT,
     "dora": dora.DoRA,
+    "dora_rslora": dora.DoRA,
     "hira": hira.HiRA,
     "ia3": ia3.IA3,
     "loha": loha.LoHa,
@@ -28,7 +29,9 @@ METHODS = {
     "vera": vera.VeRA,
 }
 BOTH = ["lora", "lora_all", "lora_layers", "lora_rslora", *METHODS]
+BOTH.remove("dora_rslora")
 BERT = ["lora_patterns", "lora_exclude", "lora_linear", "lora_gaussian", "lora_embedding"]
+BERT.append("dora_rslora")
 CASES = [("bert", n) for n in [*BOTH, *BERT] if n != "ia3"] + [("llama", n) for n in BOTH]
 TOLERANCE = 1e-5
 
