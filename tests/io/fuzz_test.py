@@ -6,6 +6,7 @@ PEFT directories of every kind that is read, and one-file adapters of kohya / Ly
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import struct
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 
 import jlora as jl
 from jlora.io import FormatError, peft, peft_read, safetensors_file
+
+PARAMETERS = Path(__file__).with_name("parameters_test.py")
 
 NAMES = {
     "bert": [
@@ -161,6 +164,17 @@ class Source(NamedTuple):
     want: dict[Any, Any]  # the form of what it gives
 
 
+def load_experts():
+    """The model and names of parameters_test.py."""
+    spec = importlib.util.spec_from_file_location("parameters_test_of_fuzz", PARAMETERS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+experts = load_experts()
+
+
 def sources(golden, folder):
     """All adapters that are mutated."""
     made = []
@@ -173,6 +187,9 @@ def sources(golden, folder):
         for name in names:
             files = ((model.path / name / f).read_bytes() for f in (peft.CONFIG, peft.WEIGHTS))
             made.append(Source(*files, load, form(load(model.path / name))))
+    for name in experts.ADAPTERS:
+        files = ((experts.GOLDEN / name / f).read_bytes() for f in (peft.CONFIG, peft.WEIGHTS))
+        made.append(Source(*files, experts.load, form(experts.load(experts.GOLDEN / name))))
     model = golden["bert"]
     for names, save, read in (
         (KOHYA, jl.io.save_kohya, jl.io.load_kohya),
