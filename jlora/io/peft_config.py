@@ -69,6 +69,9 @@ class Fields(Protocol):
     def choose(self) -> Mapping[str, Any]: ...  # tells this table from others of the same type
 
     @property
+    def masks(self) -> tuple[str, str] | None: ...  # a field of lists of booleans by module
+
+    @property
     def allowed(self) -> Mapping[str, tuple[Any, ...]]: ...  # field -> values that can be read
 
     @property
@@ -110,6 +113,9 @@ class Reader:
                 if self._match(rf"(.*\.)?({pattern})$", module):
                     values[field] = value
                     break
+        if self.table.masks:
+            field, suffix = self.table.masks
+            values["mask"] = (self.config.get(field) or {}).get(f"{module}.{suffix}")
         return values
 
     def targets(self, module: str) -> bool:
@@ -200,6 +206,11 @@ class Reader:
                 self._check_value(f"{name}[{key[:80]!r}]", value, table.fields[field])
         for name in TARGETS:
             self._check_list(name, config.get(name))
+        if table.masks:
+            masks = config.get(table.masks[0]) or {}
+            good = isinstance(masks, dict) and len(masks) <= MAX_PATTERNS
+            if not good or not all(_is_mask(m) for m in masks.values()):
+                raise FormatError(self.source, f"{table.masks[0]}: want booleans by module")
 
     def _check_value(self, name: str, value: Any, default: Any) -> None:
         """Booleans, whole numbers (ranks: positive), numbers and text, as the default is one."""
@@ -221,6 +232,10 @@ class Reader:
         items = value if isinstance(value, list) else [] if value is None else [value]
         if len(items) > MAX_PATTERNS or not all(type(item) is kind for item in items):
             raise FormatError(self.source, f"{name}: want {kind.__name__} or a list of them")
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) is bool for x in value)
 
 
 def combine(

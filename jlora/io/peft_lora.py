@@ -9,7 +9,17 @@ import numpy as np
 
 from jlora.core.adapter import Site
 from jlora.io import torch_layout
-from jlora.io.peft_table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim, want_shape
+from jlora.io.peft_table import (
+    Arrays,
+    Fields,
+    Read,
+    Slice,
+    Table,
+    alpha_of,
+    scale_of,
+    trim,
+    want_shape,
+)
 from jlora.methods.adalora import TINY, AdaLoRA
 from jlora.methods.dora import DoRA
 from jlora.methods.hira import HiRA
@@ -127,26 +137,57 @@ def _ada_scale(alpha: float, rank: int) -> np.ndarray:
 
 
 def _write_adalora(method: AdaLoRA, site: Site, p: Arrays) -> Slice | None:
-    rank, p = trim(p, method.rank_axes)
-    if rank == 0:
+    """Directions that are zero in a, b and e were taken out, if the scale is of the full rank."""
+    live = p["e"].astype(bool) | p["a"].any(0) | p["b"].any(1)
+    if np.isclose(_ada_scale(method.alpha, method.rank), p["scale"], rtol=1e-6):
+        rank = method.rank
+    elif live.any():  # what follows is padding, in a bank of other ranks
+        rank = int(np.flatnonzero(live)[-1]) + 1
+    else:
         return None
     exact = float(p["scale"]) * (rank + TINY)
     found = (x for x in (method.alpha, round(exact, 4), exact) if _ada_scale(x, rank) == p["scale"])
     alpha = next(found, None)
     if alpha is None:
         raise ValueError(f"no alpha gives the scale {float(p['scale'])!r} at rank {rank}")
-    tensors = {"lora_A": p["a"].T, "lora_B": p["b"].T, "lora_E": p["e"][:, None]}
+    live = live[:rank]
+    a, b, e = p["a"][:, :rank], p["b"][:rank], p["e"][:rank]
+    tensors = {"lora_A": a[:, live].T, "lora_B": b[live].T, "lora_E": e[live, None]}
     alpha = int(alpha) if float(alpha).is_integer() else float(alpha)
-    return Slice(tensors, {"init_r": rank, "lora_alpha": alpha})
+    return Slice(tensors, {"init_r": rank, "lora_alpha": alpha, "mask": live.tolist()})
+
+
+def _settle_adalora(
+    modules: Mapping[str, Fields],
+) -> tuple[Mapping[str, Fields], Fields]:
+    """The masks as one field, None where nothing was taken out."""
+    masks = {f"{module}.lora_E": fields.get("mask") for module, fields in modules.items()}
+    if all(mask is None or all(mask) for mask in masks.values()):
+        none = {module: {**fields, "mask": None} for module, fields in modules.items()}
+        return none, {"rank_pattern": None}
+    return modules, {"rank_pattern": masks}
 
 
 def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
-    rank, alpha = fields["init_r"], fields["lora_alpha"]
+    full, alpha = fields["init_r"], fields["lora_alpha"]
+    scale, mask = _ada_scale(alpha, full), fields.get("mask")
+    live = np.ones(full, bool) if mask is None else np.asarray(mask)
+    if len(live) != full:
+        raise ValueError(f"rank_pattern has {len(live)} directions, expected init_r = {full}")
+    rank = int(live.sum())
     want_shape("lora_A", t["lora_A"], (rank, site.d_in))
     want_shape("lora_B", t["lora_B"], (site.d_out, rank))
     want_shape("lora_E", t["lora_E"], (rank, 1))
-    trainable = {"a": t["lora_A"].T, "b": t["lora_B"].T, "e": t["lora_E"][:, 0]}
-    return Read(AdaLoRA(rank, alpha), trainable, {"scale": _ada_scale(alpha, rank)})
+    parts = {"a": t["lora_A"].T, "b": t["lora_B"].T, "e": t["lora_E"][:, 0]}
+    trainable = {}
+    for name, part in parts.items():  # zeros where a direction was taken out
+        axis = AdaLoRA.rank_axes[name]
+        whole = np.zeros([full if k == axis % part.ndim else n for k, n in enumerate(part.shape)])
+        index: list[Any] = [slice(None)] * part.ndim
+        index[axis] = np.flatnonzero(live)
+        trainable[name] = whole.astype(part.dtype)
+        trainable[name][tuple(index)] = part
+    return Read(AdaLoRA(full, alpha), trainable, {"scale": scale})
 
 
 LORA = Table(
@@ -203,10 +244,11 @@ ADALORA = Table(
     fields={"init_r": 12, "lora_alpha": 8},
     write=_write_adalora,
     read=_read_adalora,
-    # a rank_pattern is a mask by module here, of directions that the schedule has taken out
-    fixed={**FIXED, "alpha_pattern": {}, "rank_pattern": None, "use_rslora": False},
+    fixed={**FIXED, "alpha_pattern": {}, "use_rslora": False},
     choose={"use_dora": False},
-    free={**FREE, **SCHEDULE, "lora_dropout": 0.0},
+    free={**FREE, **SCHEDULE, "lora_dropout": 0.0, "rank_pattern": None},
+    masks=("rank_pattern", "lora_E"),  # of directions that the schedule has taken out
+    settle=_settle_adalora,
     allowed=ALLOWED,
     sparse=True,
 )

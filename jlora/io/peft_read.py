@@ -110,6 +110,11 @@ def check_modules(
             raise FormatError(path, f"{module!r} has {sorted(found)}, expected one of {wanted}")
         if not reader.targets(module):
             raise FormatError(path, f"has tensors of {module!r}, which the config does not target")
+    if table.masks:
+        field, suffix = table.masks
+        strange = set(reader.config.get(field) or ()) - {f"{module}.{suffix}" for module in mine}
+        if strange:
+            raise FormatError(path, f"{field}: no tensors of {sorted(strange)[:4]}")
     lacking = peft_config.absent(reader, modules, mine)
     if lacking:
         raise FormatError(path, f"lacks tensors of the targets {lacking[:4]}")

@@ -57,6 +57,8 @@ class Table:
       fixed: config fields of which only this value can be represented.
       choose: config fields that tell this table from others of the same `type`.
       free: config fields that do not change the saved function, with what to write.
+      masks: (config field, suffix): the field has a list of booleans by ``module.suffix``, which
+        `read` gets, and `write` gives, as the field ``mask`` (None: none).
       allowed: of a field, the values that can be read.
       needs: fields that must be there: their default has changed over time.
       lacks: of the fields that say which modules are adapted, those this type does not have.
@@ -81,6 +83,7 @@ class Table:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choose: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     free: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    masks: tuple[str, str] | None = None
     allowed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()

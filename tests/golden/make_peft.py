@@ -110,6 +110,15 @@ LATER: dict[str, dict[str, peft.PeftConfig]] = {
         "dora_rslora": peft.LoraConfig(
             r=2, lora_alpha=3, use_dora=True, use_rslora=True, target_modules=["query"]
         ),
+        "adalora_pruned": peft.AdaLoraConfig(
+            init_r=4,
+            target_r=2,
+            lora_alpha=6,
+            total_step=4,
+            tinit=1,
+            tfinal=1,
+            target_modules=["query", "value"],
+        ),
     },
 }
 
@@ -267,6 +276,14 @@ def make(folder: Path) -> None:
         make_adapters(folder / kind, made[kind][0], list(more.items()), len(made[kind][1]))
 
 
+def allocate(model: Any) -> None:
+    """AdaLoRA's schedule to its end, where directions are taken out for good."""
+    for step in range(4):
+        model.zero_grad()
+        model(**inputs())[0].square().mean().backward()
+        model.base_model.update_and_allocate(step)
+
+
 def make_adapters(
     folder: Path,
     model: torch.nn.Module,
@@ -277,6 +294,8 @@ def make_adapters(
         path = folder / name
         wrapped = peft.get_peft_model(copy.deepcopy(model), config)
         randomise(wrapped, number)
+        if name == "adalora_pruned":
+            allocate(wrapped)
         wrapped.save_pretrained(path)
         (path / "README.md").unlink()
         safetensors.torch.save_file({"expected": run(wrapped)}, path / "expected.safetensors")

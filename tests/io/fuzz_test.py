@@ -28,7 +28,17 @@ PARAMETERS = Path(__file__).with_name("parameters_test.py")
 NAMES = {
     "bert": [
         *("lora_patterns", "lora_layers", "lora_exclude", "lora_linear", "lora_embedding", "dora"),
-        *("loha", "lokr", "lokr_factored", "vera", "oft", "boft", "adalora", "hira"),
+        *(
+            "loha",
+            "lokr",
+            "lokr_factored",
+            "vera",
+            "oft",
+            "boft",
+            "adalora",
+            "adalora_pruned",
+            "hira",
+        ),
     ],
     "llama": ["lora_all", "ia3"],
 }
