@@ -58,6 +58,8 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
         raise configs.ConfigError("out.path: lacks; give it there or as --out")
     config = dataclasses.replace(config, out=dataclasses.replace(config.out, path=target))
     row = lookup(config.method)
+    if not dry:
+        write.recover(target)
     write.check_free(target, overwrite)
     base = Base(config.base) if config.base else None
     if config.out.format == "merged" and base is None:

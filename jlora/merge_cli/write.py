@@ -1,7 +1,8 @@
 """The result in files: whole, or not there at all.
 
 Everything is written into a hidden directory beside the target, which is renamed when it is
-complete, and removed when anything goes wrong.
+complete, and removed when anything goes wrong. A run that is killed outright leaves the target as
+it was; the next run removes the hidden directory, and puts back what was about to be replaced.
 
 Source: our reading.
 Deviates: nothing.
@@ -26,8 +27,9 @@ from jlora.merge_cli.base import Base
 def whole(path: Path, overwrite: bool) -> Iterator[Path]:
     """A path to write to, which becomes `path` at the end. Raises FormatError where it exists."""
     path = path.absolute()
+    recover(path)
     check_free(path, overwrite)
-    partial = path.parent / f".{path.name}.partial"
+    partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
@@ -37,6 +39,13 @@ def whole(path: Path, overwrite: bool) -> Iterator[Path]:
         os.replace(partial / "new", path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Puts back what a run moved away from `path`, if it was killed before its last rename."""
+    old = _partial(path.absolute()) / "old"
+    if old.exists() and not path.exists():
+        os.replace(old, path)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -102,3 +111,7 @@ def cast(adapter: Adapter, dtype: str | None) -> Adapter:
     new = {p: {k: t.astype(kind) for k, t in arrays.items()} for p, arrays in
            adapter.trainable.items()}  # fmt: skip
     return adapter.replace(trainable=new)
+
+
+def _partial(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,9 +146,10 @@ def test_merged_weights_shard_by_shard(dtype, job, sharded):
 
 
 def test_types_whose_delta_needs_the_base(job):
-    """LoRA, LoKr, DoRA, OFT, IA3 in one merge: against merging each by the library."""
+    """LoRA, LoHa, LoKr, DoRA, OFT, IA3 in one merge: against merging each by the library."""
     base = Base(GOLDEN / "base")
-    kinds, weights = ("lora", "lokr", "dora", "oft", "ia3"), (0.3, 0.2, 0.2, 0.2, 0.1)
+    kinds = ("lora", "loha", "lokr", "dora", "oft", "ia3")
+    weights = (0.3, 0.15, 0.2, 0.2, 0.2, 0.1)
     status, out = job(models=kinds, weights=weights, base_model=str(GOLDEN / "base"),
                       missing="zero")  # fmt: skip
     assert status == 0
@@ -244,6 +246,64 @@ def test_what_a_killed_run_left_is_removed(job, tmp_path):
     (tmp_path / ".out.partial/new").mkdir(parents=True)
     status, out = job()
     assert status == 0 and not list(out.parent.glob(".*"))
+
+
+KILLED = """
+import os, signal, sys
+from jlora.merge_cli import main, write
+real, calls = write.safetensors_file.write, []
+
+def second(*args):
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*args)
+
+write.safetensors_file.write = second
+main.main(["--config", sys.argv[1], "--overwrite"])
+"""
+
+
+def test_kill_9_leaves_the_target_as_it_was(job, sharded, tmp_path):
+    """Killed at its second shard of three; the next run ends as if nothing had happened."""
+    job()
+    job("--dry_run", "--overwrite", base_model=str(sharded), out={"format": "merged"})
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "merge.yaml")],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+    )
+    assert run.returncode == -9, run.stderr
+    assert (tmp_path / ".out.partial/new").is_dir()
+    check_sum(lambda m: delta(tmp_path / "out", m), (0.5, 0.25))
+    status, out = job("--overwrite", base_model=str(sharded), out={"format": "merged"})
+    assert status == 0 and not list(tmp_path.glob(".*"))
+    assert len(list(out.glob("*.safetensors"))) == 3
+
+
+def test_what_a_killed_run_moved_away_is_put_back(job, tmp_path, capsys):
+    """Killed between the two renames: the old result is there again, and still protected."""
+    _, out = job()
+    (tmp_path / ".out.partial").mkdir()
+    os.replace(out, tmp_path / ".out.partial/old")
+    assert job()[0] == 2 and "--overwrite" in capsys.readouterr().err
+    check_sum(lambda m: delta(out, m), (0.5, 0.25))
+
+
+def test_the_configuration_of_the_readme_runs(tmp_path, capsys):
+    """As it is written, on folders of those names: plan, then result against numpy."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (text,) = re.findall(r"<!-- merge config -->\n```yaml\n(.*?)```", readme, re.S)
+    (tmp_path / "merge.yaml").write_text(text)
+    places = {"adapters/math": "lora", "adapters/code": "lora_rslora", "models/base": "base"}
+    for place, golden in places.items():
+        shutil.copytree(GOLDEN / golden, tmp_path / place)
+    argv = ["--config", str(tmp_path / "merge.yaml")]
+    assert command.main([*argv, "--dry_run"]) == 0 and not (tmp_path / "merged").exists()
+    assert "peak memory" in capsys.readouterr().out
+    assert command.main(argv) == 0
+    code = {0: 0.1, 1: 0.5, 2: 0.9}  # a gradient over the layers
+    check_sum(lambda m: delta(tmp_path / "merged", m), lambda m: (0.6, code[int(m.split(".")[2])]))
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt(), SystemExit(143)])
