@@ -26,7 +26,7 @@ Directions of value zero count neither in the mean nor in the result. Weights ar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jlora.core.algebra import LowRank
 from jlora.merging.core_space import from_core, to_core
@@ -48,22 +48,29 @@ def iso_cts(bank: LowRank, weights: Array, *, common: float = 0.8) -> LowRank:
     k = min(p, q)
     own = min(round((k - int(k * common)) / n), k // n)
     tasks = core.cores * weights[:, None, None]
-    parts = [_directions(jnp.sum(tasks, axis=0)[None], k - n * own)]
+    whole = jnp.sum(tasks, axis=0)[None]
+    parts = [_directions(whole, k - n * own, whole)]
     if own:
         x = parts[0][0][0]
-        parts.append(_directions(tasks - dot("pk,rk,nrq->npq", x, x, tasks), own))
+        parts.append(_directions(tasks - dot("pk,rk,nrq->npq", x, x, tasks), own, tasks))
     x = jnp.concatenate([jnp.moveaxis(x, 0, 1).reshape(p, -1) for x, _, _ in parts], axis=1)
     y = jnp.concatenate([y.reshape(-1, q) for _, y, _ in parts])
     s = jnp.concatenate([s.reshape(-1) for _, _, s in parts])
     return from_core(core, _mean(s) * dot("pk,kq->pq", polar(x), polar(y)))
 
 
-def _directions(c: Array, rank: int) -> tuple[Array, Array, Array]:
-    """Paired leading directions of c [N, p, q]: x [N, p, rank], y [N, rank, q], s [N, rank]."""
+def _directions(c: Array, rank: int, of: Array) -> tuple[Array, Array, Array]:
+    """Paired leading directions of c [N, p, q]: x [N, p, rank], y [N, rank, q], s [N, rank].
+
+    Those that are noise beside `of` [N, p, q], what c is a part of, are zero.
+    """
     if not rank:
         return c[:, :, :0], c[:, :0], c[:, 0, :0]
     x, b, y, s = jax.vmap(lambda t: top_pair(t, rank))(c)
-    return dot("npk,nkl->npl", x, jax.vmap(polar)(b)), y, s
+    noise = 4 * max(c.shape[1:]) * jnp.finfo(c.dtype).eps * jnp.linalg.norm(of, axis=(1, 2))
+    live = lax.stop_gradient((s > noise[:, None]).astype(s.dtype))
+    x = dot("npk,nkl->npl", x, jax.vmap(polar)(b)) * live[:, None, :]
+    return x, y * live[:, :, None], s * live
 
 
 def _mean(s: Array) -> Array:

@@ -114,3 +114,14 @@ def test_gradient_by_differences(function, make, dense):
 def test_bad_common(make):
     with pytest.raises(ValueError, match="common: got 2"):
         iso_cts(make(), ONE, common=2.0)
+
+
+def test_adapters_of_one_basis_get_no_directions_of_noise(make, dense):
+    """They share their first factor: nothing outside of its span, whatever their order."""
+    bank = make(d_in=9, d_out=8)
+    bank = bank._replace(u=jnp.broadcast_to(bank.u[:1], bank.u.shape))
+    merged, q = dense(iso_cts(bank, ONE)), np.linalg.qr(bank.u[0])[0]
+    size = np.linalg.norm(merged)
+    assert np.linalg.norm(merged - q @ (q.T @ merged)) < 1e-4 * size
+    other = dense(iso_cts(jax.tree.map(lambda t: jnp.roll(t, 1, axis=0), bank), ONE))
+    assert np.linalg.norm(merged - other) < 1e-4 * size
