@@ -15,7 +15,7 @@ from jlora.core.adapter import Site
 from jlora.core.algebra import Deltas
 from jlora.merge_cli.config import Config, ConfigError, layer_of, resolve
 from jlora.merging.inputs import Gathered
-from jlora.merging.run import apply
+from jlora.merging.run import apply, memory_of
 from jlora.merging.table import Merging
 
 
@@ -83,13 +83,9 @@ def memory(plan: Plan, bank: Deltas, seed: int) -> dict[str, int]:
     peak, results = 0, 0
     for chunk in plan.chunks:
         part = {p: bank[p] for p in chunk.paths}
-        program = jax.jit(lambda b, c=chunk: run_chunk(plan, c, b, seed, jit=False))
-        compiled = program.lower(part).compile()
-        stats = compiled.memory_analysis()
-        out = sum(math.prod(t.shape) * t.dtype.itemsize for t in jax.tree.leaves(
-            jax.eval_shape(program, part)))  # fmt: skip
+        out, temporary = memory_of(lambda b, c=chunk: run_chunk(plan, c, b, seed, jit=False), part)
         results += out
-        peak = max(peak, (stats.temp_size_in_bytes if stats else 0) + out)
+        peak = max(peak, temporary + out)
     return {"adapters": _bytes(bank), "merged": results, "largest step": peak}
 
 

@@ -16,5 +16,6 @@ from jlora.merging.run import bound as bound
 from jlora.merging.run import certificate as certificate
 from jlora.merging.run import lookup as lookup
 from jlora.merging.run import merge as merge
+from jlora.merging.run import peak_memory as peak_memory
 from jlora.merging.table import METHODS as METHODS
 from jlora.merging.table import Merging as Merging

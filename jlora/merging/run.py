@@ -7,6 +7,7 @@ Deviates: nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +75,37 @@ def certificate(
     row = lookup(name)
     bank, weights, _ = gather(adapters, weights)
     return bound(row, bank, weights, **options)
+
+
+def peak_memory(
+    name: str,
+    adapters: Sequence[Adapter] | Adapter,
+    weights: Any = None,
+    *,
+    key: Array | None = None,
+    missing: str = "error",
+    **options: Any,
+) -> dict[str, int]:
+    """Bytes of a merge as compiled here, without running it: "adapters", "merged", "temporary".
+
+    Their sum is the peak. Raises ValueError as `merge` does.
+    """
+    row = lookup(name)
+    bank, weights, _ = gather(adapters, weights, missing=missing)
+    run = functools.partial(apply, row, key=key, jit=False, **options)
+    merged, temporary = memory_of(run, bank, weights)
+    return {"adapters": _bytes(bank), "merged": merged, "temporary": temporary}
+
+
+def memory_of(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
+    """Bytes of the results and of the temporary arrays of a function, as compiled."""
+    program = jax.jit(function)
+    stats = program.lower(*args).compile().memory_analysis()
+    return _bytes(jax.eval_shape(program, *args)), stats.temp_size_in_bytes if stats else 0
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(t.shape) * t.dtype.itemsize for t in jax.tree.leaves(tree))
 
 
 def bound(row: Merging, bank: Deltas, weights: Any, **options: Any) -> dict[str, Array]:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import jlora as jl
+from jlora.core.algebra import LowRank
 from jlora.merging import run as running
+from jlora.merging.streamed import Solver
 
 W = np.array([0.5, 0.3, 0.2], np.float32)
 
@@ -60,6 +62,23 @@ def test_gradient_through_a_merge(params, adapters):
     y = np.ones((2, 8)) @ (params["lora"] + sum(w * d for w, d in zip(W, deltas, strict=True)))
     want = [2 * (y * (np.ones((2, 8)) @ d)).sum() for d in deltas]
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.asarray(W)), want, rtol=1e-4)
+
+
+def test_peak_memory_is_told_before_a_merge():
+    """Eight adapters of 512 x 512 by TIES: a quarter of their dense deltas; stored, more."""
+    rng = np.random.default_rng(0)
+    u, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 512, 4), (8, 4, 512)))
+    site = jl.Site("w", (512, 512), "io", jnp.dtype("float32"), ("dot",))
+    bank = jl.merging.to_adapter({"w": LowRank(u, v)}, [site])
+    told = {
+        store: jl.merging.peak_memory("ties", bank, rank=4, solver=Solver(power=1, store=store))
+        for store in (False, True)
+    }
+    dense = 512 * 512 * 4
+    assert told[False]["adapters"] == u.nbytes + v.nbytes
+    assert told[False]["merged"] == 2 * 512 * 4 * 4
+    assert 0 < told[False]["temporary"] < 8 * dense / 4
+    assert told[True]["temporary"] > dense
 
 
 @pytest.mark.parametrize(
