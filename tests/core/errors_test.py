@@ -27,7 +27,16 @@ product.defvjp(
     lambda saved, g: (saved[1].T @ g, g @ saved[0].T),
 )
 
+
+def in_shards(w, x):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec()
+    run = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    return run(w, x)
+
+
 CASES = {
+    "shard_map": in_shards,
     "mul": lambda w, x: x @ (w * 2),
     "add": lambda w, x: x @ (w + 1),
     "concatenate": lambda w, x: x @ jnp.concatenate([w, w], 1),
@@ -57,6 +66,20 @@ def test_errors_name_path_primitive_and_line(primitive):
     np.testing.assert_allclose(
         jl.lift(fn, on_dense="merge")(W, a, X), fn(jl.merge(W, a), X), rtol=1e-5, atol=1e-5
     )
+
+
+def test_the_line_is_that_of_the_operation():
+    def fn(p, x):
+        h = x @ p["block"]["w"]
+        w = p["block"]["w"] * 3  # this one
+        return h @ w
+
+    a = jl.init(
+        jax.random.key(0), lambda p, x: x @ p["block"]["w"], W, X, methods={"w": jl.LoRA(2)}
+    )
+    line = fn.__code__.co_firstlineno + 2
+    with pytest.raises(jl.DenseWeightError, match=rf"'mul' at \S*errors_test.py:{line}\b"):
+        jl.lift(fn)(W, a, X)
 
 
 def test_returning_a_weight_is_an_error():

@@ -67,6 +67,15 @@ class Convs(nn.Module):
         return x
 
 
+class OtherConvs(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3,), padding="CAUSAL", kernel_dilation=2, name="line")(x)
+        x = nn.Conv(8, (3,), feature_group_count=4, name="depthwise")(x)
+        x = x.reshape(2, 3, 2, 2, 4)
+        return nn.Conv(3, (2, 1, 2), strides=(1, 2, 1), feature_group_count=1, name="space")(x)
+
+
 def linen(module, x):
     return module.apply, jax.eval_shape(module.init, jax.random.key(0), x)
 
@@ -78,9 +87,20 @@ def filled(shapes):
 
 LINEN = {
     "scan and remat": (Scanned(jax.checkpoint_policies.dots_saveable), X, r"kernel"),
+    "scan and remat, nothing saved": (
+        Scanned(jax.checkpoint_policies.nothing_saveable),
+        X,
+        r"up/kernel",
+    ),
+    "scan and remat, names saved": (
+        Scanned(jax.checkpoint_policies.save_only_these_names("h")),
+        X,
+        r"up/kernel",
+    ),
     "general": (General(), X, r"kernel"),
     "tied": (Tied(), IDS, r"embedding|kernel"),
     "convolutions": (Convs(), np.ones((2, 5, 6, 2)), r"kernel"),
+    "other convolutions": (OtherConvs(), np.ones((2, 6, 2)), r"kernel"),
 }
 
 
