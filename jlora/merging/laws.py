@@ -1,10 +1,10 @@
 """The laws of merging, as errors: what `table.LAWS` says, measured on one bank.
 
 ====  ====================================================================
-Δ     merged delta; |.| the Frobenius norm over all sites and slices
+Δ     merged delta of a site; |.| the Frobenius norm over its slices
 ====  ====================================================================
 
-.. math:: \\mathrm{error} = |\\Delta_1 - \\Delta_2| \\, / \\, |\\text{inputs}|
+.. math:: \\mathrm{error} = \\max_{\\text{sites}} |\\Delta_1 - \\Delta_2| \\, / \\, |\\text{inputs}|
 
 `error(law, row, world)` is 0 where a law holds exactly, about the precision where it holds, and
 not small where it is broken; infinite where something is not finite. Deltas are compared densely:
@@ -28,6 +28,8 @@ from jlora.core.algebra import Deltas, LowRank
 from jlora.merging.run import apply, bound
 from jlora.merging.table import Merging
 
+Errors = dict[str, float]  # path -> error
+
 
 class World(NamedTuple):
     """The inputs that the laws are measured on."""
@@ -44,15 +46,22 @@ def laws_of(row: Merging) -> list[str]:
 
 
 def error(law: str, row: Merging, world: World) -> float:
-    """The error of a law, relative to the norm of the bank."""
+    """The error of a law, relative to the norm of the bank, at the site where it is largest."""
+    return max(errors(law, row, world).values())
+
+
+def errors(law: str, row: Merging, world: World) -> dict[str, float]:
+    """{path: error}; a law that is no comparison of deltas has one error, under ""."""
     if row.size is not None:
         w = world.weights[: row.size]
         world = world._replace(bank=_take(world.bank, slice(row.size)), weights=w / jnp.sum(w))
-    got = float(CHECKS[law](row, world)) / float(algebra.norm(world.bank))
-    return got if np.isfinite(got) else float("inf")
+    got = CHECKS[law](row, world)
+    size = {p: float(algebra.norm({p: d})) for p, d in world.bank.items()} if len(got) > 1 else {}
+    gaps = {path: gap / size.get(path, 1.0) for path, gap in got.items()}
+    return {path: gap if np.isfinite(gap) else float("inf") for path, gap in gaps.items()}
 
 
-def weight_one(row: Merging, world: World) -> float:
+def weight_one(row: Merging, world: World) -> Errors:
     """One adapter of weight 1; where a method takes a fixed number, the others weigh 0."""
     if row.size is None:
         return _gap(_merge(row, world, _take(world.bank, slice(1)), [1.0]), _first(world.bank))
@@ -60,13 +69,13 @@ def weight_one(row: Merging, world: World) -> float:
     return _gap(_merge(row, world, world.bank, w), _first(world.bank))
 
 
-def idempotent(row: Merging, world: World) -> float:
+def idempotent(row: Merging, world: World) -> Errors:
     """Equal adapters, weights that sum to 1."""
     same = jax.tree.map(lambda t: jnp.broadcast_to(t[:1], t.shape), world.bank)
     return _gap(_merge(row, world, same), _first(world.bank))
 
 
-def permutation(row: Merging, world: World) -> float:
+def permutation(row: Merging, world: World) -> Errors:
     """The adapters in another order, with their weights and ids."""
     order = np.roll(np.arange(world.weights.shape[0]), 1)
     bank, w = _take(world.bank, order), world.weights[order]
@@ -74,7 +83,7 @@ def permutation(row: Merging, world: World) -> float:
     return _gap(_merge(row, world, bank, w, ids=ids), _merge(row, world))
 
 
-def gauge(row: Merging, world: World) -> float:
+def gauge(row: Merging, world: World) -> Errors:
     """(u G, G^-1 v), another G for each site, slice and adapter."""
 
     def turned(k: int, low: LowRank) -> LowRank:
@@ -88,24 +97,24 @@ def gauge(row: Merging, world: World) -> float:
     return _gap(_merge(row, world, bank), _merge(row, world))
 
 
-def certificate(row: Merging, world: World) -> float:
+def certificate(row: Merging, world: World) -> Errors:
     """The excess of the true error over its bound; the difference where the bound is tight."""
     w = _dense(algebra.combine(world.bank, world.weights))
     made = _dense(_merge(row, world))
-    worst = 0.0
+    out = {}
     for path, limit in bound(row, world.bank, world.weights, **row.options).items():
         true = np.sqrt(((w[path] - made[path]) ** 2).sum((-2, -1)))
         gap = true - np.asarray(limit, np.float64)
-        worst = max(worst, float((np.abs(gap) if row.tight else gap).max()))
-    return worst
+        out[path] = float((np.abs(gap) if row.tight else gap).max())
+    return out
 
 
-def jit(row: Merging, world: World) -> float:
+def jit(row: Merging, world: World) -> Errors:
     """Jitted against not jitted."""
     return _gap(_merge(row, world, jit=False), _merge(row, world))
 
 
-def sharded(row: Merging, world: World) -> float:
+def sharded(row: Merging, world: World) -> Errors:
     """Rows, columns and layers spread over devices, against one device."""
     if world.mesh is None:
         raise ValueError("world.mesh: got None, expected a mesh")
@@ -121,7 +130,7 @@ def sharded(row: Merging, world: World) -> float:
     return _gap(_merge(row, world, bank), _merge(row, world))
 
 
-def gradient(row: Merging, world: World) -> float:
+def gradient(row: Merging, world: World) -> Errors:
     """Zero where the gradient by weights and factors is finite and not all zero."""
 
     def f(bank: Deltas, w: Array) -> Array:
@@ -130,10 +139,10 @@ def gradient(row: Merging, world: World) -> float:
 
     grads = jax.tree.leaves(jax.jit(jax.grad(f, (0, 1)))(world.bank, world.weights))
     size = sum(float(jnp.sum(jnp.abs(g))) for g in grads)
-    return 0.0 if np.isfinite(size) and size > 0 else float("inf")
+    return {"": 0.0 if np.isfinite(size) and size > 0 else float("inf")}
 
 
-def memory(row: Merging, world: World) -> float:
+def memory(row: Merging, world: World) -> Errors:
     """Zero where no array of the program on a large site is a quarter of a dense delta or more."""
     n, width = world.weights.shape[0], 4096
     u, v = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((n, width, 4), (n, 4, width)))
@@ -142,7 +151,7 @@ def memory(row: Merging, world: World) -> float:
         return _merge(row, world._replace(weights=w), bank, w, jit=False)
 
     jaxpr = jax.make_jaxpr(f)({"x": LowRank(u, v)}, world.weights).jaxpr  # type: ignore[arg-type]
-    return 0.0 if 4 * max(_sizes(jaxpr)) < width * width else float("inf")
+    return {"": 0.0 if 4 * max(_sizes(jaxpr)) < width * width else float("inf")}
 
 
 def _sizes(jaxpr: Any) -> Iterator[int]:
@@ -158,7 +167,7 @@ def _program(x: Any) -> bool:
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
-CHECKS: dict[str, Callable[[Merging, World], float]] = {
+CHECKS: dict[str, Callable[[Merging, World], Errors]] = {
     f.__name__: f
     for f in (
         weight_one,
@@ -197,6 +206,6 @@ def _dense(x: Deltas) -> dict[str, np.ndarray]:
     return {path: u @ v for path, (u, v) in pairs.items()}
 
 
-def _gap(x: Deltas, y: Deltas) -> float:
+def _gap(x: Deltas, y: Deltas) -> Errors:
     a, b = _dense(x), _dense(y)
-    return float(np.sqrt(sum(((a[p] - b[p]) ** 2).sum() for p in b)))
+    return {p: float(np.sqrt(((a[p] - b[p]) ** 2).sum())) for p in b}

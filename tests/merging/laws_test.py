@@ -1,15 +1,67 @@
-"""Every row keeps every law, or breaks it as it says; doubles that break a law fail."""
+"""Every row keeps every law on adapters of every type, or breaks it as it says; doubles fail."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import jlora as jl
+from jlora import registry
 from jlora.core.algebra import LowRank
 from jlora.merging import METHODS, Merging
 from jlora.merging.concat import concat
-from jlora.merging.laws import CHECKS, error, laws_of
+from jlora.merging.laws import CHECKS, error, errors, laws_of
 from jlora.merging.table import LAWS, ROWS
 from jlora.merging.truncated import truncated
+
+TYPES = {  # beside those of `conftest.TYPES`; those that need the weight are made LoRA first
+    "vera": jl.VeRA(4),
+    "pissa": jl.PiSSA(2),
+    "adalora": jl.AdaLoRA(4),
+    "dora": jl.DoRA(2),
+    "oft": jl.OFT(block=4),
+    "boft": jl.BOFT(block=4),
+    "ia3": jl.IA3("out"),
+    "hira": jl.HiRA(2),
+    "conv": jl.LoRA(4),
+    "conv_dora": jl.DoRA(2),
+    "embedding": jl.LoRA(4),
+}
+KERNEL = (2, 2, 2, 12)  # of a convolution: its matrix is [8, 12]
+
+
+def model(p, x):
+    """x [1, 8]; every site is an [8, 12] matrix."""
+    for name in TYPES:
+        if name.startswith("conv"):
+            image = x.reshape(1, 2, 2, 2)
+            y = jax.lax.conv_general_dilated(
+                image, p[name], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = y.reshape(1, 12)[:, :8]
+        elif name == "embedding":
+            x = x + jnp.take(p[name], jnp.array([3]), axis=0)[:, :8]
+        else:
+            x = (x @ p[name])[:, :8]
+    return x
+
+
+@pytest.fixture(scope="module")
+def world(world):
+    """The adapters of `conftest`, and one site of every other type."""
+    rng, x = np.random.default_rng(5), jnp.ones((1, 8))
+    shapes = {name: KERNEL if name.startswith("conv") else (8, 12) for name in TYPES}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+
+    def one(k):
+        chosen = {f"^{name}$": method for name, method in TYPES.items()}
+        a = jl.init(jax.random.key(k), model, params, x, methods=chosen)
+        move = lambda t: t + jnp.asarray(rng.normal(size=t.shape), t.dtype)  # noqa: E731
+        a = a.replace(trainable=jax.tree.map(move, a.trainable))
+        return jl.merging.to_lora(a, params, rank=4).adapter
+
+    return world._replace(bank=world.bank | jl.merging.gather([one(k) for k in range(3)]).bank)
+
 
 CASES = [(name, law) for name, row in METHODS.items() for law in laws_of(row)]
 
@@ -33,6 +85,29 @@ def check(law, row, world):
 @pytest.mark.parametrize("name, law", CASES, ids=lambda c: c)
 def test_law(name, law, world):
     check(law, METHODS[name], world)
+
+
+def test_every_type_is_there(world):
+    """All methods that merge; one shape, so that the laws compile one program."""
+    assert {low.u.shape[-2:] + low.v.shape[-1:] for low in world.bank.values()} == {(8, 4, 12)}
+    used = {type(m).__name__ for m in TYPES.values()} | {"LoRA", "LoHa", "LoKr"}
+    other = {"Experts", "TokenMask", "TrainableTokens"}  # no merge; rows of a table, not a delta
+    assert used | other == set(registry.methods())
+    per_site = errors("weight_one", Merging("double", twice, ""), world)
+    assert per_site.keys() == world.bank.keys()
+    np.testing.assert_allclose(list(per_site.values()), 1 / np.sqrt(3), atol=0.5)
+
+
+def test_mutation_one_wrong_type_is_seen(world):
+    """A merge that is wrong at a single small site."""
+    small = {p: LowRank(d.u * (1e-6 if p == "ia3" else 1.0), d.v) for p, d in world.bank.items()}
+
+    def wrong(bank, weights):
+        keep = (jnp.max(jnp.abs(bank.u)) > 1e-3).astype(weights.dtype)
+        return concat(bank, weights * keep)
+
+    with pytest.raises(AssertionError, match="breaks weight_one"):
+        check("weight_one", Merging("double", wrong, ""), world._replace(bank=small))
 
 
 def test_table():
