@@ -29,6 +29,7 @@ TEST = [
     "equinox>=0.13",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
+    "lycoris-lora==4.1.3; python_version < '3.12'",
     "nbclient>=0.10",
     "peft==0.21.2",
     "pyright>=1.1.400",
