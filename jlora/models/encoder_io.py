@@ -106,15 +106,15 @@ def load(directory: str | Path, ignore: str = IGNORE) -> tuple[EncoderConfig, Pa
         if missing or surplus:
             raise ValueError(f"{path}: missing tensors {missing}, surplus tensors {surplus}")
         for leaf, name, shape, flip in expected:
-            value = _read(file, stored[name], shape, path)
+            value = read_tensor(file, stored[name], shape, path)
             leaves.setdefault(leaf, []).append(value.T if flip else value)
-    return config, _nest({leaf: _stack(leaf, parts, path) for leaf, parts in leaves.items()})
+    return config, nest({leaf: stack_leaf(leaf, parts, path) for leaf, parts in leaves.items()})
 
 
 def save(directory: str | Path, config: EncoderConfig, params: Params) -> None:
     """Write ``config.json`` and ``model.safetensors`` (names without prefix, no pooler)."""
     directory = Path(directory)
-    flat = _flatten(params)
+    flat = flatten(params)
     tensors, counts = {}, dict.fromkeys(flat, 0)
     for leaf, name, shape, flip in _names(config):
         if leaf not in flat:
@@ -160,7 +160,7 @@ def _plain(name: str) -> str:
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
-def _read(file, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
+def read_tensor(file, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
     view = file.get_slice(name)
     if (got := tuple(view.get_shape())) != shape:
         raise ValueError(f"{path}: {name}: got shape {got}, expected {shape}")
@@ -173,13 +173,13 @@ def _read(file, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
     return value
 
 
-def _stack(leaf: str, parts: list[np.ndarray], path: Path) -> jax.Array:
+def stack_leaf(leaf: str, parts: list[np.ndarray], path: Path) -> jax.Array:
     if len(dtypes := sorted({str(p.dtype) for p in parts})) > 1:
         raise ValueError(f"{path}: {leaf}: got dtypes {dtypes} over the layers, expected one")
     return jnp.asarray(np.stack(parts) if leaf.startswith("layers/") else parts[0])
 
 
-def _nest(flat: dict[str, jax.Array]) -> Params:
+def nest(flat: dict[str, jax.Array]) -> Params:
     tree: Params = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
@@ -190,9 +190,9 @@ def _nest(flat: dict[str, jax.Array]) -> Params:
     return tree
 
 
-def _flatten(tree: Params, prefix: str = "") -> dict[str, jax.Array]:
+def flatten(tree: Params, prefix: str = "") -> dict[str, jax.Array]:
     flat = {}
     for key, value in tree.items():
         inner = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{key}/") if inner else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}/") if inner else {prefix + key: value}
     return flat
