@@ -56,7 +56,7 @@ def measure(
     """
     world = world_lib.build(config, workdir, cache)
     bench = lib.train(world, plan, workdir)
-    names = [t.name for t in bench.world.tasks]
+    names = list(bench.tasks)
     seeds = min(seeds, config.zoo_seeds + 1) if seeds else config.zoo_seeds + 1
     cells = [(s, m) for s in lib.settings(plan, names, seeds)
              for m in (*plan.methods, *plan.learned) if fits(s, m)]  # fmt: skip

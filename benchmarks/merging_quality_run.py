@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,9 +119,7 @@ class Setting(NamedTuple):
 class Rows(NamedTuple):
     """Rows of one task and split, padded to one number."""
 
-    hidden: jax.Array  # [n, t, d]
-    mask: jax.Array  # [n, t]
-    head: jax.Array  # [n, 2, d]
+    inputs: tuple[jax.Array, ...]  # [n, ...] each: what the classifier takes after the parameters
     label: jax.Array  # [n] int32
     real: int  # rows that are not padding
 
@@ -129,7 +127,9 @@ class Rows(NamedTuple):
 class Bench(NamedTuple):
     """Everything that all cells share."""
 
-    world: World  # of the merged tasks
+    tasks: tuple[str, ...]  # names of the merged tasks
+    apply: Callable[..., jax.Array]  # (base, *inputs) -> logits [n, classes]; hashable
+    base: PyTree  # the parameters that adapters are merged into
     adapters: Mapping[tuple[str, int, int], jl.Adapter]  # (task, seed, rank) -> trained adapter
     multitask: jl.Adapter  # trained on all tasks at once, rank of `ranks[0]`
     test: Mapping[str, Rows]
@@ -190,7 +190,14 @@ def train(world: World, plan: Plan, workdir: Path) -> Bench:
     assert multitask is not None
     test = {n: rows(full, n, "test", plan.test_rows) for n in names}
     few = {n: rows(full, n, "validation", plan.validation_rows) for n in names}
-    return Bench(full, adapters, multitask, test, few)
+    apply = text_classifier(full.model, full.config.head_scale)
+    return Bench(tuple(names), apply, full.upper, adapters, multitask, test, few)
+
+
+@functools.cache
+def text_classifier(model: Any, scale: float) -> Callable[..., jax.Array]:
+    """`classifier`, one and the same function for equal arguments, so that jit knows it again."""
+    return classifier(model, scale)
 
 
 def rows(world: World, task: str, split: str, size: int) -> Rows:
@@ -199,14 +206,15 @@ def rows(world: World, task: str, split: str, size: int) -> Rows:
     index, label = found.index[:size], found.label[:size]
     at = np.resize(np.arange(len(index)), size)
     head = np.broadcast_to(world.head_of(task), (size, *world.heads.shape[1:]))
-    return Rows(world.hidden[index[at]], world.mask[index[at]], jnp.asarray(head),
-                jnp.asarray(label[at]), len(index))  # fmt: skip
+    inputs = (world.hidden[index[at]], world.mask[index[at]], jnp.asarray(head))
+    return Rows(inputs, jnp.asarray(label[at]), len(index))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _right(model: Any, scale: float, upper: PyTree, found: tuple[jax.Array, ...]) -> jax.Array:
-    hidden, mask, head, label = found
-    return classifier(model, scale)(upper, hidden, mask, head).argmax(-1).astype(jnp.int32) == label
+@functools.partial(jax.jit, static_argnums=0)
+def _right(
+    apply: Callable[..., jax.Array], base: PyTree, inputs: tuple[jax.Array, ...], label: jax.Array
+) -> jax.Array:
+    return apply(base, *inputs).argmax(-1).astype(jnp.int32) == label
 
 
 @jax.jit
@@ -222,14 +230,13 @@ def accuracy(
     split: str = "test",
 ) -> dict[str, float]:  # fmt: skip
     """{task: accuracy} of the base with `factor` times an adapter (None: the base itself)."""
-    world = bench.world
-    upper = world.upper
+    base = bench.base
     if adapter is not None:
-        upper = scaled(upper, adapter, jnp.float32(factor))
+        base = scaled(base, adapter, jnp.float32(factor))
     out = {}
     for task in tasks:
-        *found, real = getattr(bench, split)[task]
-        hit = _right(world.model, world.config.head_scale, upper, tuple(found))
+        inputs, label, real = getattr(bench, split)[task]
+        hit = _right(bench.apply, base, inputs, label)
         out[task] = float(np.asarray(hit)[:real].mean())
     return out
 
@@ -274,30 +281,30 @@ def _learned(
     found = [bench.validation[t] for t in setting.tasks]
     draw = np.random.default_rng(setting.seed)
     picks = [draw.integers(0, r.real, (steps, few)) for r in found]
-    batches = tuple(tuple(x[p] for x in r[:4]) for r, p in zip(found, picks, strict=True))
+    whole = [(*r.inputs, r.label) for r in found]
+    batches = tuple(tuple(x[p] for x in r) for r, p in zip(whole, picks, strict=True))
     if method == "lorahub":  # one batch, of the same rows
-        batches = tuple(tuple(x[: 2 * few] for x in r[:4]) for r in found)
+        batches = tuple(tuple(x[: 2 * few] for x in r) for r in whole)
     bank = jl.merging.gather(parts)
-    model, scale = bench.world.model, bench.world.config.head_scale
     key = jax.random.key(setting.seed)
-    made = _learn(model, scale, method, bank.sites, bench.world.upper, bank.bank, batches, key)
+    made = _learn(bench.apply, method, bank.sites, bench.base, bank.bank, batches, key)
     return jl.merging.to_adapter(made, bank.sites)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _learn(model, scale, method, sites, upper, bank, batches, key):
-    tuned = jl.lift(classifier(model, scale))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _learn(apply, method, sites, base, bank, batches, key):
+    tuned = jl.lift(apply)
     low = {path: (u, v) for path, (u, v) in bank.items()}
     size = next(iter(low.values()))[0].shape[0]
     whole = [jl.merging.to_adapter({p: jl.algebra.LowRank(u[n], v[n]) for p, (u, v) in low.items()},
                                    sites) for n in range(size)]  # fmt: skip
 
     def logits(adapter, x):
-        return tuned(upper, adapter, *x[:3])
+        return tuned(base, adapter, *x[:-1])
 
     def loss(adapter, batch):
         logp = [jax.nn.log_softmax(logits(adapter, x)) for x in batch]
-        each = [-jnp.take_along_axis(p, x[3][:, None], 1).mean()
+        each = [-jnp.take_along_axis(p, x[-1][:, None], 1).mean()
                 for p, x in zip(logp, batch, strict=True)]  # fmt: skip
         return jnp.stack(each).mean()
 
