@@ -26,7 +26,7 @@ from absl import app, flags
 from experiments import config as config_lib
 from experiments.config import STAGES, Config
 from experiments.data.assets import AssetError
-from experiments.workdir import Stage, StageError, explain_oserror, write_json
+from experiments.workdir import Stage, StageError, explain_failed_write, write_json
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
 STAGE = flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
@@ -181,10 +181,10 @@ def main(argv: list[str]) -> None:
             return
         command = shlex.join(["python", "-m", "experiments.cond_pdiff", *sys.argv[1:]])
         report = pipeline(config, workdir, STAGE.value, cache, command)
-    except OSError as error:
-        _fail(explain_oserror(error, workdir))
-    except (StageError, AssetError, ValueError, FloatingPointError) as error:
+    except (StageError, AssetError, FloatingPointError) as error:
         _fail(str(error))
+    except (OSError, ValueError) as error:
+        _fail(explain_failed_write(error, workdir) or str(error))
     else:
         if report is not None:
             show(report, workdir)

@@ -131,11 +131,17 @@ class Stage:
                 target.unlink()
 
 
-def explain_oserror(error: OSError, workdir: Path) -> str:
-    """One clear line for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def explain_failed_write(error: OSError | ValueError, workdir: Path) -> str | None:
+    """One clear line for a failed write; None for a ValueError that is none.
+
+    The writer of arrays below Orbax reports a full disk as a ValueError.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):
         return (
             f"the disk is full ({workdir}); finished stages are kept: free some space and run the"
             " same command again"
         )
+    if isinstance(error, ValueError):
+        return None
     return f"cannot write below {workdir}: {error}"

@@ -64,5 +64,8 @@ def test_a_stage_is_done_only_after_commit_and_notices_damage(tmp_path):
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path):
-    text = workdir.explain_oserror(OSError(errno.ENOSPC, "No space left on device"), tmp_path)
-    assert "the disk is full" in text and "finished stages are kept" in text
+    below_orbax = ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), below_orbax):
+        text = workdir.explain_failed_write(error, tmp_path)
+        assert "the disk is full" in text and "finished stages are kept" in text
+    assert workdir.explain_failed_write(ValueError("rank: got 0"), tmp_path) is None
