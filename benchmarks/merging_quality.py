@@ -58,10 +58,21 @@ def measure(
     bench = lib.train(world, plan, workdir)
     names = list(bench.tasks)
     seeds = min(seeds, config.zoo_seeds + 1) if seeds else config.zoo_seeds + 1
+    return {
+        "config": dataclasses.asdict(config),
+        **judged(bench, plan, seeds, workdir, key(config, plan)),
+    }
+
+
+def judged(
+    bench: lib.Bench, plan: lib.Plan, seeds: int, workdir: Path, stage_key: str
+) -> dict[str, Any]:
+    """What is in the JSON file of any bench, less its config; finished cells are read back."""
+    names = list(bench.tasks)
     cells = [(s, m) for s in lib.settings(plan, names, seeds)
              for m in (*plan.methods, *plan.learned) if fits(s, m)]  # fmt: skip
     cells.sort(key=lambda cell: cell[0].seed)  # stable: a seed is finished before the next
-    stage = Stage(workdir, "merges", key(config, plan))
+    stage = Stage(workdir, "merges", stage_key)
     folder = stage.open()
     results: dict[str, Any] = {}
     with Progress(workdir, "merge", len(cells), "merge") as bar:
@@ -76,7 +87,6 @@ def measure(
     singles = {f"{t}/{s}/{r}": lib.accuracy(bench, a, [t])[t]
                for (t, s, r), a in bench.adapters.items()}  # fmt: skip
     return {
-        "config": dataclasses.asdict(config),
         "plan": dataclasses.asdict(plan),
         "options": {m: {k: v for k, v in lib.METHODS[m].items() if k != "solver"}
                     for m in plan.methods},
@@ -106,17 +116,20 @@ def key(config: Config, plan: lib.Plan) -> str:
     return hashlib.sha256(blob.encode()).hexdigest()[:10]
 
 
-def write(found: Mapping[str, Any], docs: Path, command: str) -> dict[str, Any]:
-    """Write figures, plot and page below `docs`; returns the summary."""
+def write(
+    found: Mapping[str, Any], docs: Path, command: str, name: str = "merging_quality",
+    about: str | None = None, empty: str = report_lib.EMPTY,
+) -> dict[str, Any]:  # fmt: skip
+    """Write figures, plot and page (at first `empty`) below `docs`; returns the summary."""
     summary = report_lib.summarise(found)
     (docs / "results").mkdir(parents=True, exist_ok=True)
-    write_json(docs / "results" / "merging_quality.json", {**found, "summary": summary})
-    (docs / "results" / "merging_quality.svg").write_text(
+    write_json(docs / "results" / f"{name}.json", {**found, "summary": summary})
+    (docs / "results" / f"{name}.svg").write_text(
         report_lib.plot(found, summary) + "\n", encoding="utf-8"
     )
-    page = docs / "merging_quality.md"
-    old = page.read_text(encoding="utf-8") if page.is_file() else report_lib.EMPTY
-    text = report_lib.render(found, summary, command)
+    page = docs / f"{name}.md"
+    old = page.read_text(encoding="utf-8") if page.is_file() else empty
+    text = report_lib.render(found, summary, command, about, name)
     page.write_text(report_lib.between(old, text), encoding="utf-8")
     return summary
 

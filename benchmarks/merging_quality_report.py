@@ -113,16 +113,27 @@ def claims(top: Mapping[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
-def render(found: Mapping[str, Any], summary: Mapping[str, Any], command: str) -> str:
-    """The generated part of the page."""
-    config, plan, top = found["config"], found["plan"], largest(found)
+def about_texts(found: Mapping[str, Any]) -> str:
+    """The sentence on base, adapters, tasks and head of the text setting."""
+    config = found["config"]
+    return (
+        f"Base `{config['base']}`, adapters on `{config['sites']}` of the upper {config['layers']}"
+        f" layers, {len(found['tasks'])} tasks of two classes, {found['seeds']} training seeds,"
+        f" {config['zoo_steps']} steps each; frozen head: the embedded label texts."
+    )
+
+
+def render(
+    found: Mapping[str, Any], summary: Mapping[str, Any], command: str,
+    about: str | None = None, figure: str = "merging_quality",
+) -> str:  # fmt: skip
+    """The generated part of the page; `about`: what is merged, `figure`: name of the plot."""
+    plan, top = found["plan"], largest(found)
     number = len(found["tasks"])
     lines = [
         f"Made by `{command}`.",
         "",
-        f"Base `{config['base']}`, adapters on `{config['sites']}` of the upper {config['layers']}"
-        f" layers, {number} tasks of two classes, {found['seeds']} training seeds,"
-        f" {config['zoo_steps']} steps each; frozen head: the embedded label texts. Rank"
+        f"{about or about_texts(found)} Rank"
         f" {plan['ranks'][0]}; mixed: every second adapter has rank {plan['ranks'][1]}."
         f" {plan['test_rows']} test rows a task. Seed s merges other tasks than seed 0 where T <"
         f" {number}.",
@@ -134,7 +145,7 @@ def render(found: Mapping[str, Any], summary: Mapping[str, Any], command: str) -
         "",
     ]
     lines += table(found, summary, top)
-    lines += ["", "![Normalised accuracy against T](results/merging_quality.svg)", ""]
+    lines += ["", f"![Normalised accuracy against T](results/{figure}.svg)", ""]
     lines += per_task(found, summary, top)
     lines += ["", *paragraph(found, summary, top)]
     return "\n".join(lines)
