@@ -53,8 +53,8 @@ PLAN = lib.Plan(
     sizes=(2, 4), ranks=(8, 16),
     test_rows=200, validation_rows=48, learned=(),
     methods=(
-        *("task_arithmetic", "ties", "dare_linear", "dare_ties", "consensus", "slerp", "knots"),
-        *("core_space", "tsv", "iso_c", "do_merging"),
+        *("task_arithmetic", "ties", "dare_linear", "dare_ties", "consensus", "slerp", "tsv"),
+        *("iso_c", "do_merging", "core_space"),
     ),
 )  # fmt: skip
 QUICK = Spec(
@@ -148,7 +148,7 @@ def measure(spec: Spec, plan: lib.Plan, workdir: Path, cache: Path | None = None
 def about(found: Mapping[str, Any]) -> str:
     """The sentences on base, tasks, heads and adapters."""
     c, v = found["config"], found["config"]["vit"]
-    tasks = ", ".join(f"{t} ({k})" for t, k in found["classes"].items())
+    tasks = ", ".join(f"{t} ({found['classes'][t]})" for t in found["tasks"])
     return (
         f"Base: a ViT of {v['side']} x {v['side']} pixels, patches of {v['patch']}, {v['layers']}"
         f" layers, width {v['width']}. **It is small and was pre-trained here**, in"

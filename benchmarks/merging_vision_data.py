@@ -148,12 +148,11 @@ def rows(classes: Sequence[Sequence[Item]], size: int, seed: int) -> Split:
         raise ValueError(f"classes {empty}: got no items, expected some")
     draw = np.random.default_rng(seed)
     orders = [draw.permutation(len(items)) for items in classes]
-    label = np.arange(size) % len(classes)
-    picked = [
-        classes[k][orders[k][i // len(classes) % len(orders[k])]] for i, k in enumerate(label)
-    ]
-    images = np.stack([item(draw) for item in picked])
-    return Split(images, label.astype(np.int32))
+    images = []
+    for row in range(size):
+        turn, k = divmod(row, len(classes))
+        images.append(classes[k][int(orders[k][turn % len(orders[k])])](draw))
+    return Split(np.stack(images), np.arange(size, dtype=np.int32) % np.int32(len(classes)))
 
 
 def task(name: str, items: Mapping[str, Sequence[Sequence[Item]]], sizes: Sequence[int]) -> Task:
