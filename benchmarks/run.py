@@ -1,6 +1,6 @@
 r"""Runs the benchmarks one after the other and writes their table.
 
-``python -m benchmarks.run [--quick] [--only=NAME,...]``: about ten minutes on two quiet cores.
+``python -m benchmarks.run [--quick] [--only=NAME,...]``: about twenty minutes on two quiet cores.
 Every object of figures goes to ``docs/results/benchmarks.json``, the table to
 ``docs/benchmarks.md`` between its markers; with ``--only`` the others keep their last figures.
 ``--quick`` writes nothing. ``--render`` makes the table again from the kept figures.
@@ -34,6 +34,9 @@ RUNS: dict[str, tuple[str, ...]] = {  # name of a run: module and options
     "merge_export": ("merge_export",),
     "trace_time": ("trace_time",),
     "flops": ("flops",),
+    "merge_core_svd": ("merge_core_svd",),
+    "merge_ties": ("merge_ties",),
+    "bank_similarity": ("bank_similarity",),
 }
 
 
@@ -86,6 +89,16 @@ ROWS = [
     Row("flops", "over_bound", "FLOPs over 2u + 3v + attention", ("<=", 0.05)),
     Row("flops", "merge_over_bound", "the same of merging in the loss"),
     Row("flops", "dense_weight_gradients", "dense weight gradients", ("<=", 0)),
+    Row("merge_core_svd", "ratio_vs_peft", "PEFT's svd / truncated sum, 2048²", (">=", 10)),
+    Row("merge_core_svd", "ratio_vs_dense", "dense SVD in JAX / truncated sum", (">=", 10)),
+    Row("merge_ties", "ties/ratio_vs_peft", "PEFT's ties_svd / TIES, 64 sites", (">=", 2)),
+    Row("merge_ties", "ties/memory_vs_peft", "its memory / TIES's", (">=", 2)),
+    Row("merge_ties", "dare_ties/ratio_vs_peft", "PEFT's dare_ties_svd / DARE-TIES", (">=", 2)),
+    Row("merge_ties", "dare_ties/memory_vs_peft", "its memory / DARE-TIES's", (">=", 2)),
+    Row("merge_ties", "large/ratio_vs_peft", "PEFT's ties_svd / TIES, one site of 2048²"),
+    Row("merge_ties", "large/memory_vs_peft", "its memory / TIES's"),
+    Row("bank_similarity", "ratio_vs_dense", "cosines of 512 adapters, dense torch / factored"),
+    Row("bank_similarity", "memory_vs_dense", "the same, memory"),
 ]
 
 
