@@ -56,7 +56,6 @@ def measure(
     """
     world = world_lib.build(config, workdir, cache)
     bench = lib.train(world, plan, workdir)
-    names = list(bench.tasks)
     seeds = min(seeds, config.zoo_seeds + 1) if seeds else config.zoo_seeds + 1
     return {
         "config": dataclasses.asdict(config),
