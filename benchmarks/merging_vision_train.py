@@ -43,7 +43,7 @@ class Spec:
     head_scale: float = 1.0
     ridge: float = 0.01  # of the covariance of the heads, times its mean variance
     tasks: tuple[str, ...] = ("mnist", "letter", "tone", "face")
-    steps: int = 200  # of an adapter; four times as many of the one of all tasks
+    steps: int = 600  # of an adapter; four times as many of the one of all tasks
     batch: int = 32
     lr: float = 1e-2
     segment: int = 25  # steps between two looks at the bar
