@@ -183,7 +183,7 @@ class Method:
 def updated(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     """w + u @ v; thin factors as a sum of outer products, one pass over w and no product beside it.
 
-    XLA fuses the sum; measured on a CPU at rank 8: a sixth of the time in place, half into new arrays.
+    XLA fuses the sum; on a CPU at rank 8: a sixth of the time in place, half into new arrays.
     """
     if u.shape[1] > 16:
         return w + u @ v
