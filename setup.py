@@ -34,6 +34,7 @@ TEST = [
     "peft==0.21.2",
     "pyright>=1.1.400",
     "pytest>=8.3",
+    "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "ruff>=0.14",
     "torch==2.13.0; python_version < '3.12'",

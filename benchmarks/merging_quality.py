@@ -172,8 +172,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def compiled(workdir: Path) -> None:
     """Compiled programs are kept in the workdir, so that a resumed run does not compile again."""
     jax = lib.jax
-    # two batched QRs at once can wait for each other on the two threads of a small CPU
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")

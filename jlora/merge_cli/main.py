@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import yaml
 from tqdm import tqdm
 
@@ -38,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
     args = parser.parse_args(argv)
     if argv is None:  # a program of its own: being terminated cleans up, as an interrupt does
-        # two batched QRs at once can wait for each other on the two threads of a small CPU
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run(args.config, args.out, args.dry_run, args.overwrite)

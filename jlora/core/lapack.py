@@ -1,0 +1,92 @@
+"""Batched factorisations on CPUs, one matrix after the other: the releases 0.9.1 - 0.11.1 can hang.
+
+There LAPACK kernels of a batch (qr, svd, eigh, cholesky, ...) hand parts of it to the thread pool
+they run in and wait for them. As many of them at once as the pool has threads, in one program, in
+several, or on several devices, and every thread waits for work that no thread is left to do: the
+process stops for ever, without a word. Merging a bank is made of such calls. So, on import, for
+those releases only, a large batch is lowered to a loop over its matrices, as later releases do
+within the kernel. Results are the same bit by bit; GPUs and TPUs are not touched.
+
+Source: jaxlib's lapack_kernels.cc of those releases, and threads of hung processes (our reading).
+Deviates: meshes with Explicit axes keep JAX's own form, whose loop would have to name shardings.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxlib
+from jax.sharding import AxisType
+
+FIRST, FIXED = (0, 9, 1), (0, 11, 2)  # the releases of jaxlib between them are concerned
+ALONE = 200_000  # kernels take a batch of less work, in their own estimate of FLOPs, in one part
+PRIMITIVES = (
+    "cholesky",
+    "eig",
+    "eigh",
+    "geqp3",
+    "geqrf",
+    "hessenberg",
+    "householder_product",
+    "lu",
+    "ormqr",
+    "schur",
+    "svd",
+    "triangular_solve",
+    "tridiagonal",
+)
+
+
+def concerned(version: str = jaxlib.__version__) -> bool:
+    """Whether this release of jaxlib is one of those."""
+    number = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+    return FIRST <= number < FIXED
+
+
+def parallel(shapes: list[tuple[int, ...]]) -> bool:
+    """Whether a kernel may divide operands of these shapes: an upper bound of its estimate."""
+    cost = max(30 * math.prod(s[-2:]) * max(s[-2:], default=0) for s in shapes)
+    batch = math.prod(shapes[0][:-2])
+    return batch > 1 and batch * cost >= ALONE
+
+
+def one_by_one(primitive: Any, *operands: jax.Array, **params: Any) -> Any:
+    """The primitive on operands [batch..., m, n]: a loop over the batch, the same result."""
+    batch = operands[0].shape[:-2]
+    flat = tuple(x.reshape(-1, *x.shape[len(batch) :]) for x in operands)
+    out = jax.lax.map(lambda each: primitive.bind(*each, **params), flat)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+
+
+def install() -> list[str]:
+    """Replaces the lowerings for CPUs; returns the names of the primitives it did that for."""
+    from jax._src.interpreters import mlir
+    from jax._src.lax import linalg
+
+    done = []
+    for name in PRIMITIVES:
+        primitive = getattr(linalg, f"{name}_p", None)
+        entry = mlir._platform_specific_lowerings["cpu"].get(primitive)
+        if entry is None or hasattr(entry.rule, "one_by_one"):
+            continue
+        rule = functools.partial(_lowered, mlir.lower_fun, primitive, entry.rule)
+        rule.one_by_one = True  # type: ignore[attr-defined]
+        mlir.register_lowering(primitive, rule, platform="cpu", inline=entry.inline)
+        done.append(name)
+    return done
+
+
+def _lowered(
+    lower_fun: Callable, primitive: Any, rule: Callable, ctx: Any, *operands: Any, **params: Any
+) -> Any:
+    """JAX's own rule, or the loop where that rule's kernel could divide the batch."""
+    axes = getattr(getattr(ctx.avals_in[0], "sharding", None), "mesh", None)
+    explicit = AxisType.Explicit in getattr(axes, "axis_types", ())
+    shapes = [aval.shape for aval in ctx.avals_in]
+    fixed = all(isinstance(d, int) for shape in shapes for d in shape)
+    if explicit or not fixed or not parallel(shapes):
+        return rule(ctx, *operands, **params)
+    loop = functools.partial(one_by_one, primitive, **params)
+    return lower_fun(loop, multiple_results=primitive.multiple_results)(ctx, *operands)
