@@ -67,7 +67,7 @@ def install() -> list[str]:
 
     done = []
     for name in PRIMITIVES:
-        primitive = getattr(linalg, f"{name}_p", None)
+        primitive: Any = getattr(linalg, f"{name}_p", None)
         entry = mlir._platform_specific_lowerings["cpu"].get(primitive)
         if entry is None or hasattr(entry.rule, "one_by_one"):
             continue
