@@ -24,13 +24,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 from safetensors.flax import save_file
 
 from jlora.models.encoder_config import EncoderConfig, Params
+from jlora.models.hf import flatten, read_config, read_leaves
 
 # Parts of a checkpoint the encoder does not have: pooler, pre-training heads, a constant buffer.
 IGNORE = r"pooler\..*|cls\..*|embeddings\.position_ids"
@@ -54,8 +53,6 @@ _FIXED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
 }
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-
 _EMBEDDINGS = {
     "word/embedding": "word_embeddings.weight",
     "position/embedding": "position_embeddings.weight",
@@ -77,38 +74,20 @@ _MODULES = {
 
 def config_from_hf(directory: str | Path) -> EncoderConfig:
     """Read ``config.json``; ``ValueError`` for a missing field or an unimplemented value."""
-    path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text())
-    for field, expected in _FIXED.items():
-        if (got := raw.get(field, expected)) != expected:
-            raise ValueError(f"{path}: {field}: got {got!r}, expected {expected!r}")
-    required = [name for ours, name in _FIELDS.items() if ours not in ("init_std", "pad")]
-    if missing := [name for name in required if name not in raw]:
-        raise ValueError(f"{path}: missing fields {missing}")
-    return EncoderConfig(**{ours: raw[name] for ours, name in _FIELDS.items() if name in raw})
+    return read_config(directory, EncoderConfig, _FIELDS, _FIXED, ("init_std", "pad"))
 
 
 def load(directory: str | Path, ignore: str = IGNORE) -> tuple[EncoderConfig, Params]:
     """Read a checkpoint directory; ``ignore`` is a regex of tensor names (less ``bert.``)."""
     config = config_from_hf(directory)
-    path = Path(directory) / "model.safetensors"
-    leaves: dict[str, list[np.ndarray]] = {}
-    with safe_open(path, framework="flax") as file:
-        stored: dict[str, str] = {}
-        for name in file.keys():
-            if (plain := _plain(name)) in stored:
-                raise ValueError(f"{path}: got {plain} twice: {stored[plain]!r} and {name!r}")
-            stored[plain] = name
-        expected = list(_names(config))
-        known = {name for _, name, _, _ in expected}
-        missing = sorted(known - stored.keys())
-        surplus = sorted(n for n in stored.keys() - known if not re.fullmatch(ignore, n))
-        if missing or surplus:
-            raise ValueError(f"{path}: missing tensors {missing}, surplus tensors {surplus}")
-        for leaf, name, shape, flip in expected:
-            value = read_tensor(file, stored[name], shape, path)
-            leaves.setdefault(leaf, []).append(value.T if flip else value)
-    return config, nest({leaf: stack_leaf(leaf, parts, path) for leaf, parts in leaves.items()})
+    expected = list(_names(config))
+    flips = {name: flip for _, name, _, flip in expected}
+
+    def ours(name: str, value: np.ndarray) -> np.ndarray:
+        return value.T if flips[name] else value
+
+    names = [(leaf, name, shape) for leaf, name, shape, _ in expected]
+    return config, read_leaves(directory, names, _plain, ours, ignore)
 
 
 def save(directory: str | Path, config: EncoderConfig, params: Params) -> None:
@@ -158,41 +137,3 @@ def _names(c: EncoderConfig) -> Iterator[tuple[str, str, tuple[int, ...], bool]]
 def _plain(name: str) -> str:
     name = name.removeprefix("bert.")
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-
-
-def read_tensor(file, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
-    view = file.get_slice(name)
-    if (got := tuple(view.get_shape())) != shape:
-        raise ValueError(f"{path}: {name}: got shape {got}, expected {shape}")
-    if (dtype := view.get_dtype()) not in _DTYPES:
-        raise ValueError(f"{path}: {name}: got dtype {dtype}, expected one of {list(_DTYPES)}")
-    value = np.asarray(file.get_tensor(name))
-    if not np.isfinite(value).all():
-        count = int((~np.isfinite(value)).sum())
-        raise ValueError(f"{path}: {name}: got {count} NaN or infinite values, expected none")
-    return value
-
-
-def stack_leaf(leaf: str, parts: list[np.ndarray], path: Path) -> jax.Array:
-    if len(dtypes := sorted({str(p.dtype) for p in parts})) > 1:
-        raise ValueError(f"{path}: {leaf}: got dtypes {dtypes} over the layers, expected one")
-    return jnp.asarray(np.stack(parts) if leaf.startswith("layers/") else parts[0])
-
-
-def nest(flat: dict[str, jax.Array]) -> Params:
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return tree
-
-
-def flatten(tree: Params, prefix: str = "") -> dict[str, jax.Array]:
-    flat = {}
-    for key, value in tree.items():
-        inner = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}/") if inner else {prefix + key: value}
-    return flat

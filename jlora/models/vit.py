@@ -29,8 +29,6 @@ Source: paper, Dosovitskiy et al. 2021 (arXiv:2010.11929); our reading of the pu
 Deviates: no dropout, no pooler; no interpolation of positions.
 """
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +37,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from safetensors import safe_open
 
-from jlora.models import encoder_io, layers
+from jlora.models import layers
 from jlora.models.encoder_config import Params
+from jlora.models.hf import read_config, read_leaves
 
 # Parts of a checkpoint the model does not have.
 IGNORE = r"pooler\..*|classifier\..*|decoder\..*|embeddings\.mask_token"
@@ -200,47 +198,27 @@ class Vit(nn.Module):
 
 def config_from_hf(directory: str | Path) -> VitConfig:
     """Read ``config.json``; ``ValueError`` for a missing field or an unimplemented value."""
-    path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    for field, expected in _FIXED.items():
-        if (got := raw.get(field, expected)) != expected:
-            raise ValueError(f"{path}: {field}: got {got!r}, expected {expected!r}")
-    if missing := [n for ours, n in _FIELDS.items() if ours != "init_std" and n not in raw]:
-        raise ValueError(f"{path}: missing fields {missing}")
-    return VitConfig(**{ours: raw[name] for ours, name in _FIELDS.items() if name in raw})
+    return read_config(directory, VitConfig, _FIELDS, _FIXED, ("init_std",))
 
 
 def load(directory: str | Path, ignore: str = IGNORE) -> tuple[VitConfig, Params]:
     """Read a checkpoint directory; ``ignore`` is a regex of tensor names (less ``vit.``)."""
     config = config_from_hf(directory)
-    path = Path(directory) / "model.safetensors"
-    leaves: dict[str, list[np.ndarray]] = {}
-    with safe_open(path, framework="flax") as file:
-        stored: dict[str, str] = {}
-        for name in file.keys():
-            if (plain := name.removeprefix("vit.")) in stored:
-                raise ValueError(f"{path}: got {plain} twice: {stored[plain]!r} and {name!r}")
-            stored[plain] = name
-        expected = list(_names(config))
-        known = {name for _, name, _ in expected}
-        missing = sorted(known - stored.keys())
-        surplus = sorted(n for n in stored.keys() - known if not re.fullmatch(ignore, n))
-        if missing or surplus:
-            raise ValueError(f"{path}: missing tensors {missing}, surplus tensors {surplus}")
-        for leaf, name, shape in expected:
-            value = encoder_io.read_tensor(file, stored[name], shape, path)
-            leaves.setdefault(leaf, []).append(_ours(leaf, value))
-    flat = {leaf: encoder_io.stack_leaf(leaf, parts, path) for leaf, parts in leaves.items()}
-    return config, encoder_io.nest(flat)
+    names = list(_names(config))
+    return config, read_leaves(directory, names, _plain, _ours, ignore)
 
 
-def _ours(leaf: str, value: np.ndarray) -> np.ndarray:
+def _plain(name: str) -> str:
+    return name.removeprefix("vit.")
+
+
+def _ours(name: str, value: np.ndarray) -> np.ndarray:
     """A stored tensor in our layout: kernels ``[in, out]``, tables without the leading one."""
-    if leaf == "embeddings/cls":
+    if name == "embeddings.cls_token":
         return value[0, 0]
-    if leaf == "embeddings/position/embedding":
+    if name == "embeddings.position_embeddings":
         return value[0]
-    return value.reshape(len(value), -1).T if leaf.endswith("/kernel") else value
+    return value.reshape(len(value), -1).T if value.ndim > 1 else value
 
 
 def _names(c: VitConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
