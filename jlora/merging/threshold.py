@@ -74,8 +74,8 @@ def kth_largest(
 
         def step(carry: Array, d: Array, numbers: Array, along: Any) -> Array:
             x = statistic(d).astype(jnp.float32)
-            above = [(x >= cut[:, j, None, None]).astype(jnp.int32).sum(1) for j in range(WAYS)]
-            return carry + jnp.stack(above).sum(-1).T
+            above = [(x >= cut[:, j, None, None]).sum(1, dtype=jnp.int32) for j in range(WAYS)]
+            return carry + jnp.stack(above).sum(-1, dtype=jnp.int32).T
 
         return fold(bank, step, jnp.zeros((m, WAYS), jnp.int32), block)
 
@@ -113,8 +113,9 @@ def _sampled(bank: LowRank, statistic: Statistic, k: Array) -> Array:
     d = jnp.einsum("nsr,nrs->ns", bank.u[:, i], bank.v[:, :, j], precision=lax.Precision.HIGHEST)
     x = jnp.sort(statistic(d).astype(jnp.float32), axis=-1)
     share = k.astype(jnp.float32) / jnp.float32(d_in * d_out)
+    around = jnp.linspace(-1.0, 1.0, WAYS, dtype=jnp.float32)
     spread = 4.0 * jnp.sqrt(SAMPLE * share * (1.0 - share)) + 1.0
-    at = SAMPLE * (1.0 - share)[:, None] + spread[:, None] * jnp.linspace(-1.0, 1.0, WAYS)[None]
+    at = SAMPLE * (1.0 - share)[:, None] + spread[:, None] * around[None]
     at = jnp.clip(at, 0.0, SAMPLE - 1.0).astype(jnp.int32)
     return jnp.take_along_axis(x, at, axis=-1)
 
