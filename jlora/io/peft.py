@@ -122,7 +122,7 @@ def load_peft(
       path: the directory.
       names: from site paths to torch modules.
       params_or_sites: the sites of the model, as `jl.sites` gives them, or its parameters: then the
-        rules of `names` tell the stack axes, and every leaf must be [*stack, in, out].
+        rules of `names` tell the stack axes, and every leaf must be [*stack, in, out], or a site.
       extras: what to do with weights of the base model in the file (``modules_to_save``, biases):
         "refuse" the file, or "leave" them to `peft_extras`.
       tables: of methods of your own, tried before the library's.

@@ -19,6 +19,7 @@ from jlora.io.peft_tables import table_for
 
 BASE = "base_model."
 ROOT = "base_model.model."
+OWN = ".base_layer.weight"
 GROUP = "*0"  # key of the arrays that all sites share; one method, so one group
 Modules = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -71,11 +72,16 @@ def regrown(
 
 
 def check_rest(path: Path, reader: peft_config.Reader, rest: Arrays, extras: str) -> None:
-    """Keys that are no adapter must be biases or `modules_to_save` that the config announces."""
+    """Keys that are no adapter must be what the config announces.
+
+    Biases, `modules_to_save`, or the weight itself of a target: PEFT adds that of a table or head.
+    """
     for key in rest:
         name = key.removeprefix(ROOT)
         bias = reader.config.get("bias", "none") != "none" and name.endswith(".bias")
-        if not key.startswith(ROOT) or not (bias or reader.saved(name.rpartition(".")[0])):
+        own = name.endswith(OWN) and reader.targets(name.removesuffix(OWN))
+        announced = bias or own or reader.saved(name.rpartition(".")[0])
+        if not key.startswith(ROOT) or not announced:
             raise FormatError(path, f"surplus tensor {key!r}")
     if rest and extras != "leave":
         raise FormatError(
@@ -239,6 +245,8 @@ def biased_in(leaves: Mapping[str, Any]) -> set[str]:
 
 
 def _guessed(path: str, leaf: Any, names: NameMap) -> Site | None:
+    if isinstance(leaf, Site):
+        return leaf
     stack = names.stack_axes(path)
     if stack is None:
         return None

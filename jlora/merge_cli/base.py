@@ -1,15 +1,16 @@
 """A base model as a directory of safetensors: names and shapes at once, weights when asked.
 
-Torch keeps the weight of a linear layer as [out, in]; here it is a kernel [in, out] of a site that
-is called as its module. Only headers are read until a weight or a shard is wanted.
+Sites are called as their modules; `layout` says how weights lie there. Only headers are read until
+a weight or a shard is wanted.
 
 Source: the layout of Hugging Face directories (`model.safetensors`, or shards and their index).
 Deviates: pickled weights are refused.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import safetensors
 
 from jlora.core.adapter import Site
 from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.merge_cli import layout
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -47,38 +49,61 @@ class Base:
         self.where: dict[str, str] = {}  # tensor -> file
         self.shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         for file in self.files:
-            for name, shape, dtype in self._header(file):
+            for name, shape, dtype in header(folder / file):
                 self.where[name], self.shapes[name] = file, (shape, dtype)
         if listed is not None and dict(listed) != self.where:
             wrong = sorted(set(map(tuple, listed.items())) ^ set(self.where.items()))[:4]
             raise FormatError(index, f"the index and the shards differ: {wrong}")
 
-    def params(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """Module -> abstract kernel [in, out], of all matrices, and bias where there is one."""
-        found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    def params(self, tables: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+        """Module -> the site of its weight (of 2 to 5 axes), and its bias where there is one.
+
+        `tables`: the modules whose weight is a looked-up table.
+        """
+        found: dict[str, dict[str, Any]] = {}
         for name, (shape, dtype) in self.shapes.items():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and len(shape) == 2:
-                found.setdefault(module, {})["kernel"] = jax.ShapeDtypeStruct(shape[::-1], dtype)
+            if kind == "weight" and 2 <= len(shape) <= 5:
+                site = layout.site_of(module, shape, dtype, module in tables)
+                found.setdefault(module, {})[site.path.rpartition("/")[2]] = site
             elif kind == "bias":
                 found.setdefault(module, {})["bias"] = jax.ShapeDtypeStruct(shape, dtype)
         return found
 
-    def weight(self, module: str) -> np.ndarray:
-        """The kernel [in, out] of a module of the base."""
-        name = f"{module}.weight"
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor of the base. Raises FormatError: there is none of that name."""
         if name not in self.where:
             raise FormatError(self.folder, f"has no {name}")
         with safetensors.safe_open(self.folder / self.where[name], framework="flax") as file:
-            return np.asarray(file.get_tensor(name)).T
+            return np.asarray(file.get_tensor(name))
+
+    def check(self, site: Site, module: str) -> str:
+        """The name of the tensor of a module, if it can be one slice of a site.
+
+        Raises FormatError: there is none, or it has another shape.
+        """
+        name, expected = f"{module}.weight", layout.torch_shape(site)
+        if name not in self.where:
+            raise FormatError(self.folder, f"has no {name}, which the adapters change")
+        got = self.shapes[name][0]
+        if got != expected:
+            raise FormatError(self.folder, f"{name}: got {got}, expected {expected} of {site.path}")
+        return name
 
     def kernel(self, site: Site, names: NameMap) -> np.ndarray:
         """[*stack, in, out] of a site, put together from the modules that `names` gives."""
-        parts = [
-            self.weight(self.module(names.module(site.path, index), names))
-            for index in np.ndindex(*site.stack)
-        ]
+        parts = []
+        for index in np.ndindex(*site.stack):
+            name = self.check(site, self.module(names.module(site.path, index), names))
+            parts.append(layout.from_torch(site, self.tensor(name)))
         return np.stack(parts).reshape(*site.stack, site.d_in, site.d_out)
+
+    def tied(self) -> int | None:
+        """The vocabulary whose table is the output layer as well, if `config.json` says so."""
+        path = self.folder / "config.json"
+        data = safetensors_file.parse_json(path, path.read_bytes()) if path.is_file() else {}
+        told = data if isinstance(data, dict) else {}
+        return told.get("vocab_size") if told.get("tie_word_embeddings") is True else None
 
     def module(self, name: str, names: NameMap) -> str:
         """The name in the base of a module as adapters call it: with or without the prefix."""
@@ -99,19 +124,20 @@ class Base:
         """Bytes of the largest shard."""
         return max((self.folder / file).stat().st_size for file in self.files)
 
-    def _header(self, file: str) -> Iterator[tuple[str, tuple[int, ...], np.dtype]]:
-        path = self.folder / file
-        try:
-            with open(path, "rb") as f:
-                size = int.from_bytes(f.read(8), "little")
-                if size > safetensors_file.MAX_HEADER:
-                    raise FormatError(path, f"a header of {size} bytes")
-                header = json.loads(f.read(size))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    dtype = safetensors_file.DTYPES[entry["dtype"]]
-                    yield name, tuple(entry["shape"]), jnp.dtype(dtype)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(path, f"not a safetensors file ({error})") from error
+
+def header(path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype]]:
+    """(name, shape, dtype) of the tensors of a file. Raises FormatError: it is none."""
+    try:
+        with open(path, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            if size > safetensors_file.MAX_HEADER:
+                raise FormatError(path, f"a header of {size} bytes")
+            entries = json.loads(f.read(size))
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                dtype = safetensors_file.DTYPES[entry["dtype"]]
+                yield name, tuple(entry["shape"]), jnp.dtype(dtype)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(path, f"not a safetensors file ({error})") from error

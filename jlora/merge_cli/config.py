@@ -19,9 +19,11 @@
     seed: 0                            # of randomised methods
     out: {path: merged, format: peft, rank: 8, dtype: float32}    # format: peft, orbax or merged
 
-A base is needed to write merged weights, to convert adapters whose delta depends on the weight, and
-to read adapters other than LoRA. `weight` of no model means 1/N each; `normalize: true` among the
-`parameters` divides the weights of a site by their sum.
+Sites are called `<module>/kernel`, and looked-up tables `<module>/embedding`; convolutions and
+tables are merged as matrices are, see `layout`. A base is needed to write merged weights, to
+convert adapters whose delta depends on the weight, and to read adapters other than LoRA, or with
+the base's table or head beside them. `weight` of no model means 1/N each; `normalize: true` among
+the `parameters` divides the weights of a site by their sum.
 
 Source: our reading of mergekit's format.
 Deviates: no slices, tokenizers or chat templates; names that are unknown are errors.
@@ -40,7 +42,7 @@ from jlora.io import NameMap
 
 FORMATS = ("peft", "orbax", "merged")
 DTYPES = ("float32", "bfloat16", "float16")
-PLAIN = NameMap({r"(.+)/kernel": r"\1"})  # sites that are called as the torch modules
+PLAIN = NameMap({r"(.+)/(?:kernel|embedding)": r"\1"})  # sites that are called as the torch modules
 NAMES = {"bert": io.bert, "llama": io.llama, "vit": io.vit, "vit4": io.vit4}
 LAYER = re.compile(r"(?:^|[./_])(\d+)(?=[./_]|$)")
 

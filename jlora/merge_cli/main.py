@@ -65,6 +65,9 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
     if config.out.format == "merged" and base is None:
         raise configs.ConfigError("base_model: lacks; merged weights need one")
     given = gather(read.adapters(config, base), None, missing=config.missing)
+    table: write.Changed = {}
+    if config.out.format == "merged" and base is not None:
+        table = write.changed(base, given.sites, config.names)
     plan = plans.make(config, row, given)
     if dry:
         sizes = plans.memory(plan, given.bank, config.seed)
@@ -85,7 +88,7 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
         check_finite(row.name, made)
         with write.whole(target, overwrite) as new:
             if config.out.format == "merged" and base is not None:
-                write.merged(new, adapter, config.names, base, config.out.dtype, lambda: _step(bar))
+                write.merged(new, adapter, table, base, config.out.dtype, lambda: _step(bar))
             elif config.out.format == "orbax":
                 write.orbax(new, adapter, config.out.dtype)
                 bar.update()

@@ -15,13 +15,19 @@ import numpy as np
 
 from jlora import io
 from jlora.core.adapter import Adapter, Method, Site, unfold
-from jlora.io import NameMap, safetensors_file
+from jlora.io import FormatError, NameMap, peft_config
 from jlora.io.peft import CONFIG, WEIGHTS
-from jlora.merge_cli.base import Base
+from jlora.merge_cli.base import Base, header
 from jlora.merge_cli.config import Config, ConfigError
+from jlora.merge_cli.layout import site_of
 from jlora.merging.convert import factored, to_lora
 
-FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+FIRST, SECOND = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
+ROWS = "token_adapter.trainable_tokens_delta"
+FACTOR = re.compile(
+    rf"base_model\.model\.(.+)\.({'|'.join(map(re.escape, (*FIRST, *SECOND, ROWS)))})"
+)
+Shapes = dict[str, dict[str, tuple[int, ...]]]  # module -> suffix of the key -> shape
 
 
 def adapters(config: Config, base: Base | None) -> list[Adapter]:
@@ -41,16 +47,16 @@ def adapters(config: Config, base: Base | None) -> list[Adapter]:
     sites: dict[str, Site] = {}
     for a in found.values():
         sites |= {s.path: dataclasses.replace(s, group="") for s, _ in a.sites}
+    files = {p: factors(p, config.names) for p in dict.fromkeys(paths) if is_peft(p)}
     where: Any = list(sites.values())
     if not found and base:
-        where = base.params()
+        where = base.params({m for shapes in files.values() for m in shapes if is_table(shapes[m])})
     elif not found:
-        for p in dict.fromkeys(paths):
-            sites = _joined(sites, inferred(p, config.names), p)
+        for p, shapes in files.items():
+            sites = _joined(sites, inferred(p, shapes), p)
         where = list(sites.values())
-    for path in dict.fromkeys(paths):
-        if is_peft(path):
-            found[path] = io.load_peft(path, config.names, where, extras="refuse")
+    for path in files:
+        found[path] = load(path, config.names, where, base)
     ready = {path: closed(a, base, config.names, path) for path, a in found.items()}
     return [ready[p] for p in paths]
 
@@ -60,22 +66,76 @@ def is_peft(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def inferred(path: Path, names: NameMap) -> dict[str, Site]:
-    """The sites of a PEFT LoRA, by the shapes of its factors; float32."""
-    tensors, _ = safetensors_file.read(path / WEIGHTS)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, array in tensors.items():
+def factors(path: Path, names: NameMap) -> Shapes:
+    """The shapes of the LoRA factors and trained rows of a PEFT directory, by module of the base.
+
+    Raises FormatError: factors of a grouped convolution, which are no change of its weight.
+    """
+    file, found = path / WEIGHTS, Shapes()
+    for name, shape, _ in header(file) if file.is_file() else ():
         match = FACTOR.fullmatch(name)
-        if match and array.ndim == 2:
-            shapes.setdefault(match[1].removeprefix(names.prefix), {})[match[2]] = array.shape
-    whole = {m: f for m, f in shapes.items() if len(f) == 2}
-    if not whole:
+        if match:
+            found.setdefault(match[1].removeprefix(names.prefix), {})[match[2]] = shape
+    for module, shapes in found.items():
+        first, second = (shapes.get(keys[0], ()) for keys in (FIRST, SECOND))
+        expected = (*second[:1], *first[:1], *(1 for _ in first[2:]))
+        if len(first) > 2 and second and second != expected:
+            raise FormatError(
+                file,
+                f"{module}: got lora_B.weight {second}, expected {expected}; a smaller one is of a "
+                "grouped convolution: PEFT's LoRA of it reads all groups, and has no merged weight",
+            )
+    return found
+
+
+def is_table(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the tensors of a module are those of a looked-up table."""
+    return bool({FIRST[1], SECOND[1], ROWS} & shapes.keys())
+
+
+def inferred(path: Path, shapes: Shapes) -> dict[str, Site]:
+    """The sites of a PEFT LoRA, by the shapes of its factors; float32."""
+    sites: dict[str, Site] = {}
+    for module, found in shapes.items():
+        if ROWS in found:
+            raise ConfigError(f"base_model: {path}: {module}: rows that are trained need the base")
+        table = is_table(found)
+        first, second = (found.get(keys[table], ()) for keys in (FIRST, SECOND))
+        if len(first) == len(second) >= 2:
+            shape = (first[1], second[0]) if table else (second[0], *first[1:])
+            site = site_of(module, shape, jnp.dtype(jnp.float32), table)
+            sites[site.path] = site
+    if not sites:
         raise ConfigError(f"base_model: {path} is no plain LoRA; a base is needed to read it")
-    sites = [
-        Site(f"{m}/kernel", (f["A"][1], f["B"][0]), "io", jnp.dtype(jnp.float32), ("dot",))
-        for m, f in whole.items()
-    ]
-    return {site.path: site for site in sites}
+    return sites
+
+
+def load(path: Path, names: NameMap, where: Any, base: Base | None) -> Adapter:
+    """The adapter of a PEFT directory.
+
+    PEFT writes the weights of adapted tables and heads beside some adapters; they must be those of
+    the base. Raises ConfigError or FormatError: they are not, or cannot be compared; the base keeps
+    matrices as [in, out].
+    """
+    if base and peft_config.read(path / CONFIG).get("fan_in_fan_out") is True:
+        raise ConfigError(
+            f"base_model: {path / CONFIG}: got fan_in_fan_out true, weights kept as [in, out] "
+            "(transformers' Conv1D); expected false with a base; out.format peft needs none"
+        )
+    adapter = io.load_peft(path, names, where, extras="leave")
+    for name, array in io.peft_extras(path).items():
+        if base is None:
+            raise ConfigError(f"base_model: {path} has the base's {name} as well; a base is needed "
+                              "to see that it is unchanged")  # fmt: skip
+        module, _, leaf = name.rpartition(".")
+        old = base.tensor(f"{base.module(module, names)}.{leaf}")
+        if old.shape != array.shape or (old.astype(np.float64) != array.astype(np.float64)).any():
+            raise FormatError(
+                path / WEIGHTS,
+                f"replaces a weight of the base model: {name} is not that of {base.folder}; "
+                "expected an adapter alone",
+            )
+    return adapter
 
 
 def closed(adapter: Adapter, base: Base | None, names: NameMap, where: Path) -> Adapter:
@@ -110,8 +170,10 @@ def unfolded(kernel: np.ndarray, site: Site) -> jnp.ndarray:
 
 
 def _joined(a: Mapping[str, Site], b: Mapping[str, Site], path: Path) -> dict[str, Site]:
-    for name in a.keys() & b.keys():
-        if a[name] != b[name]:
-            got, expected = b[name].shape, a[name].shape
+    kinds = {site.path.rpartition("/")[0]: site for site in a.values()}
+    for name, site in b.items():
+        other = kinds.get(name.rpartition("/")[0], site)
+        if (other, other.ops) != (site, site.ops):
+            got, expected = (f"{''.join(s.ops)} {s.shape}" for s in (site, other))
             raise ConfigError(f"{path}: {name}: got {got}, expected {expected}: other bases")
     return {**a, **b}

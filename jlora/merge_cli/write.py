@@ -11,16 +11,19 @@ Deviates: nothing.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import io
-from jlora.core.adapter import Adapter
+from jlora.core.adapter import Adapter, Site
 from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.merge_cli import layout
 from jlora.merge_cli.base import Base
+
+Changed = dict[str, tuple[Site, tuple[int, ...]]]  # tensor of the base -> slice of a site
 
 
 @contextlib.contextmanager
@@ -67,25 +70,42 @@ def orbax(path: Path, adapter: Adapter, dtype: str | None) -> None:
     io.save_adapter(path, cast(adapter, dtype))
 
 
+def changed(base: Base, sites: Iterable[Site], names: NameMap) -> Changed:
+    """Which tensors of the base the sites are.
+
+    Raises FormatError or ValueError: a site has no name, or no tensor of its shape; it is a bare
+    parameter of a module; it is a table that is the output layer as well.
+    """
+    sites, tied = tuple(sites), base.tied()
+    for site in sites:
+        if names.is_parameter(site.path):
+            raise FormatError(base.folder, f"{site.path}: got a bare parameter, expected a weight "
+                              "of a module; merged weights have no layout of others")  # fmt: skip
+        names.module(site.path, (0,) * len(site.stack))
+        if "gather" in site.ops and site.d_in == tied:
+            raise FormatError(base.folder, f"{site.path}: got tie_word_embeddings true in "
+                              "config.json, expected false: merged weights would change the output "
+                              "layer as well; out.format peft does not")  # fmt: skip
+    by_path = {site.path: site for site in sites}
+    table = names.table(sites).items()
+    return {base.check(by_path[where], base.module(module, names)): (by_path[where], index)
+            for module, (where, index) in table}  # fmt: skip
+
+
 def merged(
     path: Path,
     adapter: Adapter,
-    names: NameMap,
+    table: Changed,
     base: Base,
     dtype: str | None,
     done: Callable[[], None],
 ) -> None:
     """The base with the adapter merged into it, shard by shard; `done` is called after each.
 
-    Weights are added in float32 and rounded once, to `dtype` or that of the base; tensors that no
-    site changes are as they were, or cast to `dtype` where they are floating.
+    `table` is that of `changed`. Weights are added in float32 and rounded once, to `dtype` or that
+    of the base; tensors that no site changes are as they were, or cast to `dtype` where they are
+    floating.
     """
-    table = {}
-    for module, (site, index) in names.table([s for s, _ in adapter.sites]).items():
-        name = f"{base.module(module, names)}.weight"
-        if name not in base.where:
-            raise FormatError(base.folder, f"has no {name}, which the adapters change")
-        table[name] = (site, index)
     path.mkdir()
     for file in base.rest():
         shutil.copy(file, path / file.name)
@@ -96,10 +116,11 @@ def merged(
             kind = np.dtype(jnp.dtype(dtype)) if dtype and floating else old.dtype
             if name in table:
                 site, index = table[name]
-                arrays, scale = adapter.trainable[site], adapter.frozen[site]["scale"]
+                arrays = adapter.trainable[site.path]
+                scale = adapter.frozen[site.path]["scale"]
                 a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
                 delta = (float(scale[index]) * a) @ b
-                old = old.astype(np.float32) + delta.T
+                old = old.astype(np.float32) + layout.to_torch(site, delta)
             out[name] = old.astype(kind)
         safetensors_file.write(path / file, out, metadata)
         done()

@@ -49,9 +49,15 @@ OTHERS: tuple[Other, ...] = (
         "Goddard 2024, 2403.13257 (mergekit)",
         "jlora.merge_cli.main",
         "main",
-        "PEFT, Orbax and merged weights by numpy; failures leave nothing half-written",
+        "PEFT, Orbax and merged weights by numpy; tables and convolutions: PEFT's logits; "
+        "failures leave nothing half-written",
         "composition",
-        ("tests/merge_cli/main_test.py", "tests/merge_cli/config_test.py"),
+        (
+            "tests/merge_cli/main_test.py",
+            "tests/merge_cli/config_test.py",
+            "tests/merge_cli/layout_test.py",
+            "tests/merge_cli/torch_test.py",
+        ),
     ),
     Other(
         "Duplicates, clusters and retrieval in a bank",
