@@ -142,6 +142,7 @@ def _dropped(bank: LowRank, density: float, keys: Array | None, masks: Any) -> L
 
 def _mask(keys: Array, side: int, density: float, like: Array) -> Array:
     def one(key: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, side), density, like.shape[1:])
+        share = jnp.asarray(density, jnp.float32)
+        return jax.random.bernoulli(jax.random.fold_in(key, side), share, like.shape[1:])
 
     return jax.vmap(one)(keys).astype(like.dtype)
