@@ -77,9 +77,11 @@ def judged(
     with Progress(workdir, "merge", len(cells), "merge") as bar:
         for setting, method in cells:
             file = folder / f"{setting.name.replace(' ', '_')}-{setting.seed}-{method}.json"
-            if not file.is_file():
-                write_json(file, lib.judge(bench, setting, method, plan))
-            found = json.loads(file.read_text(encoding="utf-8"))
+            options = repr(lib.METHODS.get(method))
+            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if found.pop("options", None) != options:
+                found = lib.judge(bench, setting, method, plan)
+                write_json(file, {**found, "options": options})
             place = results.setdefault(setting.name, {}).setdefault(method, {})
             place[str(setting.seed)] = found
             bar.step(1)
@@ -109,9 +111,9 @@ def fits(setting: lib.Setting, method: str) -> bool:
 
 
 def key(config: Config, plan: lib.Plan) -> str:
-    """Ten hex digits over all that a cell depends on."""
+    """Ten hex digits over all that a cell depends on, less the options of its method."""
     kept = {k: v for k, v in dataclasses.asdict(plan).items() if k not in ("methods", "learned")}
-    blob = json.dumps([config.key("zoo"), kept, repr(lib.METHODS)], sort_keys=True)
+    blob = json.dumps([config.key("zoo"), kept], sort_keys=True)
     return hashlib.sha256(blob.encode()).hexdigest()[:10]
 
 

@@ -9,8 +9,9 @@ c        factor on the merged delta: 1 by default, else the best on validation r
 .. math:: W' = W + c \\, \\mathrm{merge}(\\Delta_1, ..., \\Delta_T; 1/T), \\qquad
           \\text{normalised} = \\frac{1}{T} \\sum_t \\frac{acc_t(W')}{acc_t(W + \\Delta_t)}
 
-For a sum, c = T is the plain sum of the adapters. Factors tried: T^(k/3), k = 0..3 (k = -2..1 for
-WUDI and CART, whose result is of the size of a sum already); of equally good ones the least. Seed s
+For a sum, c = T is the plain sum of the adapters. Factors tried: T^(k/3), k in ``plan.powers``
+(two less for WUDI and CART, whose result is of the size of a sum already); of equally good ones the
+least. Seed s
 takes the T tasks from number s T on (cyclically), so a spread over seeds holds the choice of tasks
 too; all methods see the same adapters and rows.
 
@@ -69,6 +70,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "peft_linear": {},
     "peft_ties": {},
     "peft_dare_linear": {},
+    "della_linear": STREAMED,
+    "breadcrumbs_ties": STREAMED,
+    "do_decoupled": {},
+    "lego_spectral": {},
+    "lion_orthogonal": {},
+    "peft_magnitude_prune": {},
+    "peft_dare_ties": {},
+    "peft_ties_svd": STREAMED,
+    "peft_dare_linear_svd": STREAMED,
+    "peft_dare_ties_svd": STREAMED,
 }
 LEARNED = ("adamerging", "coefficients", "lorahub")
 SUM_SCALE = ("wudi", "cart")
@@ -86,12 +97,6 @@ SAME = {  # rows of the table that are left out, and the one that stands for the
     "karcher": "multislerp",
 }
 
-LEFT_OUT = (  # variants of rows above, for want of time
-    *("della_linear", "breadcrumbs_ties", "lion_orthogonal", "do_decoupled", "lego_spectral"),
-    *("peft_magnitude_prune", "peft_dare_ties", "peft_ties_svd", "peft_dare_linear_svd"),
-    "peft_dare_ties_svd",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -103,6 +108,7 @@ class Plan:
     learned: tuple[str, ...] = LEARNED
     test_rows: int = 64  # of each task
     validation_rows: int = 24  # of each task, for the factor and for learned merges
+    powers: tuple[int, ...] = (0, 1, 2, 3)  # k of the factors T^(k/3) that are tried
     learn_steps: int = 30  # gradient steps of a learned merge
     learn_rows: int = 4  # rows of each task in a step
 
@@ -153,10 +159,10 @@ def settings(plan: Plan, tasks: Sequence[str], seeds: int) -> list[Setting]:
     return out
 
 
-def factors(size: int, method: str) -> list[float]:
+def factors(size: int, method: str, powers: Sequence[int] = (0, 1, 2, 3)) -> list[float]:
     """The factors c that are tried."""
-    ks = range(-2, 2) if method in SUM_SCALE else range(4)
-    return [float(size) ** (k / 3) for k in ks]
+    less = 2 if method in SUM_SCALE else 0
+    return [float(size) ** ((k - less) / 3) for k in powers]
 
 
 def subset(world: World, names: Sequence[str], rank: int) -> World:
@@ -264,7 +270,7 @@ def judge(bench: Bench, setting: Setting, method: str, plan: Plan) -> dict[str, 
     out: dict[str, Any] = {"default": accuracy(bench, made, setting.tasks)}
     if method in LEARNED:
         return {"default": out["default"], "tuned": out["default"], "factor": 1.0, "validation": {}}
-    grid = factors(len(setting.tasks), method)
+    grid = factors(len(setting.tasks), method, plan.powers)
     means = [float(np.mean(list(accuracy(bench, made, setting.tasks, c, "validation").values())))
              for c in grid]  # fmt: skip
     best = grid[int(np.argmax(means))]

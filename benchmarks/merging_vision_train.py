@@ -42,7 +42,9 @@ class Spec:
     train_rows: int = 4000  # of each task
     head_scale: float = 1.0
     ridge: float = 0.01  # of the covariance of the heads, times its mean variance
-    tasks: tuple[str, ...] = ("mnist", "letter", "tone", "face")
+    tasks: tuple[str, ...] = (  # neighbours make the merges of less than all
+        *("mnist", "letter", "tone", "face", "category", "lower", "digits8", "photo"),
+    )
     steps: int = 600  # of an adapter; four times as many of the one of all tasks
     batch: int = 32
     lr: float = 1e-2
