@@ -81,18 +81,18 @@ def deltas(adapter: Any) -> Deltas:
 
 def _read(adapter: Any, site: Any, method: Any) -> Delta:
     own, shared = adapter.arrays(site)
-    form, read = (Kron, method.kron) if hasattr(method, "kron") else (LowRank, method.factors)
+    for form, read in ((Kron, getattr(method, "kron", None)), (LowRank, method.factors)):
 
-    def one(own: dict[str, Array]) -> Any:
-        return read({**shared, **own})
+        def one(own: dict[str, Array], read: Any = read) -> Any:
+            return read({**shared, **own})
 
-    for _ in site.stack:
-        one = jax.vmap(one)
-    parts = one(own)
-    if parts is None:
-        name = type(method).__name__
-        raise TypeError(f"{site.path}: {name} has no factored delta (no `factors`, no `kron`)")
-    return form(*map(_wide, parts))
+        for _ in site.stack:
+            one = jax.vmap(one)
+        parts = None if read is None else one(own)
+        if parts is not None:
+            return form(*map(_wide, parts))
+    name = type(method).__name__
+    raise TypeError(f"{site.path}: {name} has no factored delta (no `factors`, no `kron`)")
 
 
 def low_rank(x: Delta) -> LowRank:

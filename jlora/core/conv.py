@@ -11,13 +11,34 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
-from jlora.core.adapter import inverse, transposed
+from jlora.core.adapter import Site, inverse, transposed
 from jlora.core.lazy import Lazy
 from jlora.core.matmul import Join, Operand, applied
+
+
+def window(site: Site) -> tuple[int, int, int]:
+    """(before, channels, after) with d_in their product: where a kernel's window lies.
+
+    (9, 4, 1) of Flax's [3, 3, 4, out], (1, 4, 9) of torch's [out, 4, 3, 3], (1, d_in, 1) of others.
+    """
+    kinds = site.kinds.replace("s", "")
+    sizes = [n for n, kind in zip(site.shape, site.kinds, strict=True) if kind == "i"]
+    if "conv" in site.ops and len(sizes) > 1 and kinds.count("o") == 1:
+        if kinds[-1] == "o":
+            return math.prod(sizes[:-1]), sizes[-1], 1
+        if kinds[0] == "o":
+            return 1, sizes[0], math.prod(sizes[1:])
+    return 1, site.d_in, 1
+
+
+def tucker(a: jax.Array, core: jax.Array) -> jax.Array:
+    """a [channels, r] and a core [before, after, r, k]: a factor [before, channels, after, k]."""
+    return jnp.einsum("cr,bark->bcak", a, core)
 
 
 class Patches(Operand):

@@ -33,7 +33,7 @@ from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap, near
 from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
-from jlora.io.peft_lycoris import HADA, LOHA, LOKR_LAYOUTS, PARTS, WHOLE, write_hada
+from jlora.io.peft_lycoris import HADA, LOHA, LOKR_LAYOUTS, PARTS, TUCKER, WHOLE, write_hada
 from jlora.io.peft_read import sites_of, stacked
 from jlora.io.peft_table import Arrays, Read, scale_of, trim, want_shape
 from jlora.io.peft_tables import table_of
@@ -147,7 +147,7 @@ def _read(site: Site, t: Arrays) -> Read:
         return DORA.read(site, {**renamed, MAGNITUDE: t[DORA_SCALE][:, 0]}, fields)
     if keys == set(HADA):
         rank = t["hada_w1_b"].shape[0] if t["hada_w1_b"].ndim else 0
-        fields = {"r": rank, "alpha": rank if alpha is None else alpha}
+        fields = {"r": rank, "alpha": rank if alpha is None else alpha, TUCKER: False}
         return LOHA.read(site, {key: t[key] for key in keys}, fields)
     if any(keys == set(layout) for layout in LOKR_LAYOUTS):
         return _read_lokr(site, {key: t[key] for key in keys}, alpha)
@@ -185,6 +185,8 @@ def _write(site: Site, method: Method, p: Arrays) -> Arrays:
         raise ValueError(f"this format has no place for {type(method).__name__}{what}")
     if "gather" in site.ops:
         raise ValueError("this format has no place for tables")
+    if "t1" in p:
+        raise ValueError("Tucker forms are not written")
     axes = {name: axis for name, axis in method.rank_axes.items() if name in p}
     rank, p = trim(p, axes) if axes else (1, p)
     if rank == 0 or not any(array.any() for name, array in p.items() if name != "scale"):

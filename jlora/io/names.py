@@ -126,9 +126,11 @@ class NameMap:
         """The parameters among the sites, those of one module in the order of the rules.
 
         Raises:
-          ValueError: more than one stack axis that the template does not name.
+          ValueError: more than one stack axis that the template does not name, or two parameters
+            of a module by one rule, which leaves their order open.
         """
         found = []
+        seen: set[tuple[str, int]] = set()
         for site in sites:
             order = next((k for k, p in enumerate(self.rules) if re.fullmatch(p, site.path)), None)
             if order is None or not self.is_parameter(site.path):
@@ -140,6 +142,12 @@ class NameMap:
                 match = BRACKETS.fullmatch(self.module(site.path, index))
                 assert match is not None
                 module, name, turned = match.groups()
+                if (module, order) in seen:
+                    raise ValueError(
+                        f"name map: the parameters of {module!r} need a rule each, in their order "
+                        f"in the module; got one for {site.path!r} and others"
+                    )
+                seen.add((module, order))
                 experts = itertools.product(*map(range, site.stack[named:]))
                 slices = [(*index, *e) for e in experts]
                 one = Parameter(f"{module}.{name}", module, site, slices, turned is not None)

@@ -12,6 +12,11 @@ so a step costs T r (d_in + i1 o1 + d_out) instead of T d_in d_out, and forms no
 W1, W2. Rank of the delta: rank(W1) rank(W2).
 
 W2 is factored where r < max(i2, o2) / 2; W1 too under `decompose_both` and r < max(i1, o1) / 2.
+Of a convolution, i1 i2 are the channels and the window belongs to the second factor. Where it lies
+before the channels (Flax), `w2` is [window, i2, o2], `a2` [window, i2, r]; where after them, the
+rows of W2 are i2 * window. With `tucker`, `a2` is [i2, r] and has a core `t2`
+[before, after, r, r] over the window: :math:`(A_2)_{bca,k} = \\sum_j t_{ba,jk} a_{cj}`.
+
 Init: the first factor (W1, or B1) is 0, the rest uniform in ±1/sqrt(fan-in): the identity.
 
 Edalati et al., `KronA <https://arxiv.org/abs/2212.10650>`_, 2022; Yeh et al.,
@@ -32,6 +37,7 @@ import jax.numpy as jnp
 
 from jlora.core import algebra
 from jlora.core.adapter import Arrays, Method, Site, low_rank
+from jlora.core.conv import tucker, window
 
 
 def split(dim: int, factor: int | None = None) -> tuple[int, int]:
@@ -60,6 +66,7 @@ class LoKr(Method):
     alpha: float = dataclasses.field(default=8.0, compare=False)
     factor: int | None = None
     decompose_both: bool = False
+    tucker: bool = False  # a core over the window of a convolution; of others no difference
 
     def __post_init__(self) -> None:
         for name, got in (("rank", self.rank), ("factor", self.factor)):
@@ -67,46 +74,74 @@ class LoKr(Method):
                 raise ValueError(f"LoKr.{name}: expected at least 1, got {got}")
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
-        """w1 or a1, b1, and w2 or a2, b2; frozen scale []."""
-        (i1, i2), (o1, o2) = split(site.d_in, self.factor), split(site.d_out, self.factor)
+        """w1 or a1, b1, and w2 or a2, b2 and perhaps t2; frozen scale []."""
+        before, channels, after = window(site)
+        (i1, i2), (o1, o2) = split(channels, self.factor), split(site.d_out, self.factor)
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
 
-        def uniform(key: jax.Array, rows: int, cols: int, fan_in: int) -> jax.Array:
+        def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
             bound = 1 / math.sqrt(fan_in)
-            return jax.random.uniform(key, (rows, cols), dtype, -bound, bound)
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         if self.decompose_both and r < max(i1, o1) / 2:
-            trainable = {"a1": uniform(keys[0], i1, r, i1), "b1": jnp.zeros((r, o1), dtype)}
+            trainable = {"a1": uniform(keys[0], (i1, r), i1), "b1": jnp.zeros((r, o1), dtype)}
         else:
             trainable = {"w1": jnp.zeros((i1, o1), dtype)}
-        if r < max(i2, o2) / 2:
-            trainable |= {"a2": uniform(keys[1], i2, r, i2), "b2": uniform(keys[2], r, o2, r)}
+        rows = (i2 * after,) if before == 1 else (before, i2 * after)
+        if r >= max(i2, o2) / 2:
+            trainable["w2"] = uniform(keys[1], (*rows, o2), math.prod(rows))
         else:
-            trainable |= {"w2": uniform(keys[1], i2, o2, i2)}
+            trainable["b2"] = uniform(keys[2], (r, o2), r)
+            if self.tucker and before * after > 1:
+                trainable["a2"] = uniform(keys[1], (i2, r), i2)
+                trainable["t2"] = uniform(jax.random.fold_in(key, 1), (before, after, r, r), r)
+            else:
+                trainable["a2"] = uniform(keys[1], (*rows, r), math.prod(rows))
         return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
 
-    def kron(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """a [i1, o1], u [i2, R], v [R, o2] with a ⊗ (u @ v) the delta, the scale in a."""
+    def parts(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """a [i1, o1] with the scale, u [i2, R] or [window, i2, R], v [R, o2] of the second factor.
+
+        The delta is a ⊗ (u @ v), that of each place of the window above the next.
+        """
         a = p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
+        if "t2" in p:
+            u = tucker(p["a2"], p["t2"])  # [before, i2, after, r]
+            rows = (-1,) if u.shape[0] == 1 else (u.shape[0], u.shape[1] * u.shape[2])
+            return a, u.reshape(*rows, u.shape[3]), p["b2"]
         if "a2" in p:
             return a, p["a2"], p["b2"]
         w2 = p["w2"]
-        eye = jnp.eye(min(w2.shape), dtype=w2.dtype)
-        return (a, w2, eye) if w2.shape[1] <= w2.shape[0] else (a, eye, w2)
+        if w2.ndim == 3 or w2.shape[1] <= w2.shape[0]:
+            return a, w2, jnp.eye(w2.shape[-1], dtype=w2.dtype)
+        return a, jnp.eye(w2.shape[0], dtype=w2.dtype), w2
+
+    def kron(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """a [i1, o1], u [i2, R], v [R, o2] with a ⊗ (u @ v) the delta; None if a window leads."""
+        parts = self.parts(p)
+        return parts if parts[1].ndim == 2 else None
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """u [d_in, R], v [R, d_out], R = min(i1, o1) times the rank of the second factor."""
-        return algebra.low_rank(algebra.Kron(*self.kron(p)))
+        a, u, v = self.parts(p)
+        if u.ndim == 2:
+            return algebra.low_rank(algebra.Kron(a, u, v))
+        a, v = (jnp.broadcast_to(t, (u.shape[0], *t.shape)) for t in (a, v))
+        left, right = algebra.low_rank(algebra.Kron(a, u, v))  # right is one for all places
+        return left.reshape(-1, left.shape[2]), right[0]
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
         """w + s W1 ⊗ W2, [d_in, d_out]."""
-        a, u, v = self.kron(p)
-        return w + algebra.kron(a, u @ v)
+        a, u, v = self.parts(p)
+        if u.ndim == 3:
+            a = jnp.broadcast_to(a, (u.shape[0], *a.shape))
+        return w + algebra.kron(a, u @ v).reshape(w.shape)
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches take the low-rank form."""
         y = x @ w
-        if not isinstance(x, jax.Array):
+        windowed = "t2" in p or (p["w2"] if "w2" in p else p["a2"]).ndim == 3
+        if windowed or not isinstance(x, jax.Array):
             return y + low_rank(x, *self.factors(p)).astype(y.dtype)
         first = p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
         second = [p[k].astype(x.dtype) for k in ("a2", "b2", "w2") if k in p]

@@ -7,7 +7,9 @@ Run by a developer where torch, transformers and peft are installed:
 For two tiny random models, BERT and Llama: the model in transformers' format, its inputs and, by
 adapter, PEFT's directory plus `expected.safetensors`, the hidden states [2, 6, 16] (BERT) or logits
 [2, 6, 32] (Llama) that PEFT computes. The third, `conv`, is three convolutions, its weights and
-inputs in `base.safetensors`, its output [2, 5]. The fourth, `experts`, has bare parameters.
+inputs in `base.safetensors`, its output [2, 5]. The fourth, `experts`, has bare parameters. The
+fifth, `lycoris`, has wider convolutions, one of them grouped, for LoKr and for LoHa's cores; its
+output is [2, 10].
 METADATA says versions, command and the sha256 of every file.
 """
 
@@ -160,6 +162,45 @@ def conv_configs() -> dict[str, peft.PeftConfig]:
         "lora": peft.LoraConfig(r=2, lora_alpha=3, target_modules=every),
         "dora": peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=every),
         "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=["one", "two"]),
+    }
+
+
+class Wide(torch.nn.Module):
+    """Convolutions of which LoKr has more than one form, and a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = torch.nn.Conv2d(8, 18, (3, 2), stride=(1, 2), padding=(1, 0))
+        self.point = torch.nn.Conv2d(18, 12, 1)
+        self.grouped = torch.nn.Conv2d(12, 8, (2, 2), groups=2, dilation=(2, 1))
+        self.one = torch.nn.Conv1d(8, 18, 3)
+        self.head = torch.nn.Linear(18, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.two(x))  # [2, 8, 5, 6] -> [2, 18, 5, 3]
+        h = torch.tanh(self.grouped(torch.tanh(self.point(h))))  # [2, 8, 3, 2]
+        return self.head(torch.tanh(self.one(h.flatten(2))).mean(2))
+
+
+def wide_configs() -> dict[str, peft.PeftConfig]:
+    most = ["two", "point", "grouped", "head"]
+    every = [*most, "one"]
+    core = {"target_modules": every, "use_effective_conv2d": True}
+    return {
+        "loha_core": peft.LoHaConfig(r=2, alpha=3, **core),
+        "lokr": peft.LoKrConfig(r=2, alpha=3, target_modules=every),
+        "lokr_both": peft.LoKrConfig(
+            r=1, alpha=2, decompose_both=True, decompose_factor=4, target_modules=every
+        ),
+        "lokr_core": peft.LoKrConfig(r=2, alpha=3, **core),
+        "lokr_core_both": peft.LoKrConfig(  # of "one" with a core of rank 1, torch.kron fails
+            **{**core, "target_modules": most},
+            r=1,
+            alpha=2,
+            decompose_both=True,
+            decompose_factor=6,
+        ),
+        "lokr_whole": peft.LoKrConfig(r=8, alpha=3, target_modules=most),
     }
 
 
@@ -335,6 +376,8 @@ def main() -> None:
     make_small(folder / "conv", Convolutions(), torch.randn(2, 3, 7, 8), conv_configs())
     torch.manual_seed(3)
     make_small(folder / "experts", Mixture(), torch.randn(4, 5), expert_configs())
+    torch.manual_seed(4)
+    make_small(folder / "lycoris", Wide(), torch.randn(2, 8, 5, 6), wide_configs())
     metadata(folder)
 
 
