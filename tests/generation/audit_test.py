@@ -43,6 +43,9 @@ def test_novelty_of_a_copy_is_zero_and_of_a_new_seed_is_one():
     many = np.repeat(CENTRES, 40, 0) + RNG.normal(size=(120, 30))
     ratio = audit.novelty_ratio(nearest(fresh)[0], nearest(many)[0])
     np.testing.assert_allclose(ratio, 1, atol=0.1)
+    one, two = jnp.asarray([3.0, 1.0, 8.0]), jnp.asarray([1.0, 2.0, 4.0, 9.0])
+    np.testing.assert_allclose(audit.novelty_ratio(one, two), 3 / 3, rtol=1e-6)  # of medians
+    np.testing.assert_allclose(audit.novelty_ratio(two, one[:1]), 1, rtol=1e-6)
     # An interpolation between seeds is nearer than a new seed: the audit must see it.
     between = (REAL[0::4] + REAL[2::4]) / 2
     assert audit.novelty_ratio(nearest(between)[0], held_out) < 0.8
