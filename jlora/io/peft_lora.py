@@ -75,24 +75,31 @@ def _torch_factors(site: Site, p: Arrays) -> tuple[np.ndarray, np.ndarray]:
     return torch_layout.first(site, p["a"]), torch_layout.second(site, p["b"])
 
 
+def _keys(site: Site) -> tuple[str, str]:
+    return TABLE if "gather" in site.ops else MATRIX
+
+
+def _expect(site: Site, t: Arrays, keys: tuple[str, ...]) -> None:
+    if set(keys) != set(t):
+        raise ValueError(f"got {sorted(t)}, expected {list(keys)} for ops {site.ops}")
+
+
 def _write_lora(method: LoRA, site: Site, p: Arrays) -> Slice | None:
     rank, p = trim(p, method.rank_axes)
     if rank == 0:
         return None
-    keys = TABLE if "gather" in site.ops else MATRIX
     fields = {
         "r": rank,
         "lora_alpha": alpha_of(method, p["scale"], rank, method.rslora),
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
     }
-    return Slice(dict(zip(keys, _torch_factors(site, p), strict=True)), fields)
+    return Slice(dict(zip(_keys(site), _torch_factors(site, p), strict=True)), fields)
 
 
 def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
-    keys = TABLE if "gather" in site.ops else MATRIX
-    if set(keys) != set(t):
-        raise ValueError(f"got {sorted(t)}, expected {list(keys)} for ops {site.ops}")
+    keys = _keys(site)
+    _expect(site, t, keys)
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
     method = LoRA(rank=rank, alpha=alpha, rslora=rslora, dropout=fields["lora_dropout"])
     return Read(method, _factors(keys, site, t, rank), {"scale": scale_of(alpha, rank, rslora)})
@@ -105,15 +112,16 @@ def _write_dora(method: DoRA, site: Site, p: Arrays) -> Slice:
     alpha = alpha_of(method, p["scale"], rank, method.rslora)
     a, b = _torch_factors(site, p)
     m = p["m"].reshape(torch_layout.magnitude_shape(site))
-    tensors = {MATRIX[0]: a, MATRIX[1]: b, MAGNITUDE: m}
+    tensors = {**dict(zip(_keys(site), (a, b), strict=True)), MAGNITUDE: m}
     return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": method.rslora})
 
 
 def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
+    _expect(site, t, (*_keys(site), MAGNITUDE))
     want_shape(MAGNITUDE, t[MAGNITUDE], torch_layout.magnitude_shape(site))
     scale = {"scale": scale_of(alpha, rank, rslora)}
-    trainable = {**_factors(MATRIX, site, t, rank), "m": t[MAGNITUDE].reshape(-1)}
+    trainable = {**_factors(_keys(site), site, t, rank), "m": t[MAGNITUDE].reshape(-1)}
     return Read(DoRA(rank=rank, alpha=alpha, rslora=rslora), trainable, scale)
 
 
@@ -209,7 +217,7 @@ LORA = Table(
 DORA = Table(
     type="LORA",
     method=DoRA,
-    layouts=((*MATRIX, MAGNITUDE),),
+    layouts=((*MATRIX, MAGNITUDE), (*TABLE, MAGNITUDE)),
     fields={"r": 8, "lora_alpha": 8, "use_rslora": False},
     write=_write_dora,
     read=_read_dora,

@@ -56,6 +56,7 @@ OTHERS: tuple[Other, ...] = (
             "tests/merge_cli/main_test.py",
             "tests/merge_cli/config_test.py",
             "tests/merge_cli/layout_test.py",
+            "tests/merge_cli/peft_files_test.py",
             "tests/merge_cli/torch_test.py",
         ),
     ),

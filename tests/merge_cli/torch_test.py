@@ -17,6 +17,8 @@ from jlora.core.adapter import unfold
 from jlora.io import safetensors_file, torch_layout
 from jlora.merge_cli import layout
 from jlora.merge_cli import main as command
+from jlora.merge_cli.base import Base
+from jlora.merge_cli.config import PLAIN
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -207,6 +209,25 @@ def test_dare_drops_elements_of_torchs_weights(world, job):
         assert len(np.unique(gaps.argmin(0))) == 4, module
 
 
+@pytest.mark.parametrize("kind", ["linear", "cat", "ties", "svd"])
+def test_pefts_merges_of_factors_are_pefts(kind, world, job, tmp_path):
+    """`add_weighted_adapter` of two adapters of one rank and scale 1; PEFT's SVD lacks Conv1d."""
+    modules = [m for m in MODULES if kind != "svd" or m != "conv1"]
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=modules)
+    for k in range(2):
+        adapted(world.net, config, k + 11).save_pretrained(tmp_path / str(k))
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(world.net), tmp_path / "0", "a")
+    model.load_adapter(tmp_path / "1", "b")
+    density = {"density": 0.5} if kind == "ties" else {}
+    model.add_weighted_adapter(["a", "b"], [0.7, 0.4], "c", combination_type=kind, **density)
+    models = (tmp_path / "0", tmp_path / "1")
+    out = job(f"peft_{kind}", models=models, weights=(0.7, 0.4), parameters=density)
+    got = merged_deltas(world, out)
+    for module in modules:
+        want = inner(model, module).get_delta_weight("c").detach().numpy()
+        assert error(got[module], want) <= 1e-5, module
+
+
 def test_iso_c_by_the_svd_of_torchs_weights(world, job):
     """Spectral: one singular value for the directions of the sum, for any order of inputs."""
     out = job("iso_c")
@@ -219,18 +240,18 @@ def test_iso_c_by_the_svd_of_torchs_weights(world, job):
 
 
 def test_types_that_need_the_base(world, job, tmp_path):
-    """DoRA and LoHa of convolutions beside LoRA, against PEFT's own merge of each."""
-    targets = ["linear", "conv1", "conv2"]
+    """DoRA (of the table as well) and LoHa beside LoRA, against PEFT's own merge of each."""
+    targets = list(MODULES)
     configs = {
         "dora": peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=targets),
-        "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=targets),
+        "loha": peft.LoHaConfig(r=2, alpha=3, target_modules=targets[1:]),
     }
     total = {m: 0.5 * world.deltas[0][m] for m in MODULES}
     for seed, (name, config) in enumerate(configs.items()):
         model = adapted(world.net, config, seed + 5)
         model.save_pretrained(tmp_path / name)
         state = model.merge_and_unload().state_dict()
-        for m in targets:
+        for m in config.target_modules:
             new, old = state[f"{m}.weight"].numpy(), world.state[f"{m}.weight"]
             total[m] = total[m] + 0.7 * (new.astype(np.float64) - old)
     models = ("one", tmp_path / "dora", tmp_path / "loha")
@@ -238,6 +259,23 @@ def test_types_that_need_the_base(world, job, tmp_path):
     for module, got in merged_deltas(world, out).items():
         assert error(got, total[module]) <= 1e-5, module
     job(models=models, weights=(1, 1, 1), base=False, form="peft", fails=True)
+
+
+def test_doras_of_a_table_go_back_to_peft_bitwise(world, tmp_path):
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=list(MODULES))
+    model = adapted(world.net, config, 7)
+    model.save_pretrained(tmp_path / "dora")
+    params = Base(world.folder / "base").params({"table"})
+    adapter = jl.io.load_peft(tmp_path / "dora", PLAIN, params)
+    jl.io.save_peft(tmp_path / "ours", adapter, PLAIN)
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "dora" / file).read_bytes()
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(world.net), tmp_path / "ours")
+    np.testing.assert_array_equal(outputs(again), outputs(model))
+    with pytest.raises(
+        jl.io.FormatError, match=r"table: got .*lora_embedding_A.*expected .*lora_A"
+    ):
+        jl.io.load_peft(tmp_path / "dora", PLAIN, Base(world.folder / "base").params())
 
 
 @pytest.mark.parametrize("flax", [True, False])
