@@ -58,12 +58,14 @@ def extra_tensors(
     modules = {name.rpartition(".")[0] for name in extras if not name.endswith(".bias")}
     tensors: Arrays = {}
     bias = "none"
+    words = table.allowed.get("bias", (f"{table.type.lower()}_only",))  # AdaLoRA's is LoRA's
+    only = next(word for word in words if word.endswith("_only"))
     for name, array in extras.items():
         module, _, leaf = name.rpartition(".")
         if module in adapted and leaf != "bias":
             raise FormatError(folder, f"{name!r} replaces a weight that the adapter changes")
         if module not in modules:
-            bias = "all" if module not in adapted or bias == "all" else f"{table.type.lower()}_only"
+            bias = "all" if module not in adapted or bias == "all" else only
         inner = "base_layer." if module in adapted else ""
         tensors[f"{ROOT}{module}.{inner}{leaf}"] = np.asarray(array)
     told: Fields = {"modules_to_save": sorted(modules) or None}

@@ -112,7 +112,7 @@ def with_biases(params, rng, only):
 
 def check_biases(golden, folder, bias, method):
     model = golden["bert"]
-    only = ["attention.self.query", "output.dense"] if bias == "lora_only" else None
+    only = None if bias == "all" else ["attention.self.query", "output.dense"]
     params, extras = with_biases(model.params, np.random.default_rng(0), only)
     methods = {r"attention/query/kernel|ffn/down/kernel": method}
     adapter = trained(model.fn, model.params, model.args, methods)
@@ -122,9 +122,17 @@ def check_biases(golden, folder, bias, method):
 
 
 @pytest.mark.parametrize(
-    ("bias", "method"), [("lora_only", jl.LoRA(rank=2)), ("all", jl.DoRA(rank=2))]
+    ("bias", "method"),
+    [
+        ("lora_only", jl.LoRA(rank=2)),
+        ("all", jl.DoRA(rank=2)),
+        ("lora_only", jl.AdaLoRA(rank=2)),
+        ("oft_only", jl.OFT(block=4)),
+        ("boft_only", jl.BOFT(block=8)),
+    ],
 )
-def test_biases(golden, tmp_path, bias, method):
+def test_biases(golden, tmp_path, monkeypatch, bias, method):
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
     check_biases(golden, tmp_path, bias, method)
 
 
