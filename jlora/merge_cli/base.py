@@ -8,6 +8,7 @@ Deviates: pickled weights are refused.
 """
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,10 @@ class Base:
         path = self.folder / "config.json"
         data = safetensors_file.parse_json(path, path.read_bytes()) if path.is_file() else {}
         told = data if isinstance(data, dict) else {}
-        return told.get("vocab_size") if told.get("tie_word_embeddings") is True else None
+        parts = [part for part in (told, told.get("text_config")) if isinstance(part, dict)]
+        if not any(part.get("tie_word_embeddings") is True for part in parts):
+            return None
+        return next((part["vocab_size"] for part in parts if "vocab_size" in part), None)
 
     def module(self, name: str, names: NameMap) -> str:
         """The name in the base of a module as adapters call it: with or without the prefix."""
@@ -120,9 +124,24 @@ class Base:
         files = [p for p in sorted(self.folder.iterdir()) if p.is_file()]
         return [p for p in files if p.suffix not in unwanted and not p.name.startswith(".")]
 
-    def largest_file(self) -> int:
-        """Bytes of the largest shard."""
-        return max((self.folder / file).stat().st_size for file in self.files)
+    def writing(self, changed: Collection[str], dtype: str | None) -> int:
+        """Bytes at the peak of writing merged weights, the worst shard: `write.merged` in `dtype`.
+
+        Reading and writing hold a file three times, reading also the bits of a tensor that is
+        checked to be finite; a sum holds all of it and two matrices in float32.
+        """
+        peaks = []
+        for file in self.files:
+            before = after = checked = added = 0
+            for name in (n for n, where in self.where.items() if where == file):
+                shape, old = self.shapes[name]
+                size, floating = math.prod(shape), jnp.issubdtype(old, jnp.floating)
+                new = jnp.dtype(dtype) if dtype and floating else old
+                before, after = before + size * old.itemsize, after + size * new.itemsize
+                checked = max(checked, size * (old.itemsize + 1) * floating)
+                added = max(added, 8 * size * (name in changed))
+            peaks.append(max(3 * before + checked, 3 * after, max(before, after) + added))
+        return max(peaks)
 
 
 def header(path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype]]:

@@ -72,7 +72,7 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
     if dry:
         sizes = plans.memory(plan, given.bank, config.seed)
         if config.out.format == "merged" and base is not None:
-            sizes["largest shard, twice"] = 2 * base.largest_file()
+            sizes["largest shard, while written"] = base.writing(table, config.out.dtype)
         print(plans.describe(config, plan, given, sizes))
         return
     made: Deltas = {}

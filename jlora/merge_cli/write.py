@@ -111,7 +111,8 @@ def merged(
         shutil.copy(file, path / file.name)
     for file, tensors, metadata in base.shards():
         out = {}
-        for name, old in tensors.items():
+        for name in list(tensors):
+            old = tensors.pop(name)  # not held any longer than needed
             floating = jnp.issubdtype(old.dtype, jnp.floating)
             kind = np.dtype(jnp.dtype(dtype)) if dtype and floating else old.dtype
             if name in table:
@@ -119,9 +120,9 @@ def merged(
                 arrays = adapter.trainable[site.path]
                 scale = adapter.frozen[site.path]["scale"]
                 a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
-                delta = (float(scale[index]) * a) @ b
-                old = old.astype(np.float32) + layout.to_torch(site, delta)
-            out[name] = old.astype(kind)
+                old = old.astype(np.float32)
+                old += layout.to_torch(site, (float(scale[index]) * a) @ b)
+            out[name] = old.astype(kind, copy=False)
         safetensors_file.write(path / file, out, metadata)
         done()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -161,8 +162,10 @@ def test_peft_factors_of_a_grouped_convolution_are_refused(base, files, capsys):
 
 def test_a_table_that_is_the_output_layer_as_well_is_not_merged(files, capsys):
     config = {"tie_word_embeddings": True, "vocab_size": 5}
-    (files / "base/config.json").write_text(json.dumps(config))
-    refused(files, capsys, "table/embedding", "got tie_word_embeddings true", "expected false")
+    nested = {"tie_word_embeddings": True, "text_config": {"vocab_size": 5}}
+    for told in (nested, config):
+        (files / "base/config.json").write_text(json.dumps(told))
+        refused(files, capsys, "table/embedding", "got tie_word_embeddings true", "expected false")
     assert run(files, form="peft")[0] == 0
     (files / "base/config.json").write_text(json.dumps(config | {"vocab_size": 4}))
     assert run(files)[0] == 0
@@ -223,3 +226,31 @@ def test_plans_name_tables_and_convolutions(files, capsys):
     text = capsys.readouterr().out
     for words in ("[5, 3], rank 2", "[30, 4], rank 2", "table/embedding", "conv/kernel"):
         assert words in text, text
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_the_plans_memory_of_a_large_table_is_what_writing_takes(dtype, tmp_path, monkeypatch):
+    """A table of 2 MB in float16 and a matrix: what Python allocates, and what safetensors may."""
+    (tmp_path / "base").mkdir()
+    base = {"table.weight": (5000, 200), "linear.weight": (1000, 200)}
+    base = {name: np.ones(shape, np.float16) for name, shape in base.items()}
+    safetensors_file.write(tmp_path / "base/model.safetensors", base, {"format": "pt"})
+    factors = {
+        "table.lora_embedding_A": normal((2, 5000)),
+        "table.lora_embedding_B": normal((200, 2)),
+    }
+    adapter(tmp_path / "lora", factors)
+    real, peaks = write.merged, []
+
+    def traced(*args):
+        tracemalloc.start()
+        real(*args)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    monkeypatch.setattr(write, "merged", traced)
+    out = {"path": "out", "format": "merged", "dtype": dtype}
+    assert run(tmp_path, out=out)[0] == 0
+    told = Base(tmp_path / "base").writing({"table.weight"}, dtype)
+    assert 0.65 * told <= peaks[0] <= 1.05 * told
+    assert told > 3 * (tmp_path / "base/model.safetensors").stat().st_size
