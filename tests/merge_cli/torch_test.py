@@ -1,7 +1,7 @@
 """Tables and convolutions through the command: adapters by the real PEFT, its outputs on torch.
 
-Every matrix of the model is square in some sense (as many rows as columns, as large a window as
-there are channels), so that a wrong layout is no wrong shape and has to be seen in the numbers.
+The table and the matrix are square, and the windows have as many elements as there are outputs or
+axes of one size: a wrong layout is often no wrong shape, and has to be seen in the numbers.
 """
 
 import copy
@@ -25,22 +25,22 @@ torch = pytest.importorskip("torch")
 
 MODULES = ("table", "linear", "conv1", "conv2")
 WEIGHTS = (0.6, -0.4)
-TOKENS = [[0, 3, 5, 1, 1], [2, 4, 0, 5, 3]]
+TOKENS = [[0, 3, 5, 1, 1, 2], [2, 4, 0, 5, 3, 3]]
 
 
 class Net(torch.nn.Module):
-    """Tokens [2, 5] to outputs [2, 36], through a layer of each kind."""
+    """Tokens [2, 6] to outputs [2, 36], through a layer of each kind."""
 
     def __init__(self):
         super().__init__()
         self.table = torch.nn.Embedding(6, 6)
         self.linear = torch.nn.Linear(6, 6)
-        self.conv1 = torch.nn.Conv1d(3, 4, 3)
+        self.conv1 = torch.nn.Conv1d(4, 4, 2)
         self.conv2 = torch.nn.Conv2d(2, 4, 2)
 
     def forward(self, tokens):
         h = torch.tanh(self.linear(self.table(tokens)))
-        h = torch.tanh(self.conv1(h.reshape(-1, 3, 10)))
+        h = torch.tanh(self.conv1(h.reshape(-1, 4, 9)))
         return self.conv2(h.reshape(-1, 2, 4, 4)).flatten(1)
 
 
