@@ -1,7 +1,7 @@
 """Tables and convolutions through the command: adapters by the real PEFT, its outputs on torch.
 
-The table and the matrix are square, and the windows have as many elements as there are outputs or
-axes of one size: a wrong layout is often no wrong shape, and has to be seen in the numbers.
+The table and the matrix are square: there a wrong layout is no wrong shape, and has to be seen in
+the numbers.
 """
 
 import copy
