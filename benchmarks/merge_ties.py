@@ -1,9 +1,11 @@
-r"""TIES and DARE-TIES over 8 adapters of 64 sites: streamed against dense deltas.
+r"""TIES and DARE-TIES over 8 adapters of 64 sites: by row blocks against dense deltas.
 
 ``python -m benchmarks.merge_ties``. On one core, CPU time, density 0.2. From factors to factors
 of the same rank:
 
-- ``jlora``: `ties`, `dare_ties` on row blocks, one site after the other;
+- ``jlora``: `ties`, `dare_ties` by default, one site after the other: the merged matrix of a site
+  of 384 x 384 is stored, that of ``large`` is not;
+- ``jlora_streamed``: with ``Solver(store=False)``, in several passes over row blocks;
 - ``peft``: ``add_weighted_adapter`` with ``ties_svd``, ``dare_ties_svd`` (dense deltas, full SVD).
 
 To full weights (base + merged delta):
@@ -52,7 +54,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     return found
 
 
-def ours(kind: str, n: int, rank: int, store: bool = False) -> tuple[Callable, Callable]:
+def ours(kind: str, n: int, rank: int, store: bool | None = None) -> tuple[Callable, Callable]:
     """(to factors, to the dense weight) of one site, jitted: (low, w [, base])."""
     extra = {"keys": jax.random.split(jax.random.key(0), n)} if kind == "dare_ties" else {}
     run = functools.partial(SITES[kind], rank=rank, density=DENSITY, solver=Solver(store=store))
@@ -72,13 +74,13 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
     found["mergekit"] = "0.1.5" if merge_tensors else None
     for kind in SITES:
         low_rank, full = ours(kind, n, rank)
-        stored, _ = ours(kind, n, rank, store=True)
+        streamed, _ = ours(kind, n, rank, store=False)
         factor = {"ties": peft_ties, "dare_ties": peft_dare_ties}[kind]
         keys = {"keys": jax.random.split(jax.random.key(0), n)} if kind == "dare_ties" else {}
         in_factors = jax.jit(lambda low, w, f=factor, k=keys: f(low, w, density=DENSITY, **k))
         fast = {
             "jlora": merging.each(low_rank, bank, w),
-            "jlora_stored": merging.each(stored, bank, w),
+            "jlora_streamed": merging.each(streamed, bank, w),
             "jlora_dense": merging.each(full, bank, w, base),
             "jlora_factor": merging.each(in_factors, bank, w),
             "peft_factor": lambda kind=kind: theirs.merge(w, kind, density=DENSITY),

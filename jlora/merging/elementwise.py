@@ -43,6 +43,7 @@ DROPPED = "elements are dropped at random"
 CROSSED = "factors are summed apart: N copies of weight 1/N give N times one"
 GAUGE = "the factors are merged as they are written"
 SHARED = "PEFT divides by the number of adapters that agree: N copies of weight 1/N give 1/N of one"
+CUT = "ranks beyond an adapter's are cut off: what they add to the derivative is left out"
 DARE = "Yu 2023, 2311.03099"
 PEFT = "Mangrulkar 2022, PEFT 0.21.2"
 FACTOR_TESTS = ("tests/merging/peft_factor_test.py", "tests/merging/peft_torch_test.py")
@@ -65,6 +66,7 @@ def _factor(name: str, function: Callable[..., Any], why: str, **more: Any) -> A
 
 
 def _peft_svd(name: str, function: Callable[..., Any], breaks: Any, **more: Any) -> Any:
+    breaks = breaks | ({} if "certificate" in more else {"difference": CUT})
     base = {"paper": PEFT, "kind": "composition", "loop": "map", "breaks": breaks,
             "tests": SVD_TESTS, "evidence": "PEFT's product on its own models"}  # fmt: skip
     return {"name": name, "function": function, **base, **more}

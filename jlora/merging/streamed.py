@@ -10,15 +10,22 @@ Q          orthonormal [d_in, k], the columns of M (M^T M)^q G, G Gaussian [d_ou
 .. math:: M \\approx U V, \\quad U = Q X_r, \\quad V = U^T M, \\quad Q^T M = X S Y^T
 
 A pass computes each block once: q power iterations take 2 q + 2 passes, and one more gives the
-error |M - U V|. The largest temporary has N b d_out elements. Rows beyond d_in are zero deltas,
-so rules must map zeros to zero. Gradients flow through V with U held fixed: exact for weights
-where M stays in the span of the adapters' columns, else those of the projection on U.
+error |M - U V|. The largest temporary has N b d_out elements. Where M takes `STORED` bytes at
+most, which is what a few blocks take, M itself is kept and its blocks are computed once, unless
+`Solver.store` says otherwise: one M at a time, and one for each lane under vmap. Rows beyond d_in
+are zero deltas, so rules must map zeros to zero.
+
+Gradients hold for whatever part of M is kept, and take the part that is cut off for zero,
+
+.. math:: d(U V) = U U^T dM + (I - U U^T) \\, dM \\, V^+ V
+
+so they are exact where M has rank r at most: at full rank, and for weighted sums of rank N R.
 
 Shapes: bank u [N, d_in, R], v [N, R, d_out]; factors u [d_in, r] orthonormal, v [r, d_out].
 
 Paper: Halko, Martinsson and Tropp 2011, arXiv:0909.4061 (algorithms 4.4 and 5.1).
 Source: paper.
-Deviates: blocks are recomputed for each pass, not stored; the error is measured, not estimated.
+Deviates: blocks of a large M are recomputed for each pass; the error is measured, not estimated.
 """
 
 import dataclasses
@@ -33,6 +40,7 @@ from jlora.core.algebra import LowRank
 
 Rule = Callable[[Array, Array], Array]  # ([N, b, d_out], [b] int32) -> [b, d_out]
 ROWS, ELEMENTS = 32, 2**19  # the most of a default block: rows; elements of all deltas (2 MiB)
+STORED = 2**22  # bytes of the largest M that is kept by default: 1024 x 1024 float32, 4 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Solver:
     power: int = 2  # power iterations q: 2 q + 2 passes
     oversample: int = 8  # p, columns beyond the rank
     block: int | None = None  # rows at a time; by default 32, or fewer that fill 2 MiB
-    store: bool = False  # keep M [d_in, d_out]: one pass, and the memory of one dense delta
+    store: bool | None = None  # keep M [d_in, d_out], in one pass; None: if of STORED bytes or less
 
     def __post_init__(self):
         least = {"power": 0, "oversample": 0, "block": 1}
@@ -50,6 +58,10 @@ class Solver:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name}: got {value}, expected at least {low}")
+
+    def stores(self, d_in: int, d_out: int, dtype: Any) -> bool:
+        """Whether M of these shapes is kept."""
+        return d_in * d_out * dtype.itemsize <= STORED if self.store is None else self.store
 
 
 class Factored(NamedTuple):
@@ -119,8 +131,12 @@ def factor(
         q = _basis(right(_basis(left(q)) if k else q))
     b = left(q).T  # q.T @ M
     core = jnp.linalg.qr(lax.stop_gradient(b).T, mode="r").T  # b = core @ (orthonormal rows)
-    x = jnp.linalg.svd(core)[0][:, :rank]
-    return LowRank(_mul(q, x), _mul(x.T, b))
+    x, s, _ = jnp.linalg.svd(core)
+    u, v = _mul(q, x[:, :rank]), _mul(x[:, :rank].T, b)
+    there = s[:rank] > full * jnp.finfo(s.dtype).eps * s[0]
+    inverse = jnp.where(there, 1.0 / jnp.where(there, s[:rank], 1.0), 0.0)
+    turn = right(lax.stop_gradient(v).T * jnp.square(inverse)[None])  # M V^+, which is u
+    return LowRank(u + _slope_of(turn - _mul(u, _mul(u.T, turn))), v)
 
 
 def certified(
@@ -154,7 +170,7 @@ def flip(x: LowRank) -> LowRank:
 
 def _products(bank: LowRank, rule: Rule, solver: Solver) -> tuple[Any, Any]:
     """The functions g -> M g and q -> M^T q."""
-    if solver.store:
+    if solver.stores(bank.u.shape[1], bank.v.shape[-1], bank.u.dtype):
         m = dense(bank, rule, block=solver.block)
         return lambda g: _mul(m, g), lambda q: _mul(m.T, q)
 
@@ -162,6 +178,15 @@ def _products(bank: LowRank, rule: Rule, solver: Solver) -> tuple[Any, Any]:
         return rows_of(bank, rule, lambda m: _mul(m, g), solver.block)
 
     return right, lambda q: _left(bank, rule, q, solver.block)
+
+
+@jax.custom_jvp
+def _slope_of(x: Array) -> Array:
+    """Zero, with the derivative of x; compiled, x is computed for derivatives only."""
+    return jnp.zeros_like(x)
+
+
+_slope_of.defjvp(lambda primals, tangents: (jnp.zeros_like(primals[0]), tangents[0]))
 
 
 def _basis(y: Array) -> Array:

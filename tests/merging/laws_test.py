@@ -1,5 +1,7 @@
 """Every row keeps every law on adapters of every type, or breaks it as it says; doubles fail."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jlora.core.algebra import LowRank
 from jlora.merging import METHODS, Merging
 from jlora.merging.concat import concat
 from jlora.merging.laws import CHECKS, error, errors, laws_of
-from jlora.merging.table import LAWS, ROWS
+from jlora.merging.table import HELD, LAWS, ROWS
 from jlora.merging.truncated import truncated
 
 TYPES = {  # beside those of `conftest.TYPES`; those that need the weight are made LoRA first
@@ -110,6 +112,78 @@ def test_mutation_one_wrong_type_is_seen(world):
         check("weight_one", Merging("double", wrong, ""), world._replace(bank=small))
 
 
+def test_held_bases_concern_factors_alone(world):
+    """Rows that hold singular bases are exact by the weights, which learned merges rely on."""
+    rows = [row for row in ROWS if row.breaks.get("difference") == HELD]
+    assert rows
+    for row in rows:
+        every = errors("difference", row, world)
+        by = {what: max(v for k, v in every.items() if k.startswith(what)) for what in
+              ("factors", "weights")}  # fmt: skip
+        assert by["weights"] <= row.atol < by["factors"], (row.name, by)
+
+
+def test_without_a_cut_peft_svd_merges_have_derivatives(world):
+    """They break `difference` by the rank they cut to, and by nothing else."""
+    row = METHODS["peft_ties_svd"]
+    whole = dataclasses.replace(row, options={**row.options, "rank": 8}, breaks={})
+    check("difference", whole, world)
+
+
+def slightly(bank, weights):
+    """A custom gradient 2 % too large, of the second factor."""
+
+    @jax.custom_jvp
+    def steeper(v):
+        return v
+
+    steeper.defjvp(lambda primals, tangents: (primals[0], 1.02 * tangents[0]))
+    return concat(LowRank(bank.u, steeper(bank.v)), weights)
+
+
+def held_norm(bank, weights):
+    """Divided by its own norm, which is held."""
+    made = concat(bank, weights)
+    size = jnp.sqrt(jnp.sum((made.u @ made.v) ** 2))
+    return LowRank(made.u / jax.lax.stop_gradient(size), made.v)
+
+
+def at_one_site(bank, weights):
+    """Too small a slope where the first element is the largest of its column, right elsewhere."""
+    hit = jnp.argmax(jnp.abs(bank.u[0, :, 0])) == 0
+    half = (weights + jax.lax.stop_gradient(weights)) / 2
+    return concat(bank, jnp.where(hit, half, weights))
+
+
+@pytest.mark.parametrize("wrong", [slightly, held_norm, at_one_site])
+def test_wrong_gradients_of_right_values_fail(wrong, world):
+    """Finite, not zero, and not the derivative."""
+    row = Merging("double", wrong, "")
+    assert error("gradient", row, world) == 0
+    with pytest.raises(AssertionError, match="breaks difference"):
+        check("difference", row, world)
+
+
+def everything(bank, weights):
+    """A merge of all sites at once, by their common norm."""
+    total = jnp.sqrt(sum(jnp.sum(u * u) for u, _ in bank.values()))
+    return {p: concat(LowRank(u / total, v), weights) for p, (u, v) in bank.items()}
+
+
+def everything_held(bank, weights):
+    return everything(bank, jax.lax.stop_gradient(weights))
+
+
+def test_merges_of_all_sites_at_once(world):
+    bank = {p: world.bank[p] for p in ("lora", "mixed")}
+    small = world._replace(bank=bank)
+    check("difference", Merging("all", everything, "", scope="adapter"), small)
+    with pytest.raises(AssertionError, match="breaks gradient"):
+        check("gradient", Merging("all", everything_held, "", scope="adapter"), small)
+    with pytest.raises(AssertionError, match="breaks difference"):
+        check("difference", Merging("all", everything_held, "", scope="adapter"), small)
+
+
 def test_table():
     assert len(METHODS) == len(ROWS), "two rows of one name"
     assert set(LAWS) == set(CHECKS)
@@ -150,6 +224,12 @@ def too_small(bank, weights, rank):
     return jnp.zeros(())
 
 
+def held(bank, weights):
+    """The weights' slope is a tenth of what it is."""
+    small = 0.1 * (weights - jax.lax.stop_gradient(weights))
+    return concat(bank, jax.lax.stop_gradient(weights) + small)
+
+
 def rough(bank, weights):
     """Infinite derivative."""
     return concat(bank, weights + jnp.sqrt(jnp.abs(weights - weights)))
@@ -170,6 +250,7 @@ DOUBLES = {
     "jit": Merging("double", forgetful(), ""),
     "sharded": Merging("double", forgetful(), ""),
     "gradient": Merging("double", rough, ""),
+    "difference": Merging("double", held, ""),
     "memory": Merging("double", dense, ""),
 }
 

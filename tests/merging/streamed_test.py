@@ -1,5 +1,6 @@
 """Row blocks and back to factors: values, the best rank, the certificate, memory, gradients."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jlora as jl
 from jlora.core.algebra import LowRank
 from jlora.merging import streamed
 from jlora.merging.concat import concat
@@ -59,7 +61,7 @@ def check_best(rank, solver):
 
 
 @pytest.mark.parametrize(
-    "solver", [Solver(oversample=4, block=7), Solver(oversample=4, store=True)]
+    "solver", [Solver(oversample=4, block=7, store=False), Solver(oversample=4, store=True)]
 )
 @pytest.mark.parametrize("rank", [1, 6])
 def test_rank_is_cut_at_its_best(rank, solver):
@@ -70,7 +72,39 @@ def test_mutation_powers_of_the_transposed_matrix_fail(monkeypatch):
     real = streamed._left
     monkeypatch.setattr(streamed, "_left", lambda *a: real(*a)[::-1])
     with pytest.raises(AssertionError):
-        check_best(6, Solver(oversample=4))
+        check_best(6, Solver(oversample=4, store=False))
+
+
+def test_stored_or_not_the_answer_is_one():
+    """Values, and slopes by weights and factors."""
+
+    def run(store):
+        def loss(bank, w):
+            solver = Solver(power=1, store=store, block=7)
+            low = ties(bank, w, density=0.5, rank=6, solver=solver)
+            return jnp.sum(jnp.sin(low.u @ low.v)), low
+
+        (_, low), slopes = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(BANK, W)
+        return low.u @ low.v, slopes
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
+    jax.tree.map(close, run(False), run(True))
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, stored",
+    [
+        ((1024, 1024), "float32", True),
+        ((1024, 1025), "float32", False),
+        ((2, 2**19), "float32", True),
+        ((1024, 1024), "float64", False),
+        ((1024, 2048), "bfloat16", True),
+    ],
+)
+def test_what_is_stored_by_default(shape, dtype, stored):
+    assert Solver().stores(*shape, jnp.dtype(dtype)) is stored
+    assert Solver(store=True).stores(*shape, jnp.dtype(dtype))
+    assert not Solver(store=False).stores(*shape, jnp.dtype(dtype))
 
 
 def test_mutation_without_power_iterations_fails():
@@ -110,22 +144,60 @@ def test_gradient_of_weights_is_the_dense_one():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(W), expected, rtol=1e-4)
 
 
-def test_gradient_of_factors_at_full_rank():
-    probe = jnp.asarray(np.random.default_rng(5).normal(size=(D_OUT, D_OUT)), jnp.float32)
-    bank = make(d_in=D_OUT)
+def summed(d, numbers):
+    """A linear rule: a matrix of rank N R."""
+    return weighted(d, W)
+
+
+def check_slopes(shape, rule, rank, store):
+    """The gradient by the factors of the adapters is that of the dense matrix."""
+    bank = make(d_in=shape[0], d_out=shape[1], r=1)
+    probe = jnp.asarray(np.random.default_rng(5).normal(size=shape), jnp.float32)
 
     def loss(bank):
-        low = streamed.factor(bank, bent, D_OUT)
+        low = streamed.factor(bank, rule, rank, Solver(power=1, store=store))
         return jnp.sum((low.u @ low.v) * probe)
 
     def plain(bank):
-        return jnp.sum(bent(bank.u @ bank.v, jnp.arange(D_OUT)) * probe)
+        return jnp.sum(rule(bank.u @ bank.v, jnp.arange(shape[0])) * probe)
 
     jax.tree.map(
         lambda g, e: np.testing.assert_allclose(g, e, rtol=2e-3, atol=2e-3),
         jax.jit(jax.grad(loss))(bank),
         jax.grad(plain)(bank),
     )
+
+
+@pytest.mark.parametrize(
+    "shape, rule, rank, store",
+    [
+        ((8, 6), bent, 6, True),
+        ((6, 8), bent, 6, False),
+        ((8, 6), bent, 6, False),
+        ((9, 7), summed, 3, False),
+        ((9, 7), summed, 5, True),
+    ],
+    ids=["tall", "wide", "tall, streamed", "sum", "a sum of less rank"],
+)
+def test_gradient_of_factors_where_the_rank_suffices(shape, rule, rank, store):
+    check_slopes(shape, rule, rank, store)
+
+
+def test_mutation_gradients_within_the_columns_fail(monkeypatch):
+    """What moves out of the span of U is seen."""
+    monkeypatch.setattr(streamed, "_slope_of", jnp.zeros_like)
+    with pytest.raises(AssertionError):
+        check_slopes((8, 6), bent, 6, True)
+
+
+def test_values_alone_cost_no_pass_for_derivatives(monkeypatch):
+    def passes():
+        run = jax.jit(lambda bank: streamed.factor(bank, bent, 3, Solver(power=1, store=False)))
+        return run.lower(BANK).compile().as_text().count(" while(")
+
+    found = passes()
+    monkeypatch.setattr(streamed, "_slope_of", jnp.zeros_like)
+    assert found == passes() > 0
 
 
 def buffers(compiled):
@@ -140,7 +212,7 @@ def test_peak_memory_is_bounded(grad):
     bank, w = make(8, 512, 512, 4), jnp.full(8, 0.125)
 
     def run(bank, w):
-        return ties(bank, w, rank=4, solver=Solver(power=1))
+        return ties(bank, w, rank=4, solver=Solver(power=1, store=False))
 
     def slope(bank, w):
         return jax.grad(lambda w: jnp.sum(run(bank, w).v))(w)
@@ -151,12 +223,27 @@ def test_peak_memory_is_bounded(grad):
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * dense * 4 / 4
 
 
-def test_stored_memory_is_that_of_one_delta():
+@pytest.mark.parametrize("store", [True, None])
+def test_stored_memory_is_that_of_one_delta(store):
     bank, w = make(8, 512, 512, 4), jnp.full(8, 0.125)
-    run = jax.jit(lambda bank, w: ties(bank, w, rank=4, solver=Solver(power=1, store=True)))
+    run = jax.jit(lambda bank, w: ties(bank, w, rank=4, solver=Solver(power=1, store=store)))
     compiled = run.lower(bank, w).compile()
     assert max(buffers(compiled)) == 512 * 512
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 512 * 512 * 4
+
+
+def test_a_bank_of_sites_stores_one_delta_at_a_time():
+    """What is told before a merge by default is one stored matrix more than if streamed."""
+    shape = (256, 256)
+    sites = [jl.Site(f"s{k}", shape, "io", jnp.dtype("float32"), ("dot",)) for k in range(8)]
+    bank = jl.merging.to_adapter({s.path: make(2, *shape, 2) for s in sites}, sites)
+
+    def told(store):
+        solver = Solver(power=0, store=store)
+        return jl.merging.peak_memory("consensus", bank, rank=2, solver=solver)["temporary"]
+
+    dense = 4 * 256 * 256
+    assert dense / 2 < told(None) - told(False) < 3 * dense
 
 
 def test_mutation_a_dense_bank_is_seen():
