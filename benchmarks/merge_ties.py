@@ -18,7 +18,8 @@ In factor space (gauge-dependent, another result): ``jlora_factor``, ``peft_fact
 combination types ``ties`` and ``dare_ties`` of PEFT.
 
 ``ratio_*`` is peer time / jlora time, ``memory_*`` peer / jlora of ``transient_mib``, the peak
-memory of a call; ``large`` is one site of 2048 x 2048. ``agreement`` compares results of TIES.
+memory of a call (jlora's counts as ``xla_temp_mib`` at least); ``large`` is one site of
+2048 x 2048. ``agreement`` compares results of TIES.
 
 Source: our reading of the public interfaces. Deviates: -.
 """
@@ -94,13 +95,14 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
         ms, memory = merging.few(slow, settings, kind)
         ms |= timing.best(seconds)
         memory |= {k: timing.transient_mib(run) for k, run in fast.items()}
+        temp = merging.temp_mib(low_rank, next(iter(bank.values())), w)
         found[kind] = {
-            **_against(ms, memory, "peft", "jlora"),
+            **_against(ms, memory, "peft", "jlora", temp),
             **_against(ms, memory, "mergekit", "jlora_dense"),
             **_against(ms, memory, "peft_factor", "jlora_factor"),
             "ms": ms,
             "transient_mib": memory,
-            "xla_temp_mib": merging.temp_mib(low_rank, next(iter(bank.values())), w),
+            "xla_temp_mib": temp,
         }
     found["agreement"] = _agreement(bank, w, rank, theirs, merge_tensors)
     for key in ("ratio_vs_peft", "memory_vs_peft", "ratio_vs_mergekit", "memory_vs_mergekit"):
@@ -122,21 +124,23 @@ def _large(n: int, size: int, rank: int, settings: timing.Settings) -> dict[str,
     if merge_tensors:
         runs["mergekit"] = kit(merge_tensors, "ties", bank, np.asarray(w))
     ms, memory = merging.few(runs, settings, f"ties {size}")
+    temp = merging.temp_mib(low_rank, bank["layer0"], w)
     return {
         "shape": {"adapters": n, "size": size, "rank": rank},
-        **_against(ms, memory, "peft", "jlora"),
+        **_against(ms, memory, "peft", "jlora", temp),
         **_against(ms, memory, "mergekit", "jlora_dense"),
         "ms": ms,
         "transient_mib": memory,
-        "xla_temp_mib": merging.temp_mib(low_rank, bank["layer0"], w),
+        "xla_temp_mib": temp,
     }
 
 
-def _against(ms: Any, memory: Any, peer: str, us: str) -> dict[str, Any]:
+def _against(ms: Any, memory: Any, peer: str, us: str, least: float = 1.0) -> dict[str, Any]:
+    """Ratios of time and of memory, where ours counts as `least` MiB at least."""
     if peer not in ms:
         return {f"ratio_vs_{peer}": None, f"memory_vs_{peer}": None}
-    # what a call needs at its peak may be less than the kernel's accounting can show
-    share = memory[peer] / max(memory[us], 1.0) if memory[us] is not None else None
+    # pages that the process already has are not seen by the kernel's accounting
+    share = memory[peer] / max(memory[us], least, 1.0) if memory[us] is not None else None
     return {f"ratio_vs_{peer}": ms[peer] / ms[us], f"memory_vs_{peer}": share}
 
 
