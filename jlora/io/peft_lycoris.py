@@ -22,7 +22,8 @@ three-dimensional                  none                            as above, not
 W2 whole of a one-dimensional convolution: PEFT multiplies w1 [o1, i1] with w2 [o2, i2, n] as arrays
 of three axes, so that w1 meets the window: output channel o2 o1 and input channel i2 i1 in that
 order, no product W1 ⊗ W2. A window of one has `use_effective_conv2d` ignored; a core of a
-one-dimensional convolution ends in an axis of one.
+one-dimensional convolution ends in an axis of one (with LoKr and rank 1, torch 2.13 cannot compute
+PEFT's product of it).
 
 Source: peft 0.21.2, its files and read for its behaviour.
 Deviates: none.
@@ -87,7 +88,7 @@ CORES = {"hada_t1": "t1", "hada_t2": "t2"}
 def _write_loha(method: LoHa, site: Site, p: Arrays) -> Slice | None:
     win = _window(site)
     if "t1" in p:
-        if not any(p[name].any() for name in ("b1", "b2")):
+        if not any(array.any() for name, array in p.items() if name != "scale"):
             return None
         rank = method.rank
         tensors = {key: p[name].T if name[0] == "a" else p[name] for key, name in HADA.items()}
