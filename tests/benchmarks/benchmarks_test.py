@@ -54,7 +54,12 @@ def test_runs_and_finds_what_the_table_asks_for(measured, module):
         *parents, name = row.figure.split("/")
         within = [f for f in figures.values() if isinstance(f, dict) and name in f]
         holder = within[0] if parents else figures
-        assert np.isfinite(holder[name]), row
+        if name.endswith("_vs_mergekit") and figures["mergekit"] is None:
+            assert (
+                holder[name] is None
+            )  # where it is not installed there is nothing to compare with
+        else:
+            assert np.isfinite(holder[name]), row
     if module == "mixed_batch":
         assert figures["recompiles"] == 0
     if module == "many_adapters":
