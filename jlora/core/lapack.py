@@ -5,7 +5,10 @@ they run in and wait for them. As many of them at once as the pool has threads, 
 several, or on several devices, and every thread waits for work that no thread is left to do: the
 process stops for ever, without a word. Merging a bank is made of such calls. So, on import, for
 those releases only, a large batch is lowered to a loop over its matrices, as later releases do
-within the kernel. Results are the same bit by bit; GPUs and TPUs are not touched.
+within the kernel. The factors are the same bit by bit; GPUs and TPUs are not touched.
+
+It holds for the whole process, other users of JAX in it included, and for what is compiled after
+the import of jlora.
 
 Source: jaxlib's lapack_kernels.cc of those releases, and threads of hung processes (our reading).
 Deviates: meshes with Explicit axes keep JAX's own form, whose loop would have to name shardings.
