@@ -31,6 +31,22 @@ def test_closed_form_is_stationary_by_numpy(clients):
     assert np.linalg.norm(d - um @ (vm + c)) < np.linalg.norm(d - um @ vm)
 
 
+def test_cosine_descent_by_numpy(clients):
+    """Steps against the slope of 1 - cosine, each made shorter by step times penalty."""
+    bank, u, v, p = clients()
+    p = p.astype("f8")
+    um, vm = np.einsum("n,nir->ir", p, u), np.einsum("n,nro->ro", p, v)
+    d, c, step = np.einsum("n,nir,nro->io", p, u, v), np.zeros_like(vm), 0.5 * (vm**2).sum()
+    for _ in range(6):
+        m = um @ (vm + c)
+        far = np.linalg.norm(d) * np.linalg.norm(m)
+        z = c + step * um.T @ (d / far - (d * m).sum() * m / far / (m**2).sum())
+        c = z * max(0.0, 1 - 0.02 * step / np.linalg.norm(z))
+    got = lora_fair(bank, p.astype("f4"), steps=6, penalty=0.02)
+    assert np.abs(c).max() > 0.05
+    np.testing.assert_allclose(got.v, vm + c, atol=1e-4)
+
+
 def test_without_penalty_the_residual_is_what_the_columns_of_u_cannot_reach(clients):
     bank, u, v, p = clients()
     d = np.einsum("n,nir,nro->io", p.astype("f8"), u, v)

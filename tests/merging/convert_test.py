@@ -28,13 +28,17 @@ def model(p, x):
     return jax.lax.scan(lambda c, w: ((c @ w)[:, :8], None), x, p["stacked"])[0]
 
 
-@pytest.fixture(scope="module")
-def base():
+def weights():
     rng = np.random.default_rng(0)
     return {
         k: jnp.asarray(rng.normal(size=(2, 8, 12) if k == "stacked" else (8, 12)), jnp.float32)
         for k in METHODS
     }
+
+
+@pytest.fixture(scope="module")
+def base():
+    return weights()
 
 
 def random(base, methods, seed=0):
@@ -94,6 +98,32 @@ def test_by_energy(energy, base, adapter):
         if method.rank > 1 and energy < 1:
             less = s2[:, : method.rank - 1].sum(1) / s2.sum(1)
             assert less.min() < energy
+
+
+def spectra(**values):
+    """An adapter of diagonal deltas with these singular values."""
+    params = {k: jnp.zeros((4, 4)) for k in values}
+    a = jl.init(jax.random.key(0), lambda p, x: sum(x @ w for w in p.values()), params,
+                jnp.ones((1, 4)), methods={".*": jl.LoRA(4, 4.0)})  # fmt: skip
+    new = {k: {"a": jnp.diag(jnp.asarray(s)), "b": jnp.eye(4)} for k, s in values.items()}
+    return a.replace(trainable=new)
+
+
+def test_ranks_by_energy_and_error_by_hand():
+    """Squares 16 4 1 0 (sum 21) and 9 4 4 1 (sum 18): 90 % and 85 % of each, 30 % of all 39."""
+    a = spectra(x=[4.0, 2.0, 1.0, 0.0], y=[3.0, 2.0, 2.0, 1.0])
+
+    def ranks(**budget):
+        made = to_lora(a, **budget)
+        return {s.path: m.rank for s, m in made.adapter.sites}, float(made.total)
+
+    assert ranks(energy=0.9)[0] == {"x": 2, "y": 3} and ranks(energy=0.7)[0] == {"x": 1, "y": 2}
+    assert ranks(energy=0.96)[0] == {"x": 3, "y": 4} and ranks(energy=1.0)[0] == {"x": 3, "y": 4}
+    for error, want, lost in ((0.3, {"x": 2, "y": 3}, 2), (0.2, {"x": 3, "y": 4}, 0)):
+        got, total = ranks(error=error)
+        np.testing.assert_allclose(total, np.sqrt(lost), atol=1e-5)
+        assert got == want
+    assert ranks(error=0.99)[0] == {"x": 1, "y": 1}
 
 
 def test_by_error_is_the_least_total_rank(base, adapter):

@@ -7,7 +7,7 @@ import pytest
 
 from jlora.core.algebra import LowRank
 from jlora.merging import lego as file
-from jlora.merging.lego import clusters, lego, spectral
+from jlora.merging.lego import clusters, lego, lego_spectral, spectral
 
 
 def bank(n=3, d_in=6, r=2, d_out=5, seed=0):
@@ -132,6 +132,20 @@ def test_spectral_units_do_not_depend_on_the_basis():
     raw = [dense(RUN(x, w)) for x in (b, turned)]
     assert np.abs(raw[0] - raw[1]).max() > 0.1
     np.testing.assert_allclose(dense(spectral(b)), dense(b), atol=1e-5)
+
+
+def test_spectral_value_by_numpy():
+    """The units are singular vectors, the largest entry of each left one positive."""
+    us, vs = [], []
+    for d in dense(bank()):
+        x, s, y = np.linalg.svd(d)
+        x, s, y = x[:, :2], s[:2], y[:2]
+        root = np.sign(x[np.abs(x).argmax(0), [0, 1]]) * np.sqrt(s)
+        us, vs = [*us, x * root], [*vs, root[:, None] * y]
+    for k in (1, 3):
+        got = lego_spectral(bank(), jnp.asarray(W), rank=k)
+        want = by_numpy(LowRank(np.stack(us), np.stack(vs)), W, k)
+        np.testing.assert_allclose(dense(got), want, atol=1e-4)
 
 
 def test_reweighting_restores_the_length_of_units():

@@ -7,7 +7,7 @@ import pytest
 
 from jlora.core.algebra import LowRank
 from jlora.merging import lion as file
-from jlora.merging.lion import lion, overlap
+from jlora.merging.lion import lion, lion_orthogonal, overlap
 
 
 def bank(n=3, d_in=6, r=2, d_out=5, seed=0):
@@ -57,7 +57,7 @@ def test_orthogonal_fusion_by_numpy_and_linear_scale():
     frame = (vectors / np.sqrt(values)) @ vectors.T @ unit
     np.testing.assert_allclose(frame @ frame.T, np.eye(3), atol=1e-10)
     for w in (W, np.asarray([0.2, 3.0, -1.0], "f4")):
-        got = dense(lion(bank(), jnp.asarray(w), orthogonal=True)).reshape(-1)
+        got = dense(lion_orthogonal(bank(), jnp.asarray(w))).reshape(-1)
         mean = np.abs(w) @ norms / np.abs(w).sum()
         np.testing.assert_allclose(frame @ got, w * mean, atol=1e-4)
     raw = dense(lion(bank(), jnp.asarray(W))).reshape(-1)

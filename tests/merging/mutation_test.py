@@ -1,0 +1,166 @@
+"""The tests of merging can fail: in every system a piece is broken, and one of its tests sees it."""
+
+import functools
+
+import jax
+import pytest
+
+from jlora.merging import METHODS
+from jlora.merging.systems import OTHERS
+from tests.mutants import broken, load
+
+D = ("make", "dense")  # fixtures of `conftest`
+COMMAND = "Merge by configuration, python -m jlora.merge"  # tests/merge_cli
+
+# (system, module, its piece, what it becomes, a test of the system, its arguments)
+BROKEN = [
+    ("concat", "concat", "bank.u * weights[:, None, None]", "bank.u", "concat.value_by_numpy", D),
+    ("truncated", "truncated", "1 / root", "root",
+     "truncated.value_and_error_by_dense_svd", (2, *D)),
+    ("truncated", "truncated", "< kept, 0.0", "<= kept, 0.0",
+     "truncated.value_and_error_by_dense_svd", (2, *D)),
+    ("slerp", "slerp", "jnp.sin((1 - t) * angle) / sin", "(1 - t)", "slerp.value_by_numpy",
+     ("out", *D)),
+    ("nuslerp", "slerp", "return slerp(bank, weights, axis=axis)", "return slerp(bank, weights)",
+     "slerp.value_by_numpy", ("flat", *D)),
+    ("multislerp", "slerp", "jnp.arctan2(sin, cos) / ", "sin / ", "slerp.multislerp_by_numpy", D),
+    ("karcher", "slerp", "length=steps", "length=1",
+     "karcher.it_is_stationary_and_of_mean_norm", D),
+    ("knots", "knots", 'dot("kq,qo->ko", y, core.right)', "core.right", "knots.value_by_numpy", D),
+    ("core_space", "core_space", "root = jnp.sqrt(s)", "root = jnp.ones_like(s)",
+     "core_space.value_by_numpy", D),
+    ("core_space", "core_space", ">= 0, 1.0, -1.0)", "< 0, 1.0, -1.0)",
+     "core_space.value_by_numpy", D),
+    ("tsv", "tsv", "polar(jnp.moveaxis(x, 0, 1).reshape(p, n * k))",
+     "jnp.moveaxis(x, 0, 1).reshape(p, n * k)", "tsv.value_by_numpy", (2, *D)),
+    ("iso_c", "iso", "support(s, s.shape[0]) * _mean(s)", "support(s, s.shape[0]) * s[0]",
+     "iso.iso_c_by_numpy", D),
+    ("iso_cts", "iso", "tasks - dot(", "tasks - 0 * dot(", "iso.iso_cts_by_numpy", (0.5, *D)),
+    ("wudi", "wudi", "weights / jnp.where(live, norm, one)", "weights",
+     "wudi.value_by_the_normal_equations", ({"d_in": 4}, *D)),
+    ("cart", "cart", "(core.cores - mean[None])", "(core.cores)", "cart.value_by_numpy", ({}, *D)),
+    ("robust_merge", "robust_merge", "live * jnp.maximum(s, least)", "live",
+     "robust_merge.value_by_numpy", D),
+    # --- elements ---
+    ("task_arithmetic", "task_arithmetic", "weights * scale", "weights",
+     "task_arithmetic.value", ()),
+    ("ties", "election", "tally >= 0", "tally < 0", "ties.value", ({},)),
+    ("ties", "threshold", ">= threshold[:, None, None]", "< threshold[:, None, None]", "ties.value",
+     ({},)),
+    ("magnitude", "magnitude", "weighted(trim(d), weights)", "weighted(d, weights)",
+     "magnitude.value", (0.6,)),
+    ("dare_linear", "masks", "kept * (STEPS / p.astype(d.dtype)) if rescale else kept", "kept",
+     "dare.linear_value", (0.4,)),
+    ("dare_linear", "masks", "mask = words(", "mask = ~words(", "dare.linear_value", (0.4,)),
+    ("dare_ties", "election", "w * agree, axis=0", "w, axis=0", "dare.ties_value", ()),
+    ("della", "della", "2.0 * epsilon * place", "2.0 * epsilon * (1.0 - place)", "della.value", ()),
+    ("della_linear", "della", "2.0 * epsilon * place", "epsilon", "della.linear_value", ()),
+    ("breadcrumbs", "breadcrumbs", " & ~threshold.above(x, high)", "", "breadcrumbs.value",
+     (0.5, 0.1)),
+    ("breadcrumbs_ties", "breadcrumbs", "elect(band(d), ", "elect(d, ", "breadcrumbs.ties_value",
+     ()),
+    ("sce", "sce", "raw = weights * fold(", "raw = weights + 0 * fold(", "sce.value", (0.2,)),
+    ("sce", "sce", "jnp.var(d", "jnp.mean(d * d", "sce.value", (0.2,)),
+    ("consensus", "consensus", "total[None] - d", "total[None]", "consensus.value", (0.4, 2)),
+    ("model_stock", "model_stock", "n * pairs / jnp", "pairs / jnp", "model_stock.value", (False,)),
+    ("model_stock", "model_stock", '"nro,nmrs,mso->nmo"', '"nrp,nmrs,mso->nmo"',
+     "model_stock.value", (True,)),
+    # --- as PEFT ---
+    ("peft_linear", "peft_factor", "jnp.where(weights >= 0, root, -root), root", "root, root",
+     "peft_factor.roots_of_the_weights_alone", ()),
+    ("peft_cat", "peft_factor", "jnp.ones_like(weights) if scales is None else scales",
+     "jnp.ones_like(weights)", "peft_factor.cat_is_exact", ()),
+    ("peft_magnitude_prune", "peft_factor", "[:, -1:]", "[:, :1]", "peft_factor.magnitude_prune",
+     ()),
+    ("peft_ties", "peft_factor", "jnp.maximum(_sum(agree), 1.0)", "jnp.ones_like(tally)",
+     "peft_factor.ties", ("total",)),
+    ("peft_dare_linear", "peft_factor", "jnp.asarray(density, x.dtype)", "jnp.ones((), x.dtype)",
+     "peft_factor.dare", ()),
+    ("peft_dare_ties", "peft_factor", "tally >= 0", "tally < 0", "peft_factor.dare", ()),
+    ("peft_svd", "peft_svd", "truncated(bank, weights,", "truncated(bank, jnp.abs(weights),",
+     "peft_svd.svd", ()),
+    ("peft_magnitude_prune_svd", "peft_svd", "weighted(trim(d), weights)", "weighted(d, weights)",
+     "peft_svd.magnitude_prune", ()),
+    ("peft_ties_svd", "peft_svd", "/ number", "", "peft_svd.ties", ("total",)),
+    ("peft_dare_linear_svd", "peft_svd", "d * masks[:, numbers] / p", "d * masks[:, numbers]",
+     "peft_svd.dare", ()),
+    ("peft_dare_ties_svd", "peft_svd", "tally >= 0", "tally < 0", "peft_svd.dare", ()),
+    # --- systems ---
+    ("do_merging", "do_merging", " + gamma * (c - eye)", "",
+     "do_merging.descent_by_numpy_on_dense_deltas", ()),
+    ("do_decoupled", "do_merging", "merged[None, :] / jnp.where(live, m, 1.0)", "merged[None, :]",
+     "do_merging.decoupling_by_numpy", ("W",)),
+    ("lego", "lego", "gain * jnp.sqrt(", "gain + 0 * jnp.sqrt(", "lego.value_by_numpy", (1,)),
+    ("lego", "lego", "centre * length / _safe(_length(centre, norm))", "centre",
+     "lego.value_by_numpy", (2,)),
+    ("lego_spectral", "lego", "u * sign * root", "u * root", "lego.spectral_value_by_numpy", ()),
+    ("lion", "lion", "weights * mean * scale", "weights * mean", "lion.value_by_numpy", (None,)),
+    ("lion_orthogonal", "lion", "weights, orthogonal=True", "weights, orthogonal=False",
+     "lion.orthogonal_fusion_by_numpy_and_linear_scale", ()),
+    ("lion_orthogonal", "lion", "vectors / jnp.sqrt(", "vectors * jnp.sqrt(",
+     "lion.orthogonal_fusion_by_numpy_and_linear_scale", ()),
+    ("factor_mix", "lorahub", '"n,nro->ro", weights', '"n,nro->ro", jnp.ones_like(weights)',
+     "lorahub.factor_mix_by_numpy_and_its_cross_terms", ()),
+    ("LoraHub", "coefficients", "jnp.mean(jnp.abs(flat))", "jnp.mean(flat)",
+     "lorahub.objective_by_numpy", ()),
+    ("LoraHub", "lorahub", "penalised(loss, gathered, l1, fn)", "penalised(loss, gathered, 1, fn)",
+     "lorahub.search_keeps_the_best_it_has_seen", ()),
+    ("LoraHub by gradient", "lorahub", "gathered.weights, batches, rate=rate, l1=l1",
+     "gathered.weights, batches, rate=rate", "lorahub.descent_by_numpy", ()),
+    ("CMA-ES", "cma", "mean + s * move", "mean - s * move",
+     "lorahub.cma_finds_the_bottom_of_a_narrow_valley", ()),
+    ("Coefficients by gradient", "coefficients", "value + l1 *", "value - l1 *",
+     "coefficients.gradient_by_finite_differences_and_by_dense_merging", ()),
+    ("AdaMerging", "adamerging", "return -jnp.mean(", "return jnp.mean(",
+     "adamerging.entropy_by_numpy", ()),
+    ("PSEC", "psec", "(h * gate)", "h", "psec.every_row_has_its_own_merged_weight", ()),
+    ("AutoLoRA: retrieval", "autolora", "_norm(seen)", "seen", "autolora.tokens_by_numpy", ()),
+    ("AutoLoRA: gated fusion", "autolora_gate", ' + w["both"] * base * own', "",
+     "autolora.gate_by_numpy", ()),
+    ("LCM-LoRA arithmetic", "lcm_arithmetic", "[*strengths, strength]", "[strength, *strengths]",
+     "lcm_arithmetic.value_by_dense_matrices_where_sites_differ", ()),
+    # --- around them ---
+    ("Safe spectral functions", "spectral", "g_plus * (a - a.T)", "g_minus * (a - a.T)",
+     "spectral.derivative_is_that_of_differences", ("distinct", False)),
+    ("Conversion to LoRA", "convert", "after - m.astype(after.dtype)", "after",
+     "convert.different_types_merge_together", ("base",)),
+    ("Conversion to LoRA", "convert", "(1.0 - share) * tail", "share * tail",
+     "convert.ranks_by_energy_and_error_by_hand", ()),
+    ("Interference diagnostics", "diagnostics", "jnp.minimum(rank", "jnp.maximum(rank",
+     "diagnostics.overlap_by_numpy", D),
+    ("Interference diagnostics", "diagnostics", "jnp.abs(jnp.sum(d, axis=0))", "jnp.sum(d, axis=0)",
+     "diagnostics.signs_by_numpy", (8, *D)),
+    ("Duplicates, clusters and retrieval in a bank", "banks",
+     "(size[i] * link[i] + size[j] * link[j]) / (size[i] + size[j])", "(link[i] + link[j]) / 2",
+     "banks.clusters_are_those_of_scipy", ()),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def uncached():
+    """Compiled programs know nothing of the broken piece, or of nothing else."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("system", "module", "right", "wrong", "test", "args"),
+    BROKEN,
+    ids=[f"{row[0]}-{row[4].split('.')[1]}" for row in BROKEN],
+)
+def test_a_broken_piece_is_noticed(monkeypatch, request, system, module, right, wrong, test, args):
+    file, name = test.split(".")
+    tests = load(f"merging/{file}")
+    made = {"base": lambda: tests.weights(), "W": lambda: tests.W}
+    made |= {name: functools.partial(request.getfixturevalue, name) for name in D}
+    args = [made[a]() if isinstance(a, str) and a in made else a for a in args]
+    broken(monkeypatch, f"jlora.merging.{module}", right, wrong)
+    with pytest.raises(AssertionError):
+        getattr(tests, f"test_{name}")(*args)
+
+
+def test_every_system_has_a_broken_piece():
+    assert {row[0] for row in BROKEN} == METHODS.keys() | {row.name for row in OTHERS} - {COMMAND}
