@@ -31,17 +31,24 @@ Deviates: none.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from jlora.core.adapter import Site
 from jlora.core.conv import window
-from jlora.io import torch_layout
-from jlora.io.peft_table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim, want_shape
+from jlora.io import lycoris_layout
+from jlora.io.lycoris_layout import (
+    CORED_LAYOUTS,
+    CORES,
+    HADA,
+    LOKR_LAYOUTS,
+    read_hada,
+    read_kron,
+    write_hada,
+    write_kron,
+)
+from jlora.io.peft_table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim
 from jlora.methods.loha import LoHa
 from jlora.methods.lokr import LoKr, split
 
@@ -56,21 +63,10 @@ TUCKER = "use_effective_conv2d"
 
 def _window(site: Site) -> tuple[int, ...]:
     """The window as PEFT has it, () of a matrix."""
-    found = torch_layout.first_shape(site, 1)[2:]
+    found = lycoris_layout.torch_window(site)
     if len(found) > 2:
         raise ValueError(f"window {found}, PEFT has one- and two-dimensional convolutions only")
     return found
-
-
-def _core(t: np.ndarray, before: int) -> np.ndarray:
-    """PEFT's core [r of the outputs, r of the inputs, *window] -> [before, after, r, r]."""
-    t = t.reshape(*t.shape[:2], before, -1)
-    return t.transpose(2, 3, 1, 0)
-
-
-def _torch_core(t: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `_core`, in PEFT's `shape`."""
-    return t.transpose(3, 2, 0, 1).reshape(shape)
 
 
 def _core_shape(rank: int, win: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,73 +75,29 @@ def _core_shape(rank: int, win: tuple[int, ...]) -> tuple[int, ...]:
 
 # --- LoHa: delta^T = scale (w1_a w1_b) * (w2_a w2_b) --------------------------------------------
 
-HADA = {"hada_w1_a": "b1", "hada_w1_b": "a1", "hada_w2_a": "b2", "hada_w2_b": "a2"}
-
-
-CORES = {"hada_t1": "t1", "hada_t2": "t2"}
-
 
 def _write_loha(method: LoHa, site: Site, p: Arrays) -> Slice | None:
     win = _window(site)
-    if "t1" in p:
-        if not any(array.any() for name, array in p.items() if name != "scale"):
-            return None
-        rank = method.rank
-        tensors = {key: p[name].T if name[0] == "a" else p[name] for key, name in HADA.items()}
-        shape = _core_shape(rank, win)
-        tensors |= {key: _torch_core(p[name], shape) for key, name in CORES.items()}
-    else:
-        rank, p = trim(p, method.rank_axes)
-        if rank == 0:
-            return None
-        tensors = write_hada(site, p)
+    if not any(array.any() for name, array in p.items() if name != "scale"):
+        return None
+    rank, p = (method.rank, p) if "t1" in p else trim(p, method.rank_axes)
+    tensors = write_hada(site, p, _core_shape(rank, win))
     alpha = alpha_of(method, p["scale"], rank)
     return Slice(tensors, {"r": rank, "alpha": alpha, TUCKER: method.tucker})
-
-
-def write_hada(site: Site, p: Arrays) -> Arrays:
-    """The four factors by key."""
-    return {
-        key: torch_layout.flat(site, p[name]) if name[0] == "a" else p[name].T
-        for key, name in HADA.items()
-    }
 
 
 def _read_loha(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     rank, alpha = fields["r"], fields["alpha"]
     method = LoHa(rank=rank, alpha=alpha, tucker=fields[TUCKER])
-    frozen = {"scale": scale_of(alpha, rank)}
-    before, channels, after = window(site)
-    cored = method.tucker and before * after > 1
+    win = _window(site)
+    cored = method.tucker and math.prod(win) > 1
     if cored != (set(CORES) <= set(t)):
         raise ValueError(f"got {sorted(t)} with {TUCKER} = {method.tucker}")
-    if cored:
-        for key, name in HADA.items():
-            want_shape(key, t[key], (rank, site.d_out if name[0] == "b" else channels))
-        for key in CORES:
-            want_shape(key, t[key], _core_shape(rank, _window(site)))
-        made = {name: t[key].T if name[0] == "a" else t[key] for key, name in HADA.items()}
-        made |= {name: _core(t[key], before) for key, name in CORES.items()}
-        return Read(method, made, frozen)
-    for key in HADA:
-        want_shape(key, t[key], (site.d_out, rank) if key.endswith("a") else (rank, site.d_in))
-    trainable = {
-        name: torch_layout.of_flat(site, t[key]) if name[0] == "a" else t[key].T
-        for key, name in HADA.items()
-    }
-    return Read(method, trainable, frozen)
+    made = read_hada(site, t, rank, _core_shape(rank, win))
+    return Read(method, made, {"scale": scale_of(alpha, rank)})
 
 
 # --- LoKr: delta^T = scale w1 (x) w2, each whole or a product -----------------------------------
-
-WHOLE = {"lokr_w1": "w1", "lokr_w2": "w2"}
-LOKR_LAYOUTS = tuple(
-    (*first, *second)
-    for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
-    for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
-)
-CORED_LAYOUTS = tuple((*layout, "lokr_t2") for layout in LOKR_LAYOUTS if "lokr_w2_b" in layout)
-PARTS = {"lokr_w1_a": "b1", "lokr_w1_b": "a1", "lokr_w2_a": "b2", "lokr_w2_b": "a2"}
 
 
 def _lokr_shapes(site: Site, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -178,32 +130,6 @@ def _check_lokr(site: Site, t: Arrays, fields: Mapping[str, Any]) -> None:
         raise ValueError(f"got {got}, PEFT makes {want} of {dict(fields)}")
 
 
-def _second(site: Site, rows: int, cols: int) -> Site:
-    """The second factor as a kernel, d_in = `rows` and d_out = `cols`, laid out as the site."""
-    before, _, after = window(site)
-    inner = rows // (before * after)
-    kinds = site.kinds
-    channel = kinds.rindex("i") if kinds.endswith("o") else kinds.index("i")
-    sizes = {channel: inner, kinds.index("o"): cols}
-    shape = tuple(sizes.get(k, n) for k, n in enumerate(site.shape))
-    return dataclasses.replace(site, shape=shape)
-
-
-def _of_rows(site: Site, t: np.ndarray) -> np.ndarray:
-    """PEFT's [n, i2 * window] -> ours [window, i2, n] or [i2 * window, n]."""
-    if not torch_layout.is_conv(site):
-        return t.T
-    before = window(site)[0]
-    made = torch_layout.of_flat(_second(site, t.shape[1], t.shape[0]), t)
-    return made if before == 1 else made.reshape(before, -1, t.shape[0])
-
-
-def _torch_rows(site: Site, a: np.ndarray) -> np.ndarray:
-    """The inverse of `_of_rows`."""
-    a = a.reshape(-1, a.shape[-1])
-    return torch_layout.flat(_second(site, *a.shape), a) if torch_layout.is_conv(site) else a.T
-
-
 def _write_lokr(method: LoKr, site: Site, p: Arrays) -> Slice | None:
     if not any(array.any() for name, array in p.items() if name != "scale"):
         return None
@@ -216,16 +142,7 @@ def _write_lokr(method: LoKr, site: Site, p: Arrays) -> Slice | None:
         "decompose_factor": -1 if method.factor is None else method.factor,
         TUCKER: method.tucker,
     }
-    shapes = _lokr_shapes(site, fields)
-    tensors = {key: p[name].T for key, name in {**WHOLE, **PARTS}.items() if name in p}
-    if "t2" in p:
-        core = _torch_core(p["t2"], _core_shape(rank, _window(site)))
-        tensors |= {"lokr_w2_a": p["b2"], "lokr_t2": core}
-    else:
-        key, name = ("lokr_w2_b", "a2") if "a2" in p else ("lokr_w2", "w2")
-        rows = _torch_rows(site, p[name])
-        whole = math.prod(shapes.get(key, ())) == rows.size
-        tensors[key] = rows.reshape(shapes[key]) if whole else rows
+    tensors = write_kron(site, p, _core_shape(rank, _window(site)))
     _check_lokr(site, tensors, fields)
     return Slice(tensors, fields)
 
@@ -235,15 +152,7 @@ def _read_lokr(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     rank, alpha, factor = fields["r"], fields["alpha"], fields["decompose_factor"]
     factor = None if factor == -1 else factor
     method = LoKr(rank, alpha, factor, fields["decompose_both"], fields[TUCKER])
-    keys = {**WHOLE, **PARTS}
-    trainable = {keys[key]: array.T for key, array in t.items() if key in keys}
-    if "lokr_t2" in t:
-        trainable |= {"b2": t["lokr_w2_a"], "t2": _core(t["lokr_t2"], window(site)[0])}
-    else:
-        key = "lokr_w2_b" if "lokr_w2_b" in t else "lokr_w2"
-        rows = t[key].reshape(t[key].shape[0], -1)
-        trainable[keys[key]] = _of_rows(site, rows)
-    return Read(method, trainable, {"scale": scale_of(alpha, rank)})
+    return Read(method, read_kron(site, t), {"scale": scale_of(alpha, rank)})
 
 
 LOHA = Table(

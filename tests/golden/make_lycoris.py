@@ -5,7 +5,9 @@ Run by a developer where torch and lycoris-lora are installed:
     python tests/golden/make_lycoris.py [--out third_party/lycoris]
 
 One tiny random model, its weights, inputs and output in `base.safetensors`; a file an adapter, with
-its output [4, 8] beside it. METADATA says versions, command and the sha256 of every file.
+its output [4, 8] beside it. In `conv` the same of a model with convolutions, its output [2, 10],
+and beside the output the delta of every module that LyCORIS's layer adds to its weight. METADATA
+says versions, command and the sha256 of every file.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import hashlib
 import importlib.metadata
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lycoris
 import safetensors.torch
@@ -27,6 +30,27 @@ ADAPTERS = {
     "loha": {"algo": "loha"},
     "lokr": {"algo": "lokr", "factor": 2},
     "lokr_both": {"algo": "lokr", "factor": 4, "decompose_both": True, "linear_dim": 1},
+}
+WIDE = {
+    "lora": {"algo": "lora"},
+    "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+    "loha": {"algo": "loha"},
+    "loha_core": {"algo": "loha", "use_tucker": True},
+    "lokr": {"algo": "lokr"},
+    "lokr_core": {"algo": "lokr", "use_tucker": True},
+    "lokr_core_both": {
+        "algo": "lokr",
+        "use_tucker": True,
+        "decompose_both": True,
+        "factor": 4,
+        "linear_dim": 1,
+    },
+    "lokr_whole": {"algo": "lokr", "full_matrix": True},
+    "lokr_unbalanced": {
+        "algo": "lokr",
+        "decompose_both": True,
+        "unbalanced_factorization": True,
+    },
 }
 
 
@@ -51,15 +75,50 @@ class Model(torch.nn.Module):
         return x
 
 
+class Wide(torch.nn.Module):
+    """Convolutions of one to three dimensions, one grouped and dilated, and a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = torch.nn.Conv2d(8, 18, (3, 2), stride=(1, 2), padding=(1, 0))
+        self.point = torch.nn.Conv2d(18, 12, 1)
+        self.grouped = torch.nn.Conv2d(12, 8, (2, 2), groups=2, dilation=(2, 1))
+        self.one = torch.nn.Conv1d(8, 24, 3)
+        self.three = torch.nn.Conv3d(8, 18, (2, 1, 2))
+        self.head = torch.nn.Linear(18, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.two(x))  # [2, 8, 5, 6] -> [2, 18, 5, 3]
+        h = torch.tanh(self.grouped(torch.tanh(self.point(h))))  # [2, 8, 3, 2]
+        h = torch.tanh(self.one(h.flatten(2)))  # [2, 24, 4]
+        h = torch.tanh(self.three(h.reshape(2, 8, 3, 2, 2)))  # [2, 18, 2, 2, 1]
+        return self.head(h.mean((2, 3, 4)))
+
+
+def deltas(network: lycoris.LycorisNetwork) -> dict[str, torch.Tensor]:
+    """What each layer adds to its weight, by name; of those with magnitudes nothing."""
+    made = {}
+    for layer in network.loras:
+        name = layer.lora_name.removeprefix("lycoris_")
+        if hasattr(layer, "get_weight"):
+            made[f"delta.{name}"] = layer.get_weight(layer.shape) * layer.scalar
+        elif not layer.wd:
+            made[f"delta.{name}"] = layer.get_diff_weight(shape=layer.shape)[0]
+    return {name: delta.contiguous() for name, delta in made.items()}
+
+
 @torch.no_grad()
-def make(folder: Path) -> None:
+def make(
+    folder: Path,
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    adapters: dict[str, dict[str, Any]],
+    with_deltas: bool,
+) -> None:
     folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    model, x = Model(), torch.randn(4, 8)
     state = {"x": x, "expected": model(x), **model.state_dict()}
     safetensors.torch.save_file(state, folder / "base.safetensors")
-    lycoris.LycorisNetwork.apply_preset({"target_module": ["Block"]})
-    for number, (name, options) in enumerate(ADAPTERS.items()):
+    for number, (name, options) in enumerate(adapters.items()):
         torch.manual_seed(1 + number)
         base = copy.deepcopy(model)
         options = {"linear_dim": 2, "linear_alpha": 3.0, **options}
@@ -69,7 +128,7 @@ def make(folder: Path) -> None:
             if "scalar" not in key:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
         network.save_weights(str(folder / f"{name}.safetensors"), torch.float32, {})
-        made = {"expected": base.eval()(x)}
+        made = {"expected": base.eval()(x), **(deltas(network) if with_deltas else {})}
         safetensors.torch.save_file(made, folder / f"{name}.expected.safetensors")
 
 
@@ -84,8 +143,9 @@ def metadata(folder: Path) -> None:
         "licence: Apache-2.0 (as jlora; LyCORIS is Apache-2.0, torch BSD-3-Clause)",
         "sha256:",
     ]
-    for path in sorted(folder.glob("*.safetensors")):
-        lines.append(f"  {hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}")
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append(f"  {digest}  {path.relative_to(folder)}")
     (folder / "METADATA").write_text("\n".join(lines) + "\n")
 
 
@@ -95,7 +155,10 @@ def main() -> None:
     folder = parser.parse_args().out
     torch.set_num_threads(1)
     shutil.rmtree(folder, ignore_errors=True)
-    make(folder)
+    torch.manual_seed(0)
+    make(folder, Model(), torch.randn(4, 8), ADAPTERS, with_deltas=False)
+    torch.manual_seed(5)
+    make(folder / "conv", Wide(), torch.randn(2, 8, 5, 6), WIDE, with_deltas=True)
     metadata(folder)
 
 

@@ -12,7 +12,7 @@ from jax import lax
 import jlora as jl
 from jlora.core import algebra
 from jlora.core.adapter import unfold
-from jlora.io import FormatError, NameMap, peft_lycoris, safetensors_file
+from jlora.io import FormatError, NameMap, lycoris_layout, safetensors_file
 
 GOLDEN = Path(__file__).parents[2] / "third_party" / "peft" / "lycoris"
 STATE, _ = safetensors_file.read(GOLDEN / "base.safetensors")
@@ -170,8 +170,6 @@ def test_what_peft_cannot_compute_is_refused(tmp_path):
 
     with pytest.raises(FormatError, match=r"of a one-dimensional convolution is then none"):
         jl.io.save_peft(tmp_path / "x", made(jl.LoKr(rank=8), "one/kernel"), NAMES)
-    with pytest.raises(FormatError, match="Tucker forms are not written"):
-        jl.io.save_kohya(tmp_path / "x", made(jl.LoHa(2, tucker=True), "two/kernel"), NAMES)
     mixed = made(jl.LoKr(rank=1, tucker=True), "two/kernel")
     other = made(jl.LoKr(rank=1), "head/kernel")
     both = jl.Adapter(
@@ -221,8 +219,8 @@ def test_configs_that_do_not_fit_are_refused(tmp_path, name, change, why):
 
 
 def test_mutation_a_core_with_its_ranks_swapped_is_seen(monkeypatch):
-    good = peft_lycoris._core
-    monkeypatch.setattr(peft_lycoris, "_core", lambda t, n: good(t, n).swapaxes(2, 3))
+    good = lycoris_layout.core
+    monkeypatch.setattr(lycoris_layout, "core", lambda t, n: good(t, n).swapaxes(2, 3))
     for name in ("loha_core", "lokr_core"):
         with pytest.raises(AssertionError):
             check_value(name, flax_model)

@@ -78,7 +78,10 @@ def test_it_goes_back_bitwise(name, tmp_path):
 def test_golden_files_are_those_of_the_metadata():
     lines = (GOLDEN / "METADATA").read_text().split("sha256:\n")[1].splitlines()
     listed = dict(reversed(line.split()) for line in lines)
-    found = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in GOLDEN.glob("*.safe*")}
+    found = {
+        str(p.relative_to(GOLDEN)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in GOLDEN.rglob("*.safe*")
+    }
     assert listed == found
 
 

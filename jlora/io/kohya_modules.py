@@ -1,0 +1,209 @@
+"""One module of a kohya / LyCORIS file: its tensors by suffix, and the method they are.
+
+====== ====================================================== =================================
+method suffixes                                               delta^T
+====== ====================================================== =================================
+LoRA   lora_down.weight [r, in], lora_up.weight [out, r]      alpha / r  up down
+DoRA   the same and dora_scale [out, 1]                       see `DoRA`
+LoHa   hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and with   alpha / r  (w1_a w1_b) * (w2_a w2_b)
+       cores hada_t1, hada_t2
+LoKr   lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 the same way, alpha / r  w1 (x) w2
+       and with a core lokr_t2
+====== ====================================================== =================================
+
+and the scalar `alpha`, without which alpha is r. A LoKr of two whole factors has the scale 1 and
+its rank as alpha; on writing, another scale goes into its second factor. Of a convolution the
+factors of LoRA are [r, in, *window] and [out, r, 1, ...], dora_scale is [out, 1, ...], and
+`lycoris_layout` says the others; windows have any number of axes. The factors of a LoKr may split
+the channels in any way (`unbalanced_factorization`, a `factor` above the root).
+
+Source: the files of sd-scripts and LyCORIS 4.1, and what LyCORIS's layers compute from them (its
+`get_diff_weight` has alpha / r twice for LoHa and LoKr).
+Deviates: cores of LoRA (lora_mid), magnitudes of LoHa and LoKr, norms, biases and full weights are
+refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from jlora.core.adapter import Site
+from jlora.core.conv import window
+from jlora.io.lycoris_layout import (
+    CORED_LAYOUTS,
+    CORES,
+    HADA,
+    LOKR_LAYOUTS,
+    read_hada,
+    read_kron,
+    torch_window,
+    write_hada,
+    write_kron,
+)
+from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
+from jlora.io.peft_table import Arrays, Read, scale_of, trim, want_shape
+from jlora.io.torch_layout import first, magnitude_shape, second
+from jlora.methods.dora import DoRA
+from jlora.methods.loha import LoHa
+from jlora.methods.lokr import LoKr, split
+from jlora.methods.lora import LoRA
+
+DOWN, UP, DORA_SCALE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
+LOHA_LAYOUTS = (set(HADA), {*HADA, *CORES})
+
+
+def read(site: Site, t: Arrays) -> Read:
+    """One module's tensors by suffix; the method is told by the suffixes.
+
+    Raises:
+      ValueError: no known set of suffixes, or a shape that does not fit the site.
+    """
+    alpha = _alpha(t)
+    t = {key: array for key, array in t.items() if key != ALPHA}
+    keys = set(t)
+    if keys in ({DOWN, UP}, {DOWN, UP, DORA_SCALE}):
+        rank = t[DOWN].shape[0] if t[DOWN].ndim else 0
+        fields = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
+        fields |= {"use_rslora": False, "lora_dropout": 0.0}
+        renamed = {MATRIX[0]: t[DOWN], MATRIX[1]: t[UP]}
+        if DORA_SCALE not in t:
+            return LORA.read(site, renamed, fields)
+        want_shape(DORA_SCALE, t[DORA_SCALE], _magnitude(site))
+        m = t[DORA_SCALE].reshape(magnitude_shape(site))
+        return DORA.read(site, {**renamed, MAGNITUDE: m}, fields)
+    if keys in LOHA_LAYOUTS:
+        rank = t["hada_w1_b"].shape[0] if t["hada_w1_b"].ndim else 0
+        method = LoHa(rank, float(rank) if alpha is None else alpha, tucker="hada_t1" in t)
+        made = read_hada(site, t, rank, (rank, rank, *torch_window(site)))
+        return Read(method, made, {"scale": scale_of(method.alpha, rank)})
+    if any(keys == set(layout) for layout in (*LOKR_LAYOUTS, *CORED_LAYOUTS)):
+        return _read_lokr(site, t, alpha)
+    raise ValueError(f"got {sorted(t)}, which is no LoRA, DoRA, LoHa or LoKr")
+
+
+def _read_lokr(site: Site, t: Arrays, alpha: float | None) -> Read:
+    win, channels = torch_window(site), window(site)[1]
+    (o1, i1), ranks = _sides(t, "lokr_w1", (), 1)
+    if "lokr_t2" in t:
+        r, o2 = _matrix(t, "lokr_w2_a")
+        want_shape("lokr_w2_b", t["lokr_w2_b"], (r, channels // i1 if i1 else 0))
+        want_shape("lokr_t2", t["lokr_t2"], (r, r, *win))
+        i2, ranks = t["lokr_w2_b"].shape[1], ranks | {r}
+    else:
+        (o2, i2), more = _sides(t, "lokr_w2", win, math.prod(win))
+        ranks |= more
+    if len(ranks) > 1 or 0 in ranks:
+        raise ValueError(f"got {_shapes(t)}, expected one rank")
+    if (o1 * o2, i1 * i2) != (site.d_out, channels):
+        made = (o1 * o2, i1 * i2, *win)
+        raise ValueError(f"got {_shapes(t)}, which make {made}, not {(site.d_out, channels, *win)}")
+    whole = not ranks
+    if whole:  # alpha is no scale; LyCORIS writes the rank it was asked for
+        rank = int(alpha) if alpha is not None and alpha >= 1 and alpha == int(alpha) else 1
+        alpha = float(rank)
+    else:
+        rank = ranks.pop()
+    method = LoKr(
+        rank,
+        float(rank) if alpha is None else alpha,
+        _factor((channels, i1), (site.d_out, o1)),
+        decompose_both="lokr_w1_a" in t,
+        tucker="lokr_t2" in t,
+    )
+    return Read(method, read_kron(site, t), {"scale": scale_of(method.alpha, rank)})
+
+
+def _sides(t: Arrays, name: str, win: tuple[int, ...], size: int) -> tuple[tuple[int, int], set]:
+    """(outputs, inputs) of one factor of a LoKr with a window of `size`, and its ranks."""
+    if name in t:
+        shape = t[name].shape
+        if shape[2:] != win or len(shape) < 2:
+            raise ValueError(f"{name} has shape {list(shape)}, expected [out, in, *{list(win)}]")
+        return (shape[0], shape[1]), set()
+    (out, r), (s, inner) = _matrix(t, f"{name}_a"), _matrix(t, f"{name}_b")
+    if inner % size:
+        raise ValueError(f"{name}_b has {inner} columns, expected a multiple of {size}")
+    return (out, inner // size), {r, s}
+
+
+def _matrix(t: Arrays, key: str) -> tuple[int, int]:
+    if t[key].ndim != 2:
+        raise ValueError(f"{key} has shape {list(t[key].shape)}, expected a matrix")
+    return t[key].shape[0], t[key].shape[1]
+
+
+def _factor(*sides: tuple[int, int]) -> int | None:
+    """The `LoKr.factor` that splits each dimension with this first part; None where none does."""
+    known = (None, *sorted({first for _, first in sides}))
+    return next((f for f in known if all(split(d, f)[0] == m for d, m in sides)), None)
+
+
+def write(site: Site, method: Any, p: Arrays) -> Arrays:
+    """Suffix -> tensor of one slice; empty where it is zero padding.
+
+    Raises:
+      ValueError: the format has no place for it.
+    """
+    if type(method) not in (LoRA, DoRA, LoHa, LoKr):
+        raise ValueError(f"this format has no place for {type(method).__name__}")
+    if "gather" in site.ops:
+        raise ValueError("this format has no place for tables")
+    axes = {name: axis for name, axis in method.rank_axes.items() if name in p}
+    if not any(array.any() for name, array in p.items() if name != "scale"):
+        axes, rank = {}, 0
+    elif axes and not {"t1", "t2"} & set(p):
+        rank, p = trim(p, axes)
+    else:
+        rank = method.rank
+    if rank == 0:
+        if isinstance(method, DoRA):
+            raise ValueError("a and b are zero, which this format cannot say of DoRA")
+        return {}
+    core_shape = (rank, rank, *torch_window(site))
+    dtype = next(array.dtype for name, array in p.items() if name != "scale")
+    if isinstance(method, LoKr) and not axes:
+        if p["scale"] != 1:  # two whole factors have the scale 1 in this format
+            p = {**p, "w2": p["w2"] * p["scale"]}
+        return {ALPHA: np.asarray(rank, dtype), **write_kron(site, p, core_shape)}
+    alpha = {ALPHA: _exact_alpha(p["scale"], rank, dtype)}
+    if isinstance(method, LoKr):
+        return alpha | write_kron(site, p, core_shape)
+    if isinstance(method, LoHa):
+        return alpha | write_hada(site, p, core_shape)
+    made = alpha | {DOWN: first(site, p["a"]), UP: second(site, p["b"])}
+    if isinstance(method, DoRA):
+        made[DORA_SCALE] = p["m"].reshape(_magnitude(site))
+    return made
+
+
+def _magnitude(site: Site) -> tuple[int, ...]:
+    return (site.d_out, 1, *(1 for _ in torch_window(site)))
+
+
+def _exact_alpha(scale: np.ndarray, rank: int, dtype: Any) -> np.ndarray:
+    """A scalar with scale == float32(alpha / rank), of the narrowest type that holds it.
+
+    That is the factors' `dtype`, which LyCORIS gives it, or else float32 or float64.
+    """
+    exact = float(scale) * rank
+    for kind in (dtype, np.float32, np.float64):
+        for number in (round(exact, 4), exact):
+            alpha = np.asarray(number).astype(kind)
+            if scale_of(float(alpha), rank) == scale:
+                return alpha
+    raise ValueError(f"no alpha gives the scale {float(scale)!r} at rank {rank}")
+
+
+def _alpha(t: Arrays) -> float | None:
+    if ALPHA not in t:
+        return None
+    if t[ALPHA].size != 1:
+        raise ValueError(f"alpha has shape {list(t[ALPHA].shape)}, expected one number")
+    return float(t[ALPHA].astype(np.float64).reshape(()))
+
+
+def _shapes(t: Arrays) -> dict[str, tuple[int, ...]]:
+    return {key: array.shape for key, array in t.items()}
