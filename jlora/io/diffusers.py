@@ -5,7 +5,10 @@ Keys are ``<component>.<module>.lora_A.weight`` [r, in] and ``lora_B.weight`` [o
 fields of PEFT's config, each under ``<component>.``, are JSON in the header; without them alpha is
 r, module by module.
 
-Source: the files of diffusers 0.34.
+A file of one component alone (`save_lora_adapter`) has keys and fields without ``<component>.``:
+`component` is then "".
+
+Source: the files of diffusers 0.42.
 Deviates: keys of older versions (``to_q_lora.down``, ``lora_linear_layer``) are refused.
 """
 
@@ -43,7 +46,7 @@ def load_diffusers(
       path: the ``.safetensors`` file.
       names: from site paths to torch modules.
       params_or_sites: as for `load_peft`.
-      component: the first part of the keys.
+      component: the first part of the keys, "" where they have none.
       others: what to do with keys of other components: "refuse" the file or "leave" them.
 
     Raises:
@@ -52,15 +55,17 @@ def load_diffusers(
     """
     source = Path(path)
     tensors, header = safetensors_file.read(source)
-    mine = _under(tensors, f"{component}.")
+    start = _start(component)
+    mine = _under(tensors, start)
     if len(mine) != len(tensors) and others != "leave":
-        raise FormatError(source, f"has keys of other components: {_first(tensors, component)}")
+        strange = sorted(key for key in tensors if not key.startswith(start))[:3]
+        raise FormatError(source, f"has keys of other components: {strange}")
     told = safetensors_file.parse_json(source, header.get(METADATA, "{}").encode())
     if not isinstance(told, dict):
         raise FormatError(source, f"{METADATA} is no JSON object")
     table = DORA if any(key.endswith(f".{MAGNITUDE}") for key in mine) else LORA
     found, _, rest = by_module({ROOT + k: v for k, v in mine.items()}, table)
-    config = {"peft_type": "LORA", **_under(told, f"{component}.")}
+    config = {"peft_type": "LORA", **_under(told, start)}
     if "r" not in config:
         config |= _plain_ranks(source, found)
     if not config.get("target_modules"):
@@ -84,31 +89,39 @@ def load_diffusers(
 def save_diffusers(
     path: str | os.PathLike[str], adapter: Adapter, names: NameMap, component: str = "transformer"
 ) -> None:
-    """Writes a LoRA or DoRA adapter as one file that diffusers' `load_lora_weights` takes."""
+    """Writes a LoRA or DoRA adapter as one file that diffusers' `load_lora_weights` takes.
+
+    With `component` "" it is one for `load_lora_adapter` of the component, with ``prefix=None``.
+
+    Raises:
+      FormatError: another method, or nothing to write.
+      ValueError: a site has no name, or two have the same.
+    """
     source = Path(path)
     tensors, fields, table = torch_side(source, adapter, names, None)
     if table not in (LORA, DORA):
         raise FormatError(source, f"diffusers loads LoRA only, got {table.method.__name__}")
     config = peft_config.combine(source, table, fields, {})
-    told = {f"{component}.{key}": value for key, value in sorted(config.items())}
-    keys = {f"{component}.{k.removeprefix(ROOT)}": v for k, v in tensors.items()}
+    start = _start(component)
+    told = {f"{start}{key}": value for key, value in sorted(config.items())}
+    keys = {f"{start}{k.removeprefix(ROOT)}": v for k, v in tensors.items()}
     header = {"format": "pt", METADATA: json.dumps(told, indent=2, sort_keys=True)}
     safetensors_file.write(source, keys, header)
+
+
+def _start(component: str) -> str:
+    return f"{component}." if component else ""
 
 
 def _under(tree: Mapping[str, Any], start: str) -> dict[str, Any]:
     return {k.removeprefix(start): v for k, v in tree.items() if k.startswith(start)}
 
 
-def _first(tensors: Arrays, component: str) -> list[str]:
-    return sorted(key for key in tensors if not key.startswith(f"{component}."))[:3]
-
-
 def _plain_ranks(source: Path, found: Mapping[str, Arrays]) -> dict[str, Any]:
     """Without metadata every module has the rank of its tensors, and alpha is the rank."""
     ranks = {}
     for module, t in found.items():
-        if MATRIX[0] not in t or t[MATRIX[0]].ndim != 2:
+        if MATRIX[0] not in t or t[MATRIX[0]].ndim < 2:
             raise FormatError(source, f"{module}: no matrix {MATRIX[0]}")
         ranks[module] = int(t[MATRIX[0]].shape[0])
     patterns = {module.replace(".", r"\."): rank for module, rank in ranks.items()}
