@@ -31,6 +31,14 @@ def test_fed_sb_bases_cores_and_average():
     np.testing.assert_allclose(left @ seen @ right, through, atol=1e-5)
 
 
+def test_limits_full_rank_is_the_step_and_one_client_is_itself():
+    g = jnp.asarray(np.random.default_rng(1).normal(size=(7, 6)), jnp.float32)
+    left, core, right = bases(g, 6)
+    np.testing.assert_allclose(left @ core @ right, -np.sign(g), atol=1e-5)
+    one = fed_sb(left, core[None], right, jnp.ones(1))
+    np.testing.assert_allclose(dense(one), -np.sign(g), atol=1e-5)
+
+
 def test_fed_sb_refuses_a_rank_beyond_the_matrix():
     with pytest.raises(ValueError, match=r"rank: got 7, expected in 1..6"):
         bases(jnp.ones((8, 6)), 7)

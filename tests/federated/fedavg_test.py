@@ -37,6 +37,15 @@ def test_fedavg_by_numpy_is_not_the_average(clients):
 
 
 @pytest.mark.parametrize("fn", [fedavg, flora, hetlora])
+def test_equal_clients_and_one_client_are_themselves(clients, fn):
+    bank, *_ = clients()
+    same = LowRank(*(jnp.broadcast_to(t[:1], t.shape) for t in bank))
+    one = LowRank(*(t[:1] for t in bank))
+    for x, p in ((same, jnp.asarray([0.1, 0.2, 0.3, 0.4])), (one, jnp.ones(1))):
+        np.testing.assert_allclose(dense(fn(x, p)), dense(bank)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("fn", [fedavg, flora, hetlora])
 def test_gradient_by_finite_differences(clients, fn):
     bank, _, _, p = clients((2, 3, 1))
     direction = LowRank(*(jnp.asarray(np.random.default_rng(7).normal(size=t.shape), t.dtype)

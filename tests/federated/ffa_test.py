@@ -31,6 +31,16 @@ def test_ffa_is_exact_with_one_frozen_factor(clients):
     assert error(got, truth) < 1e-6
     with pytest.raises(ValueError, match="client 1"):
         ffa(bank, p)
+    with pytest.raises(ValueError, match="client 2"):  # a single element is another one
+        ffa(LowRank(shared.u.at[2, 1, 1].add(0.5), bank.v), p)
+
+
+def test_equal_clients_and_one_client_are_themselves(clients):
+    bank, *_ = clients()
+    same = LowRank(*(jnp.broadcast_to(t[:1], t.shape) for t in bank))
+    one = LowRank(*(t[:1] for t in bank))
+    for x, p in ((same, jnp.full(4, 0.25)), (one, jnp.ones(1))):
+        np.testing.assert_allclose(dense(ffa(x, p)), dense(bank)[0], atol=1e-5)
 
 
 def train(freeze, alpha, rate, steps=5):

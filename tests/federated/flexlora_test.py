@@ -38,6 +38,14 @@ def test_flexlora_gives_each_client_the_best_of_its_rank(clients):
         flexlora(bank, p, ranks=(1, 0))
 
 
+def test_where_the_rank_suffices_every_client_gets_the_average(clients):
+    bank, u, v, p = clients((2, 2))
+    out = flexlora(bank, p, ranks=(4, 6))
+    for k in range(2):
+        got = dense(LowRank(out.u[k], out.v[k]))
+        np.testing.assert_allclose(got, average(u, v, p), atol=1e-5)
+
+
 def test_mutation_the_svd_of_averaged_factors(clients, monkeypatch):
     monkeypatch.setattr(flexlora_file, "concat", fedavg)
     with pytest.raises(AssertionError):

@@ -66,6 +66,7 @@ def test_self_pruning_follows_the_tail(clients):
     assert int(pruned_rank(before, smaller, rank=8, gamma=0.75)) == 6
     assert int(pruned_rank(before, larger, rank=8, gamma=0.75)) == 8
     zero = LowRank(jnp.zeros_like(before.u), before.v)
+    assert float(tail(zero, 6)) == 0
     slope = jax.grad(lambda u: tail(LowRank(u, before.v), 6))(zero.u)
     assert np.isfinite(np.asarray(slope)).all()
     for bad in ({"rank": 9, "gamma": 0.5}, {"rank": 8, "gamma": 0.0}):

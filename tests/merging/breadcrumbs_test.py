@@ -66,6 +66,14 @@ def test_density_one_is_task_arithmetic():
     np.testing.assert_allclose(low.u @ low.v, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_density_one_is_the_vote_of_all():
+    low = jax.jit(lambda b: breadcrumbs_ties(b, WJ, density=1.0, rank=14))(BANK)
+    y = W[:, None, None] * DENSE
+    agree = np.sign(y) == np.sign(y.sum(0))
+    expected = (y * agree).sum(0) / (W[:, None, None] * agree).sum(0)
+    np.testing.assert_allclose(low.u @ low.v, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_claim_outliers_of_one_task_do_not_drown_the_others():
     """A few huge entries of one delta: the masked sum is closer to the sum of clean deltas."""
     clean = RNG.normal(size=(3, 20, 20))

@@ -32,6 +32,12 @@ def test_value_by_numpy(options, make, dense):
     check(cart, make, dense, **options)
 
 
+def test_the_default_rank_is_eight_percent_rounded_up(make, dense):
+    bank = make(d_in=30, d_out=40, r=3)
+    want = by_numpy(dense(bank), W, 3, 1.0)  # 8 % of 30 is 2.4
+    np.testing.assert_allclose(dense(cart(bank, W32)), want, atol=1e-4)
+
+
 def test_mutation_the_mean_alone_is_another_merge(make, dense):
     with pytest.raises(AssertionError):
         check(concat, make, dense)

@@ -87,6 +87,8 @@ def test_largest_counts():
     np.testing.assert_array_equal(largest(x, 0.5), [1, 1, 0, 0])
     np.testing.assert_array_equal(largest(x, 0.01), [0, 1, 0, 0])
     np.testing.assert_array_equal(largest(x, 0.5, jnp.asarray(2.0)), [0, 1, 0, 0])
+    np.testing.assert_array_equal(largest(x, 0.6, jnp.asarray(3.0)), [1, 1, 0, 0])  # 1.8 is 2
+    np.testing.assert_array_equal(largest(x, 0.6), [1, 1, 0, 0])
 
 
 def test_one_density_for_each_adapter():

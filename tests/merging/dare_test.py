@@ -44,8 +44,9 @@ def test_ties_value():
     y = W[:, None, None] * dropped(0.4)
     agree = np.sign(y) == np.where(y.sum(0) >= 0, 1, -1)
     share = (W[:, None, None] * agree).sum(0)
-    expected = (y * agree).sum(0) / np.where(share == 0, 1, share)
-    run = jax.jit(lambda b: streamed.dense(b, dare_ties_rule(b, WJ, keys=KEYS, density=0.4)))
+    expected = 2.0 * (y * agree).sum(0) / np.where(share == 0, 1, share)
+    run = jax.jit(lambda b: streamed.dense(b, dare_ties_rule(b, WJ, keys=KEYS, density=0.4,
+                                                             scale=2.0)))  # fmt: skip
     np.testing.assert_allclose(run(BANK), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -54,6 +55,14 @@ def test_nothing_dropped_is_task_arithmetic():
     np.testing.assert_allclose(
         low.u @ low.v, np.einsum("n,nio->io", W, DENSE), rtol=1e-3, atol=1e-4
     )
+
+
+def test_nothing_dropped_is_the_vote_of_all():
+    got = streamed.dense(BANK, dare_ties_rule(BANK, WJ, keys=KEYS, density=1.0))
+    y = W[:, None, None] * DENSE
+    agree = np.sign(y) == np.sign(y.sum(0))
+    expected = (y * agree).sum(0) / (W[:, None, None] * agree).sum(0)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_factors_at_full_rank():

@@ -67,6 +67,14 @@ def test_limits():
     np.testing.assert_array_equal(flat, same)
 
 
+def test_density_one_is_the_vote_of_all():
+    low = jax.jit(lambda b: della(b, WJ, keys=KEYS, density=1.0, rank=D_OUT))(BANK)
+    y = W[:, None, None] * DENSE
+    agree = np.sign(y) == np.sign(y.sum(0))
+    expected = (y * agree).sum(0) / (W[:, None, None] * agree).sum(0)
+    np.testing.assert_allclose(low.u @ low.v, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_claim_large_elements_stay_and_the_mean_too():
     """Rates by rank: of the largest quarter nearly all stay; the mean of all is exact."""
     d = jnp.asarray(RNG.normal(size=(N, 3, 40)), jnp.float32)

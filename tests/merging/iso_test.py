@@ -92,6 +92,22 @@ def test_weak_tasks_are_better_aligned_than_in_the_sum(make, dense):
     assert share(dense(iso_c(bank, ONE))) > 1.5 * share(dense(concat(bank, ONE)))
 
 
+def test_own_spaces_keep_a_weak_task_where_many_are_crowded(make, dense):
+    """The claim for CTS: six tasks fill all directions; the sum's flat spectrum loses the weak one.
+
+    Cosine of the merge to the weak task, the mean of five worlds.
+    """
+    gain = []
+    for seed in range(5):
+        bank = make(seed=seed, n=6, d_in=9, d_out=8)
+        bank = bank._replace(u=bank.u.at[0].multiply(0.1))
+        weak = dense(bank)[0] / np.linalg.norm(dense(bank)[0])
+        merged = [dense(iso_cts(bank, jnp.ones(6), common=c)) for c in (0.25, 1.0)]
+        share = [(m * weak).sum() / np.linalg.norm(m) for m in merged]
+        gain.append(share[0] - share[1])
+    assert np.mean(gain) > 0.1
+
+
 @pytest.mark.parametrize("function", [iso_c, iso_cts])
 def test_gradient_by_differences(function, make, dense):
     bank, probe = make(d_in=9, d_out=8), np.random.default_rng(3).normal(size=(9, 8))

@@ -19,10 +19,10 @@ W = np.array([0.5, -0.3, 0.8])
 
 
 def check(density):
-    run = jax.jit(lambda b, w: streamed.dense(b, magnitude_rule(b, w, density=density)))
+    run = jax.jit(lambda b, w: streamed.dense(b, magnitude_rule(b, w, density=density, scale=0.5)))
     k = int(density * DENSE[0].size)
     cut = np.array([np.sort(np.abs(d).ravel())[-k] for d in DENSE])
-    expected = np.einsum("n,nio->io", W, DENSE * (np.abs(DENSE) >= cut[:, None, None]))
+    expected = 0.5 * np.einsum("n,nio->io", W, DENSE * (np.abs(DENSE) >= cut[:, None, None]))
     np.testing.assert_allclose(run(BANK, jnp.asarray(W, jnp.float32)), expected, rtol=1e-4,
                                atol=1e-5)  # fmt: skip
 

@@ -69,6 +69,11 @@ def test_rate_and_mean(p):
     np.testing.assert_array_equal(np.asarray(plain), kept > 0)
 
 
+def test_probabilities_are_rounded_and_never_zero():
+    got = masks.steps(jnp.asarray([0.3, 0.7, 1e-9, 1.0, 1.5]))  # 19660.8, 45875.2 of 65536
+    np.testing.assert_array_equal(got, [19661, 45875, 1, 65536, 65536])
+
+
 def test_keep_all():
     d = jnp.ones((2, 40, 50))
     np.testing.assert_array_equal(masks.dropped(d, jnp.ones((2, 1, 1)), KEYS, jnp.arange(40)), d)

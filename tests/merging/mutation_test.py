@@ -1,4 +1,4 @@
-"""The tests of merging can fail: in every system a piece is broken, and one of its tests sees it."""
+"""The tests of merging can fail: a piece of every system is broken, and a test of it notices."""
 
 import functools
 

@@ -75,6 +75,7 @@ def test_context_and_penalty():
     params = init_context(jax.random.key(0), 5, 3)
     obs = leaf(7, 5, seed=3)
     np.testing.assert_array_equal(context(params, obs), np.tile([0.0, 0.0, 1.0], (7, 1)))
+    np.testing.assert_allclose(np.std(params["w1"]) * np.sqrt(5), 1.0, atol=0.15)
     params = {k: leaf(*t.shape, seed=4) for k, t in params.items()}
     n = {k: np.asarray(t) for k, t in params.items()}
     hidden = np.maximum(np.asarray(obs) @ n["w1"] + n["b1"], 0)

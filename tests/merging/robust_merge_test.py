@@ -73,6 +73,20 @@ def test_pruning_is_made_up_for_in_small_directions(make):
     assert float(kept[:, 0].min()) > float(kept[:, -1].max())
 
 
+def test_who_loses_more_by_pruning_is_enlarged_more(dense):
+    """The claim: two adapters, one written in few rows, one spread over all. Of equal size and
+    weight, the second loses to the mask what its scale gives back; without the scale, nothing is.
+    """
+    u = np.zeros((2, 16, 1))
+    u[0, :4, 0], u[1, :, 0] = [2.0, -1.0, 3.0, 1.5], np.linspace(0.5, 2.0, 16)
+    u = u / np.linalg.norm(u, axis=1, keepdims=True)
+    bank = LowRank(jnp.asarray(u, jnp.float32), jnp.asarray(np.eye(2, 6)[:, None], jnp.float32))
+    got = np.linalg.norm(dense(robust_merge(bank, jnp.ones(2), density=0.5)), axis=0)
+    scale = np.abs(u[1]).sum() / np.sort(np.abs(u[1]).ravel())[8:].sum()
+    np.testing.assert_allclose(got[1] / got[0], scale, rtol=1e-4)
+    assert scale > 1.3 and np.all(got[2:] == 0)
+
+
 def test_padding_does_not_matter(make, dense):
     bank = make(d_in=9, d_out=8, r=3)
     more = LowRank(

@@ -90,6 +90,7 @@ def test_kept():
     np.testing.assert_array_equal(threshold.kept(0.25, 2, 10), [2, 2])
     np.testing.assert_array_equal(threshold.kept((0.5, 1.0), 2, 10), [5, 10])
     np.testing.assert_array_equal(jax.jit(lambda p: threshold.kept(p, 2, 8))(0.25), [2, 2])
+    np.testing.assert_array_equal(jax.jit(lambda p: threshold.kept(p, 2, 9))(0.3), [2, 2])  # 2.7
     assert threshold.is_one(1.0) and threshold.is_one((1.0, 1.0)) and not threshold.is_one(0.5)
     assert not threshold.is_one(jnp.asarray(1.0))
 

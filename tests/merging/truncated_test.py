@@ -35,6 +35,16 @@ def test_mutation_the_largest_adapter_is_not_the_best_rank(make, dense):
         check(lambda b, w, rank: jax.tree.map(lambda t: t[0], b), make, dense)
 
 
+@pytest.mark.parametrize("keep", [0, 1, 3, 9])
+def test_fewer_are_kept_at_one_shape(keep, make, dense):
+    bank, k = make(), min(keep, 3)
+    low = truncated(bank, W, rank=3, keep=keep)
+    want, error = best(bank, W, k, dense)
+    assert low.u.shape == (8, 3)
+    np.testing.assert_allclose(dense(low), want, atol=1e-5)
+    np.testing.assert_allclose(truncation_error(bank, W, rank=3, keep=keep), error, rtol=1e-5)
+
+
 def test_full_rank_is_exact_and_factors_are_balanced(make, dense):
     bank = make()
     low = truncated(bank, W, rank=100)

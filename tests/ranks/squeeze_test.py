@@ -61,6 +61,12 @@ def test_scale_is_kept_and_alpha_moves():
     np.testing.assert_allclose(plain.alpha / np.sqrt(plain.rank), 8.0 / np.sqrt(4))
 
 
+def test_the_error_of_a_negative_scale_is_positive():
+    a = adapter()
+    turned = a.replace(frozen=jax.tree.map(lambda t: -t, a.frozen))
+    jax.tree.map(np.testing.assert_array_equal, squeeze(turned, 2).errors, squeeze(a, 2).errors)
+
+
 def test_first_moments_follow_exactly_where_nothing_is_lost():
     """The gradient after a lossless compression is the projected gradient before."""
     before = adapter()
