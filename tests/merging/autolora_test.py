@@ -53,6 +53,27 @@ def test_tokens_by_numpy():
     np.testing.assert_allclose(np.linalg.norm(z), 1.0, rtol=1e-5)
 
 
+def test_embedding_by_numpy():
+    """The block and the head, a head at a time, on the tokens."""
+    n = {k: np.asarray(t, "f8") for k, t in PARAMS.items() if not isinstance(t, dict)}
+
+    def norm(x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    x = np.concatenate([n["special"], np.asarray(tokens(PARAMS, deltas(1)))])
+    q, k, v = np.split(norm(x) @ n["qkv"], 3, axis=1)
+    mixed = []
+    for part in np.split(np.arange(16), 4):
+        a = np.exp(q[:, part] @ k[:, part].T / 2)
+        mixed.append(a / a.sum(1, keepdims=True) @ v[:, part])
+    x = x + np.concatenate(mixed, 1) @ n["mix"]
+    up = norm(x) @ n["up"]
+    gelu = up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))) / 2
+    z = norm(x + gelu @ n["down"])[0] @ n["head"]
+    np.testing.assert_allclose(encode(PARAMS, deltas(1)), z / np.linalg.norm(z), atol=1e-4)
+
+
 def turned(d, seed=5):
     g = leaf(3, 3, seed=seed)
     return {k: LowRank(x.u @ g, jnp.linalg.inv(g) @ x.v) for k, x in d.items()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
+from jlora.core.algebra import LowRank
 from jlora.merging import to_lora
 
 METHODS = {
@@ -124,6 +125,17 @@ def test_ranks_by_energy_and_error_by_hand():
         np.testing.assert_allclose(total, np.sqrt(lost), atol=1e-5)
         assert got == want
     assert ranks(error=0.99)[0] == {"x": 1, "y": 1}
+
+
+def test_the_slices_of_a_stack_have_the_rank_that_one_of_them_needs():
+    s = jnp.asarray([[4.0, 0.1, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    low = LowRank(jax.vmap(jnp.diag)(s), jnp.stack([jnp.eye(4)] * 2))
+    site = jl.Site("s", (2, 4, 4), "sio", jnp.dtype("float32"), ("dot",))
+    a = jl.merging.to_adapter({"s": low}, [site])
+    for budget, want in (({"energy": 0.9}, 3), ({"energy": 0.5}, 2), ({"error": 0.3}, 3)):
+        made = to_lora(a, **budget)
+        assert made.adapter.sites[0][1].rank == want
+    np.testing.assert_allclose(to_lora(a, rank=1).errors["s"], [0.1, np.sqrt(2)], rtol=1e-5)
 
 
 def test_by_error_is_the_least_total_rank(base, adapter):

@@ -87,6 +87,16 @@ def test_per_site_folds_keys_by_path_slice_and_adapter(world):
     )
 
 
+def test_a_mapped_loop_holds_one_slice_at_a_time(world):
+    """What `loop` is for: a loop in the program, or none."""
+
+    def loops(**options):
+        made = jax.make_jaxpr(lambda b: per_site(concat, **options)(b, world.weights))(world.bank)
+        return "scan" in {e.primitive.name for e in made.jaxpr.eqns}
+
+    assert loops(loop="map") and not loops(loop="vmap") and not loops()
+
+
 def concat_ones(low):
     return concat(low, jnp.ones(low.u.shape[0]))
 

@@ -115,6 +115,8 @@ BROKEN = [
      "adamerging.entropy_by_numpy", ()),
     ("PSEC", "psec", "(h * gate)", "h", "psec.every_row_has_its_own_merged_weight", ()),
     ("AutoLoRA: retrieval", "autolora", "_norm(seen)", "seen", "autolora.tokens_by_numpy", ()),
+    ("AutoLoRA: retrieval", "autolora", "math.sqrt(width // heads)", "1.0",
+     "autolora.embedding_by_numpy", ()),
     ("AutoLoRA: gated fusion", "autolora_gate", ' + w["both"] * base * own', "",
      "autolora.gate_by_numpy", ()),
     ("LCM-LoRA arithmetic", "lcm_arithmetic", "[*strengths, strength]", "[strength, *strengths]",

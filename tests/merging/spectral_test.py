@@ -92,6 +92,16 @@ def test_top_basis_spans_and_its_product_is_differentiated():
     np.testing.assert_allclose(got, want, atol=5e-3 * np.abs(want).max())
 
 
+def test_values_of_top_basis_have_the_derivative_of_singular_values():
+    c, dc = (np.float32(t) for t in (matrix([3, 2, 1, 0.5]), RNG.normal(size=(5, 4))))
+    f = lambda t: sp.top_basis(3, False, t, 2)[1]  # noqa: E731
+    value, got = jax.jvp(f, (jnp.asarray(c),), (jnp.asarray(dc),))
+    np.testing.assert_allclose(value, [3, 2, 0], atol=1e-5)
+    ends = [np.linalg.svd(c + h * dc.astype("f8"), compute_uv=False) for h in (1e-5, -1e-5)]
+    want = np.where(np.arange(3) < 2, (ends[0] - ends[1])[:3] / 2e-5, 0)
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
 def test_top_pair_gives_the_cut_and_zero_where_nothing_is():
     c = jnp.asarray(matrix([3, 2, 0, 0]), jnp.float32)
     x, b, y, s = sp.top_pair(c, 3)
