@@ -151,6 +151,8 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
         raise ValueError(f"this format has no place for {type(method).__name__}")
     if "gather" in site.ops:
         raise ValueError("this format has no place for tables")
+    if "w2" in p and p["w2"].ndim == 4:
+        raise ValueError("this format has no place for a swapped LoKr, W2 ⊗ W1")
     axes = {name: axis for name, axis in method.rank_axes.items() if name in p}
     if not any(array.any() for name, array in p.items() if name != "scale"):
         axes, rank = {}, 0

@@ -16,6 +16,7 @@ LoKr, W1            lokr_w1 [o1, i1], or                 w1 [i1, o1], or
 LoKr, W2 whole      lokr_w2 [o2, i2, \\*win]              w2 [n, i2, o2] or [i2 n, o2]
 LoKr, W2 factored   lokr_w2_a [o2, R],                   b2 [R, o2],
                     lokr_w2_b [R, i2 n]                  a2 [n, i2, R] or [i2 n, R]
+LoKr, W2 swapped    lokr_w2 [o2, i2, \\*win]              w2 [n, i2, 1, o2] or [1, i2, n, o2]
 LoKr, with a core   lokr_w2_a [R, o2],                   b2 [R, o2],
                     lokr_w2_b [R, i2],                   a2 [i2, R],
                     lokr_t2 [R, R, \\*win]                t2 [n, 1, R, R] or [1, n, R, R]
@@ -99,12 +100,15 @@ def write_hada(site: Site, p: Arrays, core_shape: Shape) -> Arrays:
     }
 
 
-def read_kron(site: Site, t: Arrays) -> Arrays:
-    """The arrays of a LoKr whose tensors have the right shapes."""
+def read_kron(site: Site, t: Arrays, swapped: bool = False) -> Arrays:
+    """The arrays of a LoKr whose tensors have the right shapes; `swapped` as `LoKr` has it."""
     keys = {**WHOLE, **PARTS}
     made = {keys[key]: array.T for key, array in t.items() if key in keys and array.ndim == 2}
     if "lokr_t2" in t:
         return made | {"b2": t["lokr_w2_a"], "t2": core(t["lokr_t2"], window(site)[0])}
+    if swapped:
+        w2 = t["lokr_w2"].reshape(*t["lokr_w2"].shape[:2], window(site)[0], -1)
+        return made | {"w2": w2.transpose(2, 1, 3, 0)}
     key = "lokr_w2_b" if "lokr_w2_b" in t else "lokr_w2"
     return made | {keys[key]: _of_rows(site, t[key].reshape(t[key].shape[0], -1))}
 
@@ -116,6 +120,9 @@ def write_kron(site: Site, p: Arrays, core_shape: Shape) -> Arrays:
         return tensors | {"lokr_w2_a": p["b2"], "lokr_t2": torch_core(p["t2"], core_shape)}
     if "a2" in p:
         return tensors | {"lokr_w2_b": _torch_rows(site, p["a2"])}
+    if p["w2"].ndim == 4:
+        w2 = p["w2"].transpose(3, 1, 0, 2)
+        return tensors | {"lokr_w2": w2.reshape(*w2.shape[:2], *torch_window(site))}
     rows = _torch_rows(site, p["w2"])
     return tensors | {"lokr_w2": rows.reshape(rows.shape[0], -1, *torch_window(site))}
 

@@ -14,16 +14,18 @@ LoKr, W2 factored                  lokr_w2_b [R, i2 n]             a2 [n, i2, R]
 LoKr, `use_effective_conv2d`       lokr_w2_a [R, o2],              b2 [R, o2],
                                    lokr_w2_b [R, i2],              a2 [i2, R],
                                    lokr_t2 [R, R, \\*win]           t2 [n, 1, R, R] or [1, n, R, R]
-LoKr, W2 whole, 1-D                lokr_w2 [o2, i2, n]             none, refused
+LoKr, W2 whole, 1-D                lokr_w2 [o2, i2, n]             w2 [n, i2, 1, o2] or
+                                                                   [1, i2, n, o2], `swapped`
 three-dimensional                  none                            as above, not written
 =================================  ==============================  ================================
 
 (the first of two for kernels with the window before the channels, the second for the others).
 W2 whole of a one-dimensional convolution: PEFT multiplies w1 [o1, i1] with w2 [o2, i2, n] as arrays
-of three axes, so that w1 meets the window: output channel o2 o1 and input channel i2 i1 in that
-order, no product W1 ⊗ W2. A window of one has `use_effective_conv2d` ignored; a core of a
-one-dimensional convolution ends in an axis of one (with LoKr and rank 1, torch 2.13 cannot compute
-PEFT's product of it).
+of three axes, so that the axes of w1 meet the last two of w2, and then reshapes; what it computes
+and trains is W2 ⊗ W1 at each place of the window, where a factored W2, a two-dimensional
+convolution and LyCORIS have W1 ⊗ W2. A window of one has `use_effective_conv2d` ignored; a core of
+a one-dimensional convolution ends in an axis of one (with LoKr and rank 1, torch 2.13 cannot
+compute PEFT's product of it).
 
 Source: peft 0.21.2, its files and read for its behaviour.
 Deviates: none.
@@ -112,11 +114,6 @@ def _lokr_shapes(site: Site, fields: Mapping[str, Any]) -> dict[str, tuple[int, 
     else:
         shapes = {"lokr_w1": (o1, i1)}
     if rank >= max(o2, i2) / 2:
-        if len(win) == 1:
-            raise ValueError(
-                "W2 is whole, and PEFT's product of a one-dimensional convolution is then none of "
-                f"W1 and W2; expected a rank below {max(o2, i2) / 2}"
-            )
         return shapes | {"lokr_w2": (o2, i2, *win)}
     if fields[TUCKER] and math.prod(win) > 1:
         core = {"lokr_t2": _core_shape(rank, win)}
@@ -142,6 +139,11 @@ def _write_lokr(method: LoKr, site: Site, p: Arrays) -> Slice | None:
         "decompose_factor": -1 if method.factor is None else method.factor,
         TUCKER: method.tucker,
     }
+    if "w2" in p and (p["w2"].ndim == 4) != (len(_window(site)) == 1):
+        raise ValueError(
+            "of a whole W2 and W1 PEFT has the product W2 ⊗ W1 in one-dimensional convolutions "
+            f"(swapped=True) and W1 ⊗ W2 elsewhere, got {method}"
+        )
     tensors = write_kron(site, p, _core_shape(rank, _window(site)))
     _check_lokr(site, tensors, fields)
     return Slice(tensors, fields)
@@ -151,8 +153,9 @@ def _read_lokr(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     _check_lokr(site, t, fields)
     rank, alpha, factor = fields["r"], fields["alpha"], fields["decompose_factor"]
     factor = None if factor == -1 else factor
-    method = LoKr(rank, alpha, factor, fields["decompose_both"], fields[TUCKER])
-    return Read(method, read_kron(site, t), {"scale": scale_of(alpha, rank)})
+    swapped = len(_window(site)) == 1 and "lokr_w2" in t
+    method = LoKr(rank, alpha, factor, fields["decompose_both"], fields[TUCKER], swapped)
+    return Read(method, read_kron(site, t, swapped), {"scale": scale_of(alpha, rank)})
 
 
 LOHA = Table(

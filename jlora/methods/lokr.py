@@ -17,6 +17,12 @@ before the channels (Flax), `w2` is [window, i2, o2], `a2` [window, i2, r]; wher
 rows of W2 are i2 * window. With `tucker`, `a2` is [i2, r] and has a core `t2`
 [before, after, r, r] over the window: :math:`(A_2)_{bca,k} = \\sum_j t_{ba,jk} a_{cj}`.
 
+With `swapped`, a convolution whose W2 is whole has `w2` [before, i2, after, o2] and the channels in
+the other order, :math:`W_2 \\otimes W_1` at each place of the window:
+
+.. math::
+    \\Delta W_{b (i_2 i_1) a, (o_2 o_1)} = s \\, (W_1)_{i_1 o_1} (W_2)_{b i_2 a, o_2} .
+
 Init: the first factor (W1, or B1) is 0, the rest uniform in ±1/sqrt(fan-in): the identity.
 
 Edalati et al., `KronA <https://arxiv.org/abs/2212.10650>`_, 2022; Yeh et al.,
@@ -67,6 +73,7 @@ class LoKr(Method):
     factor: int | None = None
     decompose_both: bool = False
     tucker: bool = False  # a core over the window of a convolution; of others no difference
+    swapped: bool = False  # of a convolution with a whole W2, as PEFT's one-dimensional ones
 
     def __post_init__(self) -> None:
         for name, got in (("rank", self.rank), ("factor", self.factor)):
@@ -89,7 +96,9 @@ class LoKr(Method):
             trainable = {"w1": jnp.zeros((i1, o1), dtype)}
         rows = (i2 * after,) if before == 1 else (before, i2 * after)
         if r >= max(i2, o2) / 2:
-            trainable["w2"] = uniform(keys[1], (*rows, o2), math.prod(rows))
+            conv = "conv" in site.ops and site.kinds.count("i") > 1
+            shape = (before, i2, after, o2) if self.swapped and conv else (*rows, o2)
+            trainable["w2"] = uniform(keys[1], shape, math.prod(rows))
         else:
             trainable["b2"] = uniform(keys[2], (r, o2), r)
             if self.tucker and before * after > 1:
@@ -102,9 +111,10 @@ class LoKr(Method):
     def parts(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
         """a [i1, o1] with the scale, u [i2, R] or [window, i2, R], v [R, o2] of the second factor.
 
-        The delta is a ⊗ (u @ v), that of each place of the window above the next.
+        The delta is a ⊗ (u @ v), that of each place of the window above the next. A swapped one has
+        no such parts.
         """
-        a = p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
+        a = _first(p)
         if "t2" in p:
             u = tucker(p["a2"], p["t2"])  # [before, i2, after, r]
             rows = (-1,) if u.shape[0] == 1 else (u.shape[0], u.shape[1] * u.shape[2])
@@ -118,11 +128,20 @@ class LoKr(Method):
 
     def kron(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array] | None:
         """a [i1, o1], u [i2, R], v [R, o2] with a ⊗ (u @ v) the delta; None if a window leads."""
+        if _is_swapped(p):
+            return None
         parts = self.parts(p)
         return parts if parts[1].ndim == 2 else None
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """u [d_in, R], v [R, d_out], R = min(i1, o1) times the rank of the second factor."""
+        if _is_swapped(p):
+            eye = jnp.eye(min(_first(p).shape), dtype=p["w2"].dtype)
+            left, right = (eye, _first(p)) if len(eye) == len(_first(p)) else (_first(p), eye)
+            u = jnp.einsum("bcas,ik->bciask", p["w2"], left)
+            return u.reshape(-1, u.shape[-2] * u.shape[-1]), algebra.kron(
+                jnp.eye(u.shape[-2], dtype=right.dtype), right
+            )
         a, u, v = self.parts(p)
         if u.ndim == 2:
             return algebra.low_rank(algebra.Kron(a, u, v))
@@ -132,6 +151,8 @@ class LoKr(Method):
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
         """w + s W1 ⊗ W2, [d_in, d_out]."""
+        if _is_swapped(p):
+            return w + jnp.einsum("bcas,io->bciaso", p["w2"], _first(p)).reshape(w.shape)
         a, u, v = self.parts(p)
         if u.ndim == 3:
             a = jnp.broadcast_to(a, (u.shape[0], *a.shape))
@@ -140,12 +161,21 @@ class LoKr(Method):
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches take the low-rank form."""
         y = x @ w
-        windowed = "t2" in p or (p["w2"] if "w2" in p else p["a2"]).ndim == 3
+        windowed = "t2" in p or (p["w2"] if "w2" in p else p["a2"]).ndim > 2
         if windowed or not isinstance(x, jax.Array):
             return y + low_rank(x, *self.factors(p)).astype(y.dtype)
-        first = p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
+        first = _first(p)
         second = [p[k].astype(x.dtype) for k in ("a2", "b2", "w2") if k in p]
         grid = x.reshape(*x.shape[:-1], first.shape[0], -1)
         letters = "kr,rl" if len(second) == 2 else "kl"
         delta = jnp.einsum(f"...pk,pq,{letters}->...ql", grid, first.astype(x.dtype), *second)
         return y + delta.reshape(y.shape).astype(y.dtype)
+
+
+def _first(p: Arrays) -> jax.Array:
+    """W1 [i1, o1] with the scale."""
+    return p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
+
+
+def _is_swapped(p: Arrays) -> bool:
+    return "w2" in p and p["w2"].ndim == 4

@@ -201,6 +201,7 @@ def wide_configs() -> dict[str, peft.PeftConfig]:
             decompose_factor=6,
         ),
         "lokr_whole": peft.LoKrConfig(r=8, alpha=3, target_modules=most),
+        "lokr_whole_one": peft.LoKrConfig(r=8, alpha=3, target_modules=["one", "two"]),
     }
 
 

@@ -12,13 +12,14 @@ from jax import lax
 import jlora as jl
 from jlora.core import algebra
 from jlora.core.adapter import unfold
-from jlora.io import FormatError, NameMap, lycoris_layout, safetensors_file
+from jlora.io import FormatError, NameMap, lycoris_layout, peft_lycoris, safetensors_file
 
 GOLDEN = Path(__file__).parents[2] / "third_party" / "peft" / "lycoris"
 STATE, _ = safetensors_file.read(GOLDEN / "base.safetensors")
 WEIGHTS = "adapter_model.safetensors"
 ADAPTERS = ("loha_core", "lokr", "lokr_both", "lokr_core", "lokr_core_both", "lokr_whole")
-LIFTED = ("loha_core", "lokr")
+ADAPTERS += ("lokr_whole_one",)
+LIFTED = ("loha_core", "lokr", "lokr_whole_one")
 NAMES = NameMap({r"(two|point|grouped|one|head)/kernel": r"\1"})
 X = jnp.asarray(STATE["x"])
 
@@ -121,6 +122,34 @@ def test_delta_and_algebra_by_numpy(name):
         np.testing.assert_allclose(np.linalg.norm(u @ v), np.linalg.norm(want), rtol=1e-5)
 
 
+def whole_one(tensors):
+    """(W1 [o1, i1], W2 [o2, i2, n]) of the one-dimensional convolution."""
+    return (tensors[f"base_model.model.one.lokr_{name}"] for name in ("w1", "w2"))
+
+
+def test_the_factors_of_a_whole_one_dimensional_w2_are_swapped():
+    """By numpy and by PEFT itself, whose factored W2 and two dimensions have the other order."""
+    torch, layer = pytest.importorskip("torch"), pytest.importorskip("peft.tuners.lokr.layer")
+    tensors, _ = safetensors_file.read(GOLDEN / "lokr_whole_one" / WEIGHTS)
+    w1, w2 = whole_one(tensors)
+    orders = [
+        np.stack([np.kron(*pair(w1, w2[..., k])) for k in range(w2.shape[2])], axis=2)
+        for pair in (lambda a, b: (b, a), lambda a, b: (a, b))
+    ]
+    t1, t2 = torch.from_numpy(w1), torch.from_numpy(w2)
+    one = layer.make_kron(t1, t2).numpy().reshape(orders[0].shape)
+    two = layer.make_kron(t1, t2[..., None])[..., 0].numpy()
+    flat = layer.make_kron(t1, t2.flatten(1)).numpy().reshape(orders[0].shape)  # as a2 b2 would be
+    for got, want, other in ((one, *orders), (two, *orders[::-1]), (flat, *orders[::-1])):
+        assert error(got, want) <= 1e-6 and error(got, other) > 0.1
+    for fn, (p, _) in FORMS.items():
+        adapter = jl.io.load_peft(GOLDEN / "lokr_whole_one", NAMES, SITES[fn])
+        (site,) = (site for site, _ in adapter.sites if site.path == "one/kernel")
+        got = np.asarray(unfold(jl.delta(p, adapter)["one/kernel"], site.kinds, site.shape))
+        got = np.moveaxis(got, (-1, -2), (0, 1)) if fn is flax_model else got
+        assert error(got, 3 / 8 * orders[0]) <= 1e-5  # alpha / r
+
+
 def moved(fresh):
     """The adapter with noise on everything that is trained."""
     rng = np.random.default_rng(0)
@@ -134,7 +163,9 @@ METHODS = {
     "lokr": jl.LoKr(rank=2, alpha=3.0),
     "lokr_both": jl.LoKr(rank=1, alpha=3.0, factor=6, decompose_both=True),
     "lokr_core": jl.LoKr(rank=2, alpha=3.0, tucker=True),
+    "lokr_swapped": jl.LoKr(rank=8, alpha=3.0, swapped=True),
 }
+ONLY = {"lokr_swapped": "(one|head)/kernel"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -144,9 +175,10 @@ def test_real_peft_computes_what_we_do(tmp_path, monkeypatch, name):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "golden")
     import make_peft
 
-    for fn in FORMS if name.endswith("core") else [flax_model]:
+    for fn in FORMS if name.endswith(("core", "swapped")) else [flax_model]:
         p, run = FORMS[fn]
-        fresh = jl.init(jax.random.key(0), fn, p, X, methods={"kernel": METHODS[name]})
+        methods = {ONLY.get(name, "kernel"): METHODS[name]}
+        fresh = jl.init(jax.random.key(0), fn, p, X, methods=methods)
         np.testing.assert_allclose(run(jl.merge(p, fresh), X), run(p, X))  # the identity
         adapter = moved(fresh)
         jl.io.save_peft(tmp_path, adapter, NAMES)
@@ -168,8 +200,12 @@ def test_what_peft_cannot_compute_is_refused(tmp_path):
         fresh = jl.init(jax.random.key(0), flax_model, p, X, methods={where: method})
         return fresh.replace(trainable=jax.tree.map(lambda t: t + 1, fresh.trainable))
 
-    with pytest.raises(FormatError, match=r"of a one-dimensional convolution is then none"):
-        jl.io.save_peft(tmp_path / "x", made(jl.LoKr(rank=8), "one/kernel"), NAMES)
+    swapped = made(jl.LoKr(rank=8, swapped=True), "two/kernel")
+    for adapter in (made(jl.LoKr(rank=8), "one/kernel"), swapped):
+        with pytest.raises(FormatError, match=r"PEFT has the product W2 ⊗ W1 in one-dimensional"):
+            jl.io.save_peft(tmp_path / "x", adapter, NAMES)
+    with pytest.raises(FormatError, match="no place for a swapped LoKr"):
+        jl.io.save_kohya(tmp_path / "x", swapped, NAMES)
     mixed = made(jl.LoKr(rank=1, tucker=True), "two/kernel")
     other = made(jl.LoKr(rank=1), "head/kernel")
     both = jl.Adapter(
@@ -224,3 +260,10 @@ def test_mutation_a_core_with_its_ranks_swapped_is_seen(monkeypatch):
     for name in ("loha_core", "lokr_core"):
         with pytest.raises(AssertionError):
             check_value(name, flax_model)
+
+
+def test_mutation_a_whole_w2_in_the_usual_order_is_seen(monkeypatch):
+    good = lycoris_layout.read_kron
+    monkeypatch.setattr(peft_lycoris, "read_kron", lambda site, t, swapped: good(site, t))
+    with pytest.raises(AssertionError):
+        check_value("lokr_whole_one", flax_model)

@@ -47,6 +47,27 @@ def test_rank_is_the_product_of_the_ranks(bench):
     assert np.linalg.matrix_rank(delta) == 4  # 2 (w1) times 2 (a2 b2)
 
 
+@pytest.mark.parametrize(("i1", "o1"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize("window", [(4, 1), (1, 4)])
+def test_swapped_factors_are_their_product_in_the_other_order(i1, o1, window):
+    rng, (before, after) = np.random.default_rng(0), window
+    p = {"w1": rng.normal(size=(i1, o1)), "w2": rng.normal(size=(before, 2, after, 5))}
+    p = {"scale": np.asarray(0.5), **p}
+    places = [np.kron(p["w2"][k, :, m], p["w1"]) for k, m in np.ndindex(before, after)]
+    want = 0.5 * np.stack(places).reshape(before, after, 2 * i1, -1).swapaxes(1, 2)
+    want = want.reshape(-1, 5 * o1)
+    arrays = {name: jnp.asarray(t, jnp.float32) for name, t in p.items()}
+    method = LoKr(rank=8, swapped=True)
+    w, x = jnp.ones(want.shape), jnp.asarray(rng.normal(size=(7, len(want))), jnp.float32)
+    np.testing.assert_allclose(method.merge(w, arrays) - 1, want, atol=1e-5)
+    u, v = method.factors(arrays)
+    assert u.shape[1] == 5 * min(i1, o1) and method.kron(arrays) is None
+    np.testing.assert_allclose(u @ v, want, atol=1e-5)
+    y = method.apply(x, w, arrays, {})
+    np.testing.assert_allclose(y, np.asarray(x) @ (1 + want), atol=1e-4)
+    assert np.abs(np.kron(p["w1"], p["w2"][0, :, 0]) - places[0]).max() > 0.1
+
+
 def test_split():
     dims = [(12,), (12, 2), (12, 6), (12, 5), (384, 8), (7,), (7, 3), (128, 4)]
     want = [(3, 4), (2, 6), (6, 2), (3, 4), (8, 48), (1, 7), (1, 7), (4, 32)]
