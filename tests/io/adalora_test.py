@@ -9,6 +9,7 @@ import pytest
 
 import jlora as jl
 from jlora.io import FormatError, peft_lora, safetensors_file
+from tests.io.shared import error
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 QUERY = "layers/attention/query/kernel"
@@ -23,10 +24,6 @@ def case(golden):
 
 def load(case, path=None):
     return jl.io.load_peft(path or case[1], case[0].names, case[0].params)
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def expected(case):

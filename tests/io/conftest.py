@@ -113,3 +113,13 @@ def _load(kind: str) -> SimpleNamespace:
 def golden() -> dict[str, SimpleNamespace]:
     """Kind ('bert', 'llama') -> path, params, fn(params, *args), args, names, expected."""
     return {kind: _load(kind) for kind in ("bert", "llama")}
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ import jlora as jl
 from jlora.io import FormatError, NameMap, safetensors_file, torch_layout
 from jlora.methods.dora import DoRA
 from jlora.methods.loha import LoHa
+from tests.io.shared import error
 
 GOLDEN = Path(__file__).parents[2] / "third_party" / "peft" / "conv"
 KINDS = {"lora": jl.LoRA, "dora": DoRA, "loha": LoHa}
@@ -56,10 +57,6 @@ def model(flax=True):
 
 def sites(flax=True):
     return jl.sites(model(flax), params(flax), X)
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 @pytest.mark.parametrize("flax", [True, False])

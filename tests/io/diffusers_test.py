@@ -15,6 +15,7 @@ import pytest
 import jlora as jl
 from jlora.core.adapter import unfold
 from jlora.io import FormatError, NameMap, peft_lora, safetensors_file
+from tests.io.shared import error
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "third_party" / "diffusers"
@@ -38,10 +39,6 @@ def site(module, t):
 
 SITES = [site(*item) for item in WEIGHTS.items()]
 PARAMS = {module: {"kernel": jnp.asarray(kernel(t))} for module, t in WEIGHTS.items()}
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def load(path, component):

@@ -9,6 +9,7 @@ import pytest
 
 import jlora as jl
 from jlora.io import FormatError, safetensors_file
+from tests.io.shared import error
 
 
 def bytes_of(path):
@@ -17,10 +18,6 @@ def bytes_of(path):
 
 def config(path):
     return json.loads((path / "adapter_config.json").read_text())
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def test_biases_and_modules_that_are_saved_with_an_adapter(golden, tmp_path):

@@ -13,6 +13,7 @@ import jlora as jl
 from jlora.core import algebra
 from jlora.core.adapter import unfold
 from jlora.io import FormatError, NameMap, lycoris_layout, peft_lycoris, safetensors_file
+from tests.io.shared import error
 
 GOLDEN = Path(__file__).parents[2] / "third_party" / "peft" / "lycoris"
 STATE, _ = safetensors_file.read(GOLDEN / "base.safetensors")
@@ -62,10 +63,6 @@ def torch_like(p, x):
 
 FORMS = {fn: (params(fn is flax_model), jax.jit(fn)) for fn in (flax_model, torch_like)}
 SITES = {fn: jl.sites(fn, p, X) for fn, (p, _) in FORMS.items()}
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def check_value(name, fn, lift=False):

@@ -12,6 +12,7 @@ from jax import lax
 import jlora as jl
 from jlora.core.adapter import unfold
 from jlora.io import FormatError, NameMap, lycoris_layout, safetensors_file
+from tests.io.shared import error
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "third_party" / "lycoris" / "conv"
@@ -66,10 +67,6 @@ def torch_like(p, x):
 
 FORMS = {fn: (params(fn is flax_model), jax.jit(fn)) for fn in (flax_model, torch_like)}
 SITES = {fn: jl.sites(fn, p, X) for fn, (p, _) in FORMS.items()}
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def load(path, fn):

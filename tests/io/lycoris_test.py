@@ -11,6 +11,7 @@ import pytest
 
 import jlora as jl
 from jlora.io import NameMap, peft_lora, safetensors_file
+from tests.io.shared import error
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "third_party" / "lycoris"
@@ -39,10 +40,6 @@ def model(params, x):
         return x + h @ p["down"]["kernel"], None
 
     return jax.lax.scan(block, x, params["blocks"])[0]
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def load(path):

@@ -11,6 +11,7 @@ import pytest
 
 import jlora as jl
 from jlora.io import FormatError, NameMap, peft_parameters, safetensors_file
+from tests.io.shared import error
 
 GOLDEN = Path(__file__).parents[2] / "third_party" / "peft" / "experts"
 STATE, _ = safetensors_file.read(GOLDEN / "base.safetensors")
@@ -58,10 +59,6 @@ def model(params, x):
         return x + jnp.einsum("be,ebo->bo", share, y), None
 
     return jax.lax.scan(layer, x, params["layers"])[0]
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def load(path, names=NAMES):

@@ -14,6 +14,7 @@ import jlora as jl
 from jlora.io import FormatError, safetensors_file
 from jlora.io.peft_table import Read, Slice
 from jlora.methods import adalora, boft, dora, hira, ia3, loha, lokr, oft, vera
+from tests.io.shared import error
 
 METHODS = {
     "adalora": adalora.AdaLoRA,
@@ -42,10 +43,6 @@ def weights(path):
 
 def config(path):
     return json.loads((path / "adapter_config.json").read_text())
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def test_golden_files_are_those_of_the_metadata(golden):

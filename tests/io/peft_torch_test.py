@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.io import safetensors_file
 from jlora.methods import adalora, boft, dora, hira, ia3, loha, lokr, oft, vera
+from tests.io.shared import error, torch_model, torch_output, trained
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -31,7 +31,10 @@ METHODS = {
 
 
 # Of transformers, about itself; PEFT's own warnings stay errors.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,45 +43,11 @@ def no_cuda_kernel(monkeypatch):
     monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def torch_model(model):
-    cls = transformers.BertModel if model.kind == "bert" else transformers.LlamaForCausalLM
-    return cls.from_pretrained(model.path / "base").eval()
-
-
-def torch_output(module, model):
-    state, _ = safetensors_file.read(model.path / "base.safetensors")
-    inputs = {k: torch.from_numpy(state[k]) for k in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        return module.eval()(**inputs)[0].numpy()
-
-
-def trained(model, methods, seed=0):
-    """A fresh adapter with noise on every trainable array."""
-    key = jax.random.key(seed)
-    fresh = jl.init(key, model.fn, model.params, *model.args, methods=methods)
-    leaves, tree = jax.tree.flatten(fresh.trainable)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [t + 0.2 * jax.random.normal(k, t.shape) for t, k in zip(leaves, keys, strict=True)]
-    return fresh.replace(trainable=jax.tree.unflatten(tree, noisy))
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_peft_computes_what_we_do(golden, tmp_path, name):
     model = golden["llama"]
     pattern = "attention/query" if name in ("vera", "lokr") else "attention/(query|value)|ffn/up"
-    adapter = trained(model, {pattern: METHODS[name]})
+    adapter = trained(model.fn, model.params, model.args, {pattern: METHODS[name]})
     jl.io.save_peft(tmp_path, adapter, model.names, params=model.params)
     module = peft.PeftModel.from_pretrained(torch_model(model), tmp_path)
     ours = jax.jit(model.fn)(jl.merge(model.params, adapter), *model.args)
@@ -93,7 +62,12 @@ def test_peft_computes_what_we_do(golden, tmp_path, name):
 def test_a_sequence_classifier_gets_its_prefix_and_its_head(golden, tmp_path):
     model = golden["bert"]
     names = model.names.replace(prefix="bert.")
-    adapter = trained(model, {"attention/(query|key|value|out)/kernel": jl.LoRA(rank=2)})
+    adapter = trained(
+        model.fn,
+        model.params,
+        model.args,
+        {"attention/(query|key|value|out)/kernel": jl.LoRA(rank=2)},
+    )
     config = transformers.BertConfig.from_pretrained(model.path / "base", num_labels=2)
     module = transformers.BertForSequenceClassification(config)
     module.bert.load_state_dict(torch_model(model).state_dict(), strict=False)
@@ -115,7 +89,7 @@ def test_a_sequence_classifier_gets_its_prefix_and_its_head(golden, tmp_path):
 def test_an_adapter_of_the_upper_layers_lands_there(golden, tmp_path):
     model = golden["bert"]
     names = model.names.replace(layer_offset=2)
-    whole = trained(model, {"attention/query": jl.LoRA(rank=2)})
+    whole = trained(model.fn, model.params, model.args, {"attention/query": jl.LoRA(rank=2)})
     last = jax.tree.map(lambda t: t[2:], whole)
     site, method = last.sites[0]
     cut = jl.Site(site.path, (1, *site.shape[1:]), site.kinds, site.dtype)

@@ -15,6 +15,7 @@ import pytest
 import jlora as jl
 from jlora.io import NameMap, peft_write, replicate_layers, safetensors_file
 from jlora.methods.trainable_tokens import TrainableTokens
+from tests.io.shared import error, torch_model, torch_output, trained
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -35,45 +36,14 @@ BIASES = {
 }
 
 # Of transformers, about itself; PEFT's own warnings stay errors.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def torch_model(model):
-    cls = transformers.BertModel if model.kind == "bert" else transformers.LlamaForCausalLM
-    return cls.from_pretrained(model.path / "base").eval()
-
-
-def torch_output(module, model):
-    state, _ = safetensors_file.read(model.path / "base.safetensors")
-    inputs = {k: torch.from_numpy(state[k]) for k in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        return module.eval()(**inputs)[0].numpy()
-
-
-def trained(fn, params, args, methods, seed=0):
-    """A fresh adapter, its trainable arrays moved by noise."""
-    fresh = jl.init(jax.random.key(seed), fn, params, *args, methods=methods)
-    rng = np.random.default_rng(seed)
-    moved = jax.tree.map(
-        lambda t: t + jnp.asarray(0.2 * rng.normal(size=t.shape), t.dtype), fresh.trainable
-    )
-    return fresh.replace(trainable=moved)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def config(path):
     return json.loads((path / "adapter_config.json").read_text())
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def output(model, params, adapter):

@@ -10,6 +10,7 @@ import pytest
 import jlora as jl
 from jlora.io import FormatError, replicate_layers, safetensors_file
 from jlora.io.replication import order_of
+from tests.io.shared import error
 
 PAIRS = [[0, 2], [1, 3]]
 PATH = "layers/attention/query/kernel"
@@ -26,10 +27,6 @@ def load(case, pairs=PAIRS, params=None):
     model, path, expanded = case
     params = expanded if params is None else params
     return jl.io.load_peft(path, model.names, params, layer_replication=pairs)
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def check_value(case):

@@ -10,6 +10,7 @@ import pytest
 import jlora as jl
 from jlora.io import FormatError, peft_tokens, safetensors_file
 from jlora.methods.trainable_tokens import TrainableTokens
+from tests.io.shared import error
 
 TABLE = "embed_tokens/embedding"
 KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -24,10 +25,6 @@ def case(golden):
 def load(case, path=None):
     model, golden_path = case
     return jl.io.load_peft(path or golden_path, model.names, model.params)
-
-
-def error(got, want):
-    return np.abs(np.asarray(got) - want).max() / np.abs(want).max()
 
 
 def check_value(case):
