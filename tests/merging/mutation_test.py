@@ -125,7 +125,7 @@ BROKEN = [
     ("Safe spectral functions", "spectral", "g_plus * (a - a.T)", "g_minus * (a - a.T)",
      "spectral.derivative_is_that_of_differences", ("distinct", False)),
     ("Conversion to LoRA", "convert", "after - m.astype(after.dtype)", "after",
-     "convert.different_types_merge_together", ("base",)),
+     "convert.a_bank_of_unfactored_adapters", ("base",)),
     ("Conversion to LoRA", "convert", "(1.0 - share) * tail", "share * tail",
      "convert.ranks_by_energy_and_error_by_hand", ()),
     ("Interference diagnostics", "diagnostics", "jnp.minimum(rank", "jnp.maximum(rank",
