@@ -1,5 +1,6 @@
 """Experts that are bare parameters: PEFT's `target_parameters`, golden adapters, refusals."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -45,15 +46,18 @@ PARAMS = {
 }
 
 
-def model(params, x):
-    """x [b, 5] through layers of dense mixtures of three experts of three kinds."""
+def model(params, x, spec="ebi,eio->ebo"):
+    """x [b, 5] through layers of dense mixtures of three experts of three kinds.
+
+    With `spec` "bi,eio->ebo" the first matmul of each has x as it is, without an axis of experts.
+    """
 
     def layer(x, p):
         def mixture(w):
-            h = jnp.tanh(jnp.einsum("ebi,eio->ebo", every, w["up"]))
+            h = jnp.tanh(jnp.einsum(spec, every, w["up"]))
             return jnp.einsum("ebi,eio->ebo", h, w["down"])
 
-        every = jnp.broadcast_to(x, (3, *x.shape))
+        every = jnp.broadcast_to(x, (3, *x.shape)) if spec.startswith("e") else x
         share = jax.nn.softmax(x @ p["gate"]["kernel"])
         y = sum(mixture(p[group]) for group in ("experts", "turned", "flat"))
         return x + jnp.einsum("be,ebo->bo", share, y), None
@@ -86,6 +90,21 @@ def test_it_goes_back_bitwise(name, tmp_path):
     back = load(tmp_path)
     assert back.sites == adapter.sites
     jax.tree.map(np.testing.assert_array_equal, adapter, back)
+
+
+def test_experts_that_no_input_has_an_axis_of():
+    """lift names path, primitive and line of the matmul that has one matrix of all experts."""
+    want = safetensors_file.read(GOLDEN / "lora" / "expected.safetensors")[0]["expected"]
+    adapter = load(GOLDEN / "lora")
+    shared = functools.partial(model, spec="bi,eio->ebo")
+    assert error(shared(jl.merge(PARAMS, adapter), X), want) <= 1e-5
+    said = r"^layers/experts/up .*'dot_general' at .*parameters_test\.py:\d+"
+    with pytest.raises(jl.DenseWeightError, match=said):
+        jl.lift(shared)(PARAMS, adapter, X)
+    allowed = jl.lift(shared, on_dense="merge")
+    assert error(allowed(PARAMS, adapter, X), want) <= 1e-5
+    fine = jl.lift(model)  # the same function, its input repeated
+    assert error(fine(PARAMS, adapter, X), want) <= 1e-5
 
 
 def test_layers_and_experts_by_numpy():
