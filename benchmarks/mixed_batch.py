@@ -1,8 +1,8 @@
 r"""Serving a batch whose rows use different adapters, against the base model alone.
 
 ``python -m benchmarks.mixed_batch``: forward of 32 rows of 16 and of 64 tokens, the rows spread
-over 1, 8 or 32 adapters of one bank. jlora runs ``jax.vmap`` over rows and adapter ids, PEFT its
-``adapter_names``. Per case and, as the worst of the cases, at the top:
+over 1, 8 or 32 adapters of one bank. jlora runs ``jax.vmap`` over rows and adapter ids, on the bank
+in serving order (``jl.rows``), PEFT its ``adapter_names``. Per case and, as the worst of the cases, at the top:
 
 - ``overhead_vs_base``: time / time of the base model alone, in the same stack;
 - ``peft_overhead_vs_base``: the same of PEFT over torch (at the top: of the worst case for us);
@@ -38,7 +38,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
 
         return jax.vmap(row)(which, ids, mask)
 
-    bank = jl.stack(adapters)
+    bank = jl.rows(jl.stack(adapters))
     torch_base = peers.model(base, settings.threads)
     model = peers.peft(base, adapters, settings.threads, train=False)
     found: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _case(seconds: dict[str, list[float]]) -> dict[str, Any]:
 def _recompiles(mixed: Any, params: Any, bank: Any, rows: int, batch: encoder.Batch) -> int:
     """Compilations that other ids and another bank of the same shape cause."""
     before = mixed._cache_size()
-    other = jax.tree.map(lambda t: t * 0.5, bank)
+    other = jax.tree.map(lambda t: t if t.dtype == jnp.int32 else t * 0.5, bank)
     for which in (np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32)[::-1] % 2):
         jax.block_until_ready(mixed(params, other, jnp.asarray(which), batch.ids, batch.mask))
     return mixed._cache_size() - before

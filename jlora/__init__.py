@@ -10,6 +10,7 @@ jl.lift(fn)                           tuned(params, adapter, x) == fn(merge(para
 jl.merge(params, adapter)             new parameters; those given are not touched
 jl.delta(params, adapter)             what it adds to each weight, dense
 jl.stack(adapters), bank[i]           many adapters as one PyTree, for jax.vmap
+jl.rows(bank)                         the same in serving order, for rows of different adapters
 jl.specs(adapter, base_specs, mesh)   shardings of an adapter from those of its base
 jl.quantize(w, bits, block)           a frozen weight in 8 or 4 bits
 jl.algebra                            sums, norms, angles and SVDs of factored deltas
@@ -54,6 +55,7 @@ from jlora.methods.pissa import PiSSA as PiSSA
 from jlora.methods.token_mask import TokenMask as TokenMask
 from jlora.methods.trainable_tokens import TrainableTokens as TrainableTokens
 from jlora.methods.vera import VeRA as VeRA
+from jlora.serving.rows import rows as rows
 
 __all__ = [
     "BOFT",
@@ -84,6 +86,7 @@ __all__ = [
     "merging",
     "pick",
     "quantize",
+    "rows",
     "sites",
     "specs",
     "stack",

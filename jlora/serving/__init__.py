@@ -1,0 +1,1 @@
+"""Running many adapters over one base."""

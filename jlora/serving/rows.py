@@ -1,0 +1,116 @@
+"""A bank laid out for rows that use different adapters: each layer picks its own, when it runs.
+
+=======  =====================================================================================
+N        adapters of the bank
+i        the adapter of a row, `served[i]`; an int or traced, under jax.vmap one a row
+p_n      arrays of adapter n at one site; with stack axes [*stack, ...]
+=======  =====================================================================================
+
+.. math:: y_{row} = \\mathrm{apply}(x_{row}, W, p_{i(row)})
+
+`bank[i]` under `jax.vmap` copies every array of every row before the model starts, and again into
+the order in which a scan over layers reads them. Here the axis of the adapters lies behind the
+stack axes, [*stack, N, ...]; what the model carries is the index, and a layer gathers the arrays
+of its rows only, [rows, ...]. The answers are the same, bit for bit; the gradients too.
+
+    served = jl.rows(bank)                                              # once
+    jax.vmap(lambda i, x: tuned(params, served[i], x))(ids, xs)         # every call
+
+Shapes: bank arrays [N, *stack, ...] or, of tensors that sites share, [N, ...].
+
+Errors: `rows` raises ValueError where the arrays have no common leading axis, as those of one
+adapter do. An index outside 0..N-1 raises IndexError if it is concrete; JAX clamps traced ones.
+
+Paper: the idea of one batch over many adapters is of Punica (arXiv:2310.18547) and S-LoRA
+(arXiv:2311.03285).
+Source: our reading.
+Deviates: no kernel of our own; a gather and batched products.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.adapter import Adapter, Arrays, Method
+
+GROUP, INDEX = "served rows", "index"  # group of sites that share nothing else; its array
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Method):
+    """`method` on the arrays that `index` picks; p is {"index": [], name + "[]": [N, ...]}.
+
+    Not for `jl.init`: it stands for adapters that there are.
+    """
+
+    method: Method
+
+    @property
+    def merges(self) -> bool:
+        return self.method.merges
+
+    def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
+        return self.method.factors(_picked(p))
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        return self.method.merge(w, _picked(p))
+
+    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+        return self.method.apply(x, w, _picked(p), ctx)
+
+
+def _picked(p: Arrays) -> Arrays:
+    i = p[INDEX]
+    return {name.removesuffix("[]"): t[i] for name, t in p.items() if name != INDEX}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A bank in serving order. `served[i]` is adapter i, for `lift`, `merge` and `delta`."""
+
+    bank: Adapter  # its methods are `Row`, its arrays [*stack, N, ...]
+    count: int = dataclasses.field(metadata={"static": True})  # N
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: Any) -> Adapter:
+        if isinstance(i, int):
+            if not -self.count <= i < self.count:
+                raise IndexError(f"adapter {i}: the bank has {self.count}")
+            i %= self.count
+        index = jnp.asarray(i, jnp.int32)
+        frozen = {
+            path: arrays | {INDEX: index} if INDEX in arrays else arrays
+            for path, arrays in self.bank.frozen.items()
+        }
+        return self.bank.replace(frozen=frozen)
+
+
+def rows(bank: Adapter) -> Rows:
+    """`bank` (of `jl.stack`) in serving order: one copy of its arrays."""
+    if any(isinstance(method, Row) for _, method in bank.sites):
+        raise ValueError("expected a bank of jl.stack, got one already in serving order")
+    sizes = {t.shape[:1] for t in jax.tree.leaves(bank)}
+    if len(sizes) != 1 or () in sizes:
+        found = sorted(s[0] if s else 0 for s in sizes)
+        raise ValueError(f"expected a bank, one leading axis in all arrays; got sizes {found}")
+    stacked = {site.path: len(site.stack) for site, _ in bank.sites}
+
+    def behind(part: Mapping[str, Arrays]) -> dict[str, Arrays]:
+        return {
+            path: {f"{n}[]": jnp.moveaxis(t, 0, stacked.get(path, 0)) for n, t in arrays.items()}
+            for path, arrays in part.items()
+        }
+
+    frozen, sites = behind(bank.frozen), []
+    for site, method in bank.sites:
+        group = site.group or GROUP
+        frozen[group] = frozen.get(group, {}) | {INDEX: jnp.zeros((), jnp.int32)}
+        sites.append((dataclasses.replace(site, group=group), Row(method)))
+    ((count,),) = sizes
+    return Rows(Adapter(behind(bank.trainable), frozen, tuple(sites)), count)
