@@ -24,7 +24,9 @@ import jlora as jl
 from jlora.io import FormatError, peft, peft_read, safetensors_file
 
 HERE = Path(__file__).parent
-CONVOLUTIONS = ("loha_core", "lokr_core", "lokr_whole")
+CONVOLUTIONS = ("loha_core", "lokr_core", "lokr_whole", "lokr_whole_one")
+# Not "dora": without its dora_scale a module is LoRA, and each module has its own method there.
+LYCORIS = ("loha_core", "lokr", "lokr_core_both", "lokr_unbalanced", "lokr_whole")
 
 NAMES = {
     "bert": [
@@ -185,6 +187,8 @@ def neighbour(name):
 
 experts = neighbour("parameters_test")
 wide = neighbour("lycoris_conv_test")
+lycoris = neighbour("lycoris_kohya_conv_test")
+unet = neighbour("diffusers_test")
 
 
 def sources(golden, folder):
@@ -209,6 +213,21 @@ def sources(golden, folder):
 
         files = ((wide.GOLDEN / name / f).read_bytes() for f in (peft.CONFIG, peft.WEIGHTS))
         made.append(Source(*files, load, form(load(wide.GOLDEN / name))))
+    for name in LYCORIS:
+        path = lycoris.GOLDEN / f"{name}.safetensors"
+
+        def load(path):
+            return lycoris.load(path / peft.WEIGHTS, lycoris.flax_model)
+
+        want = form(lycoris.load(path, lycoris.flax_model))
+        made.append(Source(None, path.read_bytes(), load, want))
+    for name, component in unet.ADAPTERS.items():
+        path = unet.GOLDEN / name / unet.FILE
+
+        def load(path, component=component):
+            return unet.load(path / peft.WEIGHTS, component)
+
+        made.append(Source(None, path.read_bytes(), load, form(unet.load(path, component))))
     model = golden["bert"]
     for names, save, read in (
         (KOHYA, jl.io.save_kohya, jl.io.load_kohya),
