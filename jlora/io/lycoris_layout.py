@@ -22,7 +22,7 @@ LoKr, with a core   lokr_w2_a [R, o2],                   b2 [R, o2],
                     lokr_t2 [R, R, \\*win]                t2 [n, 1, R, R] or [1, n, R, R]
 ==================  ===================================  ========================================
 
-(w2 and t2 of the second LoHa pair as the first.) A core's first axis meets the outputs.
+(hada_w2_a, hada_w2_b and hada_t2 are as the first three.) A core's first axis meets the outputs.
 
 Source: LyCORIS 4.1 and peft 0.21.2, their files.
 Deviates: none.

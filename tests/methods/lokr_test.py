@@ -47,9 +47,8 @@ def test_rank_is_the_product_of_the_ranks(bench):
     assert np.linalg.matrix_rank(delta) == 4  # 2 (w1) times 2 (a2 b2)
 
 
-@pytest.mark.parametrize(("i1", "o1"), [(2, 3), (3, 2)])
-@pytest.mark.parametrize("window", [(4, 1), (1, 4)])
-def test_swapped_factors_are_their_product_in_the_other_order(i1, o1, window):
+def check_swapped(i1, o1, window):
+    """W2 ⊗ W1 at each place of the window, by np.kron."""
     rng, (before, after) = np.random.default_rng(0), window
     p = {"w1": rng.normal(size=(i1, o1)), "w2": rng.normal(size=(before, 2, after, 5))}
     p = {"scale": np.asarray(0.5), **p}
@@ -66,6 +65,21 @@ def test_swapped_factors_are_their_product_in_the_other_order(i1, o1, window):
     y = method.apply(x, w, arrays, {})
     np.testing.assert_allclose(y, np.asarray(x) @ (1 + want), atol=1e-4)
     assert np.abs(np.kron(p["w1"], p["w2"][0, :, 0]) - places[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(("i1", "o1"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize("window", [(4, 1), (1, 4)])
+def test_swapped_factors_are_their_product_in_the_other_order(i1, o1, window):
+    check_swapped(i1, o1, window)
+
+
+def test_mutation_factors_of_the_usual_order_are_seen(monkeypatch):
+    def usual(self, w, p):
+        return w + jnp.einsum("bcas,io->bicaos", p["w2"], p["scale"] * p["w1"]).reshape(w.shape)
+
+    monkeypatch.setattr(LoKr, "merge", usual)
+    with pytest.raises(AssertionError):
+        check_swapped(2, 3, (4, 1))
 
 
 def test_split():
