@@ -1,5 +1,6 @@
 """RobustMerge by numpy, as the official code does it, on balanced factors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def by_numpy(deltas, r, density, floor):
     a, b, s = 0.0, 0.0, []
     for d in deltas:
         left, _ = factors(d, r)
-        got = np.abs(left).sum(0) / np.abs(pruned(left, density)).sum(0)
+        kept = np.abs(pruned(left, density)).sum(0)
+        got = np.where(kept > 0, np.abs(left).sum(0) / np.where(kept > 0, kept, 1), 1)
         s.append(np.maximum(got, np.sort(got)[int(r * floor)]))
     for d, w, c in zip(deltas, W, s, strict=True):
         left, right = factors(d, r)
@@ -38,14 +40,27 @@ def by_numpy(deltas, r, density, floor):
     return a @ (b / np.sum(s, axis=0)[:, None])
 
 
-def check(function, make, dense):
+def check(function, make, dense, density=0.5):
     bank = make(d_in=9, d_out=8, r=3)
-    want = by_numpy(dense(bank), 3, 0.5, 0.4)
+    want = by_numpy(dense(bank), 3, density, 0.4)
     np.testing.assert_allclose(dense(function(bank, W32)), want, atol=1e-4)
 
 
 def test_value_by_numpy(make, dense):
     check(lambda b, w: robust_merge(b, w, density=0.5, floor=0.4), make, dense)
+
+
+def test_a_direction_of_which_nothing_is_left_counts_once(make, dense):
+    """Two entries of 27 leave none of some directions; the slope is finite there too."""
+
+    def few(b, w):
+        return robust_merge(b, w, density=0.08, floor=0.4)
+
+    bank = make(d_in=9, d_out=8, r=3)
+    assert any((pruned(factors(d, 3)[0], 0.08) == 0).all(0).any() for d in dense(bank))
+    check(few, make, dense, 0.08)
+    slopes = jax.grad(lambda b: jnp.sum(jnp.sin(few(b, W32).v)))(bank)
+    assert all(np.isfinite(t).all() for t in jax.tree.leaves(slopes))
 
 
 def test_mutation_without_the_rescaling(make, dense):

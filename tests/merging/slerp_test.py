@@ -64,6 +64,13 @@ def test_the_gradient_of_parallel_vectors_is_finite(make):
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(slopes))
 
 
+def test_the_gradient_where_nothing_moves_is_finite():
+    """One adapter of one element is its own mean exactly."""
+    one = LowRank(jnp.full((1, 1, 1), 2.0), jnp.ones((1, 1, 1)))
+    slopes = jax.grad(lambda b: jnp.sum(jnp.sin(multislerp(b, jnp.ones(1)).u)))(one)
+    assert all(np.isfinite(t).all() for t in jax.tree.leaves(slopes))
+
+
 def test_multislerp_by_numpy(make, dense):
     bank, w = make(), np.array([0.5, 0.3, 0.2])
     y = dense(bank).reshape(3, -1)

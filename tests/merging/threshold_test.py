@@ -69,6 +69,20 @@ def test_large():
     assert abs(int((size[1] >= t[1]).sum()) - 12) <= 1
 
 
+def test_the_sample_brackets_the_threshold_closely():
+    """What makes four passes enough: ascending guesses around it, few elements between them."""
+    rng = np.random.default_rng(0)
+    u, v = rng.normal(size=(3, 300, 4)), rng.normal(size=(3, 4, 400))
+    bank = LowRank(jnp.asarray(u, jnp.float32), jnp.asarray(v, jnp.float32))
+    size, k = np.sort(np.abs(u @ v).reshape(3, -1)), np.array([96000, 24000, 6000])
+    guesses = np.asarray(threshold._sampled(bank, jnp.abs, jnp.asarray(k, jnp.int32)))
+    assert guesses.shape == (3, threshold.WAYS) and (np.diff(guesses) >= 0).all()
+    for n in range(3):
+        low, high = np.searchsorted(size[n], guesses[n, [0, -1]])
+        assert low < 120000 - k[n] < high
+        assert 0.05 < (high - low) / 120000 < 0.15
+
+
 def test_other_statistics():
     bank = make("plain")
     t = threshold.kth_largest(bank, lambda d: jnp.max(d, axis=0, keepdims=True) ** 2,

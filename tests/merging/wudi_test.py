@@ -70,3 +70,5 @@ def test_only_ratios_of_weights_matter_and_zero_adapters_do_not(make, dense):
     np.testing.assert_allclose(dense(wudi(more, w)), want, atol=1e-3)
     grads = jax.grad(lambda w: jnp.sum(jnp.sin(wudi(bank, w).u)))(W32)
     assert np.isfinite(grads).all()
+    slopes = jax.grad(lambda b, w: jnp.sum(jnp.sin(wudi(b, w).u)), (0, 1))(more, w)
+    assert all(np.isfinite(t).all() for t in jax.tree.leaves(slopes))
