@@ -143,6 +143,56 @@ def test_cma_finds_the_bottom_of_a_narrow_valley():
     np.testing.assert_array_equal(found.best, again.best)
 
 
+def test_cma_by_numpy_in_one_dimension():
+    """Six generations of the tutorial's algorithm, without negative weights; draws from the key."""
+    key, n, size, mu = jax.random.key(3), 1, 4, 2
+    w = np.log(mu + 0.5) - np.log([1, 2])
+    w = w / w.sum()
+    eff = 1 / (w**2).sum()
+    cc, cs = (4 + eff / n) / (n + 4 + 2 * eff / n), (eff + 2) / (n + eff + 5)
+    c1 = 2 / ((n + 1.3) ** 2 + eff)
+    cmu = min(1 - c1, 2 * (eff - 2 + 1 / eff) / ((n + 2) ** 2 + eff))
+    damp = 1 + 2 * max(0, np.sqrt((eff - 1) / (n + 1)) - 1) + cs
+    chi = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))
+    mean, s, c, ps, pc, values = 0.3, 0.5, 1.0, 0.0, 0.0, []
+
+    def judge(x):
+        inside = np.clip(x, -1, 1)
+        return (inside - 3) ** 2 + np.sin(4 * inside) + (x - inside) ** 2
+
+    for at in range(6):
+        z = np.asarray(jax.random.normal(jax.random.fold_in(key, at), (size, 1)), "f8")[:, 0]
+        y = np.sqrt(c) * z
+        order = np.argsort(judge(mean + s * y))
+        values.append(judge(mean + s * y)[order[0]])
+        y = y[order[:mu]]
+        move = w @ y
+        ps = (1 - cs) * ps + np.sqrt(cs * (2 - cs) * eff) * move / np.sqrt(c)
+        going = abs(ps) / np.sqrt(1 - (1 - cs) ** (2 * (at + 1))) < (1.4 + 2 / (n + 1)) * chi
+        pc = (1 - cc) * pc + going * np.sqrt(cc * (2 - cc) * eff) * move
+        lost = c1 * (1 - going) * cc * (2 - cc)
+        c = (1 - c1 - cmu + lost) * c + c1 * pc**2 + cmu * w @ y**2
+        mean, s = mean + s * move, s * np.exp(min(1, cs / damp * (abs(ps) / chi - 1)))
+
+    def f(x):
+        return jnp.sum((x - 3) ** 2 + jnp.sin(4 * x))
+
+    run = jax.jit(lambda x: cma.minimise(f, x, key, generations=6, bound=1.0))
+    found = run(jnp.asarray([0.3]))
+    np.testing.assert_allclose(found.values, values, rtol=1e-4)
+    np.testing.assert_allclose(found.value, min(values), rtol=1e-4)
+
+
+def test_cma_judges_what_is_outside_by_its_squared_distance():
+    """Of a flat function, the first generation's best is the sample closest to the box."""
+    key = jax.random.key(1)
+    x = np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (cma.population(3), 3)))
+    far = (np.maximum(np.abs(x) - 0.1, 0) ** 2).sum(1)
+    found = cma.minimise(lambda x: 0 * x[0], jnp.zeros(3), key, generations=1, sigma=1.0, bound=0.1)
+    np.testing.assert_allclose(found.values, [far.min()], rtol=1e-4)
+    assert np.abs(np.asarray(found.best)).max() <= 0.1 and float(found.value) == 0
+
+
 def test_cma_stays_inside_and_finds_the_corner():
     def f(x):
         return jnp.sum((x - 3.0) ** 2)

@@ -109,6 +109,7 @@ BROKEN = [
      "gathered.weights, batches, rate=rate", "lorahub.descent_by_numpy", ()),
     ("CMA-ES", "cma", "mean + s * move", "mean - s * move",
      "lorahub.cma_finds_the_bottom_of_a_narrow_valley", ()),
+    ("CMA-ES", "cma", "+ cmu * spread", "", "lorahub.cma_by_numpy_in_one_dimension", ()),
     ("Coefficients by gradient", "coefficients", "value + l1 *", "value - l1 *",
      "coefficients.gradient_by_finite_differences_and_by_dense_merging", ()),
     ("AdaMerging", "adamerging", "return -jnp.mean(", "return jnp.mean(",
