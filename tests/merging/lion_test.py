@@ -83,6 +83,10 @@ def test_limits():
     same = LowRank(*(jnp.broadcast_to(t, (3, *t.shape[1:])) for t in one))
     np.testing.assert_allclose(dense(lion(same, jnp.ones(3) / 3)), dense(one)[0], atol=1e-5)
     muted = LowRank(bank().u.at[1].set(0.0), bank().v)
+    norms = np.linalg.norm(dense(muted), axis=(1, 2))  # that of the muted one, 0, is in the mean
+    share = W * (np.abs(W) @ norms / np.abs(W).sum()) / np.where(norms > 0, norms, 1)
+    expected = np.einsum("n,nio->io", share, dense(muted))
+    np.testing.assert_allclose(dense(lion(muted, jnp.asarray(W))), expected, atol=1e-5)
     for orthogonal in (False, True):
         got = lion(muted, jnp.asarray(W), orthogonal=orthogonal)
         assert np.isfinite(dense(got)).all() and np.abs(dense(got)).max() > 0
