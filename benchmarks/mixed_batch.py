@@ -1,8 +1,9 @@
 r"""Serving a batch whose rows use different adapters, against the base model alone.
 
 ``python -m benchmarks.mixed_batch``: forward of 32 rows of 16 and of 64 tokens, the rows spread
-over 1, 8 or 32 adapters of one bank. jlora runs ``jax.vmap`` over rows and adapter ids, on the bank
-in serving order (``jl.rows``), PEFT its ``adapter_names``. Per case and, as the worst of the cases, at the top:
+over 1, 8 or 32 adapters of one bank. jlora runs ``jax.vmap`` over rows and adapter ids, on the
+bank in serving order (``jl.rows``), PEFT its ``adapter_names``. Per case and, as the worst of the
+cases, at the top:
 
 - ``overhead_vs_base``: time / time of the base model alone, in the same stack;
 - ``peft_overhead_vs_base``: the same of PEFT over torch (at the top: of the worst case for us);

@@ -29,8 +29,11 @@ RUNS: dict[str, tuple[str, ...]] = {  # name of a run: module and options
     "lora_step": ("lora_step",),
     "lora_step_huge_pages": ("lora_step", "--huge-pages"),
     "dora_step": ("dora_step",),
+    "dora_step_huge_pages": ("dora_step", "--huge-pages"),
     "many_adapters": ("many_adapters",),
+    "many_adapters_huge_pages": ("many_adapters", "--huge-pages"),
     "mixed_batch": ("mixed_batch",),
+    "mixed_batch_huge_pages": ("mixed_batch", "--huge-pages"),
     "merge_export": ("merge_export",),
     "trace_time": ("trace_time",),
     "flops": ("flops",),
@@ -66,22 +69,31 @@ def _steps(run: str, note: str = "") -> list[Row]:
     return rows
 
 
+def _adapters(run: str = "", note: str = "") -> list[Row]:
+    dora, many, mixed = (f"{name}{run}" for name in ("dora_step", "many_adapters", "mixed_batch"))
+    extra = "PEFT's extra / jlora's extra"
+    return [
+        Row(dora, "16x64/dora_over_lora", f"DoRA / LoRA in jlora, 16x64{note}", ("<=", 1.15)),
+        Row(dora, "16x64/extra_ratio_vs_peft", f"{extra}, 16x64{note}", (">=", 2.0)),
+        Row(dora, "2x32/dora_over_lora", f"DoRA / LoRA in jlora, 2x32{note}"),
+        Row(dora, "2x32/extra_ratio_vs_peft", f"{extra}, 2x32{note}", (">=", 2.0)),
+        Row(many, "ratio_vs_sequential", f"16 in sequence / at once{note}", (">=", 1.3)),
+        Row(many, "ratio_vs_peft", f"PEFT's 16 in sequence / at once{note}", (">=", 1.5)),
+        Row(many, "base_copies", f"copies of the base in memory{note}", ("<=", 1.0)),
+        Row(mixed, "overhead_vs_base", f"32 rows, worst case / base alone{note}", ("<=", 1.15)),
+        Row(mixed, "peft_overhead_vs_base", f"PEFT in that case / torch base alone{note}"),
+        Row(mixed, "overhead_ratio_vs_peft", f"PEFT's overhead / jlora's{note}", (">=", 3.0)),
+        Row(mixed, "recompiles", f"compilations when adapters are swapped{note}", ("<=", 0)),
+    ]
+
+
 ROWS = [
     *_steps("lora_step"),
     Row("lora_step", "memory_vs_hand", "memory, hand-written / jlora", (">=", 0.95)),
     Row("lora_step", "memory_vs_merge", "memory, merge in the loss / jlora"),
     *_steps("lora_step_huge_pages", ", 2 MiB pages"),
-    Row("dora_step", "16x64/dora_over_lora", "DoRA / LoRA in jlora, 16x64", ("<=", 1.15)),
-    Row("dora_step", "16x64/extra_ratio_vs_peft", "PEFT's extra / jlora's extra", (">=", 2.0)),
-    Row("dora_step", "2x32/dora_over_lora", "DoRA / LoRA in jlora, 2x32"),
-    Row("dora_step", "2x32/extra_ratio_vs_peft", "PEFT's extra / jlora's extra, 2x32", (">=", 2.0)),
-    Row("many_adapters", "ratio_vs_sequential", "16 in sequence / at once", (">=", 1.3)),
-    Row("many_adapters", "ratio_vs_peft", "PEFT's 16 in sequence / at once", (">=", 1.5)),
-    Row("many_adapters", "base_copies", "copies of the base in memory", ("<=", 1.0)),
-    Row("mixed_batch", "overhead_vs_base", "32 rows, worst case / base alone", ("<=", 1.15)),
-    Row("mixed_batch", "peft_overhead_vs_base", "PEFT in that case / torch base alone"),
-    Row("mixed_batch", "overhead_ratio_vs_peft", "PEFT's overhead / jlora's", (">=", 3.0)),
-    Row("mixed_batch", "recompiles", "compilations when adapters are swapped", ("<=", 0)),
+    *_adapters(),
+    *_adapters("_huge_pages", ", 2 MiB pages"),
     Row("merge_export", "ratio_vs_peft", "merge_and_unload / merge, in place", (">=", 1.0)),
     Row("merge_export", "ratio_vs_peft_new", "merge_and_unload / merge into new weights"),
     Row("merge_export", "save_ratio_vs_peft", "save_pretrained / save_peft"),
