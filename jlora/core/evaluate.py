@@ -95,10 +95,16 @@ class Scope:
             what = f"'{eqn.primitive.name}' at {compat.source(eqn)}" if eqn else "returning it"
             raise DenseWeightError(
                 f"{value.site.path} {value.site.shape}: {what} needs the merged weight "
-                f"{value.shape}; use it in a matmul, convolution or lookup only, leave it out of "
-                "the adapter, or allow it with lift(fn, on_dense='merge')"
+                f"{value.shape}; {_way_out(value, eqn)}, leave it out of the adapter, or allow it "
+                "with lift(fn, on_dense='merge')"
             )
         return value.merged()
+
+
+def _way_out(w: Lazy, eqn: Any) -> str:
+    if eqn is not None and eqn.primitive.name == "dot_general":
+        return f"use its axes as the adapter has them, '{w.site.kinds}' (s stack, i in, o out)"
+    return "use it in a matmul, convolution or lookup only"
 
 
 def evaluate(scope: Scope, jaxpr: Any, args: Sequence[Any]) -> list[Any]:

@@ -61,6 +61,10 @@ class Lazy:
         """The atoms of a kind, in the order of the matrix."""
         return [a for a, atom in enumerate(self.atoms) if atom.kind == kind]
 
+    def stacks(self, axis: int) -> bool:
+        """Whether an axis is made of stack atoms only."""
+        return bool(self.dims[axis]) and all(self.atoms[a].kind == "s" for a in self.dims[axis])
+
     def opened(self) -> "Lazy":
         """With a base that is an array."""
         if hasattr(self.base, "dequantize"):

@@ -160,12 +160,17 @@ def dot_general(scope: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
 
 def _product(scope, w, x, dims, left, options):
     wc, xc, wb, xb = dims
-    if wb:  # one stack axis less, mapped
-        peeled = w.peel(wb[0])
+    wf = [k for k in range(w.ndim) if k not in (*wc, *wb)]
+    alone = [k for k in wf if w.stacks(k)]  # x has no such axis: it is the same for all slices
+    if wb or alone:  # one stack axis less, mapped
+        k, own_x = (wb[0], xb[0]) if wb else (alone[0], None)
+        peeled = w.peel(k)
         if peeled is None:
             return None
         arrays, rebuild = peeled
-        less = (_less(wc, wb[0]), _less(xc, xb[0]), _less(wb[1:], wb[0]), _less(xb[1:], xb[0]))
+        mine = (_less(wc, k), xc if own_x is None else _less(xc, own_x))
+        less = (*mine, _less(wb[1:], k), () if own_x is None else _less(xb[1:], own_x))
+        place = 0 if wb else wf.index(k) + (0 if left else x.ndim - len(xc))
         template = scope.fork()
         options = {k: v for k, v in options.items() if k != "out_sharding"}
 
@@ -173,11 +178,10 @@ def _product(scope, w, x, dims, left, options):
             child = template.child(i)
             return _product(child, rebuild(arrays), x, less, left, options), child.aux
 
-        steps = jnp.arange(w.shape[wb[0]], dtype=jnp.int32)
-        y, aux = jax.vmap(one, in_axes=(0, xb[0], 0))(arrays, x, steps)
+        steps = jnp.arange(w.shape[k], dtype=jnp.int32)
+        y, aux = jax.vmap(one, (0, own_x, 0), (place, 0))(arrays, x, steps)
         scope.join(template, aux)
         return y
-    wf = [k for k in range(w.ndim) if k not in wc]
     xf = [k for k in range(x.ndim) if k not in xc]
     con, out = Join(w, wc), Join(w, wf)
     if sorted(con.atoms) == w.of("i") and sorted(out.atoms) == w.of("o"):

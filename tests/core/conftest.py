@@ -49,16 +49,21 @@ FAST = {"xla_backend_optimization_level": 0}  # compiles faster; the tests run e
 
 
 def law_of(
-    fn, params, methods, *args, structural=True, fresh=False, tolerance=1e-12, dtype=jnp.float64
-):
-    """L3, L4 and with `fresh` L2 for one function; returns an adapter moved off its init."""
+    fn, params, methods, *args, structural=True, fresh=False, tolerance=1e-12, dtype=jnp.float64,
+    made_for=None,
+):  # fmt: skip
+    """L3, L4 and with `fresh` L2 for one function; returns an adapter moved off its init.
+
+    `made_for`: (another function, its args) whose sites the adapter has.
+    """
     params, args = jax.tree.map(
         lambda t: jnp.asarray(t, dtype) if jnp.issubdtype(t.dtype, jnp.floating) else t,
         (params, args),
     )
 
     def init(params):
-        return jl.init(jax.random.key(0), fn, params, *args, methods=methods)
+        source, given = made_for or (fn, args)
+        return jl.init(jax.random.key(0), source, params, *given, methods=methods)
 
     frozen = jax.jit(lambda p: init(p).frozen, compiler_options=FAST)(params)
     made = jax.eval_shape(init, params).replace(frozen=frozen)

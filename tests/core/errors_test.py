@@ -144,3 +144,18 @@ def test_a_delta_that_depends_on_x_cannot_be_transposed():
     a = jl.init(jax.random.key(0), fn, params, ids, methods={"w": Gated()})
     with pytest.raises(jl.DenseWeightError, match="dot_general"):
         jl.lift(fn)(params, a, ids)
+
+
+def test_a_product_that_sums_over_a_stack_axis_says_how_it_must_be_used():
+    params, x = {"w": jnp.ones((3, 4, 5))}, jnp.ones((3, 2, 4))
+    methods = {"w": jl.LoRA(2)}
+
+    def apart(p, x):
+        return jnp.einsum("etd,edf->etf", x, p["w"])
+
+    adapter = jl.init(jax.random.key(0), apart, params, x, methods=methods)
+    summed = jl.lift(lambda p, x: jnp.einsum("etd,edf->tf", x, p["w"]))
+    with pytest.raises(
+        jl.DenseWeightError, match=r"errors_test.*axes as the adapter has them, 'sio'"
+    ):
+        summed(params, adapter, x)

@@ -133,6 +133,24 @@ def test_views(law, name):
     assert found["w"] == kinds
 
 
+@pytest.mark.parametrize(
+    "spec", ["td,aedf->aetf", "td,aedf->taef", "aedf,td->afet", "atd,aedf->atef", "aedf,etd->aeft"]
+)
+def test_one_input_for_a_whole_stack(law, spec):
+    """The adapter's stack axes are not all axes of x: each slice has its own matrix still."""
+    params, lead = {"w": w(2, 3, 6, 4)}, {"atd": (2,), "etd": (3,)}
+    (x,) = (w(*lead.get(part, ()), 5, 6) for part in spec[:-6].split(",") if part != "aedf")
+
+    def experts(p, x):
+        return jnp.einsum("aetd,aedf->aetf", x, p["w"])
+
+    def fn(p, x):
+        return jnp.einsum(spec, *((p["w"], x) if spec.startswith("aedf") else (x, p["w"])))
+
+    adapter = law(fn, params, {"w": LORA}, x, made_for=(experts, [w(2, 3, 5, 6)]))
+    assert adapter.sites[0][0].kinds == "ssio"
+
+
 def loop(p, x):
     return lax.fori_loop(
         0, jnp.asarray(3), lambda i, h: jnp.tanh(h @ p["w"][i]), x
