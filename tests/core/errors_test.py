@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas
 
 import jlora as jl
 
@@ -35,8 +36,17 @@ def in_shards(w, x):
     return run(w, x)
 
 
+def in_kernel(w, x):
+    def kernel(w, x, y):
+        y[...] = x[...] @ w[...]
+
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
+    return pallas.pallas_call(kernel, out_shape=shape, interpret=True)(w, x)
+
+
 CASES = {
     "shard_map": in_shards,
+    "pallas_call": in_kernel,
     "mul": lambda w, x: x @ (w * 2),
     "add": lambda w, x: x @ (w + 1),
     "concatenate": lambda w, x: x @ jnp.concatenate([w, w], 1),

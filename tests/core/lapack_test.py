@@ -77,6 +77,19 @@ def test_sharded_batch(key):
     np.testing.assert_allclose(f(put), f(x), rtol=1e-5)
 
 
+def test_explicit_mesh_keeps_the_form_of_jax(key):
+    """Its loop would have to name shardings; the values are those of one device."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.random.normal(key, (4, 40, 24))
+    f = jax.jit(jnp.linalg.cholesky)
+    square = jnp.einsum("bij,bik->bjk", x, x) + jnp.eye(24)[None]
+    with jax.set_mesh(mesh):
+        put = jax.device_put(square, NamedSharding(mesh, PartitionSpec()))
+        assert "stablehlo.while" not in f.lower(put).as_text()
+        np.testing.assert_allclose(f(put), f(square), atol=1e-4)
+    assert lapack.parallel([square.shape]) and "stablehlo.while" in f.lower(square).as_text()
+
+
 def test_bound_is_above_the_kernels_estimates():
     m, n = 40, 24
     estimates = {"gesdd": 10 * m * n * n, "geqrf": 2 * m * n * n, "syevd": 5 * n**3, "geev": n**3}
