@@ -10,7 +10,8 @@ of the same rank:
 
 To full weights (base + merged delta):
 
-- ``jlora_dense``: the same rules by `streamed.dense`, from factors;
+- ``jlora_dense``: the same rules by `streamed.into`, from factors, to new weights;
+- ``jlora_in_place``: the same on bases that are given up, whose place the results take;
 - ``mergekit``: ``merge_tensors`` of mergekit, where it is installed, from dense fine-tuned weights
   that are made beforehand (that is all it reads; making them is not timed). Null elsewhere.
 
@@ -37,7 +38,7 @@ from benchmarks import merging, timing
 from jlora.core.algebra import LowRank
 from jlora.merging.dare import dare_ties, dare_ties_rule
 from jlora.merging.peft_factor import peft_dare_ties, peft_ties
-from jlora.merging.streamed import Solver, dense
+from jlora.merging.streamed import Solver, into
 from jlora.merging.ties import ties, ties_rule
 
 DENSITY = 0.2
@@ -62,7 +63,7 @@ def ours(kind: str, n: int, rank: int, store: bool | None = None) -> tuple[Calla
     rule = functools.partial(RULES[kind], density=DENSITY)
 
     def full(low: LowRank, w: jax.Array, base: jax.Array) -> jax.Array:
-        return base + dense(low, rule(low, w, **extra))
+        return into(low, rule(low, w, **extra), base)
 
     return jax.jit(lambda low, w: run(low, w, **extra)), jax.jit(full)
 
@@ -83,6 +84,7 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
             "jlora": merging.each(low_rank, bank, w),
             "jlora_streamed": merging.each(streamed, bank, w),
             "jlora_dense": merging.each(full, bank, w, base),
+            "jlora_in_place": _in_place(kind, bank, w, base),
             "jlora_factor": merging.each(in_factors, bank, w),
             "peft_factor": lambda kind=kind: theirs.merge(w, kind, density=DENSITY),
         }
@@ -99,6 +101,7 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
         found[kind] = {
             **_against(ms, memory, "peft", "jlora", temp),
             **_against(ms, memory, "mergekit", "jlora_dense"),
+            "in_place": _against(ms, memory, "mergekit", "jlora_in_place"),
             **_against(ms, memory, "peft_factor", "jlora_factor"),
             "ms": ms,
             "transient_mib": memory,
@@ -109,6 +112,19 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
         values = [found[kind][key] for kind in SITES if found[kind].get(key) is not None]
         found[key] = min(values) if values else None
     return found
+
+
+def _in_place(kind: str, bank: merging.Bank, w: Any, base: jax.Array) -> timing.Fresh:
+    """The merge to full weights on a base of each site's own, which is donated."""
+    n, _, rank = next(iter(bank.values())).u.shape
+    full = jax.jit(ours(kind, n, rank)[1], donate_argnums=2)
+
+    def run(bases: dict[str, jax.Array]) -> Any:
+        for path in bases:
+            bases[path] = full(bank[path], w, bases[path])
+        return jax.block_until_ready(bases)
+
+    return timing.Fresh(lambda: jax.block_until_ready({k: base.copy() for k in bank}), run)
 
 
 def _large(n: int, size: int, rank: int, settings: timing.Settings) -> dict[str, Any]:

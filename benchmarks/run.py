@@ -111,6 +111,15 @@ ROWS = [
     Row("merge_ties", "ties/memory_vs_mergekit", "its memory / TIES's", (">=", 2)),
     Row("merge_ties", "dare_ties/ratio_vs_mergekit", "mergekit's / DARE-TIES, dense", (">=", 2)),
     Row("merge_ties", "dare_ties/memory_vs_mergekit", "its memory / DARE-TIES's", (">=", 2)),
+    Row(
+        "merge_ties", "ties/in_place/memory_vs_mergekit", "its memory / TIES's in place", (">=", 2)
+    ),
+    Row(
+        "merge_ties",
+        "dare_ties/in_place/memory_vs_mergekit",
+        "its memory / DARE-TIES's in place",
+        (">=", 2),
+    ),
     Row("merge_ties", "large/ratio_vs_peft", "PEFT's ties_svd / TIES, one site of 2048²"),
     Row("merge_ties", "large/memory_vs_peft", "its memory / TIES's"),
     Row("bank_similarity", "ratio_vs_dense", "cosines of 512 adapters, dense torch / factored"),

@@ -130,12 +130,17 @@ def note(text: str, end: str = "\n") -> None:
     print(f"{text:<110}", end=end, file=sys.stderr, flush=True)
 
 
-def transient_mib(run: Callable[[], Any]) -> float | None:
+def transient_mib(run: Callable[[], Any] | Fresh) -> float | None:
     """Peak resident memory of one call above what the process holds before it, in MiB.
 
-    None where the kernel cannot reset the peak (anything but Linux).
+    What a `Fresh` run uses up is held before. None where the kernel cannot reset the peak (anything
+    but Linux).
     """
-    run()
+    if isinstance(run, Fresh):
+        run.run(run.make())
+        run = functools.partial(run.run, run.make())
+    else:
+        run()
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)

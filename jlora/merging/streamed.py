@@ -107,8 +107,34 @@ def deltas(u: Array, v: Array) -> Array:
 
 
 def dense(bank: LowRank, rule: Rule, *, block: int | None = None) -> Array:
-    """M itself [d_in, d_out], in one pass: for a base that is merged into at once."""
+    """M itself [d_in, d_out], in one pass."""
     return rows_of(bank, rule, lambda m: m, block)
+
+
+def into(bank: LowRank, rule: Rule, base: Array, *, block: int | None = None) -> Array:
+    """base + M in the base's dtype, block by block; under jit of a donated base, in its place.
+
+    Raises ValueError for a base that is not [d_in, d_out].
+    """
+    d_in, d_out = bank.u.shape[1], bank.v.shape[-1]
+    if base.shape != (d_in, d_out):
+        raise ValueError(f"base: got shape {base.shape}, expected {(d_in, d_out)}")
+    count, b = _blocks(bank, block)
+
+    @jax.checkpoint
+    def part(u: Array, numbers: Array, first: Array) -> Array:
+        m = rule(deltas(u, bank.v), numbers)
+        return jnp.where((numbers >= first)[:, None], m, jnp.zeros_like(m))
+
+    def step(k: Array, out: Array) -> Array:
+        start = jnp.minimum(k * b, d_in - b)  # the last block repeats rows, and adds zero to them
+        u, old = (lax.dynamic_slice_in_dim(t, start, b, axis=t.ndim - 2) for t in (bank.u, out))
+        m = part(u, start + jnp.arange(b, dtype=jnp.int32), k * b)
+        wide = m.dtype if m.dtype.itemsize > old.dtype.itemsize else old.dtype
+        new = (old.astype(wide) + m.astype(wide)).astype(old.dtype)
+        return lax.dynamic_update_slice_in_dim(out, new, start, axis=0)
+
+    return lax.fori_loop(0, count, step, base)
 
 
 def factor(
@@ -203,12 +229,16 @@ def _left(bank: LowRank, rule: Rule, q: Array, block: int | None) -> Array:
     return fold(bank, step, jnp.zeros(shape, bank.u.dtype), block, q)
 
 
+def _blocks(bank: LowRank, block: int | None) -> tuple[int, int]:
+    """(number of blocks, rows of each), as even as can be."""
+    n, d_in, _ = bank.u.shape
+    count = -(-d_in // (block or max(1, min(ROWS, ELEMENTS // (n * bank.v.shape[-1])))))
+    return count, -(-d_in // count)
+
+
 def _blocked(bank: LowRank, block: int | None, rows: tuple[Array, ...]) -> tuple[Array, ...]:
     """u [blocks, N, b, R], row numbers [blocks, b], rows [blocks, b, ...]; padded with zeros."""
-    n, d_in, _ = bank.u.shape
-    b = block or max(1, min(ROWS, ELEMENTS // (n * bank.v.shape[-1])))
-    count = -(-d_in // b)
-    b = -(-d_in // count)
+    d_in, (count, b) = bank.u.shape[1], _blocks(bank, block)
 
     def cut(t: Array) -> Array:
         t = jnp.pad(t, [(0, count * b - d_in)] + [(0, 0)] * (t.ndim - 1))

@@ -44,6 +44,57 @@ def test_any_block_gives_the_same_matrix(block):
     np.testing.assert_allclose(got, BENT, rtol=1e-4, atol=1e-4)
 
 
+BASE = np.random.default_rng(9).normal(size=(D_IN, D_OUT))
+
+
+def check_into(block):
+    got = streamed.into(BANK, bent, jnp.asarray(BASE, jnp.float32), block=block)
+    np.testing.assert_allclose(got, BASE + BENT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [1, 7, 26, 100, None])
+def test_into_a_base_by_any_block(block):
+    check_into(block)
+
+
+def test_into_a_base_of_another_dtype_or_shape():
+    base = jnp.asarray(BASE, jnp.bfloat16)
+    got = streamed.into(BANK, bent, base, block=7)
+    want = (base.astype(jnp.float32) + jnp.asarray(BENT, jnp.float32)).astype(jnp.bfloat16)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(*(np.asarray(t, float) for t in (got, want)), rtol=1e-2, atol=1e-4)
+    with pytest.raises(ValueError, match=r"base: got shape \(20, 26\), expected \(26, 20\)"):
+        streamed.into(BANK, bent, base.T)
+
+
+def test_into_takes_the_place_of_a_donated_base():
+    bank = make(8, 256, 256, 4)
+    merge = jax.jit(lambda bank, base: streamed.into(bank, bent, base, block=8), donate_argnums=1)
+    memory = merge.lower(bank, jnp.zeros((256, 256))).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * 256 * 256
+    assert memory.temp_size_in_bytes < 4 * 256 * 256  # 8 x 8 x 256 deltas and a block's sum
+
+
+def test_gradients_of_into_are_the_dense_ones():
+    def loss(bank, base):
+        return jnp.sum(jnp.sin(streamed.into(bank, bent, base, block=7)))
+
+    def dense_loss(bank, base):
+        deltas = jnp.einsum("nir,nro->nio", bank.u, bank.v)
+        return jnp.sum(jnp.sin(base + bent(deltas, jnp.arange(D_IN))))
+
+    bank = LowRank(BANK.u * 0.1, BANK.v)
+    args = bank, jnp.asarray(BASE, jnp.float32)
+    got, want = (jax.jit(jax.grad(f, argnums=(0, 1)))(*args) for f in (loss, dense_loss))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-3, atol=2e-3), got, want)
+
+
+def test_mutation_rows_of_a_last_block_added_twice_fail(monkeypatch):
+    monkeypatch.setattr(streamed.jnp, "where", lambda c, a, b: a)
+    with pytest.raises(AssertionError):
+        check_into(7)
+
+
 def test_full_rank_is_exact():
     low = jax.jit(lambda bank: streamed.factor(bank, bent, D_OUT))(BANK)
     np.testing.assert_allclose(low.u @ low.v, BENT, rtol=1e-3, atol=1e-3)
