@@ -97,11 +97,14 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
         ms, memory = merging.few(slow, settings, kind)
         ms |= timing.best(seconds)
         memory |= {k: timing.transient_mib(run) for k, run in fast.items()}
-        temp = merging.temp_mib(low_rank, next(iter(bank.values())), w)
+        first = next(iter(bank.values()))
+        temp, temp_full = (
+            merging.temp_mib(*run) for run in ((low_rank, first, w), (full, first, w, base))
+        )
         found[kind] = {
             **_against(ms, memory, "peft", "jlora", temp),
             **_against(ms, memory, "mergekit", "jlora_dense"),
-            "in_place": _against(ms, memory, "mergekit", "jlora_in_place"),
+            "in_place": _against(ms, memory, "mergekit", "jlora_in_place", temp_full),
             **_against(ms, memory, "peft_factor", "jlora_factor"),
             "ms": ms,
             "transient_mib": memory,
