@@ -13,7 +13,7 @@ import jlora as jl
 from jlora.core import algebra
 from jlora.core.adapter import unfold
 from jlora.io import FormatError, NameMap, lycoris_layout, peft_lycoris, safetensors_file
-from tests.io.shared import error
+from tests.io.shared import conv, error, kernels
 
 GOLDEN = Path(__file__).parents[2] / "third_party" / "peft" / "lycoris"
 STATE, _ = safetensors_file.read(GOLDEN / "base.safetensors")
@@ -25,27 +25,7 @@ NAMES = NameMap({r"(two|point|grouped|one|head)/kernel": r"\1"})
 X = jnp.asarray(STATE["x"])
 
 
-def params(flax):
-    """Kernels as Flax has them, [*window, in, out], or as torch, [out, in, *window]."""
-
-    def kernel(name):
-        t = STATE[f"{name}.weight"]
-        return t.T if name == "head" else np.moveaxis(t, (0, 1), (-1, -2)) if flax else t
-
-    names = ("two", "point", "grouped", "one", "head")
-    return {
-        name: {"kernel": jnp.asarray(kernel(name)), "bias": jnp.asarray(STATE[f"{name}.bias"])}
-        for name in names
-    }
-
-
-def conv(p, x, flax, **options):
-    n = x.ndim - 2
-    window = "HW"[2 - n :]
-    spec = ("NC" + window, (window + "IO") if flax else ("OI" + window), "NC" + window)
-    options = {"window_strides": (1,) * n, "padding": ((0, 0),) * n, **options}
-    y = lax.conv_general_dilated(x, p["kernel"], dimension_numbers=spec, **options)
-    return y + p["bias"].reshape(1, -1, *(1,) * n)
+MODULES = ("two", "point", "grouped", "one", "head")
 
 
 def flax_model(p, x, flax=True):
@@ -61,7 +41,9 @@ def torch_like(p, x):
     return flax_model(p, x, flax=False)
 
 
-FORMS = {fn: (params(fn is flax_model), jax.jit(fn)) for fn in (flax_model, torch_like)}
+FORMS = {
+    fn: (kernels(STATE, MODULES, fn is flax_model), jax.jit(fn)) for fn in (flax_model, torch_like)
+}
 SITES = {fn: jl.sites(fn, p, X) for fn, (p, _) in FORMS.items()}
 
 

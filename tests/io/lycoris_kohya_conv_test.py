@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
 import jlora as jl
 from jlora.core.adapter import unfold
 from jlora.io import FormatError, NameMap, lycoris_layout, safetensors_file
-from tests.io.shared import error
+from tests.io.shared import conv, error, kernels
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "third_party" / "lycoris" / "conv"
@@ -30,28 +29,6 @@ METHODS = {"lora": jl.LoRA, "dora": jl.DoRA} | {
 LIFTED = ("loha_core", "lokr_core", "lokr_whole")
 
 
-def params(flax):
-    """Kernels as Flax has them, [*window, in, out], or as torch, [out, in, *window]."""
-
-    def kernel(name):
-        t = STATE[f"{name}.weight"]
-        return t.T if name == "head" else np.moveaxis(t, (0, 1), (-1, -2)) if flax else t
-
-    return {
-        name: {"kernel": jnp.asarray(kernel(name)), "bias": jnp.asarray(STATE[f"{name}.bias"])}
-        for name in MODULES
-    }
-
-
-def conv(p, x, flax, **options):
-    n = x.ndim - 2
-    window = "DHW"[3 - n :]
-    spec = ("NC" + window, (window + "IO") if flax else ("OI" + window), "NC" + window)
-    options = {"window_strides": (1,) * n, "padding": ((0, 0),) * n, **options}
-    y = lax.conv_general_dilated(x, p["kernel"], dimension_numbers=spec, **options)
-    return y + p["bias"].reshape(1, -1, *(1,) * n)
-
-
 def flax_model(p, x, flax=True):
     h = jnp.tanh(conv(p["two"], x, flax, window_strides=(1, 2), padding=((1, 1), (0, 0))))
     options = {"rhs_dilation": (2, 1), "feature_group_count": 2}
@@ -65,7 +42,9 @@ def torch_like(p, x):
     return flax_model(p, x, flax=False)
 
 
-FORMS = {fn: (params(fn is flax_model), jax.jit(fn)) for fn in (flax_model, torch_like)}
+FORMS = {
+    fn: (kernels(STATE, MODULES, fn is flax_model), jax.jit(fn)) for fn in (flax_model, torch_like)
+}
 SITES = {fn: jl.sites(fn, p, X) for fn, (p, _) in FORMS.items()}
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import jlora as jl
 from jlora.io import safetensors_file
@@ -38,3 +39,29 @@ def torch_output(module, model):
     inputs = {k: torch.from_numpy(state[k]) for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         return module.eval()(**inputs)[0].numpy()
+
+
+def kernels(state, names, flax):
+    """Torch's arrays of modules as {name: {kernel, bias}}.
+
+    Kernels as Flax has them, [*window, in, out], or, but for the head's, as torch.
+    """
+
+    def kernel(name):
+        t = state[f"{name}.weight"]
+        return t.T if name == "head" else np.moveaxis(t, (0, 1), (-1, -2)) if flax else t
+
+    return {
+        name: {"kernel": jnp.asarray(kernel(name)), "bias": jnp.asarray(state[f"{name}.bias"])}
+        for name in names
+    }
+
+
+def conv(p, x, flax, **options):
+    """A convolution of x [b, channels, *window], of one to three axes, with a bias."""
+    n = x.ndim - 2
+    window = "DHW"[3 - n :]
+    spec = ("NC" + window, (window + "IO") if flax else ("OI" + window), "NC" + window)
+    options = {"window_strides": (1,) * n, "padding": ((0, 0),) * n, **options}
+    y = lax.conv_general_dilated(x, p["kernel"], dimension_numbers=spec, **options)
+    return y + p["bias"].reshape(1, -1, *(1,) * n)
