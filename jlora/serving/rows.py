@@ -11,7 +11,7 @@ p_n      arrays of adapter n at one site; with stack axes [*stack, ...]
 `bank[i]` under `jax.vmap` copies every array of every row before the model starts, and again into
 the order in which a scan over layers reads them. Here the axis of the adapters lies behind the
 stack axes, [*stack, N, ...]; what the model carries is the index, and a layer gathers the arrays
-of its rows only, [rows, ...]. The answers are the same, bit for bit; the gradients too.
+of its rows only, [rows, ...]. Answers and gradients are the same up to rounding.
 
     served = jl.rows(bank)                                              # once
     jax.vmap(lambda i, x: tuned(params, served[i], x))(ids, xs)         # every call
@@ -19,7 +19,8 @@ of its rows only, [rows, ...]. The answers are the same, bit for bit; the gradie
 Shapes: bank arrays [N, *stack, ...] or, of tensors that sites share, [N, ...].
 
 Errors: `rows` raises ValueError where the arrays have no common leading axis, as those of one
-adapter do. An index outside 0..N-1 raises IndexError if it is concrete; JAX clamps traced ones.
+adapter do. A Python or numpy integer outside -N..N-1 raises IndexError; of arrays, traced or
+not, JAX clamps what is outside.
 
 Paper: the idea of one batch over many adapters is of Punica (arXiv:2310.18547) and S-LoRA
 (arXiv:2311.03285).
@@ -33,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.core.adapter import Adapter, Arrays, Method
 
@@ -79,7 +81,7 @@ class Rows:
         return self.count
 
     def __getitem__(self, i: Any) -> Adapter:
-        if isinstance(i, int):
+        if isinstance(i, int | np.integer):
             if not -self.count <= i < self.count:
                 raise IndexError(f"adapter {i}: the bank has {self.count}")
             i %= self.count

@@ -144,6 +144,8 @@ def test_refusals():
         jl.rows(adapters[0])
     with pytest.raises(IndexError, match="adapter 5: the bank has 5"):
         jl.rows(adapters)[5]
+    with pytest.raises(IndexError, match="adapter -6: the bank has 5"):
+        jl.rows(adapters)[np.int64(-6)]
     with pytest.raises(ValueError, match="already in serving order"):
         jl.rows(jl.rows(adapters)[0])
 
