@@ -1,6 +1,7 @@
 """Checkpoints of adapters: bitwise, checked, and one error for everything that is wrong."""
 
 import dataclasses
+import gc
 import json
 import shutil
 
@@ -115,7 +116,8 @@ def test_another_shape_or_name_than_expected_is_refused(saved):
         restore_adapter(path, like=adapter.replace(frozen=more))
 
 
-# When one read fails, Orbax closes its event loop under the reads that are still on their way.
+# When one read fails, Orbax closes its event loop under the reads that are still on their way. They
+# complain when they are collected: here, and not in whatever test runs then.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_file_truncated_or_missing_is_one_error(saved, tmp_path):
     path, adapter = saved
@@ -139,6 +141,7 @@ def test_every_file_truncated_or_missing_is_one_error(saved, tmp_path):
                 silent.append((str(name), how))
             except FormatError as error:  # one clear error
                 assert str(copy) in str(error)
+    gc.collect()
     needed = {str(name) for name in files} - {name for name, how in silent if how == "gone"}
     assert {"meta/metadata", "arrays/manifest.ocdbt"} <= needed, needed
 
