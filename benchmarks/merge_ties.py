@@ -18,6 +18,9 @@ To full weights (base + merged delta):
 In factor space (gauge-dependent, another result): ``jlora_factor``, ``peft_factor``, the
 combination types ``ties`` and ``dare_ties`` of PEFT.
 
+``memory_at_best`` is mergekit's peak / the bytes of the results, which both sides return: what no
+merge into new weights can pass.
+
 ``ratio_*`` is peer time / jlora time, ``memory_*`` peer / jlora of ``transient_mib``, the peak
 memory of a call (jlora's counts as ``xla_temp_mib`` at least); ``large`` is one site of
 2048 x 2048. ``agreement`` compares results of TIES.
@@ -104,6 +107,7 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
         found[kind] = {
             **_against(ms, memory, "peft", "jlora", temp),
             **_against(ms, memory, "mergekit", "jlora_dense"),
+            "memory_at_best": _at_best(memory, sites * size * size * 4),
             "in_place": _against(ms, memory, "mergekit", "jlora_in_place", temp_full),
             **_against(ms, memory, "peft_factor", "jlora_factor"),
             "ms": ms,
@@ -161,6 +165,10 @@ def _against(ms: Any, memory: Any, peer: str, us: str, least: float = 1.0) -> di
     # pages that the process already has are not seen by the kernel's accounting
     share = memory[peer] / max(memory[us], least, 1.0) if memory[us] is not None else None
     return {f"ratio_vs_{peer}": ms[peer] / ms[us], f"memory_vs_{peer}": share}
+
+
+def _at_best(memory: Any, results: int) -> float | None:
+    return memory["mergekit"] * 2**20 / results if memory.get("mergekit") else None
 
 
 def mergekit() -> Any:

@@ -75,14 +75,21 @@ def _adapters(run: str = "", note: str = "") -> list[Row]:
     return [
         Row(dora, "16x64/dora_over_lora", f"DoRA / LoRA in jlora, 16x64{note}", ("<=", 1.15)),
         Row(dora, "16x64/extra_ratio_vs_peft", f"{extra}, 16x64{note}", (">=", 2.0)),
+        Row(dora, "16x64/extra_ratio_at_best", f"PEFT's extra / that of a gain alone, 16x64{note}"),
         Row(dora, "2x32/dora_over_lora", f"DoRA / LoRA in jlora, 2x32{note}"),
         Row(dora, "2x32/extra_ratio_vs_peft", f"{extra}, 2x32{note}", (">=", 2.0)),
         Row(many, "ratio_vs_sequential", f"16 in sequence / at once{note}", (">=", 1.3)),
+        Row(many, "ratio_at_best", f"16 in sequence / one adapter on all tokens{note}"),
         Row(many, "ratio_vs_peft", f"PEFT's 16 in sequence / at once{note}", (">=", 1.5)),
         Row(many, "base_copies", f"copies of the base in memory{note}", ("<=", 1.0)),
         Row(mixed, "overhead_vs_base", f"32 rows, worst case / base alone{note}", ("<=", 1.15)),
         Row(mixed, "peft_overhead_vs_base", f"PEFT in that case / torch base alone{note}"),
         Row(mixed, "overhead_ratio_vs_peft", f"PEFT's overhead / jlora's{note}", (">=", 3.0)),
+        Row(
+            mixed,
+            "overhead_ratio_at_best",
+            f"PEFT's overhead / that of one adapter for all rows{note}",
+        ),
         Row(mixed, "recompiles", f"compilations when adapters are swapped{note}", ("<=", 0)),
     ]
 
@@ -109,8 +116,10 @@ ROWS = [
     Row("merge_ties", "dare_ties/memory_vs_peft", "its memory / DARE-TIES's", (">=", 2)),
     Row("merge_ties", "ties/ratio_vs_mergekit", "mergekit's ties / TIES, dense", (">=", 2)),
     Row("merge_ties", "ties/memory_vs_mergekit", "its memory / TIES's", (">=", 2)),
+    Row("merge_ties", "ties/memory_at_best", "its memory / the results alone"),
     Row("merge_ties", "dare_ties/ratio_vs_mergekit", "mergekit's / DARE-TIES, dense", (">=", 2)),
     Row("merge_ties", "dare_ties/memory_vs_mergekit", "its memory / DARE-TIES's", (">=", 2)),
+    Row("merge_ties", "dare_ties/memory_at_best", "its memory / the results alone"),
     Row(
         "merge_ties", "ties/in_place/memory_vs_mergekit", "its memory / TIES's in place", (">=", 2)
     ),

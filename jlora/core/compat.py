@@ -89,6 +89,11 @@ def source(eqn: Any) -> str:
     return _source_info.summarize(eqn.source_info) or "unknown line"
 
 
+def explicit(x: jax.Array) -> bool:
+    """Whether `x` lies on a mesh with explicit axes, where its sharding is part of its type."""
+    return AxisType.Explicit in getattr(jax.typeof(x).sharding.mesh, "axis_types", ())
+
+
 def matmul(x: Any, m: jax.Array, *, thin: bool = False) -> jax.Array:
     """x [..., k] @ m [k, n]; on a mesh with explicit axes the result is sharded as x and m say.
 
@@ -100,7 +105,7 @@ def matmul(x: Any, m: jax.Array, *, thin: bool = False) -> jax.Array:
         return x @ m
     numbers = (((x.ndim - 1,), (0,)), ((), ()))
     mine, other = jax.typeof(x).sharding, jax.typeof(m).sharding
-    if AxisType.Explicit not in getattr(mine.mesh, "axis_types", ()):
+    if not explicit(x):
         if thin:
             m, numbers = jax.lax.optimization_barrier(m.T), (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, m, numbers)
