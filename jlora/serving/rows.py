@@ -25,10 +25,12 @@ not, JAX clamps what is outside.
 Paper: the idea of one batch over many adapters is of Punica (arXiv:2310.18547) and S-LoRA
 (arXiv:2311.03285).
 Source: our reading.
-Deviates: no kernel of our own; a gather and batched products.
+Deviates: no kernel of our own: a gather, batched thin products, a sum that XLA fuses (`spread`).
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,14 +38,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.core.adapter import Adapter, Arrays, Method
+from jlora.core import compat
+from jlora.core.adapter import Adapter, Arrays, Method, wide
 
 GROUP, INDEX = "served rows", "index"  # group of sites that share nothing else; its array
+THIN = 16  # factors of a rank up to it are written out
 
 
 @dataclasses.dataclass(frozen=True)
 class Row(Method):
     """`method` on the arrays that `index` picks; p is {"index": [], name + "[]": [N, ...]}.
+
+    A matrix that ends in its rank is kept transposed, name + "[].T": its rows are then copied
+    whole, and the product that reads it wants it so.
 
     Not for `jl.init`: it stands for adapters that there are.
     """
@@ -61,12 +68,45 @@ class Row(Method):
         return self.method.merge(w, _picked(p))
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
-        return self.method.apply(x, w, _picked(p), ctx)
+        """The method's own, or where it is x W + x u v with thin u, v: `spread` for the last."""
+        p = _picked(p)
+        uv = None if "key" in ctx else self.method.factors(p)
+        if uv is None or uv[0].shape[1] > THIN:
+            return self.method.apply(x, w, p, ctx)
+        u, v = (t.astype(x.dtype) for t in uv)
+        y = x @ w
+        return y + spread(compat.matmul(x, u, thin=True), v).astype(y.dtype)
+
+
+@jax.custom_jvp
+def spread(h: jax.Array, v: jax.Array) -> jax.Array:
+    """h [..., R] @ v [R, n] as a sum of R outer products; where it is differentiated, a product.
+
+    XLA fuses the sum with the one it goes into: one pass over that, and no batch of small products
+    beside it (half of their time on one core, and cores share it). A gradient wants the products.
+    """
+    if compat.explicit(h):
+        return compat.matmul(h, v, thin=True)
+    dtype, row = wide(h.dtype), (*[1] * (h.ndim - 1), v.shape[1])
+    rows = (v[k].astype(dtype).reshape(row) for k in range(v.shape[0]))
+    parts = (h[..., k, None].astype(dtype) * r for k, r in enumerate(rows))
+    return functools.reduce(operator.add, parts).astype(h.dtype)
+
+
+@spread.defjvp
+def _spread_jvp(at: Any, along: Any) -> tuple[jax.Array, jax.Array]:
+    (h, v), (dh, dv) = at, along
+    y, *dy = (compat.matmul(*pair, thin=True) for pair in ((h, v), (dh, v), (h, dv)))
+    return y, dy[0] + dy[1]
 
 
 def _picked(p: Arrays) -> Arrays:
-    i = p[INDEX]
-    return {name.removesuffix("[]"): t[i] for name, t in p.items() if name != INDEX}
+    i, picked = p[INDEX], {}
+    for key, t in p.items():
+        name, found, turned = key.partition("[]")
+        if found:
+            picked[name] = t[i].mT if turned else t[i]
+    return picked
 
 
 @jax.tree_util.register_dataclass
@@ -101,13 +141,18 @@ def rows(bank: Adapter) -> Rows:
     if len(sizes) != 1 or () in sizes:
         found = sorted(s[0] if s else 0 for s in sizes)
         raise ValueError(f"expected a bank, one leading axis in all arrays; got sizes {found}")
-    stacked = {site.path: len(site.stack) for site, _ in bank.sites}
+    known = {site.path: (len(site.stack), method.rank_axes) for site, method in bank.sites}
 
     def behind(part: Mapping[str, Arrays]) -> dict[str, Arrays]:
-        return {
-            path: {f"{n}[]": jnp.moveaxis(t, 0, stacked.get(path, 0)) for n, t in arrays.items()}
-            for path, arrays in part.items()
-        }
+        out: dict[str, Arrays] = {}
+        for path, arrays in part.items():
+            axes, ranks = known.get(path, (0, {}))
+            out[path] = {}
+            for name, t in arrays.items():
+                turned = ranks.get(name) == -1 and t.ndim > axes + 2
+                t = jnp.moveaxis(t, 0, axes)
+                out[path][f"{name}[].T" if turned else f"{name}[]"] = t.mT if turned else t
+        return out
 
     frozen, sites = behind(bank.frozen), []
     for site, method in bank.sites:

@@ -150,10 +150,56 @@ def test_refusals():
         jl.rows(jl.rows(adapters)[0])
 
 
-def test_a_broken_pick_is_noticed(monkeypatch):
-    def first(p):
-        return {n.removesuffix("[]"): t[0] for n, t in p.items() if n != module.INDEX}
+def test_spread_is_a_product_in_value_and_slopes():
+    h, v = draw(3, 5, 7, 3), draw(4, 3, 6)
+    sums = jax.make_jaxpr(module.spread)(h, v)
+    assert not any(e.primitive.name == "dot_general" for e in _equations(sums.jaxpr))
+    np.testing.assert_allclose(module.spread(h, v), h @ v, rtol=1e-5, atol=1e-6)
+    for fn in (
+        lambda spread: jax.grad(lambda h, v: jnp.sum(jnp.tanh(spread(h, v))), (0, 1))(h, v),
+        lambda spread: jax.jvp(spread, (h, v), (h + 1, v - 1))[1],
+        lambda spread: jax.jacfwd(jax.grad(lambda v: jnp.sum(spread(h, v) ** 3)))(v),
+    ):
+        got, want = fn(module.spread), fn(jnp.matmul)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4), got, want)
+    low = module.spread(h.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    exact = h.astype(jnp.bfloat16).astype(float) @ v.astype(jnp.bfloat16).astype(float)
+    np.testing.assert_allclose(low.astype(float), exact, rtol=2**-8)  # rounded once
 
-    monkeypatch.setattr(module, "_picked", first)
+
+@pytest.mark.parametrize(("rank", "sums"), [(module.THIN, True), (module.THIN + 1, False)])
+def test_thin_factors_are_a_sum_and_others_the_methods_own(rank, sums):
+    served = jl.rows(bank(jl.LoRA(rank=rank)))
+    jaxpr = jax.make_jaxpr(lambda s: mixed(s))(served)
+    dots = [e for e in _equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(dots) == (4 if sums else 6)  # x W and x A of the scan's body and of the head
+
+
+def test_dropout_of_rows_is_the_methods_own():
+    adapters = bank(jl.LoRA(rank=2, dropout=0.5))
+    run = jax.vmap(
+        lambda i, x, a: TUNED(PARAMS, a[i], x, ctx={"key": jax.random.key(7)}), (0, 0, None)
+    )
+    got, want = (run(WHICH, X, a) for a in (jl.rows(adapters), adapters))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert np.abs(got - mixed(adapters)).max() > 0.01
+
+
+def break_pick(patch):
+    def first(p):
+        return real(p | {module.INDEX: jnp.zeros((), jnp.int32)})
+
+    real = module._picked
+    patch.setattr(module, "_picked", first)
+
+
+def break_spread(patch):
+    patch.setattr(module, "spread", lambda h, v: h[..., 1:] @ v[1:])
+
+
+@pytest.mark.parametrize("broken", [break_pick, break_spread])
+def test_a_broken_piece_is_noticed(monkeypatch, broken):
+    broken(monkeypatch)
     with pytest.raises(AssertionError):
         check_rows("lora")
