@@ -47,6 +47,7 @@ from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.experts import Experts as Experts
 from jlora.methods.hira import HiRA as HiRA
 from jlora.methods.ia3 import IA3 as IA3
+from jlora.methods.locon import LoCon as LoCon
 from jlora.methods.loha import LoHa as LoHa
 from jlora.methods.lokr import LoKr as LoKr
 from jlora.methods.lora import LoRA as LoRA
@@ -67,6 +68,7 @@ __all__ = [
     "DoRA",
     "Experts",
     "HiRA",
+    "LoCon",
     "LoHa",
     "LoKr",
     "LoRA",

@@ -21,6 +21,7 @@ from jlora.methods import (
     DoRA,
     Experts,
     HiRA,
+    LoCon,
     LoHa,
     LoKr,
     LoRA,
@@ -120,6 +121,12 @@ SYSTEMS: tuple[System, ...] = (
         peft=True,
     ),
     _method(LoHa, "Hyeon-Woo 2022, 2108.06098", LoHa(rank=2), peft=True),
+    _method(
+        LoCon,
+        "Yeh 2024, 2309.14859",
+        LoCon(rank=2, alpha=3.0),
+        evidence="LyCORIS's deltas and outputs to 1e-5, its files back bitwise",
+    ),
     _method(
         LoKr,
         "Edalati 2022, 2212.10650; Yeh 2024, 2309.14859",

@@ -22,7 +22,6 @@ from jlora.io.errors import FormatError
 from jlora.io.names import NameMap, near
 from jlora.io.peft_read import sites_of, stacked
 from jlora.io.peft_table import Arrays, Read
-from jlora.io.peft_tables import table_of
 
 
 def load_kohya(
@@ -70,7 +69,7 @@ def load_kohya(
         raise FormatError(source, f"no key starts with {prefix + '_'!r}")
     trainable, frozen, done = {}, {}, []
     for where in sorted(slices):
-        sparse = all(table_of(read.method).sparse for read in slices[where].values())
+        sparse = all(kohya_modules.sparse(read.method) for read in slices[where].values())
         made = stacked(source, sites[where], slices[where], sparse)
         method, trainable[where], frozen[where] = made
         done.append((sites[where], method))

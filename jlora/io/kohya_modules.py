@@ -4,7 +4,8 @@
 method suffixes                                               delta^T
 ====== ====================================================== =================================
 LoRA   lora_down.weight [r, in], lora_up.weight [out, r]      alpha / r  up down
-DoRA   the same and dora_scale [out, 1]                       see `DoRA`
+LoCon  the same and lora_mid.weight [r, r, *window]            alpha / r  up mid down
+DoRA   lora_down, lora_up and dora_scale [out, 1]             see `DoRA`
 LoHa   hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and with   alpha / r  (w1_a w1_b) * (w2_a w2_b)
        cores hada_t1, hada_t2
 LoKr   lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 the same way, alpha / r  w1 (x) w2
@@ -13,14 +14,14 @@ LoKr   lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 the same way, alpha / r  w1 (x) 
 
 and the scalar `alpha`, without which alpha is r. A LoKr of two whole factors has the scale 1 and
 its rank as alpha; on writing, another scale goes into its second factor. Of a convolution the
-factors of LoRA are [r, in, *window] and [out, r, 1, ...], dora_scale is [out, 1, ...], and
-`lycoris_layout` says the others; windows have any number of axes. The factors of a LoKr may split
-the channels in any way (`unbalanced_factorization`, a `factor` above the root).
+factors of LoRA are [r, in, *window] and [out, r, 1, ...], those of LoCon [r, in, 1, ...] and
+[out, r, 1, ...], dora_scale is [out, 1, ...], and `lycoris_layout` says the others; windows have
+any number of axes. The factors of a LoKr may split the channels in any way
+(`unbalanced_factorization`, a `factor` above the root).
 
 Source: the files of sd-scripts and LyCORIS 4.1, and what LyCORIS's layers compute from them (its
 `get_diff_weight` has alpha / r twice for LoHa and LoKr).
-Deviates: cores of LoRA (lora_mid), magnitudes of LoHa and LoKr, norms, biases and full weights are
-refused.
+Deviates: magnitudes of LoCon, LoHa and LoKr, norms, biases and full weights are refused.
 """
 
 from __future__ import annotations
@@ -30,28 +31,33 @@ from typing import Any
 
 import numpy as np
 
-from jlora.core.adapter import Site
+from jlora.core.adapter import Method, Site
 from jlora.core.conv import window
 from jlora.io.lycoris_layout import (
     CORED_LAYOUTS,
     CORES,
     HADA,
     LOKR_LAYOUTS,
+    core,
     read_hada,
     read_kron,
+    torch_core,
     torch_window,
     write_hada,
     write_kron,
 )
 from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
 from jlora.io.peft_table import Arrays, Read, scale_of, trim, want_shape
+from jlora.io.peft_tables import table_of
 from jlora.io.torch_layout import first, magnitude_shape, second
 from jlora.methods.dora import DoRA
+from jlora.methods.locon import LoCon
 from jlora.methods.loha import LoHa
 from jlora.methods.lokr import LoKr, split
 from jlora.methods.lora import LoRA
 
-DOWN, UP, DORA_SCALE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
+DOWN, MID, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
+DORA_SCALE, ALPHA = "dora_scale", "alpha"
 LOHA_LAYOUTS = (set(HADA), {*HADA, *CORES})
 
 
@@ -74,6 +80,8 @@ def read(site: Site, t: Arrays) -> Read:
         want_shape(DORA_SCALE, t[DORA_SCALE], _magnitude(site))
         m = t[DORA_SCALE].reshape(magnitude_shape(site))
         return DORA.read(site, {**renamed, MAGNITUDE: m}, fields)
+    if keys == {DOWN, MID, UP}:
+        return _read_locon(site, t, alpha)
     if keys in LOHA_LAYOUTS:
         rank = t["hada_w1_b"].shape[0] if t["hada_w1_b"].ndim else 0
         method = LoHa(rank, float(rank) if alpha is None else alpha, tucker="hada_t1" in t)
@@ -81,7 +89,31 @@ def read(site: Site, t: Arrays) -> Read:
         return Read(method, made, {"scale": scale_of(method.alpha, rank)})
     if any(keys == set(layout) for layout in (*LOKR_LAYOUTS, *CORED_LAYOUTS)):
         return _read_lokr(site, t, alpha)
-    raise ValueError(f"got {sorted(t)}, which is no LoRA, DoRA, LoHa or LoKr")
+    raise ValueError(f"got {sorted(t)}, which is no LoRA, LoCon, DoRA, LoHa or LoKr")
+
+
+def sparse(method: Method) -> bool:
+    """Whether layers of a stack that lack may be zeros."""
+    return isinstance(method, LoCon) or table_of(method).sparse
+
+
+def _read_locon(site: Site, t: Arrays, alpha: float | None) -> Read:
+    rank = t[MID].shape[0] if t[MID].ndim else 0
+    if not torch_window(site):
+        raise ValueError(f"got {MID} for a matrix, which has no window")
+    for key, shape in _locon_shapes(site, rank).items():
+        want_shape(key, t[key], shape)
+    method = LoCon(rank, float(rank) if alpha is None else alpha)
+    made = {"a": t[DOWN].reshape(rank, -1).T, "b": t[UP].reshape(site.d_out, rank).T}
+    made["t"] = core(t[MID], window(site)[0])
+    return Read(method, made, {"scale": scale_of(method.alpha, rank)})
+
+
+def _locon_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+    win = torch_window(site)
+    ones = (1,) * len(win)
+    down, up = (rank, window(site)[1], *ones), (site.d_out, rank, *ones)
+    return {DOWN: down, MID: (rank, rank, *win), UP: up}
 
 
 def _read_lokr(site: Site, t: Arrays, alpha: float | None) -> Read:
@@ -147,7 +179,7 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
     Raises:
       ValueError: the format has no place for it.
     """
-    if type(method) not in (LoRA, DoRA, LoHa, LoKr):
+    if type(method) not in (LoRA, LoCon, DoRA, LoHa, LoKr):
         raise ValueError(f"this format has no place for {type(method).__name__}")
     if "gather" in site.ops:
         raise ValueError("this format has no place for tables")
@@ -156,7 +188,7 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
     axes = {name: axis for name, axis in method.rank_axes.items() if name in p}
     if not any(array.any() for name, array in p.items() if name != "scale"):
         axes, rank = {}, 0
-    elif axes and not {"t1", "t2"} & set(p):
+    elif axes and not {"t", "t1", "t2"} & set(p):
         rank, p = trim(p, axes)
     else:
         rank = method.rank
@@ -175,6 +207,10 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
         return alpha | write_kron(site, p, core_shape)
     if isinstance(method, LoHa):
         return alpha | write_hada(site, p, core_shape)
+    if "t" in p:
+        shapes = _locon_shapes(site, rank)
+        down, up = p["a"].T.reshape(shapes[DOWN]), p["b"].T.reshape(shapes[UP])
+        return alpha | {DOWN: down, MID: torch_core(p["t"], core_shape), UP: up}
     made = alpha | {DOWN: first(site, p["a"]), UP: second(site, p["b"])}
     if isinstance(method, DoRA):
         made[DORA_SCALE] = p["m"].reshape(_magnitude(site))

@@ -51,6 +51,7 @@ WIDE = {
         "decompose_both": True,
         "unbalanced_factorization": True,
     },
+    "lora_core": {"algo": "lora", "use_tucker": True},
 }
 
 

@@ -144,7 +144,7 @@ def test_names_whose_underscores_collide_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda t, k: t.update({f"{k}.lora_mid.weight": draw(3, 3)}), "no LoRA"),
+        (lambda t, k: t.update({f"{k}.lora_mid.weight": draw(3, 3)}), "no window"),
         (lambda t, k: t.pop(f"{k}.lora_up.weight"), "no LoRA"),
         (lambda t, k: t.update({f"{k}.lora_up.weight": draw(8, 2)}), "expected"),
         (lambda t, k: t.update({f"{k}.lora_down.weight": draw(3, 8, 1, 1)}), "expected"),
