@@ -1,6 +1,6 @@
 r"""Runs the benchmarks one after the other and writes their table.
 
-``python -m benchmarks.run [--quick] [--only=NAME,...]``: about twenty minutes on two quiet cores.
+``python -m benchmarks.run [--quick] [--only=NAME,...]``: about 35 minutes on two quiet cores.
 Every object of figures goes to ``docs/results/benchmarks.json``, the table to
 ``docs/benchmarks.md`` between its markers; with ``--only`` the others keep their last figures.
 ``--quick`` writes nothing. ``--render`` makes the table again from the kept figures.
