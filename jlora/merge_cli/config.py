@@ -23,7 +23,8 @@ Sites are called `<module>/kernel`, and looked-up tables `<module>/embedding`; c
 tables are merged as matrices are, see `layout`. A base is needed to write merged weights, to
 convert adapters whose delta depends on the weight, and to read adapters other than LoRA, or with
 the base's table or head beside them. `weight` of no model means 1/N each; `normalize: true` among
-the `parameters` divides the weights of a site by their sum.
+the `parameters` divides the weights of a site by their sum. A filter that no site is left for is
+an error.
 
 Source: our reading of mergekit's format.
 Deviates: no slices, tokenizers or chat templates; names that are unknown are errors.
@@ -31,7 +32,7 @@ Deviates: no slices, tokenizers or chat templates; names that are unknown are er
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ import numpy as np
 
 from jlora import io
 from jlora.io import NameMap
+from jlora.io.names import near
 
 FORMATS = ("peft", "orbax", "merged")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -137,6 +139,26 @@ def resolve(value: Any, where: str, path: str, place: float | None) -> Any:
             raise ConfigError(f"{where}: a gradient, but {path} has no layer; use a filter")
         return float(np.interp(place * (len(value) - 1), range(len(value)), value))
     return value
+
+
+def check_filters(value: Any, where: str, paths: Sequence[str]) -> None:
+    """Raises ConfigError for a filter of a parameter that no site is left for."""
+    if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
+        return
+    left = list(paths)
+    for entry in value:
+        entry = _keys(entry, where, ("value",), ("filter",))
+        word = entry.get("filter")
+        taken = [path for path in left if word in (None, "*") or str(word) in path]
+        if word not in (None, "*") and not taken:
+            why = "is part of no site's name (it is plain text, no regular expression)"
+            if any(str(word) in path for path in paths):
+                why = "has no site left: earlier entries took them"
+            raise ConfigError(
+                f"{where}: the filter {word!r} {why}; nearest: {near(str(word), paths)}"
+            )
+        check_filters(entry["value"], where, taken)
+        left = [path for path in left if path not in taken]
 
 
 def _parameters(value: Any, where: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Deviates: nothing.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from jlora.core.adapter import Site
 from jlora.core.algebra import Deltas
-from jlora.merge_cli.config import Config, ConfigError, layer_of, resolve
+from jlora.merge_cli.config import Config, ConfigError, check_filters, layer_of, resolve
 from jlora.merging.inputs import Gathered
 from jlora.merging.run import apply, memory_of
 from jlora.merging.table import Merging
@@ -39,6 +40,10 @@ def make(config: Config, row: Merging, given: Gathered) -> Plan:
     number = len(config.models)
     if row.size not in (None, number):
         raise ConfigError(f"models: {row.name} takes {row.size}, got {number}")
+    paths = [site.path for site in given.sites]
+    for where, parameters in _parameters(config):
+        for name, value in parameters.items():
+            check_filters(value, f"{where}.{name}", paths)
     layers = [n for s in given.sites if not s.stack and (n := layer_of(s.path)) is not None]
     last = max(layers, default=0)
     weights, options = {}, {}
@@ -119,6 +124,11 @@ def _places(site: Site, last: int) -> list[float | None]:
         return [k / max(first - 1, 1) for k in range(first) for _ in range(rest)]
     layer = layer_of(site.path)
     return [None if layer is None else layer / max(last, 1)]
+
+
+def _parameters(config: Config) -> list[tuple[str, Mapping[str, Any]]]:
+    each = [(f"models[{k}].parameters", m.parameters) for k, m in enumerate(config.models)]
+    return [("parameters", config.parameters), *each]
 
 
 def _weights(config: Config, site: Site, last: int) -> np.ndarray:

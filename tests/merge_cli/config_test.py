@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jlora.merge_cli.config import ConfigError, layer_of, parse, resolve
+from jlora.merge_cli.config import ConfigError, check_filters, layer_of, parse, resolve
 from jlora.merging import METHODS
 
 SMALL = {"merge_method": "concat", "models": [{"model": "a"}, {"model": "/b"}]}
@@ -101,3 +101,28 @@ def test_refusals(name):
 def test_values_that_do_not_fit(value, text):
     with pytest.raises(ConfigError, match=text):
         resolve(value, "x", "l.q", None)
+
+
+PATHS = ("l.0.q", "l.0.k", "l.1.q")
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        ([{"filter": "l.*q", "value": 1}, {"value": 2}], r"'l\.\*q' is part of no site.*l\.0\.q"),
+        ([{"filter": "l", "value": 1}, {"filter": "q", "value": 2}], "'q' has no site left"),
+        ([{"filter": "*", "value": 1}, {"filter": "q", "value": 2}], "'q' has no site left"),
+        ([{"filter": "k", "value": [{"filter": "q", "value": 1}, {"value": 2}]}], "'q' .* no site"),
+    ],
+)  # fmt: skip
+def test_filters_that_take_no_site_are_refused(value, text):
+    with pytest.raises(ConfigError, match=text):
+        check_filters(value, "x", PATHS)
+
+
+def test_filters_that_take_all_leave_the_last_entry_free():
+    check_filters(
+        [{"filter": "q", "value": 1}, {"filter": "k", "value": 2}, {"value": 3}], "x", PATHS
+    )
+    check_filters([0.0, 1.0], "x", PATHS)
+    check_filters(3, "x", PATHS)

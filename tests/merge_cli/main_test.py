@@ -111,6 +111,14 @@ def test_filters_gradients_and_normalisation(job):
     check_sum(lambda m: delta(out, m), lambda m: np.array(at(m)) / sum(at(m)))
 
 
+def test_a_filter_that_matches_nothing_is_one_error(job, capsys):
+    weights = [[{"filter": "layers.(0|1)", "value": 1.0}, {"value": 0.5}], 1.0]
+    status, out = job(weights=weights)
+    assert status != 0 and not out.exists()
+    told = capsys.readouterr().err
+    assert "models[0].parameters.weight: the filter 'layers.(0|1)' is part of no site" in told
+
+
 def test_rank_and_dtype_of_the_result(job):
     _, out = job(out={"rank": 2, "dtype": "bfloat16"})
     tensors, _ = safetensors_file.read(out / "adapter_model.safetensors")
