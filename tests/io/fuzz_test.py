@@ -26,7 +26,7 @@ from jlora.io import FormatError, peft, peft_read, safetensors_file
 HERE = Path(__file__).parent
 CONVOLUTIONS = ("loha_core", "lokr_core", "lokr_whole", "lokr_whole_one")
 # Not "dora": without its dora_scale a module is LoRA, and each module has its own method there.
-LYCORIS = ("loha_core", "lokr", "lokr_core_both", "lokr_unbalanced", "lokr_whole")
+LYCORIS = ("lora_core", "loha_core", "lokr", "lokr_core_both", "lokr_unbalanced", "lokr_whole")
 
 NAMES = {
     "bert": [
