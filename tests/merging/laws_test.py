@@ -27,6 +27,7 @@ TYPES = {  # beside those of `conftest.TYPES`; those that need the weight are ma
     "hira": jl.HiRA(2),
     "conv": jl.LoRA(4),
     "conv_dora": jl.DoRA(2),
+    "conv_core": jl.LoCon(4),
     "embedding": jl.LoRA(4),
 }
 KERNEL = (2, 2, 2, 12)  # of a convolution: its matrix is [8, 12]
