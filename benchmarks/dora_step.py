@@ -7,8 +7,8 @@ r"""What DoRA costs over LoRA, in jlora and in PEFT: train steps on MiniLM-L6.
     (t^{\mathrm{peft}}_{\mathrm{dora}} - t^{\mathrm{peft}}_{\mathrm{lora}}) /
     (t^{\mathrm{jlora}}_{\mathrm{dora}} - t^{\mathrm{jlora}}_{\mathrm{lora}}),
 
-``extra_ratio_at_best``, the same with the least that a trained gain can cost in our place (LoRA's
-output times a gain of its own, no norm: `Gain`), and ``ratio_vs_peft``, PEFT's DoRA time / jlora's.
+``extra_ratio_at_best``, the same with LoRA's output times a trained gain and no norms (`Gain`) in
+our place, which DoRA cannot pass but by noise, and ``ratio_vs_peft``, PEFT's DoRA time / jlora's.
 jlora takes the column norms in closed form from
 the factors, PEFT makes the dense product in every step.
 

@@ -5,8 +5,8 @@ head and its own optimizer state. ``ratio_vs_sequential``: jlora's 16 steps in s
 compiled function, called 16 times) / its one step of ``jax.vmap`` over the bank;
 ``ratio_vs_peft``: PEFT's 16 steps in sequence (one model, ``set_adapter``) / the same.
 
-``ratio_at_best`` is what no batching can pass: the same steps in sequence / one step of ONE
-adapter on all tokens, where every product has its largest form.
+``ratio_at_best`` is what no batching can pass but by noise: the same steps in sequence / one step
+of ONE adapter on all tokens, where every product has its largest form.
 
 ``base_copies`` is the number of times the base lies in the arguments of the step at once, by XLA's
 analysis: (arguments - bank - optimizer - batches) / base. ``temp_over_sequential`` is the

@@ -9,7 +9,7 @@ cases, at the top:
 - ``peft_overhead_vs_base``: the same of PEFT over torch (at the top: of the worst case for us);
 - ``overhead_ratio_vs_peft``: (PEFT's overhead - 1) / (jlora's overhead - 1);
 - ``overhead_at_best``: the same as ``overhead_vs_base`` with ONE adapter for all rows, its products
-  over the whole batch and no lookup: what no mixed batch can pass;
+  over the whole batch and no lookup: what no mixed batch can pass but by noise;
 - ``overhead_ratio_at_best``: PEFT's overhead over that;
 - ``recompiles``: compilations while ids, adapters and the whole bank are exchanged.
 

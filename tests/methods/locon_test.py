@@ -82,7 +82,7 @@ def test_limit_a_window_of_one_place_is_lora():
 
 
 def test_claim_a_kernel_with_one_window_for_all_is_found():
-    """The paper's: less parameters for the same. A delta of Tucker form is fitted to rounding."""
+    """The paper's: fewer parameters for the same. A delta of Tucker form is fitted by gradient."""
     params, x, target = made("flax", LoCon(rank=1, alpha=1.0), seed=5)
     want = model(jl.merge(params, target), x)
     _, _, adapter = made("flax", LoCon(rank=1, alpha=1.0), seed=6)
