@@ -24,9 +24,9 @@ jl.LoRA, jl.DoRA, ...                 the methods; jl.Method is the contract for
 """
 
 from jlora import io as io
+from jlora import lapack as _lapack
 from jlora import merging as merging
 from jlora.core import algebra as algebra
-from jlora.core import lapack as _lapack
 from jlora.core.adapter import Adapter as Adapter
 from jlora.core.adapter import Method as Method
 from jlora.core.adapter import Site as Site

@@ -31,3 +31,15 @@ def test_the_results_are_those_of_the_kept_report():
     (shown,) = re.findall(r"<!-- results -->\n(.*?)<!-- /results -->", text, re.S)
     report = schema.read(README.parent / "docs" / "results" / "text_full" / "report.json")
     assert shown == markdown.render(report)
+
+
+def test_the_example_of_the_guide_to_the_core_prints_what_it_says():
+    text = (README.parent / "docs" / "core.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, re.S)
+    (shown,) = re.findall(r"prints the two sites,\n\n```\n(.*?)```", text, re.S)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {})
+    table, program = out.getvalue().split("{ lambda", 1)
+    assert table == shown
+    assert "scan[" in program and "f32[3,8,8]" not in program.split("scan[")[1]

@@ -1,7 +1,7 @@
 """The only contact with what JAX does not promise: how a jaxpr is traced, read and re-bound.
 
 Everything version-dependent is a small function here; the rest of the core sees plain values. (One
-fault of some releases has a file of its own, `lapack`.)
+fault of some releases has a file of its own, `jlora.lapack`.)
 
 Source: jax's own evaluator of jaxprs, over the releases 0.8 - 0.12 (our reading).
 Deviates: none.

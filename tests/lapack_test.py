@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.core import lapack
+from jlora import lapack
 
 CASES = {
     "qr": (jnp.linalg.qr, r"lapack_sgeqrf"),

@@ -1,0 +1,96 @@
+"""The floor plan holds: no import goes up or sideways, and the core stays small enough to read."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "jlora"
+BELOW = {  # a part of jlora: the other parts that it may import
+    "core": set(),
+    "lapack": set(),
+    "models": {"core"},
+    "routing": {"core"},
+    "methods": {"core", "routing"},
+    "optimizers": {"core"},
+    "generation": {"core"},
+    "serving": {"core"},
+    "ranks": {"core", "methods"},
+    "merging": {"core", "methods"},  # merges give LoRA adapters
+    "federated": {"core", "merging"},
+    "io": {"core", "methods"},
+    "contract": {"core", "io"},
+    "registry": {"core", "merging", "methods"},
+    "systems": {"registry"},
+    "merge_cli": {"core", "io", "merging"},
+    "merge": {"core", "merge_cli"},
+    "__init__": {"core", "io", "lapack", "merging", "methods", "serving"},
+}
+CORE = 1_510  # lines of code, all of core/ together; docs/core.md says what they do
+FILE = 220  # of one file of it
+
+
+def imported(source):
+    """The parts of jlora that a module imports."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("jlora.")}
+
+
+def code(source):
+    """How many lines are neither empty nor comment nor docstring."""
+    docs = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(
+            node
+        ):
+            docs |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(
+        bool(t.strip()) and not t.strip().startswith("#") and n not in docs for n, t in lines
+    )
+
+
+def part(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("name", sorted(BELOW))
+def test_no_import_goes_up(name):
+    for path in ROOT.rglob("*.py"):
+        if part(path) == name:
+            above = imported(path.read_text()) - BELOW[name] - {name}
+            assert not above, f"{path} imports {sorted(above)}"
+
+
+def test_every_part_has_a_floor():
+    assert {part(path) for path in ROOT.rglob("*.py")} == set(BELOW)
+    order = list(BELOW)
+    for name, below in BELOW.items():
+        assert all(order.index(b) < order.index(name) for b in below), "no circles"
+
+
+def test_the_core_reads_in_one_sitting():
+    sizes = {path.name: code(path.read_text()) for path in (ROOT / "core").glob("*.py")}
+    assert sum(sizes.values()) <= CORE, sizes
+    assert max(sizes.values()) <= FILE, sizes
+
+
+def test_the_guide_to_the_core_names_every_file():
+    guide = (ROOT.parent / "docs" / "core.md").read_text()
+    for path in (ROOT / "core").glob("*.py"):
+        assert path.name == "__init__.py" or f"`{path.name}`" in guide, path.name
+
+
+def test_it_would_be_noticed():
+    assert imported("import jax\nfrom jlora.io import peft\nimport jlora.core.lift as l") == {
+        "io",
+        "core",
+    }
+    assert imported("from jlora import merging") == {"merging"}
+    assert code('"""Doc\nstring."""\n\n# why\nx = 1\ndef f():\n    """Doc."""\n    return x\n') == 3
