@@ -43,6 +43,7 @@ from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.boft import BOFT as BOFT
+from jlora.methods.decomposed import Decomposed as Decomposed
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.experts import Experts as Experts
 from jlora.methods.hira import HiRA as HiRA
@@ -64,6 +65,7 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "Adapter",
+    "Decomposed",
     "DenseWeightError",
     "DoRA",
     "Experts",

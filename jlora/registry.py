@@ -18,6 +18,7 @@ from jlora.methods import (
     IA3,
     OFT,
     AdaLoRA,
+    Decomposed,
     DoRA,
     Experts,
     HiRA,
@@ -126,6 +127,14 @@ SYSTEMS: tuple[System, ...] = (
         "Yeh 2024, 2309.14859",
         LoCon(rank=2, alpha=3.0),
         evidence="LyCORIS's deltas and outputs to 1e-5, its files back bitwise",
+    ),
+    _method(
+        Decomposed,
+        "Liu 2024, 2402.09353; Yeh 2024, 2309.14859",
+        Decomposed(LoHa(rank=2)),
+        Decomposed(LoKr(rank=1, factor=2)),
+        evidence="LyCORIS's outputs of DoHa, DoKr and DoRA with a core to 1e-5, its files back "
+        "bitwise",
     ),
     _method(
         LoKr,

@@ -79,7 +79,7 @@ def load_kohya(
 def save_kohya(
     path: str | os.PathLike[str], adapter: Adapter, names: NameMap, prefix: str = "lora_unet"
 ) -> None:
-    """Writes an adapter of LoRA, DoRA, LoHa and LoKr sites as one kohya / LyCORIS file.
+    """Writes LoRA, LoCon, DoRA, LoHa and LoKr sites, decomposed or not, as one file.
 
     Raises:
       FormatError: another method, or nothing to write.

@@ -12,16 +12,16 @@ LoKr   lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 the same way, alpha / r  w1 (x) 
        and with a core lokr_t2
 ====== ====================================================== =================================
 
-and the scalar `alpha`, without which alpha is r. A LoKr of two whole factors has the scale 1 and
-its rank as alpha; on writing, another scale goes into its second factor. Of a convolution the
-factors of LoRA are [r, in, *window] and [out, r, 1, ...], those of LoCon [r, in, 1, ...] and
-[out, r, 1, ...], dora_scale is [out, 1, ...], and `lycoris_layout` says the others; windows have
-any number of axes. The factors of a LoKr may split the channels in any way
-(`unbalanced_factorization`, a `factor` above the root).
+LoCon, LoHa and LoKr with a dora_scale are `Decomposed`. Beside them is the scalar `alpha`, without
+which alpha is r. A LoKr of two whole factors has the scale 1 and its rank as alpha; on writing,
+another scale goes into its second factor. Of a convolution the factors of LoRA are [r, in, *window]
+and [out, r, 1, ...], those of LoCon [r, in, 1, ...] and [out, r, 1, ...], dora_scale is
+[out, 1, ...], and `lycoris_layout` says the others; windows have any number of axes. The factors of
+a LoKr may split the channels in any way (`unbalanced_factorization`, a `factor` above the root).
 
 Source: the files of sd-scripts and LyCORIS 4.1, and what LyCORIS's layers compute from them (its
 `get_diff_weight` has alpha / r twice for LoHa and LoKr).
-Deviates: magnitudes of LoCon, LoHa and LoKr, norms, biases and full weights are refused.
+Deviates: magnitudes by input (`wd_on_output` off), norms, biases and full weights are refused.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
 from jlora.io.peft_table import Arrays, Read, scale_of, trim, want_shape
 from jlora.io.peft_tables import table_of
 from jlora.io.torch_layout import first, magnitude_shape, second
+from jlora.methods.decomposed import Decomposed
 from jlora.methods.dora import DoRA
 from jlora.methods.locon import LoCon
 from jlora.methods.loha import LoHa
@@ -70,6 +71,8 @@ def read(site: Site, t: Arrays) -> Read:
     alpha = _alpha(t)
     t = {key: array for key, array in t.items() if key != ALPHA}
     keys = set(t)
+    if DORA_SCALE in keys and keys != {DOWN, UP, DORA_SCALE}:
+        return _read_decomposed(site, t, alpha)
     if keys in ({DOWN, UP}, {DOWN, UP, DORA_SCALE}):
         rank = t[DOWN].shape[0] if t[DOWN].ndim else 0
         fields = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
@@ -94,7 +97,17 @@ def read(site: Site, t: Arrays) -> Read:
 
 def sparse(method: Method) -> bool:
     """Whether layers of a stack that lack may be zeros."""
-    return isinstance(method, LoCon) or table_of(method).sparse
+    if isinstance(method, Decomposed | LoCon):
+        return isinstance(method, LoCon)
+    return table_of(method).sparse
+
+
+def _read_decomposed(site: Site, t: Arrays, alpha: float | None) -> Read:
+    told = {} if alpha is None else {ALPHA: np.asarray(alpha)}
+    made = read(site, {key: array for key, array in t.items() if key != DORA_SCALE} | told)
+    want_shape(DORA_SCALE, t[DORA_SCALE], _magnitude(site))
+    trainable = made.trainable | {"m": t[DORA_SCALE].reshape(site.d_out)}
+    return Read(Decomposed(made.method), trainable, made.frozen)
 
 
 def _read_locon(site: Site, t: Arrays, alpha: float | None) -> Read:
@@ -179,6 +192,11 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
     Raises:
       ValueError: the format has no place for it.
     """
+    if isinstance(method, Decomposed):
+        made = write(site, method.method, {name: p[name] for name in p if name != "m"})
+        if not made:
+            raise ValueError("the delta is zero, which this format cannot say beside dora_scale")
+        return made | {DORA_SCALE: p["m"].reshape(_magnitude(site))}
     if type(method) not in (LoRA, LoCon, DoRA, LoHa, LoKr):
         raise ValueError(f"this format has no place for {type(method).__name__}")
     if "gather" in site.ops:

@@ -2,6 +2,7 @@
 
 from jlora.methods.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.boft import BOFT as BOFT
+from jlora.methods.decomposed import Decomposed as Decomposed
 from jlora.methods.dora import DoRA as DoRA
 from jlora.methods.experts import Experts as Experts
 from jlora.methods.hira import HiRA as HiRA

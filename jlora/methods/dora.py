@@ -72,18 +72,18 @@ class DoRA(Method):
         """(w + s a b) m / |w + s a b|, [d_in, d_out]."""
         v = w + p["scale"] * (p["a"] @ p["b"])
         norm = jnp.linalg.norm(jax.lax.stop_gradient(v), axis=0)
-        return v * _gain(p["m"], norm)[None, :]
+        return v * gain(p["m"], norm)[None, :]
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
         """x [..., d_in] -> [..., d_out]."""
         y = x @ w
         y = y + low_rank(x, p["scale"] * p["a"], p["b"]).astype(y.dtype)
         fixed = jax.lax.stop_gradient((w.dense(), p["a"], p["b"], p["scale"]))
-        gain = _gain(p["m"], column_norms(*fixed)).astype(y.dtype)
-        return y * gain.reshape(*[1] * (y.ndim - 1), -1)
+        by = gain(p["m"], column_norms(*fixed)).astype(y.dtype)
+        return y * by.reshape(*[1] * (y.ndim - 1), -1)
 
 
-def _gain(m: jax.Array, norm: jax.Array) -> jax.Array:
+def gain(m: jax.Array, norm: jax.Array) -> jax.Array:
     """m / norm, [d_out]; 1 for a column of zeros, which no gain can change."""
     live = norm > 0
     one = jnp.ones_like(norm)

@@ -24,16 +24,20 @@ import lycoris
 import safetensors.torch
 import torch
 
+LENGTHS = {"dora_wd": True, "wd_on_output": True}
 ADAPTERS = {
     "lora": {"algo": "lora"},
-    "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+    "dora": {"algo": "lora", **LENGTHS},
     "loha": {"algo": "loha"},
     "lokr": {"algo": "lokr", "factor": 2},
     "lokr_both": {"algo": "lokr", "factor": 4, "decompose_both": True, "linear_dim": 1},
+    "doha": {"algo": "loha", **LENGTHS},
+    "dokr": {"algo": "lokr", "factor": 2, **LENGTHS},
+    "dokr_whole": {"algo": "lokr", "full_matrix": True, **LENGTHS},
 }
 WIDE = {
     "lora": {"algo": "lora"},
-    "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+    "dora": {"algo": "lora", **LENGTHS},
     "loha": {"algo": "loha"},
     "loha_core": {"algo": "loha", "use_tucker": True},
     "lokr": {"algo": "lokr"},
@@ -52,6 +56,10 @@ WIDE = {
         "unbalanced_factorization": True,
     },
     "lora_core": {"algo": "lora", "use_tucker": True},
+    "dora_core": {"algo": "lora", "use_tucker": True, **LENGTHS},
+    "doha_core": {"algo": "loha", "use_tucker": True, **LENGTHS},
+    "dokr": {"algo": "lokr", **LENGTHS},
+    "dokr_core": {"algo": "lokr", "use_tucker": True, **LENGTHS},
 }
 
 

@@ -25,7 +25,7 @@ from jlora.io import FormatError, peft, peft_read, safetensors_file
 
 HERE = Path(__file__).parent
 CONVOLUTIONS = ("loha_core", "lokr_core", "lokr_whole", "lokr_whole_one")
-# Not "dora": without its dora_scale a module is LoRA, and each module has its own method there.
+# None with a dora_scale: without it a module is LoRA, LoHa or LoKr, which each may be there.
 LYCORIS = ("lora_core", "loha_core", "lokr", "lokr_core_both", "lokr_unbalanced", "lokr_whole")
 
 NAMES = {

@@ -26,7 +26,8 @@ METHODS = {"lora": jl.LoRA, "dora": jl.DoRA, "lora_core": jl.LoCon} | {
         *("lokr_core_both", "lokr_unbalanced", "lokr_whole"),
     )
 }
-LIFTED = ("lora_core", "loha_core", "lokr_core", "lokr_whole")
+METHODS |= dict.fromkeys(("dora_core", "doha_core", "dokr", "dokr_core"), jl.Decomposed)
+LIFTED = ("doha_core", "dokr", "lora_core", "loha_core", "lokr_core", "lokr_whole")
 
 
 def flax_model(p, x, flax=True):
@@ -59,10 +60,11 @@ def check_value(name, fn):
     assert error(run(p, X), STATE["expected"]) <= 1e-5 < 1e-3 < error(run(p, X), want)
     adapter = load(GOLDEN / f"{name}.safetensors", fn)
     kinds = {site.path: type(method) for site, method in adapter.sites}
-    plain = ("head/kernel", "point/kernel") if name == "lora_core" else ()  # windows of one place
-    assert kinds == {path: jl.LoRA if path in plain else METHODS[name] for path in kinds}
+    plain = {"lora_core": jl.LoRA, "dora_core": jl.DoRA}.get(name, METHODS[name])
+    ones = ("head/kernel", "point/kernel")  # windows of one place
+    assert kinds == {path: plain if path in ones else METHODS[name] for path in kinds}
     assert error(run(jl.merge(p, adapter), X), want) <= 1e-5
-    if name == "dora":  # depends on the weight
+    if METHODS[name] in (jl.DoRA, jl.Decomposed):  # depends on the weight
         return adapter
     made = jl.delta(p, adapter)
     assert set(told) == {f"delta.{module}" for module in MODULES}
@@ -94,7 +96,7 @@ def test_lifted_it_is_the_same(name):
     assert error(jax.jit(jl.lift(flax_model))(FORMS[flax_model][0], adapter, X), want) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["lora_core", "loha_core", "lokr_core_both", "lokr_whole"])
+@pytest.mark.parametrize("name", ["lora_core", "doha_core", "lokr_core_both", "lokr_whole"])
 def test_half_files_go_back_bitwise(name, tmp_path):
     """LyCORIS casts every tensor, alpha too."""
     tensors, _ = safetensors_file.read(GOLDEN / f"{name}.safetensors")
@@ -109,7 +111,11 @@ def test_half_files_go_back_bitwise(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["lora_core", "loha_core", "lokr_core", "lokr_unbalanced", "lokr_whole"]
+    "name",
+    [
+        *("lora_core", "loha_core", "lokr_core", "lokr_unbalanced", "lokr_whole"),
+        *("dora_core", "doha_core", "dokr", "dokr_core"),
+    ],
 )
 def test_real_lycoris_computes_what_we_write(name, tmp_path):
     torch, lycoris = pytest.importorskip("torch"), pytest.importorskip("lycoris")
@@ -153,6 +159,9 @@ def test_real_lycoris_computes_what_we_write(name, tmp_path):
         ("lora_core", "two.lora_up.weight", lambda t: t[1:], r"lora_up.weight has shape"),
         ("lora_core", "head.lora_up.weight", lambda t: t[None], r"has shape"),
         ("dora", "three.dora_scale", lambda t: t[:, 0], "dora_scale has shape"),
+        ("doha_core", "three.dora_scale", lambda t: t[:, 0], "dora_scale has shape"),
+        ("dokr", "head.dora_scale", lambda t: t.T, "dora_scale has shape"),  # by input
+        ("dokr", "head.lokr_w1", lambda t: None, "no LoRA, LoCon, DoRA, LoHa or LoKr"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, name, key, change, why):

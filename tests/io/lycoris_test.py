@@ -18,6 +18,7 @@ GOLDEN = ROOT / "third_party" / "lycoris"
 STATE, _ = safetensors_file.read(GOLDEN / "base.safetensors")
 NAMES = NameMap({r"blocks/(up_proj|down)/kernel": r"blocks.{i}.\1"})
 METHODS = {"lora": jl.LoRA, "dora": jl.DoRA, "loha": jl.LoHa, "lokr": jl.LoKr, "lokr_both": jl.LoKr}
+METHODS |= dict.fromkeys(("doha", "dokr", "dokr_whole"), jl.Decomposed)
 X = jnp.asarray(STATE["x"])
 
 

@@ -29,6 +29,7 @@ TYPES = {  # beside those of `conftest.TYPES`; those that need the weight are ma
     "conv_dora": jl.DoRA(2),
     "conv_core": jl.LoCon(4),
     "embedding": jl.LoRA(4),
+    "weight_decomposed": jl.Decomposed(jl.LoHa(2)),
 }
 KERNEL = (2, 2, 2, 12)  # of a convolution: its matrix is [8, 12]
 
