@@ -109,7 +109,8 @@ def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
         return jnp.diagonal(gram)[:, None] - 2 * mixed.T + own[None, :]
 
     def choose(nearest: Array, _: None) -> tuple[Array, Array]:
-        one = jax.nn.one_hot(jnp.argmax(nearest + 1e-4 * size), p, dtype=x.dtype)
+        tied = nearest >= jnp.max(nearest) - 1e-4
+        one = jax.nn.one_hot(jnp.argmax(jnp.where(tied, size, -1.0)), p, dtype=x.dtype)
         nearest = jnp.minimum(nearest, distances(one[None])[:, 0])
         return jnp.where(one > 0, -1.0, nearest), one
 
