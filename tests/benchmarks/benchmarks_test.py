@@ -26,7 +26,9 @@ print(json.dumps({name: measure(settings) for name, measure in measures.items()}
 
 def _run(*command: str) -> tuple[dict, str]:
     # Another process: the settings of the tests (devices, promotion) are not those of a benchmark.
+    # That they run and tell is tested here, not how fast: nothing is optimised.
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     command = (sys.executable, *command)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

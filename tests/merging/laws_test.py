@@ -70,14 +70,6 @@ def world(world):
 CASES = [(name, law) for name, row in METHODS.items() for law in laws_of(row)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Hundreds of tiny programs: what they compute is tested, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def check(law, row, world):
     got = error(law, row, world)
     if law in row.breaks:
