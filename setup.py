@@ -26,6 +26,7 @@ EXPERIMENTS = [
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.
 TEST = [
     "datasets>=4.0",
+    "diffusers==0.42.1; python_version < '3.12'",
     "equinox>=0.13",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
