@@ -36,7 +36,7 @@ TEST = [
     "pyright>=1.1.400",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "ruff>=0.14",
     "torch==2.13.0; python_version < '3.12'",
 ]
