@@ -75,7 +75,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
             }
             peers.alike(ours(), theirs(), batch.mask)
             label = f"mixed_batch {rows}x{tokens}, {count} adapters"
-            seconds = timing.interleave(runs, settings.count(15), settings, label, limit=20)
+            seconds = timing.interleave(runs, settings.count(25), settings, label, limit=60)
             found[f"{rows}x{tokens}_{count}"] = _case(seconds)
     worst = max(found.values(), key=lambda f: f["overhead_vs_base"])
     return {

@@ -69,7 +69,7 @@ def interleave(
     repetitions: int,
     settings: Settings,
     label: str = "",
-    limit: float = 40.0,
+    limit: float = 80.0,
     warm: int = 2,
 ) -> dict[str, list[float]]:
     """Seconds of every call, {name: [repetitions]}; `warm` calls of each come first, uncounted.

@@ -298,9 +298,8 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     ranks = {}
     for i, (site, _) in enumerate(first.sites):
         same = [a.sites[i][1] for a in adapters]
-        top = max(same, key=lambda m: getattr(m, "rank", 0))
-        rank = {"rank": getattr(top, "rank", None)} if hasattr(top, "rank") else {}
-        if any(dataclasses.replace(m, **rank) != top for m in same):
+        top = max(same, key=lambda m: getattr(getattr(m, "method", m), "rank", 0))
+        if any(_with_rank(m, top) != top for m in same):
             raise ValueError(f"{site.path}: methods differ in more than rank: {same}")
         ranks[site.path] = top
     return Adapter(
@@ -308,6 +307,14 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         _stack_part([a.frozen for a in adapters], ranks),
         tuple((site, ranks[site.path]) for site, _ in first.sites),
     )
+
+
+def _with_rank(method: Any, top: Any) -> Any:
+    """`method`, or the one that it wraps, of the rank of `top`."""
+    if hasattr(method, "method"):
+        return dataclasses.replace(method, method=_with_rank(method.method, top.method))
+    ranked = hasattr(method, "rank") and hasattr(top, "rank")
+    return dataclasses.replace(method, rank=top.rank) if ranked else method
 
 
 def _stack_part(parts, methods):

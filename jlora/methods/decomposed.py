@@ -47,7 +47,7 @@ class Decomposed(Method):
     method: Method
 
     def __post_init__(self) -> None:
-        if type(self.method).factors is Method.factors:
+        if not isinstance(self.method, Method) or type(self.method).factors is Method.factors:
             raise ValueError(f"Decomposed: expected a method with factors, got {self.method}")
 
     @property

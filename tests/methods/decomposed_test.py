@@ -96,11 +96,18 @@ def test_claim_lengths_are_learned_that_the_directions_alone_cannot(bench):
     assert left(Decomposed(alone)) < 0.02 < 0.3 < left(alone)
 
 
-def test_banks_of_other_alphas_stack(bench):
-    bank = jl.stack([bench.noisy(Decomposed(jl.LoHa(2, alpha)), seed=k)
-                     for k, alpha in enumerate((1.0, 4.0))])  # fmt: skip
-    got = jax.vmap(lambda a: jl.lift(bench.model)(bench.params, a, bench.x))(bank)
-    np.testing.assert_allclose(got[1], bench.forward(bank[1]), rtol=1e-5, atol=1e-5)
+def test_banks_of_other_alphas_and_ranks_stack(bench):
+    """Ranks of the wrapped methods are padded, as their own are."""
+    kinds = (jl.LoHa(1, 1.0), jl.LoHa(2, 4.0))
+    for wrap in (Decomposed, jl.TokenMask):
+        one, two = (bench.noisy(wrap(m), seed=k) for k, m in enumerate(kinds))
+        ctx = {"tokens": jnp.ones((3, 5), bool)}
+        tuned = lambda a: jl.lift(bench.model)(bench.params, a, bench.x, ctx=ctx)  # noqa: E731
+        got = jax.vmap(tuned)(jl.stack([one, two]))
+        for y, alone in zip(got, (one, two), strict=True):
+            np.testing.assert_allclose(y, tuned(alone), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="methods differ in more than rank"):
+        jl.stack([bench.noisy(jl.TokenMask(m)) for m in (jl.LoHa(2), jl.IA3())])
 
 
 def test_refusals(bench):
@@ -108,6 +115,8 @@ def test_refusals(bench):
         Decomposed(jl.HiRA(2))
     with pytest.raises(ValueError, match=r"expected a method with factors, got DoRA"):
         Decomposed(jl.DoRA(2))
+    with pytest.raises(ValueError, match=r"expected a method with factors, got 3"):
+        Decomposed(3)
     with pytest.raises(ValueError, match="has an `m` of its own"):
         bench.fresh(Decomposed(WithLength(2)))
 

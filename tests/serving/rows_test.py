@@ -12,6 +12,7 @@ from jlora.serving import rows as module
 METHODS = {
     "lora": jl.LoRA(rank=2),
     "dora": jl.DoRA(rank=2),
+    "decomposed": jl.Decomposed(jl.LoHa(rank=2)),
     "lokr": jl.LoKr(rank=2),
     "vera": jl.VeRA(rank=3),
     "ia3": jl.IA3(),
