@@ -99,10 +99,10 @@ def test_claim_lengths_are_learned_that_the_directions_alone_cannot(bench):
 def test_banks_of_other_alphas_and_ranks_stack(bench):
     """Ranks of the wrapped methods are padded, as their own are."""
     kinds = (jl.LoHa(1, 1.0), jl.LoHa(2, 4.0))
+    ctx = {"tokens": jnp.ones((3, 5), bool)}
+    tuned = lambda a: jl.lift(bench.model)(bench.params, a, bench.x, ctx=ctx)  # noqa: E731
     for wrap in (Decomposed, jl.TokenMask):
         one, two = (bench.noisy(wrap(m), seed=k) for k, m in enumerate(kinds))
-        ctx = {"tokens": jnp.ones((3, 5), bool)}
-        tuned = lambda a: jl.lift(bench.model)(bench.params, a, bench.x, ctx=ctx)  # noqa: E731
         got = jax.vmap(tuned)(jl.stack([one, two]))
         for y, alone in zip(got, (one, two), strict=True):
             np.testing.assert_allclose(y, tuned(alone), rtol=1e-5, atol=1e-5)
