@@ -130,3 +130,13 @@ def test_kept_page_is_the_rendering_of_the_kept_figures():
     found = json.loads(run.FIGURES.read_text())
     page = run.PAGE.read_text()
     assert run.render(found, page) == page
+
+
+def test_overheads_of_all_cases_together():
+    from benchmarks.mixed_batch import together
+
+    cases = [
+        {"peft_overhead_vs_base": p, "overhead_vs_base": o} for p, o in ((1.1, 0.99), (1.3, 1.05))
+    ]
+    assert together(cases) == pytest.approx(0.4 / 0.04)
+    assert together(cases[:1]) == pytest.approx(0.1 / 1e-3)  # less than nothing counts as a little
