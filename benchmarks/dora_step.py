@@ -70,7 +70,9 @@ def _size(base: encoder.Base, rows: int, tokens: int, settings: timing.Settings)
     gain = encoder.adapter(config, params, Gain(encoder.RANK, encoder.ALPHA))
     runs["gain"] = encoder.Stepper(encoder.lifted(config), params, gain, batch).run
     label = f"dora_step {rows}x{tokens}"
-    seconds = timing.interleave(runs, settings.count(30 if rows > 4 else 50), settings, label)
+    seconds = timing.interleave(
+        runs, settings.count(80 if rows > 4 else 150), settings, label, limit=180
+    )
     ms = timing.best(seconds)
     ours, theirs = ms["dora"] - ms["lora"], ms["peft_dora"] - ms["peft_lora"]
     least = ms["gain"] - ms["lora"]
@@ -87,4 +89,4 @@ def _size(base: encoder.Base, rows: int, tokens: int, settings: timing.Settings)
 
 
 if __name__ == "__main__":
-    timing.main("dora_step", measure)
+    timing.main("dora_step", measure, keep=True)

@@ -47,7 +47,9 @@ def _size(base: encoder.Base, rows: int, tokens: int, settings: timing.Settings)
     difference = peers.agree(steps["jlora"].train, lambda: train(data))
     runs = {k: s.run for k, s in steps.items()} | {"peft": lambda: train(data)}
     label = f"lora_step {rows}x{tokens}"
-    seconds = timing.interleave(runs, settings.count(40 if rows > 4 else 60), settings, label)
+    seconds = timing.interleave(
+        runs, settings.count(80 if rows > 4 else 150), settings, label, limit=120
+    )
     ms, products = timing.best(seconds), _products(config, rows * tokens, settings)
     equal = ms["peft"] - products["torch"] + products["xla"]
     temp = {k: s.temp_mib for k, s in steps.items()}
@@ -96,4 +98,4 @@ def _repeat(fn: Any, x: Any, w: Any) -> Any:
 
 
 if __name__ == "__main__":
-    timing.main("lora_step", measure)
+    timing.main("lora_step", measure, keep=True)

@@ -69,7 +69,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
         "one_adapter": best.run,
         "peft": theirs,
     }
-    seconds = timing.interleave(runs, settings.count(20), settings, "many_adapters")
+    seconds = timing.interleave(runs, settings.count(50), settings, "many_adapters", limit=120)
     ms, memory = timing.best(seconds), together.memory_analysis()
     others = _bytes((bank.frozen, trained, optimizer, data))
     temp = single.memory_analysis().temp_size_in_bytes
@@ -89,4 +89,4 @@ def _bytes(tree: Any) -> int:
 
 
 if __name__ == "__main__":
-    timing.main("many_adapters", measure)
+    timing.main("many_adapters", measure, keep=True)

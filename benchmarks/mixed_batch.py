@@ -49,9 +49,17 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     torch_base = peers.model(base, settings.threads)
     model = peers.peft(base, adapters, settings.threads, train=False)
     found: dict[str, Any] = {}
+    spread: dict[str, Any] = {}
     for tokens in sizes:
         batch = encoder.batch(config, rows, tokens)
         ids, mask, _ = peers.batch(batch)
+        runs = {
+            "base": lambda b=batch: jax.block_until_ready(plain(params, b.ids, b.mask)),
+            "one_adapter": lambda b=batch: jax.block_until_ready(one(params, b.ids, b.mask)),
+            "torch_base": torch.inference_mode()(
+                lambda ids=ids, mask=mask: torch_base(ids, attention_mask=mask).last_hidden_state
+            ),
+        }
         for count in counts:
             which = np.arange(rows, dtype=np.int32) % count
             names = [f"a{k}" for k in which]
@@ -64,21 +72,13 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
             def theirs(ids=ids, mask=mask, names=names):
                 return model(ids, attention_mask=mask, adapter_names=names).last_hidden_state
 
-            @torch.inference_mode()
-            def torch_plain(ids=ids, mask=mask):
-                return torch_base(ids, attention_mask=mask).last_hidden_state
-
-            runs = {
-                "jlora": ours,
-                "base": lambda b=batch: jax.block_until_ready(plain(params, b.ids, b.mask)),
-                "one_adapter": lambda b=batch: jax.block_until_ready(one(params, b.ids, b.mask)),
-                "peft": theirs,
-                "torch_base": torch_plain,
-            }
             peers.alike(ours(), theirs(), batch.mask)
-            label = f"mixed_batch {rows}x{tokens}, {count} adapters"
-            seconds = timing.interleave(runs, settings.count(25), settings, label, limit=60)
-            found[f"{rows}x{tokens}_{count}"] = _case(seconds)
+            runs |= {f"jlora_{count}": ours, f"peft_{count}": theirs}
+        label = f"mixed_batch {rows}x{tokens}"
+        seconds = timing.interleave(runs, settings.count(120), settings, label, limit=120)
+        ms = timing.best(seconds)
+        found |= {f"{rows}x{tokens}_{count}": _case(ms, count) for count in counts}
+        spread[f"{rows}x{tokens}"] = timing.spread(seconds)
     worst = max(found.values(), key=lambda f: f["overhead_vs_base"])
     return {
         "overhead_vs_base": worst["overhead_vs_base"],
@@ -88,6 +88,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
         "overhead_ratio_at_best": min(f["overhead_ratio_at_best"] for f in found.values()),
         "ratio_vs_peft": min(f["ratio_vs_peft"] for f in found.values()),
         "recompiles": _recompiles(mixed, params, bank, rows, batch),
+        "ms": spread,
     } | found
 
 
@@ -98,9 +99,9 @@ def together(cases: Iterable[dict[str, Any]]) -> float:
     return timing.ratio_of_extras(theirs, ours, len(both))
 
 
-def _case(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    ms = timing.best(seconds)
-    ours, theirs = ms["jlora"] / ms["base"], ms["peft"] / ms["torch_base"]
+def _case(ms: dict[str, float], count: int) -> dict[str, Any]:
+    mine, peft = ms[f"jlora_{count}"], ms[f"peft_{count}"]
+    ours, theirs = mine / ms["base"], peft / ms["torch_base"]
     best = ms["one_adapter"] / ms["base"]
     return {
         "overhead_vs_base": ours,
@@ -108,8 +109,7 @@ def _case(seconds: dict[str, list[float]]) -> dict[str, Any]:
         "overhead_ratio_vs_peft": timing.ratio_of_extras(theirs - 1, ours - 1, 1.0),
         "overhead_at_best": best,
         "overhead_ratio_at_best": timing.ratio_of_extras(theirs - 1, best - 1, 1.0),
-        "ratio_vs_peft": ms["peft"] / ms["jlora"],
-        "ms": timing.spread(seconds),
+        "ratio_vs_peft": peft / mine,
     }
 
 
@@ -123,4 +123,4 @@ def _recompiles(mixed: Any, params: Any, bank: Any, rows: int, batch: encoder.Ba
 
 
 if __name__ == "__main__":
-    timing.main("mixed_batch", measure)
+    timing.main("mixed_batch", measure, keep=True)

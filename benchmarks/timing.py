@@ -7,12 +7,18 @@ heavy is imported:
 - 1 thread: pinned to one core, the minimum of CPU time, which a busy machine bends least;
 - 2 threads: the minimum of wall time, worth reading on a quiet machine only.
 
-Repetitions are interleaved and their order rotates, so that drift meets all peers alike. With
+Repetitions are interleaved, each time in another order drawn by chance (the same in every run): so
+drift meets all peers alike, and so does what the one before leaves behind (cold caches, a thread
+pool that still spins). With
 :math:`t` the minimum over repetitions,
 
 .. math:: \mathrm{ratio} = t_{\mathrm{peer}} / t_{\mathrm{jlora}}
 
-is above 1 where jlora is faster. Progress goes to stderr; the last line of stdout is one JSON
+is above 1 where jlora is faster. Where steps use large temporary memory, glibc is told to keep it
+from step to step (``KEEP``), for all peers of the process: giving 140 MiB back to the kernel and
+taking it again, page by page, is a tenth of a step. ``--plain-malloc`` measures without.
+
+Progress goes to stderr; the last line of stdout is one JSON
 object. ``--quick`` takes tiny shapes, one thread and two repetitions: it shows that a benchmark
 runs, no more.
 
@@ -26,6 +32,7 @@ import gc
 import json
 import os
 import platform
+import random
 import resource
 import subprocess
 import sys
@@ -34,7 +41,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc then asks the kernel for 2 MiB pages
+KEEP = {  # glibc then keeps what a step frees for the next one, instead of giving it back
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
+}
 
 
 @dataclass(frozen=True)
@@ -74,14 +85,16 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every call, {name: [repetitions]}; `warm` calls of each come first, uncounted.
 
+    Every repetition calls all of them, in an order of its own.
+
     A run returns when its work is done (it blocks until its arrays are ready). After `limit`
     seconds of wall time no further repetition starts, once there are three.
     """
     names, clock, began = list(runs), settings.clock, time.perf_counter()
+    draw = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warm, repetitions):
-        for k in range(len(names)):
-            name = names[(turn + k) % len(names)]
+        for name in draw.sample(names, len(names)):
             run = runs[name]
             if isinstance(run, Fresh):
                 run = functools.partial(run.run, run.make())
@@ -158,9 +171,18 @@ def _status(field: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
 
 
-def main(name: str, measure: Callable[[Settings], dict[str, Any]], threads=(1, 2)) -> None:
-    """The command line of a benchmark: measures in child processes, prints one JSON line."""
-    args = _parser(name, threads).parse_args()
+def main(
+    name: str,
+    measure: Callable[[Settings], dict[str, Any]],
+    threads: Sequence[int] = (1, 2),
+    keep: bool = False,
+) -> None:
+    """The command line of a benchmark: measures in child processes, prints one JSON line.
+
+    `keep`: with memory kept between steps (`KEEP`), for all peers, unless --plain-malloc says no.
+    """
+    args = _parser(name, threads, keep).parse_args()
+    keep = keep and not args.plain_malloc
     if args.threads is not None:
         settings = Settings(args.quick, args.threads, args.repetitions)
         print(json.dumps(measure(settings), default=float))
@@ -168,22 +190,25 @@ def main(name: str, measure: Callable[[Settings], dict[str, Any]], threads=(1, 2
     found: dict[str, Any] = {"benchmark": name}
     for n in threads[:1] if args.quick else threads:
         note(f"{name}: {n} thread{'s' if n > 1 else ''}")
-        figures = _child(name, n, args)
+        figures = _child(name, n, args, keep)
         found |= figures if n == threads[0] else {f"threads_{n}": figures}
-    found["environment"] = environment(args.huge_pages)
+    found["environment"] = environment(keep)
     print(json.dumps(found))
 
 
-def _parser(name: str, threads: Sequence[int]) -> argparse.ArgumentParser:
+def _parser(name: str, threads: Sequence[int], keep: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--repetitions", type=int, help="instead of the benchmark's own number")
-    parser.add_argument("--huge-pages", action="store_true", help=f"GLIBC_TUNABLES={HUGE_PAGES}")
+    settings = " ".join(f"{k}={v}" for k, v in KEEP.items())
+    parser.set_defaults(plain_malloc=False)
+    if keep:
+        parser.add_argument("--plain-malloc", action="store_true", help=f"without {settings}")
     parser.add_argument("--threads", type=int, choices=threads, help="measure in this process")
     return parser
 
 
-def _child(name: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
+def _child(name: str, threads: int, args: argparse.Namespace, keep: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", f"benchmarks.{name}", f"--threads={threads}"]
     command += ["--quick"] * args.quick
     command += [f"--repetitions={args.repetitions}"] * (args.repetitions is not None)
@@ -195,8 +220,7 @@ def _child(name: str, threads: int, args: argparse.Namespace) -> dict[str, Any]:
     for pool in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         env[pool] = str(threads)
     env |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if args.huge_pages:
-        env["GLIBC_TUNABLES"] = HUGE_PAGES
+    env |= KEEP if keep else {}
     done = subprocess.run(
         command, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: _pin(threads)
     )
@@ -211,7 +235,7 @@ def _pin(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
 
 
-def environment(huge_pages: bool = False) -> dict[str, Any]:
+def environment(keep: bool = False) -> dict[str, Any]:
     """What a figure depends on besides the code."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -222,7 +246,7 @@ def environment(huge_pages: bool = False) -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return found | {"load": load, "huge_pages": huge_pages, "max_rss_mib": _children_mib()}
+    return found | {"load": load, "memory_kept": keep, "max_rss_mib": _children_mib()}
 
 
 def _cpu() -> str:

@@ -87,6 +87,7 @@ def spread(h: jax.Array, v: jax.Array) -> jax.Array:
     """
     if compat.explicit(h):
         return compat.matmul(h, v, thin=True)
+    v = jax.lax.optimization_barrier(v)  # its scale is multiplied in once, not for every token
     dtype, row = wide(h.dtype), (*[1] * (h.ndim - 1), v.shape[1])
     rows = (v[k].astype(dtype).reshape(row) for k in range(v.shape[0]))
     parts = (h[..., k, None].astype(dtype) * r for k, r in enumerate(rows))

@@ -1,5 +1,7 @@
 """Every benchmark runs on tiny shapes and prints the figures that the table asks for."""
 
+import collections
+import itertools
 import json
 import os
 import subprocess
@@ -70,12 +72,18 @@ def test_runs_and_finds_what_the_table_asks_for(measured, module):
         assert figures["merge_dense_weight_gradients"] > 0  # the count sees one where there is one
 
 
-def test_interleaved_runs_rotate_and_warm_up_does_not_count():
-    calls, settings = [], timing.Settings(repetitions=3)
-    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+def test_interleaved_runs_change_their_order_and_warm_up_does_not_count():
+    calls, settings = [], timing.Settings(repetitions=40)
+    runs = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = timing.interleave(runs, settings.count(99), settings)
-    assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3}
-    assert "".join(calls) == "abbaabbaab"
+    assert {k: len(v) for k, v in seconds.items()} == {"a": 40, "b": 40, "c": 40}
+    turns = ["".join(calls[k : k + 3]) for k in range(0, len(calls), 3)]
+    assert len(turns) == 42 and {"".join(sorted(t)) for t in turns} == {"abc"}
+    before = collections.Counter(itertools.pairwise(calls))  # who comes before whom
+    assert min(before[x, y] for x in "abc" for y in "abc" if x != y) > 8
+    again: list[str] = []
+    timing.interleave({n: lambda n=n: again.append(n) for n in "abc"}, 40, settings)
+    assert again == calls
 
 
 def test_a_used_up_input_is_made_anew_each_time():
