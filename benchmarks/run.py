@@ -1,6 +1,6 @@
 r"""Runs the benchmarks one after the other and writes their table.
 
-``python -m benchmarks.run [--quick] [--only=NAME,...]``: about 35 minutes on two quiet cores.
+``python -m benchmarks.run [--quick] [--only=NAME,...]``: about 50 minutes on two quiet cores.
 Every object of figures goes to ``docs/results/benchmarks.json``, the table to
 ``docs/benchmarks.md`` between its markers; with ``--only`` the others keep their last figures.
 ``--quick`` writes nothing. ``--render`` makes the table again from the kept figures.
@@ -194,6 +194,7 @@ def main() -> None:
     if unknown := set(args.only.split(",")) - RUNS.keys():
         parser.error(f"--only: got {sorted(unknown)}, expected some of {list(RUNS)}")
     found = json.loads(FIGURES.read_text()) if FIGURES.exists() and not args.quick else {}
+    found = {name: found[name] for name in RUNS if name in found}
     for k, name in enumerate([] if args.render else args.only.split(",")):
         timing.note(f"[{k + 1}/{len(args.only.split(','))}] {name}")
         start = time.perf_counter()

@@ -9,8 +9,7 @@ heavy is imported:
 
 Repetitions are interleaved, each time in another order drawn by chance (the same in every run): so
 drift meets all peers alike, and so does what the one before leaves behind (cold caches, a thread
-pool that still spins). With
-:math:`t` the minimum over repetitions,
+pool that still spins). With :math:`t` the minimum over repetitions,
 
 .. math:: \mathrm{ratio} = t_{\mathrm{peer}} / t_{\mathrm{jlora}}
 

@@ -133,8 +133,9 @@ SYSTEMS: tuple[System, ...] = (
         "Liu 2024, 2402.09353; Yeh 2024, 2309.14859",
         Decomposed(LoHa(rank=2)),
         Decomposed(LoKr(rank=1, factor=2)),
-        evidence="LyCORIS's outputs of DoHa, DoKr and DoRA with a core to 1e-5, its files back "
-        "bitwise",
+        Decomposed(LoRA(rank=2), by="in"),
+        evidence="LyCORIS's outputs of DoHa, DoKr and DoRA with cores, by output and by input, to "
+        "1e-5, its files back bitwise",
     ),
     _method(
         LoKr,

@@ -37,10 +37,8 @@ def flatten(params: Any) -> tuple[dict[str, Any], Any]:
 
 
 def path_string(path: Sequence[Any]) -> str:
-    def one(k):
-        return next((getattr(k, n) for n in ("key", "name", "idx") if hasattr(k, n)), k)
-
-    return "/".join(str(one(k)) for k in path)
+    """Its keys, names and indices, joined with '/'."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def is_array(v: Any) -> bool:

@@ -12,16 +12,18 @@ LoKr   lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 the same way, alpha / r  w1 (x) 
        and with a core lokr_t2
 ====== ====================================================== =================================
 
-LoCon, LoHa and LoKr with a dora_scale are `Decomposed`. Beside them is the scalar `alpha`, without
-which alpha is r. A LoKr of two whole factors has the scale 1 and its rank as alpha; on writing,
-another scale goes into its second factor. Of a convolution the factors of LoRA are [r, in, *window]
-and [out, r, 1, ...], those of LoCon [r, in, 1, ...] and [out, r, 1, ...], dora_scale is
-[out, 1, ...], and `lycoris_layout` says the others; windows have any number of axes. The factors of
-a LoKr may split the channels in any way (`unbalanced_factorization`, a `factor` above the root).
+LoCon, LoHa and LoKr with a dora_scale are `Decomposed`, and so is all with a dora_scale [1, in],
+the lengths by input (`wd_on_output` off). Beside them is the scalar `alpha`, without which alpha is
+r. A LoKr of two whole factors has the scale 1 and its rank as alpha; on writing, another scale goes
+into its second factor. Of a convolution the factors of LoRA are [r, in, *window] and
+[out, r, 1, ...], those of LoCon [r, in, 1, ...] and [out, r, 1, ...], dora_scale is [out, 1, ...]
+or [1, in, 1, ...], and `lycoris_layout` says the others; windows have any number of axes. The
+factors of a LoKr may split the channels in any way (`unbalanced_factorization`, a `factor` above
+the root).
 
 Source: the files of sd-scripts and LyCORIS 4.1, and what LyCORIS's layers compute from them (its
 `get_diff_weight` has alpha / r twice for LoHa and LoKr).
-Deviates: magnitudes by input (`wd_on_output` off), norms, biases and full weights are refused.
+Deviates: norms, biases and full weights are refused.
 """
 
 from __future__ import annotations
@@ -71,8 +73,9 @@ def read(site: Site, t: Arrays) -> Read:
     alpha = _alpha(t)
     t = {key: array for key, array in t.items() if key != ALPHA}
     keys = set(t)
-    if DORA_SCALE in keys and keys != {DOWN, UP, DORA_SCALE}:
-        return _read_decomposed(site, t, alpha)
+    by = _side(site, t[DORA_SCALE]) if DORA_SCALE in keys else None
+    if by == "in" or (by and keys != {DOWN, UP, DORA_SCALE}):
+        return _read_decomposed(site, t, alpha, by)
     if keys in ({DOWN, UP}, {DOWN, UP, DORA_SCALE}):
         rank = t[DOWN].shape[0] if t[DOWN].ndim else 0
         fields = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
@@ -80,7 +83,6 @@ def read(site: Site, t: Arrays) -> Read:
         renamed = {MATRIX[0]: t[DOWN], MATRIX[1]: t[UP]}
         if DORA_SCALE not in t:
             return LORA.read(site, renamed, fields)
-        want_shape(DORA_SCALE, t[DORA_SCALE], _magnitude(site))
         m = t[DORA_SCALE].reshape(magnitude_shape(site))
         return DORA.read(site, {**renamed, MAGNITUDE: m}, fields)
     if keys == {DOWN, MID, UP}:
@@ -102,12 +104,23 @@ def sparse(method: Method) -> bool:
     return table_of(method).sparse
 
 
-def _read_decomposed(site: Site, t: Arrays, alpha: float | None) -> Read:
+def _side(site: Site, m: np.ndarray) -> str:
+    """Whose lengths a dora_scale has, "out" or "in"."""
+    shapes = {by: _magnitude(site, by) for by in ("out", "in")}
+    for by, shape in shapes.items():
+        if m.shape == shape:
+            return by
+    expected = " or ".join(str(list(shape)) for shape in shapes.values())
+    raise ValueError(f"{DORA_SCALE} has shape {list(m.shape)}, expected {expected}")
+
+
+def _read_decomposed(site: Site, t: Arrays, alpha: float | None, by: str) -> Read:
     told = {} if alpha is None else {ALPHA: np.asarray(alpha)}
     made = read(site, {key: array for key, array in t.items() if key != DORA_SCALE} | told)
-    want_shape(DORA_SCALE, t[DORA_SCALE], _magnitude(site))
-    trainable = made.trainable | {"m": t[DORA_SCALE].reshape(site.d_out)}
-    return Read(Decomposed(made.method), trainable, made.frozen)
+    _, channels, after = window(site)
+    rows = (channels, 1) if after > 1 else (1, channels)
+    m = t[DORA_SCALE].reshape(rows if by == "in" else site.d_out)
+    return Read(Decomposed(made.method, by), made.trainable | {"m": m}, made.frozen)
 
 
 def _read_locon(site: Site, t: Arrays, alpha: float | None) -> Read:
@@ -196,7 +209,7 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
         made = write(site, method.method, {name: p[name] for name in p if name != "m"})
         if not made:
             raise ValueError("the delta is zero, which this format cannot say beside dora_scale")
-        return made | {DORA_SCALE: p["m"].reshape(_magnitude(site))}
+        return made | {DORA_SCALE: p["m"].reshape(_magnitude(site, method.by))}
     if type(method) not in (LoRA, LoCon, DoRA, LoHa, LoKr):
         raise ValueError(f"this format has no place for {type(method).__name__}")
     if "gather" in site.ops:
@@ -235,8 +248,9 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
     return made
 
 
-def _magnitude(site: Site) -> tuple[int, ...]:
-    return (site.d_out, 1, *(1 for _ in torch_window(site)))
+def _magnitude(site: Site, by: str = "out") -> tuple[int, ...]:
+    sides = (site.d_out, 1) if by == "out" else (1, window(site)[1])
+    return (*sides, *(1 for _ in torch_window(site)))
 
 
 def _exact_alpha(scale: np.ndarray, rank: int, dtype: Any) -> np.ndarray:

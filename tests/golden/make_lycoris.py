@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 
 LENGTHS = {"dora_wd": True, "wd_on_output": True}
+BY_INPUT = {"dora_wd": True, "wd_on_output": False}
 ADAPTERS = {
     "lora": {"algo": "lora"},
     "dora": {"algo": "lora", **LENGTHS},
@@ -34,6 +35,9 @@ ADAPTERS = {
     "doha": {"algo": "loha", **LENGTHS},
     "dokr": {"algo": "lokr", "factor": 2, **LENGTHS},
     "dokr_whole": {"algo": "lokr", "full_matrix": True, **LENGTHS},
+    "dora_in": {"algo": "lora", **BY_INPUT},
+    "doha_in": {"algo": "loha", **BY_INPUT},
+    "dokr_in": {"algo": "lokr", "factor": 2, **BY_INPUT},
 }
 WIDE = {
     "lora": {"algo": "lora"},
@@ -60,6 +64,9 @@ WIDE = {
     "doha_core": {"algo": "loha", "use_tucker": True, **LENGTHS},
     "dokr": {"algo": "lokr", **LENGTHS},
     "dokr_core": {"algo": "lokr", "use_tucker": True, **LENGTHS},
+    "dora_in": {"algo": "lora", **BY_INPUT},
+    "doha_in": {"algo": "loha", "use_tucker": True, **BY_INPUT},
+    "dokr_in": {"algo": "lokr", **BY_INPUT},
 }
 
 

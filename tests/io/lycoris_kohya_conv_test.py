@@ -11,6 +11,7 @@ import pytest
 import jlora as jl
 from jlora.core.adapter import unfold
 from jlora.io import FormatError, NameMap, kohya_modules, lycoris_layout, safetensors_file
+from jlora.methods import decomposed
 from tests.io.shared import conv, error, kernels
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +27,9 @@ METHODS = {"lora": jl.LoRA, "dora": jl.DoRA, "lora_core": jl.LoCon} | {
         *("lokr_core_both", "lokr_unbalanced", "lokr_whole"),
     )
 }
-METHODS |= dict.fromkeys(("dora_core", "doha_core", "dokr", "dokr_core"), jl.Decomposed)
-LIFTED = ("doha_core", "dokr", "lora_core", "loha_core", "lokr_core", "lokr_whole")
+BY_INPUT = ("dora_in", "doha_in", "dokr_in")
+METHODS |= dict.fromkeys(("dora_core", "doha_core", "dokr", "dokr_core", *BY_INPUT), jl.Decomposed)
+LIFTED = ("doha_core", "dokr", "dora_in", "lora_core", "loha_core", "lokr_core", "lokr_whole")
 
 
 def flax_model(p, x, flax=True):
@@ -114,7 +116,7 @@ def test_half_files_go_back_bitwise(name, tmp_path):
     "name",
     [
         *("lora_core", "loha_core", "lokr_core", "lokr_unbalanced", "lokr_whole"),
-        *("dora_core", "doha_core", "dokr", "dokr_core"),
+        *("dora_core", "doha_core", "dokr", "dokr_core", *BY_INPUT),
     ],
 )
 def test_real_lycoris_computes_what_we_write(name, tmp_path):
@@ -160,7 +162,8 @@ def test_real_lycoris_computes_what_we_write(name, tmp_path):
         ("lora_core", "head.lora_up.weight", lambda t: t[None], r"has shape"),
         ("dora", "three.dora_scale", lambda t: t[:, 0], "dora_scale has shape"),
         ("doha_core", "three.dora_scale", lambda t: t[:, 0], "dora_scale has shape"),
-        ("dokr", "head.dora_scale", lambda t: t.T, "dora_scale has shape"),  # by input
+        ("dokr", "head.dora_scale", lambda t: t.T, r"expected \[10, 1\] or \[1, 18\]"),
+        ("dora_in", "two.dora_scale", lambda t: t[0], "dora_scale has shape"),
         ("dokr", "head.lokr_w1", lambda t: None, "no LoRA, LoCon, DoRA, LoHa or LoKr"),
     ],
 )
@@ -182,6 +185,14 @@ def test_mutation_a_core_with_its_ranks_swapped_is_seen(monkeypatch):
     for name in ("lora_core", "loha_core", "lokr_core"):
         with pytest.raises(AssertionError):
             check_value(name, flax_model)
+
+
+def test_mutation_a_channel_taken_for_a_place_of_the_window_is_seen(monkeypatch):
+    good = decomposed._places
+    monkeypatch.setattr(decomposed, "_places", lambda shape, rows: good(shape[::-1], rows))
+    for fn in FORMS:
+        with pytest.raises((AssertionError, TypeError, ValueError)):
+            check_value("dora_in", fn)
 
 
 def test_a_core_for_a_matrix_is_refused(tmp_path):

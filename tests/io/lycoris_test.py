@@ -18,7 +18,8 @@ GOLDEN = ROOT / "third_party" / "lycoris"
 STATE, _ = safetensors_file.read(GOLDEN / "base.safetensors")
 NAMES = NameMap({r"blocks/(up_proj|down)/kernel": r"blocks.{i}.\1"})
 METHODS = {"lora": jl.LoRA, "dora": jl.DoRA, "loha": jl.LoHa, "lokr": jl.LoKr, "lokr_both": jl.LoKr}
-METHODS |= dict.fromkeys(("doha", "dokr", "dokr_whole"), jl.Decomposed)
+BY_INPUT = ("dora_in", "doha_in", "dokr_in")
+METHODS |= dict.fromkeys(("doha", "dokr", "dokr_whole", *BY_INPUT), jl.Decomposed)
 X = jnp.asarray(STATE["x"])
 
 
@@ -52,6 +53,7 @@ def check_value(name):
     assert error(model(PARAMS, X), STATE["expected"]) <= 1e-5 < 1e-3 < error(model(PARAMS, X), want)
     adapter = load(GOLDEN / f"{name}.safetensors")
     assert {type(m) for _, m in adapter.sites} == {METHODS[name]}
+    assert {getattr(m, "by", "out") == "in" for _, m in adapter.sites} == {name in BY_INPUT}
     assert error(jl.lift(model)(PARAMS, adapter, X), want) <= 1e-5
     assert error(model(jl.merge(PARAMS, adapter), X), want) <= 1e-5
 
@@ -83,7 +85,7 @@ def test_golden_files_are_those_of_the_metadata():
     assert listed == found
 
 
-@pytest.mark.parametrize("name", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("name", ["lora", "loha", "lokr", *BY_INPUT])
 def test_real_lycoris_reads_what_we_write(name, tmp_path):
     torch, lycoris = pytest.importorskip("torch"), pytest.importorskip("lycoris")
     spec = importlib.util.spec_from_file_location(

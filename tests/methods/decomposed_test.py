@@ -1,4 +1,4 @@
-"""Decomposed: the norms in closed form, DoRA as its limit, the detached gradient, banks."""
+"""Decomposed: norms in closed form, by column or row, DoRA as limit, detached gradient, banks."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,56 @@ def check_value(bench, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_value(bench, name):
     check_value(bench, name)
+
+
+def check_rows(bench, name):
+    adapter = bench.noisy(Decomposed(METHODS[name], by="in"))
+    p = bench.numbers(adapter)
+    assert p["m"].shape == (1, 12)
+    v = bench.w + delta(name, p)
+    bench.agree(adapter, v * (p["m"][0] / np.linalg.norm(v, axis=1))[:, None])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_value_by_rows(bench, name):
+    check_rows(bench, name)
+
+
+def test_rows_have_length_m_and_the_norm_is_a_constant(bench):
+    adapter = bench.noisy(Decomposed(METHODS["loha"], by="in"))
+    p, dy = bench.numbers(adapter), np.random.default_rng(3).normal(size=(3, 5, 8))
+    lengths = np.linalg.norm(bench.merged(adapter), axis=1)
+    np.testing.assert_allclose(lengths, np.abs(p["m"][0]), rtol=1e-5)
+
+    def loss(trainable):
+        y = bench.forward(adapter.replace(trainable=trainable))
+        return jnp.sum(y * jnp.asarray(dy, y.dtype))
+
+    got = jax.grad(loss)(adapter.trainable)["w"]
+    x, g = np.asarray(bench.x, np.float64).reshape(15, 12), dy.reshape(15, 8)
+    v = bench.w + delta("loha", p)
+    norm = np.linalg.norm(v, axis=1)
+    dv = p["scale"] * (p["m"][0] / norm)[:, None] * (x.T @ g)
+    want = (dv * (p["a2"] @ p["b2"])) @ p["b1"].T
+    np.testing.assert_allclose(got["a1"], want, rtol=1e-3, atol=1e-3)
+    want = np.sum(x * (g @ v.T), axis=0) / norm
+    np.testing.assert_allclose(got["m"][0], want, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_a_channel_have_one_length():
+    """Flax has the window before the channels, torch after them."""
+    norms = jnp.arange(1.0, 7.0)
+    np.testing.assert_allclose(
+        decomposed._together(norms, (1, 2)), np.sqrt([[1 + 9 + 25, 4 + 16 + 36]]), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        decomposed._together(norms, (2, 1)), np.sqrt([[1 + 4 + 9], [16 + 25 + 36]]), rtol=1e-6
+    )
+    for gains, want in (
+        (jnp.array([[1, 2]]), [1, 2] * 3),
+        (jnp.array([[1], [2]]), [1] * 3 + [2] * 3),
+    ):
+        np.testing.assert_array_equal(decomposed._rows(gains, 6), want)
 
 
 def test_limit_with_lora_it_is_dora(bench):
@@ -111,6 +161,8 @@ def test_banks_of_other_alphas_and_ranks_stack(bench):
 
 
 def test_refusals(bench):
+    with pytest.raises(ValueError, match=r"by: expected 'out' or 'in', got 'rows'"):
+        Decomposed(jl.LoHa(2), by="rows")
     with pytest.raises(ValueError, match=r"expected a method with factors, got HiRA"):
         Decomposed(jl.HiRA(2))
     with pytest.raises(ValueError, match=r"expected a method with factors, got DoRA"):
@@ -134,5 +186,6 @@ def test_mutation_a_missing_cross_term_is_seen(bench, monkeypatch, name, right):
         return jnp.sqrt(jnp.sum(w * w, axis=0) + jnp.sum(d * d, axis=0))
 
     monkeypatch.setattr(decomposed, right, wrong)
-    with pytest.raises(AssertionError):
-        check_value(bench, name)
+    for check in (check_value, check_rows):
+        with pytest.raises(AssertionError):
+            check(bench, name)
