@@ -73,6 +73,7 @@ def _adapters(run: str = "", note: str = "") -> list[Row]:
     return [
         Row(dora, "16x64/dora_over_lora", f"DoRA / LoRA in jlora, 16x64{note}", ("<=", 1.15)),
         Row(dora, "16x64/extra_ratio_vs_peft", f"{extra}, 16x64{note}", (">=", 2.0)),
+        Row(dora, "16x64/extra_ratio_of_medians", f"the same of medians, 16x64{note}"),
         Row(dora, "16x64/extra_ratio_at_best", f"PEFT's extra / that of a gain alone, 16x64{note}"),
         Row(dora, "2x32/dora_over_lora", f"DoRA / LoRA in jlora, 2x32{note}"),
         Row(dora, "2x32/extra_ratio_vs_peft", f"{extra}, 2x32{note}", (">=", 2.0)),
