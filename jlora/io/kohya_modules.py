@@ -52,7 +52,7 @@ from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
 from jlora.io.peft_table import Arrays, Read, scale_of, trim, want_shape
 from jlora.io.peft_tables import table_of
 from jlora.io.torch_layout import first, magnitude_shape, second
-from jlora.methods.decomposed import Decomposed
+from jlora.methods.decomposed import Decomposed, rows_shape
 from jlora.methods.dora import DoRA
 from jlora.methods.locon import LoCon
 from jlora.methods.loha import LoHa
@@ -117,9 +117,7 @@ def _side(site: Site, m: np.ndarray) -> str:
 def _read_decomposed(site: Site, t: Arrays, alpha: float | None, by: str) -> Read:
     told = {} if alpha is None else {ALPHA: np.asarray(alpha)}
     made = read(site, {key: array for key, array in t.items() if key != DORA_SCALE} | told)
-    _, channels, after = window(site)
-    rows = (channels, 1) if after > 1 else (1, channels)
-    m = t[DORA_SCALE].reshape(rows if by == "in" else site.d_out)
+    m = t[DORA_SCALE].reshape(rows_shape(site) if by == "in" else site.d_out)
     return Read(Decomposed(made.method, by), made.trainable | {"m": m}, made.frozen)
 
 

@@ -79,9 +79,7 @@ class Decomposed(Method):
         if "m" in trainable | frozen:
             raise ValueError(f"Decomposed: {type(self.method).__name__} has an `m` of its own")
         p = {**site.shared, **frozen, **trainable}
-        _, channels, after = window(site)
-        shape = (channels, 1) if after > 1 else (1, channels)
-        norms = self._norms(site.weight(), p, shape if self.by == "in" else None)
+        norms = self._norms(site.weight(), p, rows_shape(site) if self.by == "in" else None)
         return {**trainable, "m": norms}, frozen
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
@@ -119,6 +117,12 @@ class Decomposed(Method):
         if factors is None:  # (u v)^T = v^T u^T
             first, second = second, first
         return _together(norms(w.T, first.T, second.T), rows)
+
+
+def rows_shape(site: Site) -> tuple[int, int]:
+    """The shape of m by rows: it tells whether the window or the channels come first in d_in."""
+    _, channels, after = window(site)
+    return (channels, 1) if after > 1 else (1, channels)
 
 
 def _column_norms(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:

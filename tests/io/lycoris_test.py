@@ -86,7 +86,7 @@ def test_golden_files_are_those_of_the_metadata():
 
 
 @pytest.mark.parametrize("name", ["lora", "loha", "lokr", *BY_INPUT])
-def test_real_lycoris_reads_what_we_write(name, tmp_path):
+def test_real_lycoris_reads_what_we_write(name, tmp_path, monkeypatch):
     torch, lycoris = pytest.importorskip("torch"), pytest.importorskip("lycoris")
     spec = importlib.util.spec_from_file_location(
         "make_lycoris", ROOT / "tests" / "golden" / "make_lycoris.py"
@@ -99,7 +99,7 @@ def test_real_lycoris_reads_what_we_write(name, tmp_path):
     adapter = adapter.replace(trainable=jax.tree.map(lambda t: 1.1 * t, adapter.trainable))
     path = tmp_path / "x.safetensors"
     jl.io.save_kohya(path, adapter, NAMES, "lycoris")
-    lycoris.LycorisNetwork.apply_preset({"target_module": ["Block"]})
+    monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_MODULE", ["Block"])  # back after it
     options = {"linear_dim": 2, "linear_alpha": 3.0, **make.ADAPTERS[name]}
     network = lycoris.create_lycoris(base, 1.0, **options)
     network.apply_to()
