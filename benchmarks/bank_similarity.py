@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks import merging, timing
-from jlora.core import algebra
+from jlora import algebra
 
 
 def dense(bank: Any) -> np.ndarray:

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import merging, timing
-from jlora.core.algebra import LowRank
-from jlora.merging.truncated import truncated
+from jlora.algebra import LowRank
+from jlora.merging.exact.truncated import truncated
 
 
 def dense_svd(low: LowRank, w: jax.Array, rank: int) -> LowRank:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from benchmarks import merging, timing
 from benchmarks.merge_core_svd import dense_svd
-from jlora.merging.dare import dare_ties
-from jlora.merging.ties import ties
-from jlora.merging.truncated import truncated
+from jlora.merging.elementwise.dare import dare_ties
+from jlora.merging.elementwise.ties import ties
+from jlora.merging.exact.truncated import truncated
 
 PLOT = Path(__file__).parents[1] / "docs" / "results" / "merge_scaling.svg"
 OUT = 16  # rank of the result

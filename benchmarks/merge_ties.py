@@ -38,11 +38,11 @@ import numpy as np
 import torch
 
 from benchmarks import merging, timing
-from jlora.core.algebra import LowRank
-from jlora.merging.dare import dare_ties, dare_ties_rule
-from jlora.merging.peft_factor import peft_dare_ties, peft_ties
-from jlora.merging.streamed import Solver, into
-from jlora.merging.ties import ties, ties_rule
+from jlora.algebra import LowRank
+from jlora.merging.elementwise.dare import dare_ties, dare_ties_rule
+from jlora.merging.elementwise.ties import ties, ties_rule
+from jlora.merging.engine.streamed import Solver, into
+from jlora.merging.peft.factors import peft_dare_ties, peft_ties
 
 DENSITY = 0.2
 SITES, RULES = (
@@ -210,7 +210,7 @@ def _agreement(bank: merging.Bank, w: Any, rank: int, theirs: Any, merge_tensors
         kits = kit(merge_tensors, "ties", one, np.asarray(w))()[path]
         found["mergekit"] = merging.gap(full(low, w, jnp.zeros(kits.shape)), kits)
     theirs.merge(w, "ties_svd", density=DENSITY, svd_rank=rank)
-    from jlora.merging.peft_svd import peft_ties_svd
+    from jlora.merging.peft.svd import peft_ties_svd
 
     got = jax.jit(lambda low, w: peft_ties_svd(low, w, density=DENSITY, rank=rank))(low, w)
     found["peft"] = merging.gap(got.u @ got.v, theirs.product(path))

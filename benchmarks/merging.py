@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import timing
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 
 Bank = dict[str, LowRank]  # site -> u [N, d, r], v [N, r, d]
 

@@ -33,9 +33,9 @@ import numpy as np
 import jlora as jl
 from experiments.stages import zoo as zoo_lib
 from experiments.stages.world import World, classifier
-from jlora.merging import adamerging, coefficients
-from jlora.merging.lorahub import lorahub
-from jlora.merging.streamed import Solver
+from jlora.merging.engine.streamed import Solver
+from jlora.merging.learned import adamerging, coefficients
+from jlora.merging.learned.lorahub import lorahub
 
 PyTree = Any
 STREAMED = {"solver": Solver(store=True)}  # one pass; a dense delta of these sites is small

@@ -23,10 +23,10 @@ jl.LoRA, jl.DoRA, ...                 the methods; jl.Method is the contract for
 `jlora.contract.check(MyMethod())` tries the laws on a method of your own.
 """
 
+from jlora import algebra as algebra
 from jlora import io as io
 from jlora import lapack as _lapack
 from jlora import merging as merging
-from jlora.core import algebra as algebra
 from jlora.core.adapter import Adapter as Adapter
 from jlora.core.adapter import Method as Method
 from jlora.core.adapter import Site as Site
@@ -36,28 +36,28 @@ from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.lift import lift as lift
 from jlora.core.merge import delta as delta
 from jlora.core.merge import merge as merge
-from jlora.core.quantized import Quantized as Quantized
-from jlora.core.quantized import quantize as quantize
-from jlora.core.sharding import specs as specs
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
-from jlora.methods.adalora import AdaLoRA as AdaLoRA
-from jlora.methods.boft import BOFT as BOFT
-from jlora.methods.decomposed import Decomposed as Decomposed
-from jlora.methods.dora import DoRA as DoRA
-from jlora.methods.experts import Experts as Experts
-from jlora.methods.hira import HiRA as HiRA
-from jlora.methods.ia3 import IA3 as IA3
-from jlora.methods.locon import LoCon as LoCon
-from jlora.methods.loha import LoHa as LoHa
-from jlora.methods.lokr import LoKr as LoKr
-from jlora.methods.lora import LoRA as LoRA
-from jlora.methods.oft import OFT as OFT
-from jlora.methods.pissa import PiSSA as PiSSA
-from jlora.methods.token_mask import TokenMask as TokenMask
-from jlora.methods.trainable_tokens import TrainableTokens as TrainableTokens
-from jlora.methods.vera import VeRA as VeRA
+from jlora.methods.decomposed.decomposed import Decomposed as Decomposed
+from jlora.methods.decomposed.dora import DoRA as DoRA
+from jlora.methods.kronecker.lokr import LoKr as LoKr
+from jlora.methods.low_rank.adalora import AdaLoRA as AdaLoRA
+from jlora.methods.low_rank.hira import HiRA as HiRA
+from jlora.methods.low_rank.locon import LoCon as LoCon
+from jlora.methods.low_rank.loha import LoHa as LoHa
+from jlora.methods.low_rank.lora import LoRA as LoRA
+from jlora.methods.low_rank.pissa import PiSSA as PiSSA
+from jlora.methods.orthogonal.boft import BOFT as BOFT
+from jlora.methods.orthogonal.oft import OFT as OFT
+from jlora.methods.routed.experts import Experts as Experts
+from jlora.methods.selective.ia3 import IA3 as IA3
+from jlora.methods.selective.trainable_tokens import TrainableTokens as TrainableTokens
+from jlora.methods.shared_basis.vera import VeRA as VeRA
+from jlora.methods.wrappers.token_mask import TokenMask as TokenMask
+from jlora.quantized import Quantized as Quantized
+from jlora.quantized import quantize as quantize
 from jlora.serving.rows import rows as rows
+from jlora.sharding import specs as specs
 
 __all__ = [
     "BOFT",

@@ -24,10 +24,10 @@ from jlora.core.adapter import Adapter, Method, stack
 from jlora.core.evaluate import DenseWeightError
 from jlora.core.lift import lift
 from jlora.core.merge import merge
-from jlora.core.sharding import specs
 from jlora.core.sites import init
 from jlora.io import NameMap, load_peft, save_peft
-from jlora.io.peft_tables import table_of
+from jlora.io.peft.tables import table_of
+from jlora.sharding import specs
 
 PATTERN = "layers/(up|down)"
 SHAPES = {"up": (8, 12), "down": (12, 8)}

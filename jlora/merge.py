@@ -1,4 +1,4 @@
-"""`python -m jlora.merge --config merge.yaml`: merges adapters in files. See `jlora.merge_cli`.
+"""`python -m jlora.merge --config merge.yaml`: merges adapters in files. See `jlora.cli.merge`.
 
 `jl.merge` is the function that merges an adapter into parameters. Python runs a module without
 importing it under its name, so both can be called `merge`; should anyone `import jlora.merge`, the
@@ -11,7 +11,7 @@ Deviates: nothing.
 import sys
 
 if __name__ == "__main__":
-    from jlora.merge_cli.main import main
+    from jlora.cli.merge.main import main
 
     raise SystemExit(main())
 

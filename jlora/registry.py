@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.core.adapter import Method
-from jlora.merging.systems import OTHERS, Other
-from jlora.merging.table import ROWS, Merging
+from jlora.merging.engine.components import OTHERS, Other
+from jlora.merging.engine.table import ROWS, Merging
 from jlora.methods import (
     BOFT,
     IA3,
@@ -48,7 +48,7 @@ class System:
     paper: str  # first author, year, arXiv number
     family: str  # one of FAMILIES
     kind: str  # one of KINDS: own mechanism, composition of others, or recipe
-    module: str  # "jlora.methods.dora"
+    module: str  # "jlora.methods.decomposed.dora"
     symbol: str  # what the module exports for it
     tests: tuple[str, ...]  # files
     evidence: str  # what has been measured about it, and where
@@ -78,7 +78,7 @@ def _method(
 ) -> System:
     module = cls.__module__
     tests = (f"tests/methods/{module.rsplit('.', 1)[1]}_test.py", "tests/contract_test.py")
-    tests += ("tests/io/peft_torch_test.py",) if peft else ()
+    tests += ("tests/io/peft/parity_test.py",) if peft else ()
     seen = "; ".join(filter(None, (CONTRACT, evidence, PARITY if peft else "")))
     row = (cls.__name__, paper, "method", kind, module, cls.__name__, tests, seen)
     return System(*row, examples=examples, breaks=breaks or {})
@@ -93,10 +93,15 @@ def _other(
 
 
 def _merging(row: Merging) -> System:
-    """A row of the table of merges; its laws are those of `jlora.merging.laws`."""
+    """A row of the table of merges; its laws are those of `jlora.merging.engine.laws`."""
     module = row.function.__module__
     tests = row.tests or (f"tests/merging/{module.rsplit('.', 1)[1]}_test.py",)
-    seen = (module, row.function.__name__, (*tests, "tests/merging/laws_test.py"), row.evidence)
+    seen = (
+        module,
+        row.function.__name__,
+        (*tests, "tests/merging/engine/laws_test.py"),
+        row.evidence,
+    )
     return System(row.name, row.paper, "merging", row.kind, *seen, breaks=row.breaks)
 
 

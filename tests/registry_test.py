@@ -11,7 +11,7 @@ import jlora.methods
 from jlora import registry, systems
 from jlora.contract import LAWS
 from jlora.core.adapter import Method
-from jlora.merging.table import LAWS as MERGING_LAWS
+from jlora.merging.engine.table import LAWS as MERGING_LAWS
 
 ROOT = Path(__file__).parents[1]
 

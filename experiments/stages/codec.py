@@ -21,7 +21,9 @@ from experiments.progress import Progress
 from experiments.stages.world import World
 from experiments.stages.zoo import Zoo
 from experiments.workdir import Stage, StageError, load_tree, save_tree, write_json
-from jlora.generation import canonical, codec, normalise, tokens
+from jlora.generation.codecs import codec
+from jlora.generation.tokens import canonical, normalise
+from jlora.generation.tokens import site_tokens as tokens
 
 PyTree = Any
 VARIANTS = ("ours", "pdiff_global", "pdiff_task")

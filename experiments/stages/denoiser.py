@@ -15,7 +15,8 @@ from experiments.stages import codec, conditions, loop, ours, pdiff, prior
 from experiments.stages.codec import Coded
 from experiments.stages.world import World
 from experiments.workdir import Stage, load_tree, save_tree, write_json
-from jlora.generation import dit, ema, ridge
+from jlora.generation.baselines import ridge
+from jlora.generation.diffusion import dit, ema
 
 PyTree = Any
 

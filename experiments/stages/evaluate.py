@@ -23,8 +23,9 @@ from experiments.stages.sample import Draws
 from experiments.stages.world import World
 from experiments.stages.zoo import Zoo
 from experiments.workdir import Stage, StageError, write_json
-from jlora.core import algebra
-from jlora.generation import audit, dispersive
+from jlora import algebra
+from jlora.generation.audit import metrics as audit
+from jlora.generation.diffusion import dispersive
 
 PyTree = Any
 

@@ -28,7 +28,8 @@ import jlora as jl
 from experiments.config import Config
 from experiments.stages import codec, conditions, prior
 from experiments.stages.world import World, classifier
-from jlora.generation import dispersive, dit, ema, loss, paths, predict, ridge
+from jlora.generation.baselines import ridge
+from jlora.generation.diffusion import dispersive, dit, ema, loss, paths, predict
 
 PyTree = Any
 

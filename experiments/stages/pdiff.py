@@ -21,7 +21,7 @@ import optax
 
 from experiments.config import Config
 from experiments.stages import conditions
-from jlora.generation import dit, loss, paths, unet1d
+from jlora.generation.diffusion import dit, loss, paths, unet1d
 
 PyTree = Any
 VARIANTS = ("pdiff_global", "pdiff_task")

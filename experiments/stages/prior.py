@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.generation import ridge
+from jlora.generation.baselines import ridge
 
 
 class Prior(NamedTuple):

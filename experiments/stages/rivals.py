@@ -17,7 +17,7 @@ from experiments.stages import conditions
 from experiments.stages.codec import Coded
 from experiments.stages.denoiser import Trained
 from experiments.stages.world import World
-from jlora.generation import nearest, ridge, soup, span
+from jlora.generation.baselines import nearest, ridge, soup, span
 
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 

@@ -26,7 +26,7 @@ from experiments.stages.codec import Coded
 from experiments.stages.denoiser import Trained
 from experiments.stages.world import World
 from experiments.workdir import Stage, StageError, write_json
-from jlora.generation import dit, guidance, samplers
+from jlora.generation.diffusion import dit, guidance, samplers
 
 PyTree = Any
 BATCH = 40

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated.fedavg import weighted
 
 

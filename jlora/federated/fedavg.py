@@ -21,7 +21,7 @@ Deviates: nothing.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 
 
 def fedavg(bank: LowRank, weights: Array) -> LowRank:

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jlora.core import algebra
-from jlora.core.algebra import LowRank
+from jlora import algebra
+from jlora.algebra import LowRank
 from jlora.federated.fedavg import fedavg
-from jlora.merging.concat import concat
+from jlora.merging.exact.concat import concat
 
 
 class FedEx(NamedTuple):

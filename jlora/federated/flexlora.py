@@ -24,9 +24,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jlora.core import algebra
-from jlora.core.algebra import LowRank
-from jlora.merging.concat import concat
+from jlora import algebra
+from jlora.algebra import LowRank
+from jlora.merging.exact.concat import concat
 
 
 def flexlora(bank: LowRank, weights: Array, *, ranks: Sequence[int]) -> LowRank:

@@ -20,8 +20,8 @@ Deviates: scales are folded in before, so clients of different alpha / r stack c
 
 from jax import Array
 
-from jlora.core.algebra import LowRank
-from jlora.merging.concat import concat
+from jlora.algebra import LowRank
+from jlora.merging.exact.concat import concat
 
 
 def flora(bank: LowRank, weights: Array) -> LowRank:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated.fedavg import fedavg
 from jlora.federated.flexlora import cut
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated.fedavg import fedavg
 
 

@@ -2,12 +2,12 @@
 
 from jlora.io.diffusers import load_diffusers, save_diffusers
 from jlora.io.errors import FormatError
-from jlora.io.kohya import load_kohya, save_kohya
+from jlora.io.kohya.files import load_kohya, save_kohya
 from jlora.io.names import NameMap, bert, llama, vit, vit4
 from jlora.io.orbax import restore_adapter, save_adapter
-from jlora.io.peft import load_peft, peft_extras, save_peft
-from jlora.io.peft_table import Table
-from jlora.io.replication import replicate_layers
+from jlora.io.peft.directory import load_peft, peft_extras, save_peft
+from jlora.io.peft.replication import replicate_layers
+from jlora.io.peft.table import Table
 
 __all__ = [
     "FormatError",

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from jlora.core.adapter import Adapter
-from jlora.io import peft_config, safetensors_file
+from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
-from jlora.io.peft_lora import DORA, LORA, MAGNITUDE, MATRIX
-from jlora.io.peft_read import ROOT, by_module, check_modules, check_rest, join, sites_of
-from jlora.io.peft_table import Arrays, Read
-from jlora.io.peft_write import torch_side
+from jlora.io.peft import config as peft_config
+from jlora.io.peft.lora import DORA, LORA, MAGNITUDE, MATRIX
+from jlora.io.peft.read import ROOT, by_module, check_modules, check_rest, join, sites_of
+from jlora.io.peft.table import Arrays, Read
+from jlora.io.peft.write import torch_side
 
 METADATA = "lora_adapter_metadata"
 

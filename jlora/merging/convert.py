@@ -32,12 +32,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jlora.core import algebra
+from jlora import algebra
+from jlora.algebra import LowRank
 from jlora.core.adapter import Adapter, Arrays, Method, Site, fold
-from jlora.core.algebra import LowRank
 from jlora.core.lazy import merged
 from jlora.core.lift import check, flatten, is_array
-from jlora.merging.inputs import to_adapter
+from jlora.merging.engine.inputs import to_adapter
 
 
 class Converted(NamedTuple):

@@ -12,7 +12,7 @@ X_n, Y_n   its left and right singular bases, of rank r_n
     \\text{overlap}_{nm} = \\frac{\\|X_n^T X_m\\|_F^2}{\\min(r_n, r_m)}
 
 Signs are counted over blocks of rows, so that no dense delta is held; overlaps come from thin
-factors. The principal angles of two adapters are `jlora.core.algebra.principal_angles`.
+factors. The principal angles of two adapters are `jlora.algebra.principal_angles`.
 
 Paper: sign conflicts: Yadav et al. 2023, arXiv:2306.01708; subspace overlap: Hu et al. 2021,
 arXiv:2106.09685, section 7.2.
@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora.core import algebra
-from jlora.core.algebra import Deltas, LowRank
-from jlora.merging.spectral import dot, support
+from jlora import algebra
+from jlora.algebra import Deltas, LowRank
+from jlora.merging.engine.spectral_functions import dot, support
 
 
 class Conflict(NamedTuple):

@@ -11,7 +11,7 @@ import jlora as jl
 from experiments.config import Config
 from experiments.progress import Progress
 from experiments.stages import codec, conditions, ours, world, zoo
-from jlora.generation import dit
+from jlora.generation.diffusion import dit
 
 SMALL = Config(
     base="tiny", tasks="toy", layers=1, max_length=8, train_texts=20, eval_rows=10, examples=2,

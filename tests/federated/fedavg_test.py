@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated.fedavg import fedavg, shares
 from jlora.federated.flora import flora
 from jlora.federated.hetlora import hetlora

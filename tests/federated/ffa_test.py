@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated import ffa as ffa_file
 from jlora.federated.ffa import ffa
 

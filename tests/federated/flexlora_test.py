@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated import flexlora as flexlora_file
 from jlora.federated.fedavg import fedavg
 from jlora.federated.flexlora import flexlora

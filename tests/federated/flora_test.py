@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated.fedavg import fedavg, shares
 from jlora.federated.flora import flora
 from jlora.merging import to_adapter

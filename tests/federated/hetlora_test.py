@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.federated import hetlora as hetlora_file
 from jlora.federated.fedavg import fedavg
 from jlora.federated.hetlora import hetlora, norm_weights, pruned_rank, tail, truncate

@@ -35,11 +35,11 @@ BROKEN = [
     (f"{F}.fed_sb", "weighted(weights, cores)", "jnp.mean(cores, axis=0)",
      "fed_sb.fed_sb_bases_cores_and_average", ()),
     (f"{F}.fed_sb", "jnp.sign(gradient)", "gradient", "fed_sb.fed_sb_bases_cores_and_average", ()),
-    ("jlora.ranks.squeeze", "m**power", "m",
+    ("jlora.schedules.squeeze", "m**power", "m",
      "squeeze.second_moments_are_those_of_independent_entries", ()),
-    ("jlora.ranks.squeeze", "_dot(ra.mT, u) * over", "_dot(ra.mT, u) * root",
+    ("jlora.schedules.squeeze", "_dot(ra.mT, u) * over", "_dot(ra.mT, u) * root",
      "squeeze.error_is_the_tail_of_the_spectrum", ("w",)),
-    ("jlora.ranks.squeeze", "(target - source) * done", "(target - source)",
+    ("jlora.schedules.squeeze", "(target - source) * done", "(target - source)",
      "squeeze.schedule", ()),
 ]  # fmt: skip
 

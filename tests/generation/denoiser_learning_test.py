@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlora.generation import dispersive, dit, ema, guidance, loss, paths, samplers
+from jlora.generation.diffusion import dispersive, dit, ema, guidance, loss, paths, samplers
 
 MODEL = dit.DiT(width=32, depth=2, heads=2, ratio=2)
 MODES = jnp.asarray([[[1.0, -1.0], [0.5, 1.5]], [[-1.0, 1.0], [1.5, -0.5]]])  # [2, S, L]

@@ -7,22 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jlora.generation import (
-    audit,
-    codec_conv,
-    codec_pca,
-    codec_token,
-    ema,
-    guidance,
-    loss,
-    nearest,
-    normalise,
-    ridge,
-    samplers,
-    soup,
-    span,
-    tokens,
-)
+from jlora.generation.audit import metrics as audit
+from jlora.generation.baselines import nearest, ridge, soup, span
+from jlora.generation.codecs import conv as codec_conv
+from jlora.generation.codecs import pca as codec_pca
+from jlora.generation.codecs import token as codec_token
+from jlora.generation.diffusion import ema, guidance, loss, samplers
+from jlora.generation.tokens import normalise
+from jlora.generation.tokens import site_tokens as tokens
 
 
 def times(factor):

@@ -14,7 +14,8 @@ import pytest
 
 import jlora as jl
 from jlora.core.adapter import unfold
-from jlora.io import FormatError, NameMap, peft_lora, safetensors_file
+from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.io.peft import lora as peft_lora
 from tests.io.shared import error
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import jlora as jl
-from jlora.io import FormatError, peft, peft_read, safetensors_file
+from jlora.io import FormatError, safetensors_file
+from jlora.io.peft import directory as peft
+from jlora.io.peft import read as peft_read
 
 HERE = Path(__file__).parent
 CONVOLUTIONS = ("loha_core", "lokr_core", "lokr_whole", "lokr_whole_one")
@@ -315,14 +317,14 @@ def run(golden, folder, cases, phases=tuple(Phase)):
 
 
 def test_mutated_files_are_refused_or_harmless(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr("jlora.io.peft_config.SECONDS", 0.3)
+    monkeypatch.setattr("jlora.io.peft.config.SECONDS", 0.3)
     known = run(golden, tmp_path, FEW)
     assert known["refused"] > 3 * known["accepted"] > 0, known
 
 
 @pytest.mark.long
 def test_ten_thousand_mutated_files(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr("jlora.io.peft_config.SECONDS", 0.3)
+    monkeypatch.setattr("jlora.io.peft.config.SECONDS", 0.3)
     known = run(golden, tmp_path, MANY + MANY // 10)  # some mutations change nothing
     print(known)
     assert known["refused"] + known["accepted"] >= MANY, known

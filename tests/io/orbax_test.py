@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora as jl
 from jlora.io import FormatError, orbax, restore_adapter, save_adapter
-from jlora.methods.ia3 import IA3
-from jlora.methods.vera import VeRA
+from jlora.methods.selective.ia3 import IA3
+from jlora.methods.shared_basis.vera import VeRA
 
 PARAMS = {
     "layers": {"q": jnp.ones((3, 8, 8)), "v": jnp.ones((3, 8, 8))},
@@ -187,7 +187,12 @@ def test_methods_of_others_need_like_and_no_module_is_imported(saved, tmp_path):
     with pytest.raises(FormatError, match="JSON cannot say"):
         save_adapter(tmp_path / "b", make(**{"layers/q": Foreign(2, what=object())}))
     assert not (tmp_path / "b").exists()
-    for name in ("os:system", "jlora.methods.lora:math", "jlora.methods.lora.x:LoRA", "lora"):
+    for name in (
+        "os:system",
+        "jlora.methods.low_rank.lora:math",
+        "jlora.methods.low_rank.lora.x:LoRA",
+        "lora",
+    ):
         copy = shutil.copytree(saved[0], tmp_path / name.replace(":", "_"))
         edit(copy, lambda meta, name=name: meta["sites"][0]["method"].update(type=name))
         with pytest.raises(FormatError, match=r"not the library's|is no method"):

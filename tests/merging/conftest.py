@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import Mesh
 
 import jlora as jl
-from jlora.core.algebra import LowRank
-from jlora.merging.laws import World
+from jlora.algebra import LowRank
+from jlora.merging.engine.laws import World
 
 D_IN, D_OUT = 8, 12
 TYPES = {  # site -> the methods of three adapters there; all of rank 4 or less

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.core.algebra import LowRank
+from jlora.algebra import LowRank
 from jlora.merging import overlap, sign_conflict
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jlora.merging import METHODS
-from jlora.merging.systems import OTHERS
+from jlora.merging.engine.components import OTHERS
 from tests.mutants import broken, load
 
 D = ("make", "dense")  # fixtures of `conftest`

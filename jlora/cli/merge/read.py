@@ -1,0 +1,180 @@
+"""Adapters from files on the sites of one base, and what of them needs the base's weights.
+
+Source: our reading.
+Deviates: nothing.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import io
+from jlora.cli.merge.base import Base, header
+from jlora.cli.merge.config import Config, ConfigError
+from jlora.cli.merge.layout import site_of
+from jlora.core.adapter import Adapter, Method, Site, unfold
+from jlora.io import FormatError, NameMap
+from jlora.io.peft import config as peft_config
+from jlora.io.peft.directory import CONFIG, WEIGHTS
+from jlora.merging.convert import factored, to_lora
+
+FIRST, SECOND = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
+ROWS = "token_adapter.trainable_tokens_delta"
+FACTOR = re.compile(
+    rf"base_model\.model\.(.+)\.({'|'.join(map(re.escape, (*FIRST, *SECOND, ROWS)))})"
+)
+Shapes = dict[str, dict[str, tuple[int, ...]]]  # module -> suffix of the key -> shape
+
+
+def adapters(config: Config, base: Base | None) -> list[Adapter]:
+    """The adapters of a configuration, in its order, each with a factored delta.
+
+    PEFT directories are read on the sites of the Orbax checkpoints if there are some, else on those
+    of the base, else on the shapes of their own LoRA factors.
+
+    Raises ConfigError or FormatError: a path without an adapter, a file that is not understood, a
+    method that needs the base where none is given.
+    """
+    paths = [m.path for m in config.models]
+    for k, path in enumerate(paths):
+        if not path.is_dir():
+            raise ConfigError(f"models[{k}].model: {path} is no directory")
+    found = {p: io.restore_adapter(p) for p in dict.fromkeys(paths) if not is_peft(p)}
+    sites: dict[str, Site] = {}
+    for a in found.values():
+        sites |= {s.path: dataclasses.replace(s, group="") for s, _ in a.sites}
+    files = {p: factors(p, config.names) for p in dict.fromkeys(paths) if is_peft(p)}
+    where: Any = list(sites.values())
+    if not found and base:
+        where = base.params({m for shapes in files.values() for m in shapes if is_table(shapes[m])})
+    elif not found:
+        for p, shapes in files.items():
+            sites = _joined(sites, inferred(p, shapes), p)
+        where = list(sites.values())
+    for path in files:
+        found[path] = load(path, config.names, where, base)
+    ready = {path: closed(a, base, config.names, path) for path, a in found.items()}
+    return [ready[p] for p in paths]
+
+
+def is_peft(path: Path) -> bool:
+    """Whether a directory is PEFT's."""
+    return (path / CONFIG).is_file()
+
+
+def factors(path: Path, names: NameMap) -> Shapes:
+    """The shapes of the LoRA factors and trained rows of a PEFT directory, by module of the base.
+
+    Raises FormatError: factors of a grouped convolution, which are no change of its weight.
+    """
+    file, found = path / WEIGHTS, Shapes()
+    for name, shape, _ in header(file) if file.is_file() else ():
+        match = FACTOR.fullmatch(name)
+        if match:
+            found.setdefault(match[1].removeprefix(names.prefix), {})[match[2]] = shape
+    for module, shapes in found.items():
+        first, second = (shapes.get(keys[0], ()) for keys in (FIRST, SECOND))
+        expected = (*second[:1], *first[:1], *(1 for _ in first[2:]))
+        if len(first) > 2 and second and second != expected:
+            raise FormatError(
+                file,
+                f"{module}: got lora_B.weight {second}, expected {expected}; a smaller one is of a "
+                "grouped convolution: PEFT's LoRA of it reads all groups, and has no merged weight",
+            )
+    return found
+
+
+def is_table(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the tensors of a module are those of a looked-up table."""
+    return bool({FIRST[1], SECOND[1], ROWS} & shapes.keys())
+
+
+def inferred(path: Path, shapes: Shapes) -> dict[str, Site]:
+    """The sites of a PEFT LoRA, by the shapes of its factors; float32."""
+    sites: dict[str, Site] = {}
+    for module, found in shapes.items():
+        if ROWS in found:
+            raise ConfigError(f"base_model: {path}: {module}: rows that are trained need the base")
+        table = is_table(found)
+        first, second = (found.get(keys[table], ()) for keys in (FIRST, SECOND))
+        if len(first) == len(second) >= 2:
+            shape = (first[1], second[0]) if table else (second[0], *first[1:])
+            site = site_of(module, shape, jnp.dtype(jnp.float32), table)
+            sites[site.path] = site
+    if not sites:
+        raise ConfigError(f"base_model: {path} is no plain LoRA; a base is needed to read it")
+    return sites
+
+
+def load(path: Path, names: NameMap, where: Any, base: Base | None) -> Adapter:
+    """The adapter of a PEFT directory.
+
+    PEFT writes the weights of adapted tables and heads beside some adapters; they must be those of
+    the base. Raises ConfigError or FormatError: they are not, or cannot be compared; the base keeps
+    matrices as [in, out].
+    """
+    if base and peft_config.read(path / CONFIG).get("fan_in_fan_out") is True:
+        raise ConfigError(
+            f"base_model: {path / CONFIG}: got fan_in_fan_out true, weights kept as [in, out] "
+            "(transformers' Conv1D); expected false with a base; out.format peft needs none"
+        )
+    adapter = io.load_peft(path, names, where, extras="leave")
+    for name, array in io.peft_extras(path).items():
+        if base is None:
+            raise ConfigError(f"base_model: {path} has the base's {name} as well; a base is needed "
+                              "to see that it is unchanged")  # fmt: skip
+        module, _, leaf = name.rpartition(".")
+        old = base.tensor(f"{base.module(module, names)}.{leaf}")
+        if old.shape != array.shape or (old.astype(np.float64) != array.astype(np.float64)).any():
+            raise FormatError(
+                path / WEIGHTS,
+                f"replaces a weight of the base model: {name} is not that of {base.folder}; "
+                "expected an adapter alone",
+            )
+    return adapter
+
+
+def closed(adapter: Adapter, base: Base | None, names: NameMap, where: Path) -> Adapter:
+    """The adapter; sites whose delta depends on the weight are made LoRA, exactly, one by one."""
+    trainable, frozen = dict(adapter.trainable), dict(adapter.frozen)
+    rows: list[tuple[Site, Method]] = []
+    for site, method in adapter.sites:
+        if factored(adapter, site, method):
+            rows.append((site, method))
+            continue
+        if base is None:
+            name = type(method).__name__
+            raise ConfigError(f"base_model: {where}: {site.path}: {name} needs the base's weights")
+        keys = (site.path, site.group)
+        own = {key: adapter.trainable[key] for key in keys if key in adapter.trainable}
+        held = {key: adapter.frozen[key] for key in keys if key in adapter.frozen}
+        weight = unfolded(base.kernel(site, names), site)
+        made = to_lora(Adapter(own, held, ((site, method),)), {site.path: weight}).adapter
+        trainable[site.path], frozen[site.path] = made.trainable[site.path], made.frozen[site.path]
+        rows.append(made.sites[0])
+    kept = {key for site, _ in rows for key in (site.path, site.group)}
+    return Adapter(
+        {p: t for p, t in trainable.items() if p in kept},
+        {p: t for p, t in frozen.items() if p in kept},
+        tuple(rows),
+    )
+
+
+def unfolded(kernel: np.ndarray, site: Site) -> jnp.ndarray:
+    """[*stack, in, out] in the layout of the leaf."""
+    return unfold(jnp.asarray(kernel), site.kinds, site.shape)
+
+
+def _joined(a: Mapping[str, Site], b: Mapping[str, Site], path: Path) -> dict[str, Site]:
+    kinds = {site.path.rpartition("/")[0]: site for site in a.values()}
+    for name, site in b.items():
+        other = kinds.get(name.rpartition("/")[0], site)
+        if (other, other.ops) != (site, site.ops):
+            got, expected = (f"{''.join(s.ops)} {s.shape}" for s in (site, other))
+            raise ConfigError(f"{path}: {name}: got {got}, expected {expected}: other bases")
+    return {**a, **b}

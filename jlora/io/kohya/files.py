@@ -1,0 +1,124 @@
+"""Adapters in the one-file format of kohya's sd-scripts and of LyCORIS.
+
+Keys are ``<prefix>_<module, '.' as '_'>.<suffix>``; `kohya_modules` says which suffixes there are.
+Underscores hide where modules end, so names are looked up among those of the model at hand, never
+parsed. Each module may have its own method and rank.
+
+Source: the files of sd-scripts and LyCORIS 4.1.
+Deviates: what `kohya_modules` refuses.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.core.adapter import Adapter
+from jlora.io import safetensors_file
+from jlora.io.errors import FormatError
+from jlora.io.kohya import modules as kohya_modules
+from jlora.io.names import NameMap, near
+from jlora.io.peft.read import sites_of, stacked
+from jlora.io.peft.table import Arrays, Read
+
+
+def load_kohya(
+    path: str | os.PathLike[str],
+    names: NameMap,
+    params_or_sites: Any,
+    prefix: str = "lora_unet",
+    *,
+    others: str = "refuse",
+) -> Adapter:
+    """Reads the modules of one prefix from a kohya or LyCORIS file.
+
+    Args:
+      path: the ``.safetensors`` file.
+      names: from site paths to torch modules.
+      params_or_sites: as for `load_peft`.
+      prefix: ``lora_unet``, ``lora_te``, ``lora_te1``, ``lora_te2``, ``lycoris``, ...
+      others: what to do with keys of other prefixes (the text encoder beside the U-Net): "refuse"
+        the file or "leave" them.
+
+    Raises:
+      FormatError: anything damaged, missing, surplus or not understood.
+      ValueError: `names` does not fit the sites.
+    """
+    source = Path(path)
+    tensors, _ = safetensors_file.read(source)
+    sites, _ = sites_of(params_or_sites, names)
+    modules: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for module, where in names.table(sites.values()).items():
+        key = _flat(prefix, module)
+        if key in modules:
+            raise FormatError(source, f"two modules are called {key!r} in this format")
+        modules[key] = where
+    slices: dict[str, dict[tuple[int, ...], Read]] = {}
+    for key, found in _grouped(source, tensors, prefix, others).items():
+        if key not in modules:
+            close = near(key, modules) or "none"
+            raise FormatError(source, f"module {key!r} is no site of this model; nearest: {close}")
+        where, index = modules[key]
+        try:
+            slices.setdefault(where, {})[index] = kohya_modules.read(sites[where].slice(), found)
+        except ValueError as error:
+            raise FormatError(source, f"{key}: {error}") from error
+    if not slices:
+        raise FormatError(source, f"no key starts with {prefix + '_'!r}")
+    trainable, frozen, done = {}, {}, []
+    for where in sorted(slices):
+        sparse = all(kohya_modules.sparse(read.method) for read in slices[where].values())
+        made = stacked(source, sites[where], slices[where], sparse)
+        method, trainable[where], frozen[where] = made
+        done.append((sites[where], method))
+    return Adapter(trainable, frozen, tuple(done))
+
+
+def save_kohya(
+    path: str | os.PathLike[str], adapter: Adapter, names: NameMap, prefix: str = "lora_unet"
+) -> None:
+    """Writes LoRA, LoCon, DoRA, LoHa and LoKr sites, decomposed or not, as one file.
+
+    Raises:
+      FormatError: another method, or nothing to write.
+      ValueError: a site has no name, or two have the same.
+    """
+    source = Path(path)
+    tensors: Arrays = {}
+    for site, method in adapter.sites:
+        own = {k: np.asarray(v) for k, v in adapter.arrays(site)[0].items()}
+        for index in np.ndindex(*site.stack):
+            key = _flat(prefix, names.module(site.path, index))
+            try:
+                part = {name: array[index] for name, array in own.items()}
+                made = kohya_modules.write(site.slice(), method, part)
+            except ValueError as error:
+                raise FormatError(source, f"{site.path}{list(index)}: {error}") from error
+            if any(f"{key}.{suffix}" in tensors for suffix in made):
+                raise ValueError(f"two modules are called {key!r} in this format")
+            tensors.update({f"{key}.{suffix}": array for suffix, array in made.items()})
+    if not tensors:
+        raise FormatError(source, "all slices of the adapter are zero: nothing to write")
+    safetensors_file.write(source, tensors, {"format": "pt"})
+
+
+# --- keys ---------------------------------------------------------------------------------------
+
+
+def _flat(prefix: str, module: str) -> str:
+    return f"{prefix}_{module.replace('.', '_')}"
+
+
+def _grouped(source: Path, tensors: Arrays, prefix: str, others: str) -> dict[str, Arrays]:
+    """Flat module name -> suffix -> tensor, of one prefix."""
+    found: dict[str, Arrays] = {}
+    for key, tensor in tensors.items():
+        module, _, suffix = key.partition(".")
+        if module.startswith(f"{prefix}_"):
+            found.setdefault(module, {})[suffix] = tensor
+        elif others != "leave":
+            raise FormatError(source, f"key {key!r} does not start with {prefix + '_'!r}")
+    return found

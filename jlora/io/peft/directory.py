@@ -1,0 +1,194 @@
+"""Adapters as PEFT's directories, `adapter_config.json` and `adapter_model.safetensors`, both ways.
+
+Neither torch nor PEFT is needed. These files know files and names; what the tensors of a method are
+is in its `Table`. What is not understood is refused as a whole: no adapter is returned, no file
+changed.
+
+A stacked site is one torch module an index. Modules that a file leaves alone come back as zeros,
+ranks that differ within a stack are padded with zeros (both are no adapter, and stay none under
+gradient descent), and neither is written again: reading and writing is the identity, bitwise.
+
+Source: peft 0.21.2, its files and its behaviour.
+Deviates: target_modules lists whole module names; no README.md is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.core.adapter import Adapter
+from jlora.io import safetensors_file
+from jlora.io.errors import FormatError
+from jlora.io.names import NameMap
+from jlora.io.peft import config as peft_config
+from jlora.io.peft import parameters as peft_parameters
+from jlora.io.peft import replication
+from jlora.io.peft import tokens as peft_tokens
+from jlora.io.peft.read import (
+    ROOT,
+    by_module,
+    check_bias,
+    check_modules,
+    check_rest,
+    join,
+    read_files,
+    regrown,
+    sites_of,
+)
+from jlora.io.peft.table import Read, Table, check_site
+from jlora.io.peft.tables import table_of
+from jlora.io.peft.write import extra_tensors, torch_side
+from jlora.methods.low_rank.lora import LoRA
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_peft(
+    path: str | os.PathLike[str],
+    adapter: Adapter,
+    names: NameMap,
+    base_model_name: str | None = None,
+    task_type: str | None = None,
+    *,
+    extras: Mapping[str, Any] | None = None,
+    params: Any = None,
+    layer_replication: replication.Replication | None = None,
+) -> None:
+    """Writes `adapter` as a directory that PEFT 0.21.2 loads.
+
+    Args:
+      path: the directory; made if missing, its two files replaced.
+      adapter: one adapter, no bank; all sites of one method that PEFT knows, and beside LoRA and
+        DoRA tables of which some rows are trained (`TrainableTokens`).
+      names: from site paths to torch modules.
+      base_model_name: ``base_model_name_or_path`` of the config.
+      task_type: such as ``"CAUSAL_LM"``.
+      extras: weights of the base model to go with it, by torch name: ``modules_to_save``
+        (``{"classifier.weight": [out, in], ...}``) and biases of adapted modules.
+      params: the base parameters; wanted where PEFT scales biases as well (IA3), to see that there
+        are none.
+      layer_replication: what the layers were expanded by with `replicate_layers`, if they were.
+
+    Raises:
+      FormatError: the files cannot say what the adapter is.
+      ValueError: a site has no name, or the adapter is a bank.
+    """
+    folder = Path(path)
+    adapter, rows, token_ids = peft_tokens.split(adapter, names)
+    adapter, bare, parameters = peft_parameters.split(folder, adapter, names)
+    if parameters and not adapter.sites:
+        tensors, fields, table = {}, {}, table_of(LoRA())
+    else:
+        tensors, fields, table = torch_side(folder, adapter, names, params)
+    fields, common = table.settle(fields)
+    common = {**common, "base_model_name_or_path": base_model_name, "task_type": task_type}
+    if extras:
+        more, told = extra_tensors(folder, extras, fields, table)
+        tensors, common = {**tensors, **more}, {**common, **told}
+    fields, tensors = {**fields, **parameters}, {**tensors, **bare}
+    if parameters and peft_parameters.FIELD not in table.fixed:
+        raise FormatError(folder, f"PEFT's {table.type} has no {peft_parameters.FIELD}")
+    config = peft_config.combine(folder / CONFIG, table, fields, common, set(parameters))
+    if parameters:
+        config[peft_parameters.FIELD] = sorted(parameters)
+    if layer_replication is not None:
+        if replication.FIELD not in config:
+            raise FormatError(folder, f"PEFT's {table.type} has no {replication.FIELD}")
+        replication.check_sites(folder, (site for site, _ in adapter.sites), layer_replication)
+        config[replication.FIELD] = [list(pair) for pair in layer_replication]
+    if token_ids is not None:
+        if peft_tokens.FIELD not in config:
+            raise FormatError(folder, f"PEFT's {table.type} has no {peft_tokens.FIELD}")
+        config[peft_tokens.FIELD], tensors = token_ids, {**tensors, **rows}
+    data = safetensors_file.to_bytes(folder / WEIGHTS, tensors, {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors_file.write_bytes(folder / WEIGHTS, data)
+    safetensors_file.write_bytes(folder / CONFIG, peft_config.to_bytes(config))
+
+
+def load_peft(
+    path: str | os.PathLike[str],
+    names: NameMap,
+    params_or_sites: Any,
+    *,
+    extras: str = "refuse",
+    tables: Sequence[Table] = (),
+    layer_replication: replication.Replication | None = None,
+) -> Adapter:
+    """Reads a directory that PEFT wrote.
+
+    Args:
+      path: the directory.
+      names: from site paths to torch modules.
+      params_or_sites: the sites of the model, as `jl.sites` gives them, or its parameters: then the
+        rules of `names` tell the stack axes, and every leaf must be [*stack, in, out], or a site.
+      extras: what to do with weights of the base model in the file (``modules_to_save``, biases):
+        "refuse" the file, or "leave" them to `peft_extras`.
+      tables: of methods of your own, tried before the library's.
+      layer_replication: what `params_or_sites` were expanded by, see `replicate_layers`; it must be
+        that of the config.
+
+    Returns:
+      The adapter, float arrays in the dtype of the file.
+
+    Raises:
+      FormatError: anything in the files that is not understood, damaged, missing or surplus.
+      ValueError: `names` does not fit the sites, or `extras` is another word.
+    """
+    if extras not in ("refuse", "leave"):
+        raise ValueError(f"{extras=}, expected 'refuse' or 'leave'")
+    folder = Path(path)
+    config, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
+    config = replication.settled(folder / CONFIG, config, layer_replication)
+    sites, biases = sites_of(params_or_sites, names)
+    modules = names.table(sites.values())
+    rows: dict[str, Read] = {}
+    if peft_tokens.FIELD in table.fixed:
+        given = (folder / WEIGHTS, config, tensors, sites, modules)
+        config, tensors, rows = peft_tokens.taken(*given)
+    slices: peft_parameters.Slices = {}
+    if table.method is LoRA and config.get(peft_parameters.FIELD):
+        bare = names.parameters(sites.values())
+        tensors, slices = peft_parameters.taken(folder / WEIGHTS, config, table, tensors, bare)
+        config = {**config, peft_parameters.FIELD: None}
+    reader = peft_config.Reader(folder / CONFIG, config, table)
+    mine, shared, rest = by_module(tensors, table)
+    check_rest(folder / WEIGHTS, reader, rest, extras)
+    if table.regrow and not shared:
+        shared = regrown(reader, table, mine, modules, sites)
+    if not mine and not slices:
+        raise FormatError(folder / WEIGHTS, f"no tensor of a {table.type} adapter")
+    check_modules(folder / WEIGHTS, reader, mine, shared, modules, table)
+    for module, found in mine.items():
+        where, index = modules[module]
+        try:
+            check_site(table, sites[where])
+            read = table.read(sites[where].slice(), {**found, **shared}, reader.fields(module))
+        except ValueError as error:
+            raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
+        check_bias(folder / WEIGHTS, table, read.method, where, biases)
+        slices.setdefault(where, {})[index] = read
+    if layer_replication is not None:
+        replication.check_sites(folder, (sites[where] for where in slices), layer_replication)
+    made = join(folder / WEIGHTS, table, sites, slices, shared)
+    return peft_tokens.with_rows(folder / WEIGHTS, made, sites, rows)
+
+
+def peft_extras(
+    path: str | os.PathLike[str], tables: Sequence[Table] = ()
+) -> dict[str, np.ndarray]:
+    """Weights of the base model that an adapter's file brings along, by torch name.
+
+    Returns:
+      ``{"classifier.weight": [out, in], ...}``; empty for most adapters.
+    """
+    folder = Path(path)
+    _, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
+    rest = by_module(tensors, table)[2]
+    rest = {key: t for key, t in rest.items() if not peft_tokens.is_token_key(key)}
+    return {name.removeprefix(ROOT).replace(".base_layer.", "."): t for name, t in rest.items()}

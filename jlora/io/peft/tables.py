@@ -1,0 +1,54 @@
+"""The tables of the library's methods, and which table reads or writes what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jlora.core.adapter import Method
+from jlora.io.peft.lora import ADALORA, DORA, HIRA, LORA
+from jlora.io.peft.lycoris import LOHA, LOKR
+from jlora.io.peft.table import Table
+from jlora.io.peft.types import OTHERS
+from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, OFT_TABLE, VERA
+
+TABLES: tuple[Table, ...] = (
+    *(LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
+    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE),
+)
+
+
+def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:
+    """The table that reads files of this config: the first that fits of `more` and the library's.
+
+    Raises:
+      ValueError: the library has no method for its ``peft_type``.
+    """
+    tables = (*more, *TABLES)
+    for table in tables:
+        if table.type == config["peft_type"] and all(
+            bool(config.get(k)) == v for k, v in table.choose.items()
+        ):
+            return table
+    known = sorted({table.type for table in tables})
+    kind = config["peft_type"]
+    why = OTHERS.get(kind, "fields of its config choose a form" if kind in known else "unknown")
+    raise ValueError(f"peft_type {kind!r} cannot be read ({why}); these can: {known}")
+
+
+def table_of(method: Method) -> Table:
+    """The table of a method: its own (`method.peft`) or the library's.
+
+    Raises:
+      ValueError: PEFT has no such method.
+    """
+    own = getattr(method, "peft", None)
+    if own is not None:
+        return own
+    for table in TABLES:
+        if type(method) is table.method:
+            return table
+    raise ValueError(
+        f"PEFT's files have no place for {type(method).__name__}; it can be written for "
+        f"{sorted(t.method.__name__ for t in TABLES)} (or give the method a `peft` table)"
+    )

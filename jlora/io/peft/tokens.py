@@ -1,0 +1,121 @@
+"""LoRA with `trainable_token_indices`: rows of tables that PEFT trains beside the matrices.
+
+The rows lie under ``<module>.token_adapter.trainable_tokens_delta`` [n, d_out] (new rows, in spite
+of the name), their numbers in the config: a list for the one table, or ``{module: [..]}``.
+
+Source: peft 0.21.2, its files.
+Deviates: the config is written with whole module names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.core.adapter import Adapter, Site
+from jlora.io.errors import FormatError
+from jlora.io.names import NameMap
+from jlora.io.peft.read import ROOT, Modules, stacked
+from jlora.io.peft.table import Arrays, Read, want_shape
+from jlora.methods.selective.trainable_tokens import TrainableTokens
+
+FIELD, SUFFIX = "trainable_token_indices", ".token_adapter.trainable_tokens_delta"
+
+
+def is_token_key(key: str) -> bool:
+    return key.startswith(ROOT) and key.endswith(SUFFIX)
+
+
+def taken(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Arrays,
+    sites: Mapping[str, Site],
+    modules: Modules,
+) -> tuple[dict[str, Any], Arrays, dict[str, Read]]:
+    """(config and tensors without the rows, site path -> the rows).
+
+    Raises:
+      FormatError: rows without numbers or numbers without rows, of no table, not as many.
+    """
+    found = {key[len(ROOT) : -len(SUFFIX)]: t for key, t in tensors.items() if is_token_key(key)}
+    told = config.get(FIELD)
+    if not found and told is None:
+        return dict(config), tensors, {}
+    if isinstance(told, list) and len(found) == 1:
+        told = dict.fromkeys(found, told)
+    if not isinstance(told, dict):
+        raise FormatError(path, f"{FIELD} = {repr(told)[:80]} for the rows of {sorted(found)[:4]}")
+    reads: dict[str, Read] = {}
+    for name, ids in told.items():
+        hits = [module for module in found if module == name or module.endswith(f".{name}")]
+        if len(hits) != 1 or hits[0] not in modules:
+            raise FormatError(
+                path, f"{FIELD}: rows of {name[:80]!r} are {hits}, expected one table"
+            )
+        where, index = modules[hits[0]]
+        if "gather" not in sites[where].ops or index or where in reads:
+            raise FormatError(path, f"{FIELD}: {where} is no looked-up table of its own")
+        reads[where] = _read(path, sites[where], ids, found[hits[0]])
+    if len(reads) != len(found):
+        raise FormatError(
+            path, f"{FIELD} names {sorted(told)[:4]}, rows are of {sorted(found)[:4]}"
+        )
+    rest = {key: t for key, t in tensors.items() if not is_token_key(key)}
+    return {**config, FIELD: None}, rest, reads
+
+
+def _read(path: Path, site: Site, ids: Any, rows: np.ndarray) -> Read:
+    whole = (
+        isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < site.d_in for i in ids)
+    )
+    if not whole:
+        raise FormatError(path, f"{FIELD} = {repr(ids)[:80]}, expected rows below {site.d_in}")
+    try:
+        want_shape(SUFFIX[1:], rows, (len(ids), site.d_out))
+        return Read(TrainableTokens(tuple(ids)), {"rows": rows}, {})
+    except ValueError as error:
+        raise FormatError(path, str(error)) from error
+
+
+def with_rows(
+    path: Path, adapter: Adapter, sites: Mapping[str, Site], rows: Mapping[str, Read]
+) -> Adapter:
+    """The adapter with the rows as further sites.
+
+    Raises:
+      FormatError: a table has both rows and a matrix.
+    """
+    trainable, frozen = dict(adapter.trainable), dict(adapter.frozen)
+    done = dict(adapter.sites)
+    for where, read in rows.items():
+        if where in trainable:
+            raise FormatError(path, f"{where} has trained rows and another adapter")
+        method, trainable[where], frozen[where] = stacked(path, sites[where], {(): read}, False)
+        done[sites[where]] = method
+    by_path = sorted(done.items(), key=lambda item: item[0].path)
+    return Adapter(trainable, frozen, tuple(by_path)) if rows else adapter
+
+
+def split(adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays, dict[str, list[int]] | None]:
+    """(the adapter without its rows, their tensors by key, their numbers by module or None).
+
+    Raises:
+      ValueError: rows of a weight that is no looked-up table of its own.
+    """
+    kept = tuple((s, m) for s, m in adapter.sites if not isinstance(m, TrainableTokens))
+    if not kept or len(kept) == len(adapter.sites):
+        return adapter, {}, None
+    tensors: Arrays = {}
+    told: dict[str, list[int]] = {}
+    for site, method in adapter.sites:
+        if isinstance(method, TrainableTokens):
+            if site.stack or "gather" not in site.ops:
+                raise ValueError(f"{site.path}: PEFT trains rows of looked-up tables only")
+            module = names.module(site.path, ())
+            tensors[f"{ROOT}{module}{SUFFIX}"] = np.asarray(adapter.trainable[site.path]["rows"])
+            told[module] = list(method.ids)
+    return adapter.replace(sites=kept), tensors, told

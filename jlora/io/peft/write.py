@@ -1,0 +1,90 @@
+"""An adapter to PEFT's tensors and config fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jlora.core.adapter import Adapter
+from jlora.io.errors import FormatError
+from jlora.io.names import NameMap
+from jlora.io.peft.read import BASE, ROOT, biased_in, check_bias, leaves_of
+from jlora.io.peft.table import Arrays, Fields, Table, check_site
+from jlora.io.peft.tables import table_of
+
+
+def torch_side(
+    folder: Path, adapter: Adapter, names: NameMap, params: Any
+) -> tuple[Arrays, dict[str, Fields], Table]:
+    """All tensors by key, all fields by module, and the one table of the adapter."""
+    table = _one_table(folder, adapter)
+    biases = None if params is None else biased_in(leaves_of(params))
+    tensors: Arrays = {}
+    fields: dict[str, Fields] = {}
+    for site, method in adapter.sites:
+        own, shared = ({k: np.asarray(v) for k, v in p.items()} for p in adapter.arrays(site))
+        check_bias(folder, table, method, site.path, biases)
+        for name, array in own.items():
+            if array.shape[: len(site.stack)] != site.stack:
+                raise ValueError(f"{site.path}/{name}: {array.shape}, expected {site.stack} first")
+        for index in np.ndindex(*site.stack):
+            part = {name: array[index] for name, array in own.items()}
+            module = names.module(site.path, index)
+            try:
+                check_site(table, site)
+                made = table.write(method, site.slice(), part)
+            except ValueError as error:
+                raise FormatError(folder, f"{site.path}{list(index)}: {error}") from error
+            if made is None:
+                continue
+            if module in fields:
+                raise ValueError(f"name map: two slices are called {module!r}")
+            fields[module] = made.fields
+            tensors.update({f"{ROOT}{module}.{k}": v for k, v in made.tensors.items()})
+        if table.shared:
+            tensors.update({f"{BASE}{k}": v for k, v in table.write_shared(shared).items()})
+    if not fields:
+        raise FormatError(folder, "all slices of the adapter are zero: nothing to write")
+    return tensors, fields, table
+
+
+def extra_tensors(
+    folder: Path, extras: Mapping[str, Any], adapted: Mapping[str, Any], table: Table
+) -> tuple[Arrays, Fields]:
+    """Weights of the base model by key, and the config fields that announce them."""
+    modules = {name.rpartition(".")[0] for name in extras if not name.endswith(".bias")}
+    tensors: Arrays = {}
+    bias = "none"
+    words = table.allowed.get("bias", (f"{table.type.lower()}_only",))  # AdaLoRA's is LoRA's
+    only = next(word for word in words if word.endswith("_only"))
+    for name, array in extras.items():
+        module, _, leaf = name.rpartition(".")
+        if module in adapted and leaf != "bias":
+            raise FormatError(folder, f"{name!r} replaces a weight that the adapter changes")
+        if module not in modules:
+            bias = "all" if module not in adapted or bias == "all" else only
+        inner = "base_layer." if module in adapted else ""
+        tensors[f"{ROOT}{module}.{inner}{leaf}"] = np.asarray(array)
+    told: Fields = {"modules_to_save": sorted(modules) or None}
+    if bias != "none":
+        if "bias" not in table.free:
+            raise FormatError(folder, f"PEFT's {table.type} saves no biases: {sorted(extras)[:4]}")
+        told["bias"] = bias
+    return tensors, told
+
+
+def _one_table(folder: Path, adapter: Adapter) -> Table:
+    found: dict[int, tuple[Table, str]] = {}
+    for _, method in adapter.sites:
+        try:
+            table = table_of(method)
+        except ValueError as error:
+            raise FormatError(folder, str(error)) from error
+        found[id(table)] = (table, type(method).__name__)
+    if len(found) != 1:
+        kinds = sorted(kind for _, kind in found.values())
+        raise FormatError(folder, f"PEFT has one method for an adapter, got {kinds}")
+    return next(iter(found.values()))[0]

@@ -1,1 +1,0 @@
-"""`python -m jlora.merge`: adapters in files merged to a file, by a configuration."""

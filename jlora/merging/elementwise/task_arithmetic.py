@@ -1,0 +1,26 @@
+"""Task arithmetic: adding and subtracting deltas; a negative weight forgets a task.
+
+=======  =====================================
+D_n      delta of adapter n, u_n v_n
+w_n      its weight, of any sign
+scale    lambda, of the result
+=======  =====================================
+
+.. math:: \\Delta = \\lambda \\sum_n w_n D_n = [\\lambda w_1 u_1, ...] \\, [v_1; ...]
+
+Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result u [d_in, N R], v [N R, d_out].
+
+Paper: Ilharco et al. 2022, arXiv:2212.04089.
+Source: paper.
+Deviates: nothing; it is linear, so it is exact on factors and nothing is streamed.
+"""
+
+from jax import Array
+
+from jlora.algebra import LowRank
+from jlora.merging.exact.concat import concat
+
+
+def task_arithmetic(bank: LowRank, weights: Array, *, scale: float = 1.0) -> LowRank:
+    """The scaled weighted sum of one site."""
+    return concat(bank, weights * scale)

@@ -1,0 +1,172 @@
+"""`merge`: any method of the table on any adapters.
+
+.. math:: (\\Delta_1, w_1), ..., (\\Delta_N, w_N) \\;\\mapsto\\; \\Delta
+
+Source: our reading.
+Deviates: nothing.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jlora import algebra
+from jlora.algebra import Deltas
+from jlora.core.adapter import Adapter
+from jlora.merging.convert import converted
+from jlora.merging.engine.inputs import gather, per_site, to_adapter
+from jlora.merging.engine.table import METHODS, Merging
+
+
+def merge(
+    name: str,
+    adapters: Sequence[Adapter] | Adapter,
+    weights: Any = None,
+    *,
+    params: Any = None,
+    key: Array | None = None,
+    ids: Any = None,
+    missing: str = "error",
+    out_rank: int | None = None,
+    **options: Any,
+) -> Adapter:
+    """A plain LoRA adapter that merges `adapters` (a list of any methods and ranks, or a bank).
+
+    `weights` is [N], 1/N each where it is None, or {path: [N, *stack]}. `key` is owed by
+    randomised methods; `ids` [N] name the adapters in their keys. With `params`, methods without a
+    factored delta (DoRA, OFT, IA3, HiRA) are converted first, exactly, and sites are looked up in
+    the parameters. `out_rank` cuts the result to a rank. Arrays among `options` are traced, other
+    options are static.
+
+    Raises ValueError as `gather` does, for an unknown name, a missing key, a wrong number of
+    adapters, and (outside of transformations) where the result is not finite.
+    """
+    row = lookup(name)
+    if params is not None:
+        adapters = [converted(a, params) for a in _listed(adapters)]
+    bank, weights, sites = gather(adapters, weights, missing=missing)
+    size = next(iter(bank.values()))[0].shape[0]
+    if row.size not in (None, size):
+        raise ValueError(f"{name}: got {size} adapters, expected {row.size}")
+    if row.scope == "adapter" and isinstance(weights, dict):
+        raise ValueError(f"{name}: got weights of every site, expected weights [N]")
+    if row.randomised and key is None:
+        raise ValueError(f"{name}: got no key, expected one: the method is randomised")
+    made = apply(row, bank, weights, key=key, ids=ids, **options)
+    if out_rank is not None:
+        made = algebra.truncate(made, out_rank).deltas
+    check_finite(name, made)
+    return to_adapter(made, sites)
+
+
+def certificate(
+    name: str, adapters: Sequence[Adapter] | Adapter, weights: Any = None, **options: Any
+) -> dict[str, Array]:
+    """{path: [*stack]}: how far a merge is, at most, from the exact weighted sum (Frobenius).
+
+    Raises ValueError as `merge` does, and for a method that gives no certificate.
+    """
+    row = lookup(name)
+    bank, weights, _ = gather(adapters, weights)
+    return bound(row, bank, weights, **options)
+
+
+def peak_memory(
+    name: str,
+    adapters: Sequence[Adapter] | Adapter,
+    weights: Any = None,
+    *,
+    key: Array | None = None,
+    missing: str = "error",
+    **options: Any,
+) -> dict[str, int]:
+    """Bytes of a merge as compiled here, without running it: "adapters", "merged", "temporary".
+
+    Their sum is the peak. Raises ValueError as `merge` does.
+    """
+    row = lookup(name)
+    bank, weights, _ = gather(adapters, weights, missing=missing)
+    run = functools.partial(apply, row, key=key, jit=False, **options)
+    merged, temporary = memory_of(run, bank, weights)
+    return {"adapters": _bytes(bank), "merged": merged, "temporary": temporary}
+
+
+def memory_of(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
+    """Bytes of the results and of the temporary arrays of a function, as compiled."""
+    program = jax.jit(function)
+    stats = program.lower(*args).compile().memory_analysis()
+    return _bytes(jax.eval_shape(program, *args)), stats.temp_size_in_bytes if stats else 0
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(t.shape) * t.dtype.itemsize for t in jax.tree.leaves(tree))
+
+
+def bound(row: Merging, bank: Deltas, weights: Any, **options: Any) -> dict[str, Array]:
+    """`certificate` of a row of the table on a bank of deltas."""
+    if row.certificate is None:
+        raise ValueError(f"{row.name}: expected a method with a certificate, got one without")
+    run: Any = per_site(row.certificate)
+    return run(bank, weights, **options)
+
+
+def lookup(name: str) -> Merging:
+    """The row of a method; ValueError for an unknown name."""
+    if name not in METHODS:
+        raise ValueError(f"merge method: got {name!r}, expected one of {sorted(METHODS)}")
+    return METHODS[name]
+
+
+def apply(
+    row: Merging,
+    bank: Deltas,
+    weights: Any,
+    *,
+    key: Array | None = None,
+    ids: Any = None,
+    jit: bool = True,
+    **options: Any,
+) -> Deltas:
+    """A row of the table on a bank of deltas, jitted once for each set of static options."""
+    arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray)}
+    static = tuple(sorted((k, v) for k, v in options.items() if k not in arrays))
+    run = _jitted if jit else _run
+    kind = (row.function, row.scope, row.randomised, row.loop)
+    return run(bank, weights, key, ids, arrays, kind, static)
+
+
+def _listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
+    if not isinstance(adapters, Adapter):
+        return adapters
+    arrays = jax.tree.leaves((adapters.trainable, adapters.frozen))
+    return [adapters[k] for k in range(arrays[0].shape[0] if arrays and arrays[0].ndim else 0)]
+
+
+def check_finite(name: str, made: Deltas) -> None:
+    """ValueError, outside of transformations, where a merge by `name` is not finite."""
+    if any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(made)):
+        return
+    for path, parts in made.items():
+        if not all(bool(jnp.isfinite(t).all()) for t in parts):
+            raise ValueError(
+                f"{name}: {path}: got nan or inf; no such merge exists for these weights"
+            )
+
+
+def _run(bank, weights, key, ids, arrays, kind, static):
+    function, scope, randomised, loop = kind
+    options = {**arrays, **dict(static)}
+    if scope == "adapter":
+        extra = {"key": key, "ids": ids} if randomised else {}
+        return function(bank, weights, **extra, **options)
+    mapped: Callable[..., Deltas] = per_site(function, randomised=randomised, loop=loop)
+    return mapped(bank, weights, key, ids, **options)
+
+
+_jitted = functools.partial(jax.jit, static_argnums=(5, 6))(_run)

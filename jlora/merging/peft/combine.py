@@ -1,0 +1,90 @@
+"""`add_weighted_adapter` of PEFT on LoRA adapters: factors and scales read apart, as PEFT does.
+
+=========  =============================================
+a, b       arrays of a LoRA site, [d_in, r], [r, d_out]
+s_n        scale of adapter n
+=========  =============================================
+
+.. math:: (a_n, b_n, s_n, w_n) \\;\\mapsto\\; (a', b'), \\quad s' = 1
+
+The square roots are taken in float64, as PEFT's are, so scales must not be traced.
+
+`jlora.merging.merge("peft_...")` starts from a bank with the scales folded in, so its bits (and,
+for adapters of different scale, its result) are not PEFT's; these are.
+
+Raises ValueError for methods other than LoRA, ranks that differ (PEFT refuses them too), an
+unknown kind, weights of the wrong number.
+
+Source: our reading of PEFT 0.21.2.
+Deviates: PEFT's result keeps `use_rslora` and then scales by sqrt(r); here the scale is 1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.algebra import LowRank
+from jlora.core.adapter import Adapter
+from jlora.merging.engine.inputs import to_adapter
+from jlora.merging.peft import factors as peft_factor
+from jlora.methods.low_rank.lora import LoRA
+
+KINDS: dict[str, Callable[..., LowRank]] = {
+    "linear": peft_factor.peft_linear,
+    "cat": peft_factor.peft_cat,
+    "magnitude_prune": peft_factor.peft_magnitude_prune,
+    "ties": peft_factor.peft_ties,
+    "dare_linear": peft_factor.peft_dare_linear,
+    "dare_ties": peft_factor.peft_dare_ties,
+}
+
+
+def peft_merge(
+    kind: str, adapters: Sequence[Adapter], weights: Sequence[float], *,
+    masks: Mapping[str, LowRank] | None = None, **options: Any,
+) -> Adapter:  # fmt: skip
+    """A LoRA adapter of scale 1. `masks` {path: [N, *stack, ...]} are those of dare_*."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {sorted(KINDS)}")
+    if len(weights) != len(adapters) or not adapters:
+        raise ValueError(f"weights: got {len(weights)}, expected {len(adapters)}, at least one")
+    w, made = np.asarray(weights, np.float64), {}
+    sites = tuple(site for site, _ in adapters[0].sites)
+    for site in sites:
+        bank, scales = _read(adapters, site.path)
+        signed = np.asarray(scales, np.float64) * w.reshape(-1, *[1] * len(site.stack))
+        root = np.sqrt(np.abs(signed))
+        roots = (jnp.asarray(np.where(signed >= 0, root, -root), jnp.float32),
+                 jnp.asarray(root, jnp.float32))  # fmt: skip
+        given: Any = {"scales": jnp.asarray(scales)} if kind == "cat" else {"roots": roots}
+        given |= {} if masks is None else {"masks": masks[site.path]}
+
+        def one(low: LowRank, given: Any) -> LowRank:
+            return KINDS[kind](low, jnp.asarray(w, jnp.float32), **given, **options)
+
+        run = one
+        for _ in site.stack:
+            run = jax.vmap(run, in_axes=1)
+        made[site.path] = run(bank, given)
+    return to_adapter(made, sites)
+
+
+def _read(adapters: Sequence[Adapter], path: str) -> tuple[LowRank, np.ndarray]:
+    rows = []
+    for k, adapter in enumerate(adapters):
+        found = {site.path: (site, method) for site, method in adapter.sites}
+        if path not in found or len(found) != len(adapters[0].sites):
+            raise ValueError(f"adapter {k}: {path}: expected the sites of adapter 0")
+        site, method = found[path]
+        if type(method) is not LoRA:
+            raise ValueError(f"adapter {k}: {path}: got {type(method).__name__}, expected LoRA")
+        arrays, _ = adapter.arrays(site)
+        rows.append((arrays["a"], arrays["b"], np.asarray(arrays["scale"])))
+    shapes = {(a.shape, b.shape) for a, b, _ in rows}
+    if len(shapes) != 1:
+        raise ValueError(f"{path}: got factors of {sorted(shapes)}, expected one shape")
+    a, b, s = zip(*rows, strict=True)
+    return LowRank(jnp.stack(a), jnp.stack(b)), np.stack(s)

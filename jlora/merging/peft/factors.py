@@ -1,0 +1,148 @@
+"""PEFT's merges of the factors themselves, to its last bit; to reproduce, not to recommend.
+
+=========  ========================================================================
+A_n, B_n   factors [d_in, r], [r, d_out]; PEFT's lora_A^T, lora_B^T
+w_n, s_n   weight and scale (alpha / r) of adapter n
+c_n        sqrt |w_n s_n|; A also takes the sign of w_n s_n
+h          weighted sum, or one of the variants below, of A and of B apart
+=========  ========================================================================
+
+.. math::
+    A' = h(\\pm c_n, A_n), \\quad B' = h(c_n, B_n); \\qquad h_{linear}(c, x) = \\sum_n c_n x_n
+
+magnitude_prune and ties keep the largest elements of each x_n; ties then keeps those of the sign
+of the unweighted sum (or of the count of signs) and divides by how many those are; dare_* drop
+at random and rescale. cat is the exact sum: A' = [w_n s_n A_n], B' = [B_n].
+
+Except for cat the result has cross terms B_n A_m and depends on the gauge: merging an adapter with
+itself at weights 1/2, 1/2 gives twice the adapter. The scales are 1 where the factors of a bank
+hold them already, as those of `gather` do; `peft_merge` reads factors and scales apart, as PEFT.
+
+Shapes: bank u [N, d_in, r], v [N, r, d_out]; weights [N]; result u [d_in, r], v [r, d_out].
+
+Raises ValueError for a density outside (0, 1], an unknown vote, neither keys nor masks.
+
+Source: our reading of `add_weighted_adapter` of PEFT 0.21.2; tested on its models.
+Deviates: of elements equal to the threshold all are kept. torch adds the last few elements of
+banks of 8 and more in another order: there the last bit may differ.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jlora.algebra import LowRank
+from jlora.merging.elementwise.dare import shares
+from jlora.merging.engine.threshold import kept
+from jlora.merging.exact.concat import concat
+
+VOTES = ("total", "frequency")
+Roots = tuple[Array, Array] | None  # (± c, c), each [N]; from the weights alone where it is None
+
+
+def peft_linear(bank: LowRank, weights: Array, *, roots: Roots = None) -> LowRank:
+    """`combination_type="linear"`."""
+    return _both(bank, weights, roots, total)
+
+
+def peft_cat(bank: LowRank, weights: Array, *, scales: Array | None = None) -> LowRank:
+    """`combination_type="cat"`."""
+    low = LowRank(bank.u * weights[:, None, None], bank.v)
+    return concat(low, jnp.ones_like(weights) if scales is None else scales)
+
+
+def peft_magnitude_prune(
+    bank: LowRank, weights: Array, *, density: float = 0.5, roots: Roots = None
+) -> LowRank:
+    """`combination_type="magnitude_prune"`."""
+    return _both(bank, weights, roots, lambda x, c: total(pruned(x, density), c))
+
+
+def peft_ties(
+    bank: LowRank, weights: Array, *, density: float = 0.5, vote: str = "total",
+    roots: Roots = None,
+) -> LowRank:  # fmt: skip
+    """`combination_type="ties"`."""
+    return _both(bank, weights, roots, lambda x, c: disjoint(pruned(x, density), c, vote))
+
+
+def peft_dare_linear(
+    bank: LowRank, weights: Array, *, density: float = 0.5, keys: Array | None = None,
+    masks: LowRank | None = None, roots: Roots = None,
+) -> LowRank:  # fmt: skip
+    """`combination_type="dare_linear"`; masks of 0 and 1 shaped as the bank, or keys [N]."""
+    return _both(_dropped(bank, density, keys, masks), weights, roots, total)
+
+
+def peft_dare_ties(
+    bank: LowRank, weights: Array, *, density: float = 0.5, vote: str = "total",
+    keys: Array | None = None, masks: LowRank | None = None, roots: Roots = None,
+) -> LowRank:  # fmt: skip
+    """`combination_type="dare_ties"`; masks of 0 and 1 shaped as the bank, or keys [N]."""
+    low = _dropped(bank, density, keys, masks)
+    return _both(low, weights, roots, lambda x, c: disjoint(x, c, vote))
+
+
+def total(x: Array, c: Array) -> Array:
+    """sum_n c_n x_n, each product rounded before it is added, in order."""
+    return _sum(c[:, None, None] * x)
+
+
+def pruned(x: Array, density: float) -> Array:
+    """x [N, p, q], each with its floor(density * p * q) largest elements, else 0."""
+    n, size = x.shape[0], x.shape[1] * x.shape[2]
+    kept(density, n, size)
+    if density == 1.0:
+        return x
+    flat = jnp.abs(x).reshape(n, size)
+    low = lax.top_k(lax.stop_gradient(flat), int(density * size))[0][:, -1:]
+    return jnp.where((flat >= low).reshape(x.shape), x, jnp.zeros_like(x))
+
+
+def disjoint(x: Array, c: Array, vote: str) -> Array:
+    """Elements of the majority's sign, weighted by c, over their number."""
+    if vote not in VOTES:
+        raise ValueError(f"vote: got {vote!r}, expected one of {VOTES}")
+    tally = _sum(x if vote == "total" else jnp.sign(x))
+    winner = jnp.where(tally >= 0, jnp.ones_like(tally), -jnp.ones_like(tally))
+    agree = (jnp.sign(x) == winner[None]).astype(x.dtype)
+    return _sum(c[:, None, None] * x * agree) / jnp.maximum(_sum(agree), 1.0)
+
+
+def _sum(x: Array) -> Array:
+    """In order: a scan keeps the compiler from fusing the product before it into the sum."""
+    return lax.scan(lambda t, y: (t + y, None), jnp.zeros_like(x[0]), x)[0]
+
+
+def _both(bank: LowRank, weights: Array, roots: Roots, h: Any) -> LowRank:
+    if roots is None:
+        size = jnp.abs(weights)
+        root = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, jnp.ones_like(size))), size)
+        roots = jnp.where(weights >= 0, root, -root), root
+    return LowRank(h(bank.u, roots[0]), h(bank.v, roots[1]))
+
+
+def _dropped(bank: LowRank, density: float, keys: Array | None, masks: Any) -> LowRank:
+    shares(density, 1)
+    if density == 1.0:
+        return bank
+    if masks is None:
+        if keys is None:
+            raise ValueError("keys, masks: got neither, expected one")
+        masks = LowRank(_mask(keys, 0, density, bank.u), _mask(keys, 1, density, bank.v))
+
+    def drop(x: Array, mask: Array) -> Array:  # by an array: x / p would become x * (1 / p)
+        p = jnp.asarray(density, x.dtype)
+        return x * mask / jnp.where(mask > 0, p, jnp.ones_like(x))
+
+    return LowRank(*map(drop, bank, masks))
+
+
+def _mask(keys: Array, side: int, density: float, like: Array) -> Array:
+    def one(key: Array) -> Array:
+        share = jnp.asarray(density, jnp.float32)
+        return jax.random.bernoulli(jax.random.fold_in(key, side), share, like.shape[1:])
+
+    return jax.vmap(one)(keys).astype(like.dtype)

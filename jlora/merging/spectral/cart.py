@@ -1,0 +1,46 @@
+"""CART: the average, plus what is special about each adapter, cut to a low rank.
+
+=======  ==========================================================
+C_n      core of adapter n (`core_space`), [p, q]
+C̄        sum_n w_n C_n, the centre (w_n sum to 1)
+T_k      best approximation of rank k, `rank`
+λ        `strength`
+=======  ==========================================================
+
+.. math:: C = \\bar C + \\lambda \\sum_n T_k(C_n - \\bar C)
+
+Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result of rank min(p, q). `rank` is 8 %
+of min(d_in, d_out), rounded up, where it is None. Raises ValueError for a rank < 1.
+
+Paper: Choi et al. 2024, Revisiting Weight Averaging for Model Merging, arXiv:2412.12153.
+Source: paper; the official code as read through core-space-merging.
+Deviates: the centre takes weights. λ is 1 here; the paper tunes it.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jlora.algebra import LowRank
+from jlora.merging.engine.spectral_functions import dot, spectral
+from jlora.merging.spectral.core_space import from_core, to_core
+
+
+def cart(
+    bank: LowRank, weights: Array, *, rank: int | None = None, strength: float = 1.0
+) -> LowRank:
+    """The centre and the low-rank parts around it, of one site."""
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank: got {rank}, expected at least 1")
+    core = to_core(bank)
+    k = rank or math.ceil(0.08 * min(bank.u.shape[1], bank.v.shape[2]))
+    mean = dot("n,npq->pq", weights, core.cores)
+    own = jax.vmap(partial(spectral, partial(_cut, k)))(core.cores - mean[None])
+    return from_core(core, mean + strength * jnp.sum(own, axis=0))
+
+
+def _cut(k: int, s: Array) -> Array:
+    return s * (jnp.arange(s.shape[0]) < k).astype(s.dtype)

@@ -1,0 +1,49 @@
+"""KnOTS: adapters in one common basis of outputs, merged entry by entry there.
+
+=======  ==================================================================
+Δ_n      delta of adapter n, [d_in, d_out], factored
+Y        common right singular basis [q, d_out], q = min(N R, d_out)
+Z_n      its coefficients, [d_in, q]
+=======  ==================================================================
+
+.. math::
+    [\\Delta_1; ...; \\Delta_N] = X S Y, \\quad Z_n = \\Delta_n Y^T, \\qquad
+    \\Delta = \\mathrm{merge}(Z_1, ..., Z_N) \\; Y
+
+With `rule="ties"` entries of the Z are trimmed, elected and averaged as in `core_space`, with
+`rule="sum"` the result is the exact sum. Only thin matrices are formed.
+
+Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result [d_in, q], [q, d_out].
+Raises ValueError for an unknown rule, or a density outside (0, 1].
+
+Paper: Stoica et al. 2024, arXiv:2410.19735.
+Source: official code (gstoica27/KnOTS).
+Deviates: entries are trimmed within a site and a layer, the official code trims over all of them.
+Weights are ours. Gradients hold the basis fixed.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jlora.algebra import LowRank
+from jlora.merging.engine.spectral_functions import dot
+from jlora.merging.spectral.core_space import entrywise, to_core
+
+
+def knots(
+    bank: LowRank,
+    weights: Array,
+    *,
+    rule: str = "ties",
+    density: Any = 0.2,
+    strength: float = 1.0,
+) -> LowRank:
+    """The merge of one site in the common basis of its outputs."""
+    core = to_core(bank)
+    n, p, q = core.cores.shape
+    y = jnp.linalg.svd(core.cores.reshape(n * p, q), full_matrices=False)[2]
+    y = lax.stop_gradient(dot("kq,qo->ko", y, core.right))
+    z = dot("nir,nro,ko->nik", bank.u, bank.v, y)
+    return LowRank(strength * entrywise(z, weights, rule, density), y)

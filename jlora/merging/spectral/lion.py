@@ -1,0 +1,101 @@
+"""LiON-LoRA fusion: deltas are brought to one norm before they are added, linearly in the weights.
+
+=========  ====================================================================
+D_n        delta of adapter n, u_n v_n
+w_n        its weight, the amplitude of its effect
+x          inputs [T, d_in], or white noise where none are given
+=========  ====================================================================
+
+.. math:: n_n = \\|x D_n\\|_F, \\quad \\bar n = \\frac{\\sum_n |w_n| n_n}{\\sum_n |w_n|}, \\qquad
+          D = \\sum_n w_n \\, \\frac{\\bar n}{n_n} \\, D_n
+
+With white noise the norm is that of D_n itself. Norm consistency: no adapter drowns another one.
+Orthogonality is what the paper observes, not enforces: adapters whose features are orthogonal, as
+in shallow layers, can be added without interference. `overlap` measures it; `orthogonal=True`
+enforces it, by the symmetric orthogonalisation nearest to the normalised deltas,
+
+.. math:: D = \\sum_m \\Bigl(\\sum_n w_n \\bar n \\, (G^{-1/2})_{nm}\\Bigr) \\frac{D_m}{n_m},
+          \\quad G_{nm} = \\cos(x D_n, x D_m),
+
+after which the part of the result along direction n is w_n times the mean norm, whatever the other
+weights: linear scale.
+
+Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result u [d_in, N R], v [N R, d_out].
+
+Paper: Zhang et al. 2025, arXiv:2507.05678.
+Source: abstract and notes on the paper, which give no equations: all of this is our reading.
+Deviates: `orthogonal` is not in the paper. Its token for the amplitude, inside the attention of a
+video transformer, is not here. A zero delta adds nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jlora.algebra import LowRank
+from jlora.merging.exact.concat import concat
+
+
+def lion(
+    bank: LowRank,
+    weights: Array,
+    *,
+    inputs: Array | None = None,
+    orthogonal: bool = False,
+    floor: float = 1e-4,
+) -> LowRank:
+    """The fusion of one site, of rank N R.
+
+    `floor` bounds the eigenvalues of G from below, where adapters are (nearly) parallel.
+    """
+    gram = features(bank, inputs)
+    norms, scale = _norms(gram)
+    size = jnp.abs(weights)
+    total = jnp.sum(size)
+    mean = jnp.sum(size * norms) / jnp.where(total > 0, total, jnp.ones_like(total))
+    if not orthogonal:
+        return concat(bank, weights * mean * scale)
+    cosines = gram * scale[:, None] * scale[None, :]
+    cosines = cosines + jnp.diag(jnp.where(norms > 0, 0.0, jnp.ones_like(norms)))
+    values, vectors = jnp.linalg.eigh(cosines)
+    root = vectors / jnp.sqrt(jnp.maximum(values, floor))[None, :]
+    mixed = _dot("nk,mk->nm", root, vectors)
+    return concat(bank, _dot("n,nm->m", weights * mean, mixed) * scale)
+
+
+def lion_orthogonal(bank: LowRank, weights: Array, **options) -> LowRank:
+    """`lion` with the deltas made orthogonal."""
+    return lion(bank, weights, orthogonal=True, **options)
+
+
+def overlap(bank: LowRank, inputs: Array | None = None) -> Array:
+    """Cosines between the features of the adapters of one site, [N, N]; 0 for a zero delta."""
+    gram = features(bank, inputs)
+    _, scale = _norms(gram)
+    return gram * scale[:, None] * scale[None, :]
+
+
+def features(bank: LowRank, inputs: Array | None = None) -> Array:
+    """Inner products of the features x D_n [N, N]; of the deltas where there are no inputs.
+
+    Raises ValueError for inputs that are not [T, d_in].
+    """
+    u = bank.u
+    if inputs is not None:
+        if inputs.ndim != 2 or inputs.shape[1] != u.shape[1]:
+            raise ValueError(f"inputs: got shape {inputs.shape}, expected (T, {u.shape[1]})")
+        u = _dot("ti,nir->ntr", inputs.astype(u.dtype), u)
+    left, right = _dot("nir,mis->nmrs", u, u), _dot("nro,mso->nmrs", bank.v, bank.v)
+    return jnp.sum(left * right, axis=(-2, -1))
+
+
+def _norms(gram: Array) -> tuple[Array, Array]:
+    """(norms, their inverses) [N]; 0 and 0 for a zero delta."""
+    squared = jnp.diagonal(gram)
+    live = squared > 0
+    norms = jnp.sqrt(jnp.where(live, squared, jnp.ones_like(squared)))
+    return jnp.where(live, norms, 0.0), jnp.where(live, 1.0 / norms, 0.0)
+
+
+def _dot(spec: str, *xs: Array) -> Array:
+    return jnp.einsum(spec, *xs, precision=jax.lax.Precision.HIGHEST)

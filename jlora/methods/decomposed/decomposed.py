@@ -1,0 +1,156 @@
+"""Weight decomposition of any delta: learned lengths of columns or rows, a method for direction.
+
+Symbols: the method of the direction -> `method`, its delta :math:`\\Delta W = u v` or, of LoKr,
+:math:`a \\otimes c`; m -> `m`, [d_out] for columns, [1, channels] or [channels, 1] for rows.
+
+.. math::
+    W' = V \\, \\mathrm{diag}(m / \\|V\\|_c) \\quad \\text{or} \\quad
+    W' = \\mathrm{diag}(m / \\|V\\|_r) \\, V, \\qquad V = W + \\Delta W
+
+with :math:`\\|V\\|_c` the norms of the columns (one an output feature, `by="out"`) or
+:math:`\\|V\\|_r` those of the rows (one an input feature, `by="in"`; in a convolution the rows of a
+channel have one norm together), taken as constants by the gradient. With LoRA it is, by columns,
+DoRA; with LoHa and LoKr LyCORIS calls it DoHa and DoKr. V is never formed: with factors, or with a
+Kronecker product whose column (k, l) has the length :math:`\\|a_k\\| \\|c_l\\|`,
+
+.. math::
+    \\|V\\|_c^2 = \\|W\\|_c^2 + 1^T ((2 u^T W + u^T u \\, v) \\odot v), \\qquad
+    \\|V_{kl}\\|^2 = \\|W_{kl}\\|^2 + 2 \\sum_{ij} a_{ik} W_{(ij),(kl)} c_{jl}
+                   + \\|a_k\\|^2 \\|c_l\\|^2 ,
+
+and rows are the columns of the transposes. The gain of a row is a gain of x, so by rows the matmul
+is the model's own, of x diag(g).
+
+Init: that of the method, and m = the norms of W, hence the identity.
+
+Liu et al., `DoRA <https://arxiv.org/abs/2402.09353>`_, 2024; Yeh et al.,
+`LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2024.
+
+Source: LyCORIS 4.1 (`weight_decompose`, `wd_on_output` on or off); the detached norm is DoRA's.
+Deviates: closed-form norms (LyCORIS forms V, and lets the gradient through its norm); by rows a
+convolution or lookup multiplies with the merged weight, for its x is never written down.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.conv import window
+from jlora.methods.decomposed.dora import column_norms, gain
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposed(Method):
+    """`method` for the directions of the columns (or rows), `m` for their lengths.
+
+    Raises:
+      ValueError: a method without factors, or one that has an `m` of its own (when it is made); a
+        `by` other than "out" and "in".
+    """
+
+    method: Method
+    by: str = "out"  # whose lengths: "out" of the columns, "in" of the rows
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method) or type(self.method).factors is Method.factors:
+            raise ValueError(f"Decomposed: expected a method with factors, got {self.method}")
+        if self.by not in ("out", "in"):
+            raise ValueError(f"Decomposed.by: expected 'out' or 'in', got {self.by!r}")
+
+    @property
+    def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
+        return self.method.rank_axes
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+        """As the method."""
+        return self.method.shared(key, sites)
+
+    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+        """The method's own arrays and m = the norms of what it begins as.
+
+        m is [d_out]; by rows [1, channels], or [channels, 1] where the channels come before the
+        window in d_in (torch's layout).
+        """
+        trainable, frozen = self.method.init(key, site)
+        if "m" in trainable | frozen:
+            raise ValueError(f"Decomposed: {type(self.method).__name__} has an `m` of its own")
+        p = {**site.shared, **frozen, **trainable}
+        norms = self._norms(site.weight(), p, rows_shape(site) if self.by == "in" else None)
+        return {**trainable, "m": norms}, frozen
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        """V m / |V|, [d_in, d_out]."""
+        v = self.method.merge(w, p)
+        fixed = jax.lax.stop_gradient(v)
+        if self.by == "out":
+            return v * gain(p["m"], jnp.linalg.norm(fixed, axis=0))[None, :]
+        norm = _together(jnp.linalg.norm(fixed, axis=1), p["m"].shape)
+        return v * _rows(gain(p["m"], norm), len(v))[:, None]
+
+    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+        """x [..., d_in] -> [..., d_out], the method's own fast path and a gain."""
+        if self.by == "in":
+            if not isinstance(x, jax.Array):
+                return x @ w.merged(self, p)
+            norm = jax.lax.stop_gradient(self._norms(w.dense(), p, p["m"].shape))
+            by = _rows(gain(p["m"], norm), x.shape[-1]).astype(x.dtype)
+            return self.method.apply(x * by.reshape(*[1] * (x.ndim - 1), -1), w, p, ctx)
+        out = self.method.apply(x, w, p, ctx)
+        y, *reports = out if isinstance(out, tuple) else (out,)
+        norm = jax.lax.stop_gradient(self._norms(w.dense(), p))
+        y = y * gain(p["m"], norm).astype(y.dtype).reshape(*[1] * (y.ndim - 1), -1)
+        return (y, *reports) if reports else y
+
+    def _norms(self, w: jax.Array, p: Arrays, rows: tuple[int, ...] | None = None) -> jax.Array:
+        """The norms of the columns of W + delta, [d_out], or those of its rows, of shape `rows`."""
+        factors = getattr(self.method, "kron", lambda p: None)(p)
+        if factors is None:
+            norms, (first, second) = _column_norms, self.method.factors(p)  # type: ignore[misc]
+        else:
+            norms, first, second = kron_norms, factors[0], factors[1] @ factors[2]
+        if rows is None:
+            return norms(w, first, second)
+        if factors is None:  # (u v)^T = v^T u^T
+            first, second = second, first
+        return _together(norms(w.T, first.T, second.T), rows)
+
+
+def rows_shape(site: Site) -> tuple[int, int]:
+    """The shape of m by rows: it tells whether the window or the channels come first in d_in."""
+    _, channels, after = window(site)
+    return (channels, 1) if after > 1 else (1, channels)
+
+
+def _column_norms(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    return column_norms(w, u, v, jnp.ones((), u.dtype))
+
+
+def _places(shape: tuple[int, ...], rows: int) -> tuple[int, int]:
+    """`rows` as [window, channels] or [channels, window], as `shape` of m says."""
+    before, channels = shape
+    return (rows // channels, channels) if before == 1 else (before, rows // before)
+
+
+def _together(norms: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The norms [d_in] of rows -> of channels, each of all places of its window, of `shape`."""
+    square = jnp.square(norms).reshape(_places(shape, len(norms)))
+    return jnp.sqrt(jnp.sum(square, axis=0 if shape[0] == 1 else 1, keepdims=True))
+
+
+def _rows(gains: jax.Array, rows: int) -> jax.Array:
+    """Gains of channels -> of rows, [d_in]."""
+    return jnp.broadcast_to(gains, _places(gains.shape, rows)).reshape(-1)
+
+
+def kron_norms(w: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
+    """The norms [o1 o2] of the columns of w + a ⊗ c, a [i1, o1], c [i2, o2]; in the dtype of a."""
+    w = w.astype(a.dtype)
+    blocks = w.reshape(a.shape[0], c.shape[0], a.shape[1], c.shape[1])
+    cross = jnp.sum(jnp.einsum("ijkl,ik->jkl", blocks, a) * c[:, None, :], axis=0)
+    lengths = jnp.outer(jnp.sum(a * a, axis=0), jnp.sum(c * c, axis=0))
+    square = jnp.sum(w * w, axis=0) + (2 * cross + lengths).reshape(-1)
+    return jnp.sqrt(jnp.maximum(square, 0))

@@ -1,1 +1,0 @@
-"""Ranks: how many dimensions an adapter keeps, and when it loses them."""

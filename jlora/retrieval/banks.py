@@ -1,0 +1,94 @@
+"""A bank of adapters as a collection: duplicates, clusters, retrieval.
+
+======  ================================================================================
+S       cosines of all pairs, [N, N] (`jlora.algebra.similarity`)
+c_n, q  condition of adapter n, [N, C]; of the query, [C]
+======  ================================================================================
+
+.. math::
+    \\text{linkage}(P, Q) = \\frac{1}{|P| |Q|} \\sum_{n \\in P, m \\in Q} S_{nm}, \\qquad
+    w_n \\propto \\exp(\\cos(q, c_n) / \\tau)
+
+Clusters are merged from the closest pair on (average linkage). Deltas are compared, not factors:
+nothing here depends on the gauge of an adapter. `retrieve` can be jitted and vmapped, the others
+return host arrays, because their sizes depend on the data.
+
+Source: textbook.
+Deviates: nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jlora import algebra
+
+
+class Retrieved(NamedTuple):
+    """The adapters closest to a query, closest first."""
+
+    ids: Array  # [k] int32
+    weights: Array  # [k], summing to 1
+    scores: Array  # [k], cosines
+
+
+def duplicates(bank: Any, *, cosine: float = 0.999) -> np.ndarray:
+    """For each adapter of a bank the first one that it equals up to `cosine`, [N] int.
+
+    An adapter is compared with those kept so far; `np.unique` of the result are the ids to keep.
+    Raises ValueError for a cosine outside (0, 1].
+    """
+    if not 0.0 < cosine <= 1.0:
+        raise ValueError(f"cosine: got {cosine}, expected 0 < cosine <= 1")
+    s = np.asarray(algebra.similarity(bank))
+    first = np.arange(len(s))
+    for n in range(len(s)):
+        kept = [m for m in range(n) if first[m] == m and s[n, m] >= cosine]
+        if kept:
+            first[n] = kept[0]
+    return first
+
+
+def cluster(bank: Any, *, count: int | None = None, cosine: float | None = None) -> np.ndarray:
+    """A label for each adapter, [N] int, numbered in the order of first members.
+
+    Pairs are joined until `count` clusters are left, or while their linkage is at least `cosine`.
+    Raises ValueError unless exactly one is given, or for a count outside 1..N.
+    """
+    if (count is None) == (cosine is None):
+        raise ValueError(f"got {count=} {cosine=}, expected exactly one of them")
+    s = np.asarray(algebra.similarity(bank), np.float64)
+    n = len(s)
+    if count is not None and not 1 <= count <= n:
+        raise ValueError(f"count: got {count}, expected 1 to {n}")
+    member, size = np.eye(n, dtype=bool), np.ones(n)
+    link = s - np.diag(np.full(n, np.inf))
+    left = n
+    while left > (count or 1):
+        i, j = np.unravel_index(np.argmax(link), link.shape)
+        if cosine is not None and link[i, j] < cosine:
+            break
+        mean = (size[i] * link[i] + size[j] * link[j]) / (size[i] + size[j])
+        link[i], link[:, i] = mean, mean
+        link[j], link[:, j], link[i, i] = -np.inf, -np.inf, -np.inf
+        member[i] |= member[j]
+        member[j], size[i], left = False, size[i] + size[j], left - 1
+    return member[member.any(1)].T.argmax(1)  # a cluster's row is that of its first member
+
+
+def retrieve(query: Array, conditions: Array, *, count: int, temperature: float = 0.1) -> Retrieved:
+    """The `count` adapters whose conditions [N, C] are closest to the query [C].
+
+    Raises ValueError for a count outside 1..N, or a temperature <= 0.
+    """
+    if not 1 <= count <= conditions.shape[0]:
+        raise ValueError(f"count: got {count}, expected 1 to {conditions.shape[0]}")
+    if temperature <= 0:
+        raise ValueError(f"temperature: got {temperature}, expected more than 0")
+    norms = jnp.linalg.norm(conditions, axis=-1) * jnp.linalg.norm(query)
+    scores = conditions @ query / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny)
+    top, ids = jax.lax.top_k(scores, count)
+    return Retrieved(ids, jax.nn.softmax(top / temperature), top)

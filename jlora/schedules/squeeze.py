@@ -1,0 +1,160 @@
+"""LoRA-Squeeze: train at a high rank, compress the delta to a low one; after or during training.
+
+=========  ====================================================================
+A, B       `a` [d_in, R], `b` [R, d_out], the trained factors
+r          the rank to keep, r <= R
+P, P'      `into` [R, r], `onto` [r, R]: what the compression does to each factor
+m, n       first and second moments of an optimizer
+=========  ====================================================================
+
+.. math:: A = Q_A R_A, \\; B^T = Q_B R_B, \\; R_A R_B^T = U S V^T, \\qquad
+          A_r = Q_A U_r S_r^{1/2} = A P, \\; B_r = S_r^{1/2} V_r^T Q_B^T = P' B
+
+.. math:: P = R_B^T V_r S_r^{-1/2}, \\; P' = S_r^{-1/2} U_r^T R_A
+
+The error is the tail of the spectrum. A gradient G of the delta reaches A as G B^T, so it reaches
+A_r as (G B^T) P'^T: first moments follow exactly, second ones as for independent entries,
+
+.. math:: m_A' = m_A P'^T, \\; m_B' = P^T m_B, \\qquad
+          n_A' = n_A (P'^T)^{\\circ 2}, \\; n_B' = (P^{\\circ 2})^T n_B .
+
+Three uses: `squeeze` after training; `squeeze`, then some more training at the low rank; `anneal`
+during training, where `schedule` falls step by step and arrays keep their shape (dropped columns
+are zero, a fixed point of gradient descent and of Adam), so that nothing compiles twice.
+
+Paper: Vulić et al. 2026, arXiv:2602.10993.
+Source: abstract; the split of S, the moments and the schedule are our reading.
+Deviates: exact SVD in the core instead of a randomised one; the scale stays as it is (alpha moves
+with the rank), so learning rates keep their meaning.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jlora.core.adapter import Adapter
+from jlora.methods.low_rank.lora import LoRA
+
+MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2}  # field of an optax state -> power
+
+
+class Maps(NamedTuple):
+    """What a compression does to the factors of one site: a' = a @ into, b' = onto @ b."""
+
+    into: Array  # [*stack, R, r]
+    onto: Array  # [*stack, r, R]
+
+
+class Squeezed(NamedTuple):
+    """A compressed adapter."""
+
+    adapter: Adapter
+    maps: dict[str, Maps]  # by path
+    errors: dict[str, Array]  # path -> [*stack], Frobenius norm of what is lost of scale * a @ b
+
+
+def squeeze(adapter: Adapter, rank: int) -> Squeezed:
+    """A LoRA adapter (or a bank) at a lower rank: the best approximation of every delta.
+
+    Raises ValueError: rank outside 1..R of a site; a site of another method, or with a frozen `a`.
+    """
+    return _squeeze(adapter, rank, rank)
+
+
+def anneal(adapter: Adapter, rank: Any) -> Squeezed:
+    """The same with arrays of the same shape, zero beyond `rank`, which may be traced."""
+    return _squeeze(adapter, rank, None)
+
+
+def schedule(step: Any, *, start: int, stop: int, source: int, target: int) -> Array:
+    """The rank of a step, int32: `source` before `start`, `target` from `stop` on, linear between.
+
+    Raises ValueError: stop <= start, or target not in 1..source.
+    """
+    if stop <= start or not 1 <= target <= source:
+        raise ValueError(
+            f"schedule: got start {start}, stop {stop}, source {source}, target {target}, "
+            "expected start < stop and 1 <= target <= source"
+        )
+    done = jnp.clip((jnp.asarray(step) - start) / (stop - start), 0.0, 1.0)
+    return jnp.round(source + (target - source) * done).astype(jnp.int32)
+
+
+def project(state: Any, maps: dict[str, Maps], trainable: Any) -> Any:
+    """An optax state after a compression; `trainable` is the tree before it.
+
+    Raises ValueError for a tree of the shape of `trainable` in a field that is not in `MOMENTS`.
+    """
+    shape = jax.tree.structure(trainable)
+
+    def walk(node: Any, name: str) -> Any:
+        if jax.tree.structure(node) == shape and isinstance(node, dict):
+            if name not in MOMENTS:
+                raise ValueError(f"{name}: got moments, expected one of {sorted(MOMENTS)}")
+            return {path: _project(node[path], maps[path], MOMENTS[name]) for path in node}
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            fields = node._fields  # type: ignore[attr-defined]
+            return type(node)(*(walk(t, f) for t, f in zip(node, fields, strict=True)))
+        if isinstance(node, tuple | list):
+            return type(node)(walk(t, name) for t in node)
+        return node
+
+    return walk(state, "state")
+
+
+def _project(t: dict[str, Array], maps: Maps, power: int) -> dict[str, Array]:
+    into, onto = (m**power for m in maps)
+    a, b = _dot(t["a"], onto.mT), _dot(into.mT, t["b"])
+    return {"a": a.astype(t["a"].dtype), "b": b.astype(t["b"].dtype)}
+
+
+def _squeeze(adapter: Adapter, rank: Any, width: int | None) -> Squeezed:
+    trainable, maps, errors, rows = {}, {}, {}, []
+    for site, method in adapter.sites:
+        own = adapter.trainable[site.path]
+        if not isinstance(method, LoRA) or own.keys() != {"a", "b"}:
+            raise ValueError(f"{site.path}: got {method}, expected LoRA with both factors trained")
+        full = own["a"].shape[-1]
+        if isinstance(rank, int) and not 1 <= rank <= full:
+            raise ValueError(f"{site.path}: rank: got {rank}, expected in 1..{full}")
+        a, b, maps[site.path], lost = _pair(own["a"], own["b"], rank, width or full)
+        trainable[site.path] = {"a": a, "b": b}
+        scale = adapter.frozen[site.path]["scale"]
+        errors[site.path] = lost * jnp.abs(scale).astype(lost.dtype)
+        if width is not None:
+            share = width / full
+            alpha = method.alpha * (share**0.5 if method.rslora else share)
+            method = dataclasses.replace(method, rank=width, alpha=alpha)
+        rows.append((site, method))
+    return Squeezed(Adapter(trainable, adapter.frozen, tuple(rows)), maps, errors)
+
+
+def _pair(a: Array, b: Array, rank: Any, width: int) -> tuple[Array, Array, Maps, Array]:
+    """(a' [d_in, width], b' [width, d_out], maps, error); columns beyond `rank` are zero."""
+    full = a.shape[-1]
+    (qa, ra), (qb, rb) = jnp.linalg.qr(_pad(a)), jnp.linalg.qr(_pad(b.mT))
+    u, s, vt = jnp.linalg.svd(_dot(ra, rb.mT), full_matrices=False)
+    kept = jnp.broadcast_to(jnp.arange(full) < rank, s.shape)
+    lost = jnp.sqrt(jnp.sum(jnp.where(kept, 0.0, s) ** 2, axis=-1))
+    live = kept & (s > jnp.finfo(s.dtype).eps * full * s[..., :1])  # not noise
+    root = jnp.where(live, jnp.sqrt(jnp.where(live, s, 1.0)), 0.0)[..., None, :]
+    over = jnp.where(live, 1.0 / jnp.sqrt(jnp.where(live, s, 1.0)), 0.0)[..., None, :]
+    into = (_dot(rb.mT, vt.mT) * over)[..., :width]
+    onto = (_dot(ra.mT, u) * over).mT[..., :width, :]
+    left, right = (_dot(qa, u) * root)[..., :width], (_dot(qb, vt.mT) * root).mT[..., :width, :]
+    new_a, new_b = left[..., : a.shape[-2], :], right[..., : b.shape[-1]]
+    return new_a.astype(a.dtype), new_b.astype(b.dtype), Maps(into, onto), lost
+
+
+def _pad(x: Array) -> Array:
+    """Zero rows below a matrix that is wider than high, so that its R has all R rows."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    more = max(0, x.shape[-1] - x.shape[-2])
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+
+
+def _dot(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y.astype(x.dtype), precision=lax.Precision.HIGHEST)

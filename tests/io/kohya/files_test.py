@@ -1,0 +1,239 @@
+"""kohya / LyCORIS and diffusers files against numpy's reading of their formats."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora as jl
+from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.methods.decomposed.dora import DoRA
+from jlora.methods.kronecker.lokr import LoKr
+from jlora.methods.low_rank.loha import LoHa
+from jlora.methods.selective.ia3 import IA3
+
+NAMES = NameMap(
+    {
+        r"blocks/attn/(q|k)/kernel": r"blocks.{i}.attn.to_\1",
+        r"blocks/up_proj/kernel": "blocks.{i}.up_proj",
+    }
+)
+RNG = np.random.default_rng(0)
+SHAPES = {"attn.to_q": (8, 8), "attn.to_k": (4, 8), "up_proj": (12, 8)}  # [out, in]
+
+
+def draw(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+PARAMS = {
+    "blocks": {
+        "attn": {"q": {"kernel": draw(2, 8, 8)}, "k": {"kernel": draw(2, 8, 4)}},
+        "up_proj": {"kernel": draw(2, 8, 12)},
+    }
+}
+SITE = {
+    "attn.to_q": "blocks/attn/q/kernel",
+    "attn.to_k": "blocks/attn/k/kernel",
+    "up_proj": "blocks/up_proj/kernel",
+}
+
+
+def lora(out, inner):
+    t = {"lora_down.weight": draw(3, inner), "lora_up.weight": draw(out, 3)}
+    return t, 3, t["lora_up.weight"] @ t["lora_down.weight"]
+
+
+def loha(out, inner):
+    t = {f"hada_w{n}_{s}": draw(*(out, 2) if s == "a" else (2, inner)) for n in "12" for s in "ab"}
+    return t, 2, (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
+
+
+def lokr(out, inner):
+    t = {"lokr_w1": draw(2, 4), "lokr_w2_a": draw(out // 2, 1), "lokr_w2_b": draw(1, inner // 4)}
+    return t, 1, np.kron(t["lokr_w1"], t["lokr_w2_a"] @ t["lokr_w2_b"])
+
+
+def whole(out, inner):
+    t = {"lokr_w1": draw(2, 4), "lokr_w2": draw(out // 2, inner // 4)}
+    return t, None, np.kron(t["lokr_w1"], t["lokr_w2"])
+
+
+KINDS = {"attn.to_q": lora, "attn.to_k": loha, "up_proj": lokr}
+
+
+def a_file(path, kinds=KINDS, alpha=5.0, prefix="lora_unet"):
+    """A file, and the delta [in, out] by site that numpy reads from it."""
+    tensors, deltas = {}, {}
+    for module, kind in kinds.items():
+        for layer in range(2):
+            t, rank, delta = kind(*SHAPES[module])
+            key = f"{prefix}_blocks_{layer}_{module.replace('.', '_')}"
+            tensors |= {f"{key}.{suffix}": array for suffix, array in t.items()}
+            if alpha is not None:
+                tensors[f"{key}.alpha"] = np.asarray(alpha, np.float32)
+            scale = 1.0 if rank is None or alpha is None else alpha / rank
+            deltas.setdefault(SITE[module], []).append(scale * delta.T)
+    safetensors_file.write(path, tensors, {"format": "pt"})
+    return tensors, {site: np.stack(d) for site, d in deltas.items()}
+
+
+def check_deltas(adapter, deltas):
+    made = jl.delta(jax.tree.map(jnp.asarray, PARAMS), adapter)
+    assert set(made) == set(deltas)
+    for site, delta in deltas.items():
+        np.testing.assert_allclose(made[site], delta, rtol=1e-4, atol=1e-5, err_msg=site)
+
+
+@pytest.mark.parametrize("alpha", [5.0, None])
+def test_every_module_has_its_own_method_and_scale(tmp_path, alpha):
+    path = tmp_path / "x.safetensors"
+    tensors, deltas = a_file(path, alpha=alpha)
+    adapter = jl.io.load_kohya(path, NAMES, PARAMS)
+    assert [type(m) for _, m in adapter.sites] == [LoHa, jl.LoRA, LoKr]
+    check_deltas(adapter, deltas)
+    jl.io.save_kohya(tmp_path / "y.safetensors", adapter, NAMES)
+    again, _ = safetensors_file.read(tmp_path / "y.safetensors")
+    if alpha is None:
+        again = {key: array for key, array in again.items() if not key.endswith("alpha")}
+    assert set(again) == set(tensors)
+    for key, array in tensors.items():
+        assert again[key].tobytes() == array.tobytes(), key
+
+
+def test_two_whole_kronecker_factors_have_the_scale_one(tmp_path):
+    path = tmp_path / "x.safetensors"
+    _, deltas = a_file(path, {"up_proj": whole}, alpha=5.0)
+    adapter = jl.io.load_kohya(path, NAMES, PARAMS)
+    check_deltas(adapter, deltas)
+    double = adapter.replace(frozen=jax.tree.map(lambda t: 2 * t, adapter.frozen))
+    jl.io.save_kohya(tmp_path / "y.safetensors", double, NAMES)
+    twice = jl.io.load_kohya(tmp_path / "y.safetensors", NAMES, PARAMS)
+    check_deltas(twice, {site: 2 * delta for site, delta in deltas.items()})
+
+
+def test_dora_scale_is_the_magnitude(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors, deltas = a_file(path, {"attn.to_q": lora})
+    magnitude = draw(8, 1)
+    for key in [k for k in tensors if k.endswith("alpha")]:
+        tensors[key.replace("alpha", "dora_scale")] = magnitude
+    safetensors_file.write(path, tensors, {"format": "pt"})
+    adapter = jl.io.load_kohya(path, NAMES, PARAMS)
+    site = "blocks/attn/q/kernel"
+    v = PARAMS["blocks"]["attn"]["q"]["kernel"] + deltas[site]
+    want = v * magnitude[None, :, 0] / np.linalg.norm(v, axis=1, keepdims=True)
+    got = jl.merge(jax.tree.map(jnp.asarray, PARAMS), adapter)
+    np.testing.assert_allclose(got["blocks"]["attn"]["q"]["kernel"], want, rtol=1e-4, atol=1e-5)
+    assert isinstance(adapter.sites[0][1], DoRA)
+    jl.io.save_kohya(tmp_path / "y.safetensors", adapter, NAMES)
+    assert (tmp_path / "y.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_names_whose_underscores_collide_are_an_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    a_file(path, {"up_proj": lora})
+    names = NameMap({r"a/kernel": "blocks.0_up.proj", r"b/kernel": "blocks.0.up_proj"})
+    params = {"a": {"kernel": draw(8, 12)}, "b": {"kernel": draw(8, 12)}}
+    with pytest.raises(FormatError, match="two modules are called 'lora_unet_blocks_0_up_proj'"):
+        jl.io.load_kohya(path, names, params)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t, k: t.update({f"{k}.lora_mid.weight": draw(3, 3)}), "no window"),
+        (lambda t, k: t.pop(f"{k}.lora_up.weight"), "no LoRA"),
+        (lambda t, k: t.update({f"{k}.lora_up.weight": draw(8, 2)}), "expected"),
+        (lambda t, k: t.update({f"{k}.lora_down.weight": draw(3, 8, 1, 1)}), "expected"),
+        (lambda t, k: t.update({f"{k}.lora_down.weight": np.asarray(1, np.float32)}), "rank|shape"),
+        (lambda t, k: t.update({f"{k}.alpha": draw(2)}), "one number"),
+        (lambda t, k: t.update({f"{k}.dora_scale": draw(1, 7)}), "dora_scale"),
+        (lambda t, k: t.update({"lora_unet_nowhere.alpha": draw(1)}), "no site"),
+        (lambda t, k: t.update({"lora_te_text.lora_up.weight": draw(1, 1)}), "does not start"),
+    ],
+)
+def test_what_is_not_understood_is_refused(tmp_path, change, why):
+    path = tmp_path / "x.safetensors"
+    tensors, _ = a_file(path, {"attn.to_q": lora})
+    change(tensors, "lora_unet_blocks_1_attn_to_q")
+    safetensors_file.write(path, tensors, {})
+    with pytest.raises(FormatError, match=why):
+        jl.io.load_kohya(path, NAMES, PARAMS)
+
+
+def test_other_prefixes_can_be_left(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors, deltas = a_file(path, {"attn.to_q": lora})
+    safetensors_file.write(path, tensors | {"lora_te_t.alpha": draw(1)}, {})
+    check_deltas(jl.io.load_kohya(path, NAMES, PARAMS, others="leave"), deltas)
+    with pytest.raises(FormatError, match="no key starts with"):
+        jl.io.load_kohya(path, NAMES, PARAMS, "lora_te2", others="leave")
+
+
+def forward(params, x):
+    def block(x, p):
+        y = x @ p["attn"]["q"]["kernel"]
+        k = x @ p["attn"]["k"]["kernel"]
+        return y + jnp.tile(k, 2) + (x @ p["up_proj"]["kernel"])[:, :8], None
+
+    return jax.lax.scan(block, x, params["blocks"])[0]
+
+
+def made(**methods):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    methods = {pattern.replace("_", "/"): m for pattern, m in methods.items()}
+    fresh = jl.init(jax.random.key(0), forward, params, jnp.ones((2, 8)), methods=methods)
+    return fresh.replace(trainable=jax.tree.map(lambda t: t + 0.5, fresh.trainable))
+
+
+def same(x, y):
+    assert x.sites == y.sites
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_diffusers_round_trip_with_metadata(tmp_path):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    for adapter in (
+        made(attn_q=jl.LoRA(2, alpha=3.0, rslora=True), attn_k=jl.LoRA(4, alpha=7.0, rslora=True)),
+        made(attn_q=DoRA(2, alpha=3.0)),
+    ):
+        jl.io.save_diffusers(path, adapter, NAMES)
+        tensors, header = safetensors_file.read(path)
+        assert all(key.startswith("transformer.blocks.") for key in tensors)
+        told = json.loads(header["lora_adapter_metadata"])
+        assert told["transformer.peft_type"] == "LORA" and told["transformer.r"] in (2, 4)
+        same(adapter, jl.io.load_diffusers(path, NAMES, PARAMS))
+    with pytest.raises(FormatError, match="diffusers loads LoRA only"):
+        jl.io.save_diffusers(path, made(attn_q=LoHa(2)), NAMES)
+
+
+def test_diffusers_without_metadata_has_alpha_equal_to_rank(tmp_path):
+    path = tmp_path / "x.safetensors"
+    adapter = made(attn_q=jl.LoRA(2, alpha=3.0), attn_k=jl.LoRA(4, alpha=7.0))
+    jl.io.save_diffusers(path, adapter, NAMES, "unet")
+    tensors, _ = safetensors_file.read(path)
+    safetensors_file.write(path, tensors, {"format": "pt"})
+    back = jl.io.load_diffusers(path, NAMES, PARAMS, "unet")
+    assert [m.rank for _, m in back.sites] == [4, 2]
+    assert all(np.all(np.asarray(f["scale"]) == 1) for f in back.frozen.values())
+    same(back.replace(frozen={}), adapter.replace(frozen={}))
+    with pytest.raises(FormatError, match="other components"):
+        jl.io.load_diffusers(path, NAMES, PARAMS, "transformer")
+    lost = {k: v for k, v in tensors.items() if "to_q.lora_A" not in k}
+    safetensors_file.write(path, lost, {"format": "pt"})
+    with pytest.raises(FormatError, match="no matrix"):
+        jl.io.load_diffusers(path, NAMES, PARAMS, "unet")
+
+
+def test_methods_without_a_place_are_refused(tmp_path):
+    with pytest.raises(FormatError, match="no place for IA3"):
+        jl.io.save_kohya(tmp_path / "x", made(attn_q=IA3()), NAMES)
+    zero = jax.tree.map(jnp.zeros_like, made(attn_q=jl.LoRA(2)))
+    with pytest.raises(FormatError, match="nothing to write"):
+        jl.io.save_kohya(tmp_path / "x", zero, NAMES)
+    assert not (tmp_path / "x").exists()
