@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.core.adapter import wide
+from jlora.system import System
 
 
 class LowRank(NamedTuple):
@@ -307,3 +308,12 @@ def _dot(spec: str, x: Array, y: Array) -> Array:
 
 def _ratio(x: Array, y: Array) -> Array:
     return jnp.where(y > 0, x / jnp.where(y > 0, y, jnp.ones_like(y)), jnp.zeros_like(x))
+
+
+SYSTEM = System(
+    name="Factored delta algebra",
+    paper="Panariello 2025 (core space); textbook",
+    symbol="svd",
+    evidence="dense numpy oracles; certificate of truncation; cancellation; mutation check",
+    kind="component",
+)

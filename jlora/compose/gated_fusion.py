@@ -29,6 +29,7 @@ from jax import Array
 
 from jlora.core.adapter import Adapter, Arrays, Method, key_of
 from jlora.merging.engine.inputs import gather
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +87,14 @@ def _norm(x: Array) -> Array:
 
 def _row(x: Array, ndim: int) -> Array:
     return x.reshape(*[1] * (ndim - 1), -1)
+
+
+SYSTEM = System(
+    name="AutoLoRA: gated fusion",
+    paper="2025, 2508.02107",
+    symbol="gated",
+    evidence="gates by numpy; open gates are the plain sum; learns to leave adapters out",
+    rows=(6,),
+    tests=("", "tests/retrieval/weight_encoder_test.py"),
+    missing="gates over the steps of a diffusion base",
+)

@@ -35,6 +35,7 @@ from jax import Array
 
 from jlora.core.adapter import Adapter, Arrays, Method
 from jlora.merging.engine.inputs import gather
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,3 +105,13 @@ def penalty(alpha: Array, strength: float = 1.0) -> Array:
 
 def _row(x: Array, ndim: int) -> Array:
     return x.reshape(*[1] * (ndim - 1), -1)
+
+
+SYSTEM = System(
+    name="PSEC",
+    paper="Liu 2025, 2502.05932",
+    symbol="compose",
+    evidence="merged weights row by row; parameters compose what outputs cannot; mutation check",
+    rows=(49,),
+    missing="a diffusion policy in a simulator",
+)

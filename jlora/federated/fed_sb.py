@@ -26,6 +26,7 @@ from jax import Array, lax
 
 from jlora.algebra import LowRank
 from jlora.federated.fedavg import weighted
+from jlora.system import System
 
 
 class Bases(NamedTuple):
@@ -53,3 +54,13 @@ def fed_sb(left: Array, cores: Array, right: Array, weights: Array) -> LowRank:
     return LowRank(
         jnp.matmul(left, weighted(weights, cores), precision=lax.Precision.HIGHEST), right
     )
+
+
+SYSTEM = System(
+    name="Fed-SB",
+    paper="Singhal 2025, 2502.15436",
+    symbol="fed_sb",
+    evidence="exact; bases by dense SVD; gradient of the core through the bases",
+    rows=(70,),
+    missing="clients with real data",
+)

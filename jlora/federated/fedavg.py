@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.system import System
 
 
 def fedavg(bank: LowRank, weights: Array) -> LowRank:
@@ -38,3 +39,11 @@ def shares(counts: Array) -> Array:
 def weighted(weights: Array, x: Array) -> Array:
     """sum_k w_k x_k over the leading axis of x [N, ...]."""
     return jnp.einsum("n,n...->...", weights.astype(x.dtype), x, precision=lax.Precision.HIGHEST)
+
+
+SYSTEM = System(
+    name="FedIT, the average of factors",
+    paper="Zhang 2023, 2305.05644",
+    symbol="fedavg",
+    evidence="numpy value; how far it is from the average of the deltas",
+)

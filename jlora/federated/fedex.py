@@ -30,6 +30,7 @@ from jlora import algebra
 from jlora.algebra import LowRank
 from jlora.federated.fedavg import fedavg
 from jlora.merging.exact.concat import concat
+from jlora.system import System
 
 
 class FedEx(NamedTuple):
@@ -51,3 +52,11 @@ def fedex(bank: LowRank, weights: Array, *, rank: int | None = None) -> FedEx:
         cut = algebra.truncate({"": residual}, rank).deltas[""]
         residual = algebra.low_rank(cut)
     return FedEx(mean, residual)
+
+
+SYSTEM = System(
+    name="FedEx-LoRA",
+    paper="Singhal 2024, 2410.09432",
+    symbol="fedex",
+    evidence="mean and residual are exact; tail of a cut residual; mutation check",
+)

@@ -26,6 +26,7 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.federated.fedavg import weighted
+from jlora.system import System
 
 
 def ffa(bank: LowRank, weights: Array) -> LowRank:
@@ -45,3 +46,13 @@ def require_shared(u: Array) -> None:
     if differs.any():
         k = int(np.argmax(differs))
         raise ValueError(f"client {k}: got another u than client 0, expected one frozen u for all")
+
+
+SYSTEM = System(
+    name="FFA-LoRA",
+    paper="Sun 2024, 2403.12313",
+    symbol="ffa",
+    evidence="exact; alpha and rate are one setting; noise is linear; mutation check",
+    rows=(69,),
+    missing="clients with real data",
+)

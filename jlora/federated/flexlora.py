@@ -27,6 +27,7 @@ from jax import Array
 from jlora import algebra
 from jlora.algebra import LowRank
 from jlora.merging.exact.concat import concat
+from jlora.system import System
 
 
 def flexlora(bank: LowRank, weights: Array, *, ranks: Sequence[int]) -> LowRank:
@@ -48,3 +49,12 @@ def cut(x: LowRank, ranks: Sequence[int]) -> LowRank:
         x.u[None] * live[:, None, :].astype(x.u.dtype),
         jnp.broadcast_to(x.v, (len(ranks), *x.v.shape)) * live[:, :, None].astype(x.v.dtype),
     )
+
+
+SYSTEM = System(
+    name="FlexLoRA",
+    paper="Bai 2024, 2402.11505",
+    symbol="flexlora",
+    evidence="best of each rank by dense SVD; mutation check",
+    kind="composition",
+)

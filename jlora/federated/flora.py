@@ -22,8 +22,20 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.exact.concat import concat
+from jlora.system import System
 
 
 def flora(bank: LowRank, weights: Array) -> LowRank:
     """The stacked adapter of one site."""
     return concat(bank, weights)
+
+
+SYSTEM = System(
+    name="FLoRA",
+    paper="Wang 2024, 2409.05976",
+    symbol="flora",
+    evidence="exact for clients of other ranks and alpha, on a model; p squared is seen",
+    kind="composition",
+    rows=(68,),
+    missing="clients with real data",
+)

@@ -29,6 +29,7 @@ from jax import Array, lax
 from jlora.algebra import LowRank
 from jlora.federated.fedavg import fedavg
 from jlora.federated.flexlora import cut
+from jlora.system import System
 
 
 def hetlora(bank: LowRank, weights: Array) -> LowRank:
@@ -78,3 +79,11 @@ def pruned_rank(before: LowRank, after: LowRank, *, rank: int, gamma: float = 0.
     keep = max(1, int(gamma * rank))
     shrunk = tail(after, keep) < tail(before, keep)
     return jnp.where(shrunk, jnp.int32(keep), jnp.int32(rank))
+
+
+SYSTEM = System(
+    name="HetLoRA",
+    paper="Cho 2024, 2401.06432",
+    symbol="hetlora",
+    evidence="numpy value; idle clients do not dilute; self-pruning; mutation check",
+)

@@ -38,6 +38,7 @@ from jlora.core.adapter import Adapter, Arrays, Method, Site, fold
 from jlora.core.lazy import merged
 from jlora.core.lift import check, flatten, is_array
 from jlora.merging.engine.inputs import to_adapter
+from jlora.system import System
 
 
 class Converted(NamedTuple):
@@ -187,3 +188,13 @@ def _dense(w: Any, own: Arrays, shared: Arrays, site: Site, method: Method, rank
         return u[:, :rank], s, v[:rank]
 
     return lax.map(one, flat)
+
+
+SYSTEM = System(
+    name="Conversion to LoRA",
+    paper="Eckart 1936 (textbook)",
+    symbol="to_lora",
+    evidence="exact certificate by rank, energy and error; least total rank; one dense slice at a "
+    "time",
+    kind="component",
+)

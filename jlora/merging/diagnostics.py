@@ -30,6 +30,7 @@ from jax import Array, lax
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
 from jlora.merging.engine.spectral_functions import dot, support
+from jlora.system import System
 
 
 class Conflict(NamedTuple):
@@ -104,3 +105,12 @@ def _conflict(block: int, low: LowRank) -> Conflict:
     some = size > 0
     kept = jnp.where(some, of_sum / jnp.where(some, size, jnp.ones_like(size)), 1.0)
     return Conflict(pairs, 1 - kept)
+
+
+SYSTEM = System(
+    name="Interference diagnostics",
+    paper="Yadav 2023, 2306.01708; Hu 2021, 2106.09685",
+    symbol="sign_conflict",
+    evidence="signs and overlaps by dense numpy; landmarks; mutation check",
+    kind="component",
+)

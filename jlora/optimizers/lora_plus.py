@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jlora.system import System
+
 
 def lora_plus(ratio: float = 16.0, names: Collection[str] = ("b",)) -> optax.GradientTransformation:
     """Multiplies the updates of arrays that are called one of `names` by `ratio`.
@@ -59,3 +61,11 @@ def lora_plus(ratio: float = 16.0, names: Collection[str] = ("b",)) -> optax.Gra
         return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+SYSTEM = System(
+    name="LoRA+",
+    paper="Hayou 2024, 2402.12354",
+    symbol="lora_plus",
+    evidence="one step by numpy; two learning rates of optax; half the steps of one rate",
+)

@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 
 from jlora import algebra
+from jlora.system import System
 
 
 class Retrieved(NamedTuple):
@@ -92,3 +93,12 @@ def retrieve(query: Array, conditions: Array, *, count: int, temperature: float 
     scores = conditions @ query / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny)
     top, ids = jax.lax.top_k(scores, count)
     return Retrieved(ids, jax.nn.softmax(top / temperature), top)
+
+
+SYSTEM = System(
+    name="Duplicates, clusters and retrieval in a bank",
+    paper="textbook",
+    symbol="cluster",
+    evidence="clusters against scipy; gauge-free duplicates; retrieval by numpy",
+    kind="component",
+)

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlora.system import System
+
 
 class Routes(NamedTuple):
     """Where every token goes."""
@@ -57,3 +59,12 @@ def dense_weights(ids: jax.Array, weights: jax.Array, experts: int) -> jax.Array
     """The weights [..., k] as rows [..., E], zero for experts that were not chosen."""
     hot = jax.nn.one_hot(ids, experts, dtype=weights.dtype)
     return jnp.sum(hot * weights[..., None], axis=-2)
+
+
+SYSTEM = System(
+    name="Top-k router with balance loss",
+    paper="Fedus 2021, 2101.03961",
+    symbol="top_k",
+    evidence="identities and landmarks of the loss; mutation check",
+    kind="component",
+)

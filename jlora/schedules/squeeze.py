@@ -37,6 +37,7 @@ from jax import Array, lax
 
 from jlora.core.adapter import Adapter
 from jlora.methods.low_rank.lora import LoRA
+from jlora.system import System
 
 MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2}  # field of an optax state -> power
 
@@ -158,3 +159,13 @@ def _pad(x: Array) -> Array:
 
 def _dot(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y.astype(x.dtype), precision=lax.Precision.HIGHEST)
+
+
+SYSTEM = System(
+    name="LoRA-Squeeze",
+    paper="Vulić 2026, 2602.10993",
+    symbol="squeeze",
+    evidence="tail by dense SVD; moments by gradients and simulation; annealed beats cut",
+    rows=(40,),
+    missing="real tasks; other methods than LoRA",
+)

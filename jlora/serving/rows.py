@@ -40,6 +40,7 @@ import numpy as np
 
 from jlora.core import compat
 from jlora.core.adapter import Adapter, Arrays, Method, wide
+from jlora.system import System
 
 GROUP, INDEX = "served rows", "index"  # group of sites that share nothing else; its array
 THIN = 16  # factors of a rank up to it are written out
@@ -162,3 +163,13 @@ def rows(bank: Adapter) -> Rows:
         sites.append((dataclasses.replace(site, group=group), Row(method)))
     ((count,),) = sizes
     return Rows(Adapter(behind(bank.trainable), frozen, tuple(sites)), count)
+
+
+SYSTEM = System(
+    name="Mixed batches by rows",
+    paper="Chen 2023, 2310.18547 (Punica); Sheng 2023, 2311.03285 (S-LoRA)",
+    symbol="rows",
+    evidence="each row against its own merged weights; no recompilation; overhead over the base",
+    rows=(83,),
+    missing="pages shared by adapters and cache, loading on demand, a scheduler, a server",
+)

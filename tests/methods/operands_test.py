@@ -79,10 +79,10 @@ def test_lifted_is_merged(method, model):
 @pytest.mark.parametrize("model", ["lookup", "convolve"])
 def test_experts_route_tokens_that_are_not_written_down(model):
     fn, where = MODELS[model]
-    adapter = noisy(registry.Experts(experts=3, top_k=3, rank=2), fn, where)
+    adapter = noisy(jl.Experts(experts=3, top_k=3, rank=2), fn, where)
     y, aux = jl.lift(fn, aux=True)(PARAMS, adapter)
     assert y.shape == fn(PARAMS).shape and float(aux[where]["load"].sum()) == pytest.approx(1)
-    ragged = registry.Experts(experts=3, top_k=3, rank=2, backend="ragged")
+    ragged = jl.Experts(experts=3, top_k=3, rank=2, backend="ragged")
     with pytest.raises(ValueError, match=r"backend 'ragged' needs tokens"):
         jl.lift(fn)(PARAMS, noisy(ragged, fn, where))
 
@@ -90,8 +90,8 @@ def test_experts_route_tokens_that_are_not_written_down(model):
 @pytest.mark.parametrize("model", ["lookup", "convolve"])
 def test_token_masks_reach_rows_and_patches(model):
     fn, where = MODELS[model]
-    inner = registry.DoRA(rank=2)
-    adapter = noisy(registry.TokenMask(inner), fn, where)
+    inner = jl.DoRA(rank=2)
+    adapter = noisy(jl.TokenMask(inner), fn, where)
     got = jl.lift(fn)(PARAMS, adapter, ctx=CTX[where])
     site = adapter.sites[0][0]
     tuned = jl.lift(fn)(PARAMS, adapter.replace(sites=((site, inner),)))
@@ -100,8 +100,8 @@ def test_token_masks_reach_rows_and_patches(model):
 
 
 def test_mutation_a_method_that_scales_lookups_is_seen(monkeypatch):
-    good = registry.IA3.apply
+    good = jl.IA3.apply
     twice = lambda self, x, w, p, ctx: 2 * good(self, x, w, p, ctx)  # noqa: E731
-    monkeypatch.setattr(registry.IA3, "apply", twice)
+    monkeypatch.setattr(jl.IA3, "apply", twice)
     with pytest.raises(AssertionError):
         check(METHODS["IA3"], "lookup")

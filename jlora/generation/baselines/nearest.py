@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jlora.generation.baselines import soup
+from jlora.system import System
 
 KINDS = ("cosine", "distance")
 
@@ -103,3 +104,12 @@ def choose_temperature(
     if not np.isfinite(errors).all():
         raise ValueError(f"leave-one-task-out errors are not finite: {errors.tolist()}")
     return float(temperatures[int(np.argmin(errors))]), errors
+
+
+SYSTEM = System(
+    name="Nearest-condition and softmax soups",
+    paper="none (jlora)",
+    symbol="softmax",
+    evidence="similarities by numpy; limits; temperature by leave-one-task-out",
+    kind="composition",
+)

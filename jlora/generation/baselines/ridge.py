@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jlora.generation.baselines import soup
 from jlora.generation.baselines.soup import matmul
+from jlora.system import System
 
 KINDS = ("linear", "cosine", "rbf")
 
@@ -235,3 +236,12 @@ def median_distance(conditions: Float[Array, "n E"]) -> float:
     if apart.size == 0:
         raise ValueError("all conditions are equal: there is nothing to regress on")
     return float(np.median(apart))
+
+
+SYSTEM = System(
+    name="Kernel ridge from condition to adapter",
+    paper="Saunders 1998; Cawley 2004",
+    symbol="choose",
+    evidence="leave-one-task-out against a refit loop; limits",
+    kind="component",
+)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jlora.generation.baselines import soup
 from jlora.generation.baselines.soup import matmul
+from jlora.system import System
 
 
 def affine_weights(
@@ -72,3 +73,12 @@ def residual(
     In float32 it cannot resolve below about 1e-3 (the square root of rounding).
     """
     return jnp.sqrt(soup.squared_error(weights, gram, cross, squared_norms) / squared_norms)
+
+
+SYSTEM = System(
+    name="Span projection",
+    paper="none (jlora)",
+    symbol="affine_weights",
+    evidence="against least squares; members are reached",
+    kind="component",
+)

@@ -50,6 +50,7 @@ from jlora.generation.codecs.train import (
     train,
 )
 from jlora.generation.tokens.normalise import check_finite
+from jlora.system import System
 
 FOLD = 5  # kernel size and stride
 
@@ -260,3 +261,12 @@ def encode(state: ConvAEState, x: Float[Array, "T D"]) -> Float[Array, "S L"]:
 def decode(state: ConvAEState, z: Float[Array, "S L"]) -> Float[Array, "T D"]:
     """Tokens of one adapter's latents."""
     return _bound(state).decode(z * state.scale[None] + state.mean).reshape(state.shape)
+
+
+SYSTEM = System(
+    name="Conditional P-Diff: convolutional autoencoder",
+    paper="Jin 2024, 2408.01415",
+    symbol="ConvAE",
+    evidence="layers against torch; latent sizes of the paper; loss and noise by numpy",
+    rows=(1,),
+)

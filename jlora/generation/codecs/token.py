@@ -43,6 +43,7 @@ from jlora.generation.codecs.train import (
     train,
 )
 from jlora.generation.tokens.normalise import check_finite
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,3 +224,12 @@ def encode(state: TokenAEState, x: Float[Array, "T D"]) -> Float[Array, "T L"]:
 def decode(state: TokenAEState, z: Float[Array, "T L"]) -> Float[Array, "T D"]:
     """Tokens of one adapter's latents."""
     return _bound(state).decode(z * state.scale + state.mean)
+
+
+SYSTEM = System(
+    name="Token autoencoder",
+    paper="after LoRAGen, ICLR 2026",
+    symbol="TokenAE",
+    evidence="learns; loss by numpy; unit latents",
+    kind="component",
+)

@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jlora.system import System
+
 POOLS = ("concat", "mean")
 
 
@@ -163,3 +165,12 @@ def _init(model: nn.Module, *args: Array) -> Any:
 def bind(model: nn.Module):
     """The model as a function (params, z, t, cond, null) -> (prediction, hidden)."""
     return lambda params, z, t, cond, null: model.apply({"params": params}, z, t, cond, null)
+
+
+SYSTEM = System(
+    name="DiT over site tokens",
+    paper="Peebles 2023, 2212.09748",
+    symbol="DiT",
+    evidence="forward against the docstring; identity at init; symmetries",
+    kind="component",
+)

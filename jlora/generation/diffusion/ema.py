@@ -21,6 +21,8 @@ import jax
 import numpy as np
 import optax
 
+from jlora.system import System
+
 ONE = np.ones((), np.float32)
 
 
@@ -58,3 +60,12 @@ def averaged(opt_state: Any) -> Any:
     pair: Any = found[0].inner.ema
     moments, correction = pair
     return jax.tree.map(lambda m: m / correction, moments)
+
+
+SYSTEM = System(
+    name="Parameter average",
+    paper="Polyak 1992; Kingma 2015",
+    symbol="average",
+    evidence="recursion by numpy; fixed point",
+    kind="component",
+)

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jlora.system import System
+
 # (params, z [S, L], t, cond [C, E], null) -> (prediction [S, L], hidden activation)
 Model = Callable[..., tuple[Float[Array, "..."], Any]]
 
@@ -81,3 +83,12 @@ def guided_two(model: Model) -> Callable[..., Float[Array, "..."]]:
         return combine_two(null, conditional, after, scale_condition, scale_tuned)
 
     return denoise
+
+
+SYSTEM = System(
+    name="Classifier-free guidance",
+    paper="Ho 2022, 2207.12598",
+    symbol="guided",
+    evidence="extrapolation by numpy; commutes with conversion of predictions",
+    kind="component",
+)

@@ -37,6 +37,7 @@ from jaxtyping import Array, Float
 
 from jlora.generation.diffusion.paths import Path
 from jlora.generation.diffusion.predict import check_kind, estimates
+from jlora.system import System
 
 METHODS = ("ddpm", "ddim", "euler", "heun")
 VARIANCES = ("fixedlarge", "fixedsmall")
@@ -192,3 +193,12 @@ def build(
         return jax.vmap(one)(keys, cond)
 
     return run
+
+
+SYSTEM = System(
+    name="DDPM, DDIM, Euler and Heun samplers",
+    paper="Ho 2020, 2006.11239; Song 2021, 2010.02502; Lipman 2023, 2210.02747",
+    symbol="sample",
+    evidence="discrete posterior; exact Gaussian denoiser; orders of convergence",
+    kind="component",
+)

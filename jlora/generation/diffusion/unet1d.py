@@ -30,6 +30,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jlora.system import System
+
 
 class ConvBlock(nn.Module):
     """Convolution of width 3, instance norm over the length, LeakyReLU."""
@@ -81,3 +83,12 @@ class UNet1d(nn.Module):
             states.append(x)
         y = nn.Dense(length, name="out")(x[:, 0])
         return y[length - z.size :].reshape(z.shape), states[max(len(states) // 4, 1) - 1]
+
+
+SYSTEM = System(
+    name="Conditional P-Diff: 1-D convolutional U-Net",
+    paper="Jin 2024, 2408.01415",
+    symbol="UNet1d",
+    evidence="forward against the docstring; step rows; null condition",
+    rows=(1,),
+)

@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jlora.system import System
+
 Tree = Mapping[str, Mapping[str, Array]]
 KINDS = ("none", "balanced_svd", "procrustes", "frozen_A")
 
@@ -154,3 +156,12 @@ def unfold(trainable: Tree, scale: Mapping[str, Array]) -> dict[str, dict[str, A
 
 def _times(b: Array, scale: Array) -> Array:
     return b * jnp.asarray(scale, b.dtype)[..., None, None]
+
+
+SYSTEM = System(
+    name="Canonical factors",
+    paper="W2T 2026, 2603.15990; Schönemann 1966",
+    symbol="canonicalise",
+    evidence="delta kept and gauge removed; dense SVD by numpy; mutation check",
+    kind="component",
+)

@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora.system import System
+
 dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -147,3 +149,12 @@ def _ones(s: Array) -> Array:
 def _quotient(x: Array, y: Array, near: Any, limit: Array) -> Array:
     far = jnp.abs(y) > near
     return jnp.where(far, x / jnp.where(far, y, jnp.ones_like(y)), limit)
+
+
+SYSTEM = System(
+    name="Safe spectral functions",
+    paper="Daleckii 1965 (textbook)",
+    symbol="spectral",
+    evidence="derivatives against differences at repeated and zero singular values",
+    kind="component",
+)

@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora.system import System
+
 
 class Found(NamedTuple):
     """The result of a search."""
@@ -108,3 +110,13 @@ def minimise(
     first = (start, jnp.asarray(sigma, start.dtype), eye, zero, zero, start, judge(start))
     state, values = lax.scan(generation, first, jnp.arange(generations))
     return Found(state[5], state[6], values)
+
+
+SYSTEM = System(
+    name="CMA-ES",
+    paper="Hansen 2016, 1604.00772",
+    symbol="minimise",
+    evidence="bottom of a valley of condition 1000; corner of a box; mutation check",
+    kind="component",
+    tests=("", "tests/merging/learned/lorahub_test.py"),
+)

@@ -31,6 +31,7 @@ from jlora.algebra import Deltas
 from jlora.core.adapter import Adapter
 from jlora.merging.engine.inputs import Gathered, per_site, to_adapter
 from jlora.merging.exact.concat import concat
+from jlora.system import System
 
 Loss = Callable[[Adapter, Any], Array]
 
@@ -109,3 +110,13 @@ def _project(coefficients: Any, bound: float | None) -> Any:
     if bound is None:
         return coefficients
     return jax.tree.map(lambda t: jnp.clip(t, -bound, bound), coefficients)
+
+
+SYSTEM = System(
+    name="Coefficients by gradient",
+    paper="Yang 2023, 2310.02575",
+    symbol="learn",
+    evidence="derivatives against differences and dense merging; no dense product; recovers the "
+    "truth",
+    kind="component",
+)

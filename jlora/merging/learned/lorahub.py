@@ -35,6 +35,7 @@ from jlora.merging.engine.inputs import gather
 from jlora.merging.exact.concat import concat
 from jlora.merging.learned import cma
 from jlora.merging.learned.coefficients import Learned, Loss, learn, mixed, penalised
+from jlora.system import System
 
 
 def factor_mix(bank: LowRank, weights: Array) -> LowRank:
@@ -92,3 +93,20 @@ def _space(space: str) -> Callable:
     if space not in ("factors", "deltas"):
         raise ValueError(f"space: got {space!r}, expected 'factors' or 'deltas'")
     return factor_mix if space == "factors" else concat
+
+
+SYSTEMS = (
+    System(
+        name="LoraHub",
+        paper="Huang 2023, 2307.13269",
+        symbol="lorahub",
+        evidence="objective by numpy; five examples beat every single adapter and the average",
+    ),
+    System(
+        name="LoraHub by gradient",
+        paper="Huang 2023, 2307.13269",
+        symbol="lorahub_gradient",
+        evidence="as LoraHub; the factor space is flat at its start",
+        kind="composition",
+    ),
+)

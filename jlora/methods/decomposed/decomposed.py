@@ -41,6 +41,10 @@ import jax.numpy as jnp
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.conv import window
 from jlora.methods.decomposed.dora import column_norms, gain
+from jlora.methods.kronecker.lokr import LoKr
+from jlora.methods.low_rank.loha import LoHa
+from jlora.methods.low_rank.lora import LoRA
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,3 +158,17 @@ def kron_norms(w: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
     lengths = jnp.outer(jnp.sum(a * a, axis=0), jnp.sum(c * c, axis=0))
     square = jnp.sum(w * w, axis=0) + (2 * cross + lengths).reshape(-1)
     return jnp.sqrt(jnp.maximum(square, 0))
+
+
+SYSTEM = System(
+    name="Decomposed",
+    paper="Liu 2024, 2402.09353; Yeh 2024, 2309.14859",
+    symbol="Decomposed",
+    evidence="LyCORIS's outputs of DoHa, DoKr and DoRA with cores, by output and by input, to "
+    "1e-5, its files back bitwise",
+    examples=(
+        Decomposed(LoHa(rank=2)),
+        Decomposed(LoKr(rank=1, factor=2)),
+        Decomposed(LoRA(rank=2), by="in"),
+    ),
+)

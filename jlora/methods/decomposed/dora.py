@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site, low_rank
+from jlora.system import System
 
 
 def column_norms(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
@@ -88,3 +89,13 @@ def gain(m: jax.Array, norm: jax.Array) -> jax.Array:
     live = norm > 0
     one = jnp.ones_like(norm)
     return jnp.where(live, m / jnp.where(live, norm, one), one)
+
+
+SYSTEM = System(
+    name="DoRA",
+    paper="Liu 2024, 2402.09353",
+    symbol="DoRA",
+    evidence="gradient by hand, no dense V in the jaxpr; outputs of torch PEFT to 1e-5",
+    tests=("tests/io/peft/parity_test.py",),
+    examples=(DoRA(rank=2),),
+)

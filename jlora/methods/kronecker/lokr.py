@@ -44,6 +44,7 @@ import jax.numpy as jnp
 from jlora import algebra
 from jlora.core.adapter import Arrays, Method, Site, low_rank
 from jlora.core.conv import tucker, window
+from jlora.system import System
 
 
 def split(dim: int, factor: int | None = None) -> tuple[int, int]:
@@ -179,3 +180,19 @@ def _first(p: Arrays) -> jax.Array:
 
 def _is_swapped(p: Arrays) -> bool:
     return "w2" in p and p["w2"].ndim == 4
+
+
+SYSTEM = System(
+    name="LoKr",
+    paper="Edalati 2022, 2212.10650; Yeh 2024, 2309.14859",
+    symbol="LoKr",
+    evidence="FLOPs of the fast path; outputs of torch PEFT to 1e-5",
+    rows=(7,),
+    tests=("tests/io/peft/parity_test.py",),
+    missing="chosen sizes of both factors; a claim on a diffusion base",
+    examples=(
+        LoKr(rank=1, factor=2),
+        LoKr(rank=8, factor=2),
+        LoKr(rank=1, decompose_both=True),
+    ),
+)

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter, Arrays, Method, Site
+from jlora.system import System
 
 STD, TINY = 0.02, 1e-5
 
@@ -73,3 +74,13 @@ def orthogonality(adapter: Adapter) -> jax.Array:
         total += jnp.sum((a.mT @ a - eye) ** 2) + jnp.sum((b @ b.mT - eye) ** 2)
         count += 2 * (a.size // (a.shape[-2] * a.shape[-1]))
     return total / max(count, 1)
+
+
+SYSTEM = System(
+    name="AdaLoRA",
+    paper="Zhang 2023, 2303.10512",
+    symbol="AdaLoRA",
+    evidence="one number switches a direction, penalty by numpy; outputs of torch PEFT to 1e-5",
+    tests=("tests/io/peft/parity_test.py",),
+    examples=(AdaLoRA(rank=2),),
+)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.conv import tucker, window
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,3 +66,12 @@ class LoCon(Method):
         """u [d_in, r] and v [r, d_out], the scale in v."""
         a = tucker(p["a"], p["t"]).reshape(-1, p["b"].shape[0]) if "t" in p else p["a"]
         return a, p["scale"] * p["b"]
+
+
+SYSTEM = System(
+    name="LoCon",
+    paper="Yeh 2024, 2309.14859",
+    symbol="LoCon",
+    evidence="LyCORIS's deltas and outputs to 1e-5, its files back bitwise",
+    examples=(LoCon(rank=2, alpha=3.0),),
+)

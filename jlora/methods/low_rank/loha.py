@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.conv import tucker, window
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,3 +94,13 @@ def _rows(p: Arrays, name: str, core: str) -> jax.Array:
     """A factor [d_in, r], put together where it has a core."""
     a = p[name]
     return tucker(a, p[core]).reshape(-1, a.shape[1]) if core in p else a
+
+
+SYSTEM = System(
+    name="LoHa",
+    paper="Hyeon-Woo 2022, 2108.06098",
+    symbol="LoHa",
+    evidence="outputs of torch PEFT to 1e-5",
+    tests=("tests/io/peft/parity_test.py",),
+    examples=(LoHa(rank=2),),
+)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site, low_rank
+from jlora.system import System
 
 
 def randomized_svd(
@@ -86,3 +87,13 @@ class PiSSA(Method):
         delta = low_rank(x, p["scale"] * p["a"], p["b"])
         delta = delta - low_rank(x, p["scale"] * p["a0"], p["b0"])
         return y + delta.astype(y.dtype)
+
+
+SYSTEM = System(
+    name="PiSSA",
+    paper="Meng 2024, 2404.02948",
+    symbol="PiSSA",
+    evidence="principal part against numpy's SVD",
+    kind="composition",
+    examples=(PiSSA(rank=2),),
+)

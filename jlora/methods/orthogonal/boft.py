@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.system import System
 
 
 def deal(size: int, block: int, i: int) -> np.ndarray:
@@ -100,3 +101,16 @@ class BOFT(Method):
             x = jnp.einsum("...bi,bij->...bj", parts, rotations[i]).reshape(shape)[..., order]
         y = x @ w
         return y * p["s"].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+SYSTEM = System(
+    name="BOFT",
+    paper="Liu 2024, 2311.06243",
+    symbol="BOFT",
+    evidence="one factor is OFT, reach doubles a stage; outputs of torch PEFT to 1e-5",
+    tests=("tests/io/peft/parity_test.py",),
+    examples=(
+        BOFT(block=4),
+        BOFT(block=2, stages=2),
+    ),
+)

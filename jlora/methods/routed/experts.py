@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.routing import dispatch, router
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +79,21 @@ class Experts(Method):
         ids, weights = routes.ids, p["scale"] * routes.weights
         delta = dispatch.dispatch(x, p["a"], p["b"], ids, weights, self.backend)
         return y + delta.astype(y.dtype), {"balance": routes.balance, "load": routes.load}
+
+
+SYSTEM = System(
+    name="Experts",
+    paper="Dou 2023, 2312.09979; Gao 2024, 2402.08562",
+    symbol="Experts",
+    evidence="equal back-ends, reports through aux",
+    rows=(59,),
+    missing="numbers of experts per layer; a claim",
+    examples=(
+        Experts(experts=3, top_k=2, rank=2),
+        Experts(experts=3, top_k=2, rank=2, backend="gather"),
+        Experts(experts=3, top_k=2, rank=2, backend="ragged"),
+    ),
+    breaks={
+        "L3": "the delta depends on the activation, so there is no merged weight",
+    },
+)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +62,16 @@ class IA3(Method):
 
 def _row(l: jax.Array, like: jax.Array) -> jax.Array:  # noqa: E741
     return l.astype(like.dtype).reshape(*[1] * (like.ndim - 1), -1)
+
+
+SYSTEM = System(
+    name="IA3",
+    paper="Liu 2022, 2205.05638",
+    symbol="IA3",
+    evidence="outputs of torch PEFT to 1e-5",
+    tests=("tests/io/peft/parity_test.py",),
+    examples=(
+        IA3("out"),
+        IA3("in"),
+    ),
+)

@@ -24,6 +24,7 @@ import numpy as np
 
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.lookup import Rows
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +61,15 @@ class TrainableTokens(Method):
         found = x @ jnp.asarray(hot, y.dtype)
         kept = 1 - found.sum(axis=-1, keepdims=True)
         return y * kept + found @ p["rows"].astype(y.dtype)
+
+
+SYSTEM = System(
+    name="TrainableTokens",
+    paper="none (practice; PEFT 0.21)",
+    symbol="TrainableTokens",
+    evidence="lookups by numpy; PEFT's golden adapter",
+    examples=(TrainableTokens((0, 5)),),
+    breaks={
+        "L4": "outside of lookups the merged table is formed",
+    },
+)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +67,13 @@ class VeRA(Method):
         a = p["basis_a"].at[p["rows"]].get(mode="promise_in_bounds")
         b = p["basis_b"][:, : p["b"].shape[0]]
         return a * p["d"][None, :], b * p["b"][None, :]
+
+
+SYSTEM = System(
+    name="VeRA",
+    paper="Kopiczko 2024, 2310.11454",
+    symbol="VeRA",
+    evidence="bases from the seed alone; outputs of torch PEFT to 1e-5",
+    tests=("tests/io/peft/parity_test.py",),
+    examples=(VeRA(rank=4),),
+)

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.matmul import Weight
+from jlora.methods.low_rank.lora import LoRA
+from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,3 +85,16 @@ class _Once(Weight):
         if self._y is None:
             self._y = super().__rmatmul__(x)
         return self._y
+
+
+SYSTEM = System(
+    name="TokenMask",
+    paper="Greenewald 2025, 2504.12397",
+    symbol="TokenMask",
+    evidence="one shared matmul",
+    kind="composition",
+    examples=(TokenMask(LoRA(rank=2)),),
+    breaks={
+        "L3": "the delta depends on the activation, so there is no merged weight",
+    },
+)

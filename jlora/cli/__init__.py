@@ -1,0 +1,1 @@
+"""The command line: `jlora merge | convert | inspect | systems | claims`."""
