@@ -15,11 +15,12 @@ jl.specs(adapter, base_specs, mesh)   shardings of an adapter from those of its 
 jl.quantize(w, bits, block)           a frozen weight in 8 or 4 bits
 jl.algebra                            sums, norms, angles and SVDs of factored deltas
 jl.merging                            adapters to one adapter, without a dense delta
+jl.retrieval                          similar, duplicate and clustered adapters of a bank
 jl.io                                 PEFT, kohya and diffusers files, Orbax checkpoints
 jl.LoRA, jl.DoRA, ...                 the methods; jl.Method is the contract for your own
 ====================================  =============================================================
 
-`python -m jlora.systems` lists all systems with their papers and evidence;
+`jlora systems` lists all systems with their papers, tests and claims;
 `jlora.contract.check(MyMethod())` tries the laws on a method of your own.
 """
 
@@ -27,6 +28,7 @@ from jlora import algebra as algebra
 from jlora import io as io
 from jlora import lapack as _lapack
 from jlora import merging as merging
+from jlora import retrieval as retrieval
 from jlora.core.adapter import Adapter as Adapter
 from jlora.core.adapter import Method as Method
 from jlora.core.adapter import Site as Site
@@ -34,10 +36,10 @@ from jlora.core.adapter import pick as pick
 from jlora.core.adapter import stack as stack
 from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.lift import lift as lift
-from jlora.core.merge import delta as delta
-from jlora.core.merge import merge as merge
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
+from jlora.merge import delta as delta
+from jlora.merge import merge as merge
 from jlora.methods.decomposed.decomposed import Decomposed as Decomposed
 from jlora.methods.decomposed.dora import DoRA as DoRA
 from jlora.methods.kronecker.lokr import LoKr as LoKr
@@ -90,6 +92,7 @@ __all__ = [
     "merging",
     "pick",
     "quantize",
+    "retrieval",
     "rows",
     "sites",
     "specs",

@@ -23,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -53,3 +55,27 @@ def forget_many_compiled():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPPED:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def make():
+    """make(seed, n, d_in, r, d_out): n random low-rank deltas of one site; n=0: one of them."""
+
+    from jlora import algebra
+
+    def one(seed=0, n=3, d_in=8, r=2, d_out=6):
+        rng, lead = np.random.default_rng(seed), (n,) if n else ()
+        u, v = rng.normal(size=(*lead, d_in, r)), rng.normal(size=(*lead, r, d_out))
+        return algebra.LowRank(jnp.asarray(u, jnp.float32), jnp.asarray(v, jnp.float32))
+
+    return one
+
+
+@pytest.fixture(scope="session")
+def dense():
+    """The matrix of a delta, float64."""
+
+    def one(low):
+        return np.asarray(low.u, np.float64) @ np.asarray(low.v, np.float64)
+
+    return one

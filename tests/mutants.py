@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import types
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def broken(monkeypatch, name: str, right: str, wrong: str) -> None:
         monkeypatch.setattr(before[k], "__code__", after[k].__code__)
 
 
+def module_of(name: str, *rooms: str) -> str:
+    """The only module called `name` below these packages of jlora."""
+    found = []
+    for package in (f"jlora.{room}" for room in rooms):
+        below = pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
+        found += [m.name for m in below if m.name.endswith(f".{name}") and not m.ispkg]
+    (only,) = found
+    return only
+
+
 def functions(module: types.ModuleType) -> dict[str, types.FunctionType]:
     """The functions of a module and of its classes, without what wraps them."""
     found = {}
@@ -47,9 +58,10 @@ def functions(module: types.ModuleType) -> dict[str, types.FunctionType]:
     return found
 
 
-def load(path: str) -> types.ModuleType:
-    """A fresh copy of a test file, given below `tests/` and without `_test.py`."""
-    spec = importlib.util.spec_from_file_location("mutated", TESTS / f"{path}_test.py")
+def load(name: str, *rooms: str) -> types.ModuleType:
+    """A fresh copy of the only test file `<name>_test.py` below these folders of `tests/`."""
+    (file,) = [f for room in rooms for f in (TESTS / room).rglob(f"{name}_test.py")]
+    spec = importlib.util.spec_from_file_location("mutated", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -16,8 +16,8 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "sharding": {"core"},
     "models": {"core"},
     "routing": {"core", "system"},
-    "methods": {"core", "routing", "system"},
     "algebra": {"core", "system"},
+    "methods": {"algebra", "core", "routing", "system"},
     "optimizers": {"core", "system"},
     "serving": {"core", "system"},
     "generation": {"core", "algebra", "system"},
@@ -27,17 +27,17 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "compose": {"core", "algebra", "merging", "system"},
     "federated": {"core", "algebra", "merging", "system"},
     "io": {"core", "methods"},
-    "contract": {"core", "io"},
-    "merge": {"core", "cli"},
+    "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
     "cli": {"core", "algebra", "io", "merging", "registry"},
+    "merge": {"core", "cli"},
     "systems": {"cli"},
     "__init__": {
-        *("algebra", "core", "io", "lapack", "merging", "methods", "quantized", "serving"),
-        "sharding",
+        *("algebra", "core", "io", "lapack", "merge", "merging", "methods", "quantized", "serving"),
+        *("retrieval", "sharding"),
     },
 }
-CORE = 1_510  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 1_260  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 220  # of one file of it
 
 

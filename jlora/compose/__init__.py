@@ -1,0 +1,1 @@
+"""Composition of several adapters in one forward pass or one denoising loop."""

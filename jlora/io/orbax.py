@@ -12,7 +12,6 @@ Deviates: Orbax keeps arrays under their tree paths; here under numbers, as site
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import zlib
@@ -25,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jlora import methods
 from jlora.core.adapter import Adapter, Method, Site
 from jlora.io.errors import FormatError
 
 VERSION = 1
 PARTS = ("trainable", "frozen")
-METHODS = "jlora.methods."
 Names = list[tuple[str, str, str]]  # (part, site path or group, array name), in order of their keys
 
 
@@ -231,12 +230,20 @@ def _check_method(folder: Path, path: str, got: dict[str, Any], method: Method) 
         raise FormatError(folder, f"{path}: got method {got}, expected {expected}")
 
 
+def _type_name(cls: type) -> str:
+    """The name of a method in a checkpoint: "jlora.methods.lora:LoRA" wherever the file lies."""
+    module = cls.__module__
+    if module.startswith("jlora.methods."):
+        module = f"jlora.methods.{module.rpartition('.')[2]}"  # rooms may be moved, names may not
+    return f"{module}:{cls.__qualname__}"
+
+
 def _to_json(folder: Path, value: Any) -> Any:
     if isinstance(value, Method):
         fields = {
             f.name: _to_json(folder, getattr(value, f.name)) for f in dataclasses.fields(value)
         }
-        return {"type": f"{type(value).__module__}:{type(value).__qualname__}", "fields": fields}
+        return {"type": _type_name(type(value)), "fields": fields}
     if isinstance(value, tuple | list):
         return [_to_json(folder, item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
@@ -250,11 +257,9 @@ def _from_json(folder: Path, value: Any) -> Any:
         return tuple(_from_json(folder, item) for item in value)
     if not isinstance(value, dict):
         return value
-    module, _, name = str(value["type"]).partition(":")
-    stem = module.removeprefix(METHODS)
-    if not module.startswith(METHODS) or not stem.isidentifier() or not name.isidentifier():
-        raise FormatError(folder, f"method {value['type']!r} is not the library's; pass `like`")
-    cls = getattr(importlib.import_module(module), name, None)
-    if not isinstance(cls, type) or not issubclass(cls, Method):
-        raise FormatError(folder, f"{value['type']!r} is no method")
+    name = str(value["type"])
+    known = {_type_name(cls): cls for cls in vars(methods).values() if isinstance(cls, type)}
+    if name not in known:
+        raise FormatError(folder, f"method {name!r} is not the library's; pass `like`")
+    cls = known[name]
     return cls(**{k: _from_json(folder, v) for k, v in value["fields"].items()})

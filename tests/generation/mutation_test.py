@@ -1,8 +1,5 @@
 """The tests of generation can fail: a piece broken on purpose, and a test seen to notice."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -15,6 +12,7 @@ from jlora.generation.codecs import token as codec_token
 from jlora.generation.diffusion import ema, guidance, loss, samplers
 from jlora.generation.tokens import normalise
 from jlora.generation.tokens import site_tokens as tokens
+from tests.mutants import load
 
 
 def times(factor):
@@ -96,15 +94,6 @@ def uncached():
     jax.clear_caches()
 
 
-def load(name):
-    """A fresh copy of a test file."""
-    path = Path(__file__).parent / f"{name}_test.py"
-    spec = importlib.util.spec_from_file_location(f"mutated_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("module", "piece", "how", "test", "args"),
     BROKEN,
@@ -113,7 +102,7 @@ def load(name):
 def test_a_broken_piece_is_noticed(monkeypatch, module, piece, how, test, args):
     right = getattr(module, piece)
     monkeypatch.setattr(module, piece, how(right))
-    tests = load(module.__name__.rsplit(".", 1)[-1])
+    tests = load(module.__name__.rsplit(".", 1)[-1], "generation")
     monkeypatch.setattr(tests, piece, how(right), raising=False)  # where it was imported by name
     with pytest.raises(AssertionError):
         getattr(tests, f"test_{test}")(*(tests.KERNELS[0] if a == "kernel" else a for a in args))

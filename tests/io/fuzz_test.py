@@ -187,9 +187,9 @@ def neighbour(name):
     return module
 
 
-experts = neighbour("parameters_test")
-wide = neighbour("lycoris_conv_test")
-lycoris = neighbour("lycoris_kohya_conv_test")
+experts = neighbour("peft/parameters_test")
+wide = neighbour("peft/lycoris_conv_test")
+lycoris = neighbour("kohya/conv_test")
 unet = neighbour("diffusers_test")
 
 

@@ -189,8 +189,8 @@ def test_methods_of_others_need_like_and_no_module_is_imported(saved, tmp_path):
     assert not (tmp_path / "b").exists()
     for name in (
         "os:system",
-        "jlora.methods.low_rank.lora:math",
-        "jlora.methods.low_rank.lora.x:LoRA",
+        "jlora.methods.lora:math",
+        "jlora.methods.lora.x:LoRA",
         "lora",
     ):
         copy = shutil.copytree(saved[0], tmp_path / name.replace(":", "_"))

@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import Mesh
 
 import jlora as jl
-from jlora.algebra import LowRank
 from jlora.merging.engine.laws import World
 
 D_IN, D_OUT = 8, 12
@@ -56,25 +55,3 @@ def world(adapters):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("d", "s"))
     bank = jl.merging.gather(adapters, weights).bank
     return World(bank, weights, jax.random.key(7), mesh)
-
-
-@pytest.fixture(scope="session")
-def make():
-    """make(seed, n, d_in, r, d_out): n random low-rank deltas of one site; n=0: one of them."""
-
-    def one(seed=0, n=3, d_in=8, r=2, d_out=6):
-        rng, lead = np.random.default_rng(seed), (n,) if n else ()
-        u, v = rng.normal(size=(*lead, d_in, r)), rng.normal(size=(*lead, r, d_out))
-        return LowRank(jnp.asarray(u, jnp.float32), jnp.asarray(v, jnp.float32))
-
-    return one
-
-
-@pytest.fixture(scope="session")
-def dense():
-    """The matrix of a delta, float64."""
-
-    def one(low):
-        return np.asarray(low.u, np.float64) @ np.asarray(low.v, np.float64)
-
-    return one

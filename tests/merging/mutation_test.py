@@ -5,12 +5,12 @@ import functools
 import jax
 import pytest
 
+from jlora import registry
 from jlora.merging import METHODS
-from jlora.merging.engine.components import OTHERS
-from tests.mutants import broken, load
+from tests.mutants import broken, load, module_of
 
 D = ("make", "dense")  # fixtures of `conftest`
-COMMAND = "Merge by configuration, python -m jlora.merge"  # tests/merge_cli
+ROOMS = ("merging", "retrieval", "compose")
 
 # (system, module, its piece, what it becomes, a test of the system, its arguments)
 BROKEN = [
@@ -66,25 +66,25 @@ BROKEN = [
     ("model_stock", "model_stock", '"nro,nmrs,mso->nmo"', '"nrp,nmrs,mso->nmo"',
      "model_stock.value", (True,)),
     # --- as PEFT ---
-    ("peft_linear", "peft_factor", "jnp.where(weights >= 0, root, -root), root", "root, root",
-     "peft_factor.roots_of_the_weights_alone", ()),
-    ("peft_cat", "peft_factor", "jnp.ones_like(weights) if scales is None else scales",
-     "jnp.ones_like(weights)", "peft_factor.cat_is_exact", ()),
-    ("peft_magnitude_prune", "peft_factor", "[:, -1:]", "[:, :1]", "peft_factor.magnitude_prune",
+    ("peft_linear", "factors", "jnp.where(weights >= 0, root, -root), root", "root, root",
+     "factors.roots_of_the_weights_alone", ()),
+    ("peft_cat", "factors", "jnp.ones_like(weights) if scales is None else scales",
+     "jnp.ones_like(weights)", "factors.cat_is_exact", ()),
+    ("peft_magnitude_prune", "factors", "[:, -1:]", "[:, :1]", "factors.magnitude_prune",
      ()),
-    ("peft_ties", "peft_factor", "jnp.maximum(_sum(agree), 1.0)", "jnp.ones_like(tally)",
-     "peft_factor.ties", ("total",)),
-    ("peft_dare_linear", "peft_factor", "jnp.asarray(density, x.dtype)", "jnp.ones((), x.dtype)",
-     "peft_factor.dare", ()),
-    ("peft_dare_ties", "peft_factor", "tally >= 0", "tally < 0", "peft_factor.dare", ()),
-    ("peft_svd", "peft_svd", "truncated(bank, weights,", "truncated(bank, jnp.abs(weights),",
-     "peft_svd.svd", ()),
-    ("peft_magnitude_prune_svd", "peft_svd", "weighted(trim(d), weights)", "weighted(d, weights)",
-     "peft_svd.magnitude_prune", ()),
-    ("peft_ties_svd", "peft_svd", "/ number", "", "peft_svd.ties", ("total",)),
-    ("peft_dare_linear_svd", "peft_svd", "d * masks[:, numbers] / p", "d * masks[:, numbers]",
-     "peft_svd.dare", ()),
-    ("peft_dare_ties_svd", "peft_svd", "tally >= 0", "tally < 0", "peft_svd.dare", ()),
+    ("peft_ties", "factors", "jnp.maximum(_sum(agree), 1.0)", "jnp.ones_like(tally)",
+     "factors.ties", ("total",)),
+    ("peft_dare_linear", "factors", "jnp.asarray(density, x.dtype)", "jnp.ones((), x.dtype)",
+     "factors.dare", ()),
+    ("peft_dare_ties", "factors", "tally >= 0", "tally < 0", "factors.dare", ()),
+    ("peft_svd", "svd", "truncated(bank, weights,", "truncated(bank, jnp.abs(weights),",
+     "svd.svd", ()),
+    ("peft_magnitude_prune_svd", "svd", "weighted(trim(d), weights)", "weighted(d, weights)",
+     "svd.magnitude_prune", ()),
+    ("peft_ties_svd", "svd", "/ number", "", "svd.ties", ("total",)),
+    ("peft_dare_linear_svd", "svd", "d * masks[:, numbers] / p", "d * masks[:, numbers]",
+     "svd.dare", ()),
+    ("peft_dare_ties_svd", "svd", "tally >= 0", "tally < 0", "svd.dare", ()),
     # --- systems ---
     ("do_merging", "do_merging", " + gamma * (c - eye)", "",
      "do_merging.descent_by_numpy_on_dense_deltas", ()),
@@ -115,16 +115,17 @@ BROKEN = [
     ("AdaMerging", "adamerging", "return -jnp.mean(", "return jnp.mean(",
      "adamerging.entropy_by_numpy", ()),
     ("PSEC", "psec", "(h * gate)", "h", "psec.every_row_has_its_own_merged_weight", ()),
-    ("AutoLoRA: retrieval", "autolora", "_norm(seen)", "seen", "autolora.tokens_by_numpy", ()),
-    ("AutoLoRA: retrieval", "autolora", "math.sqrt(width // heads)", "1.0",
-     "autolora.embedding_by_numpy", ()),
-    ("AutoLoRA: gated fusion", "autolora_gate", ' + w["both"] * base * own', "",
-     "autolora.gate_by_numpy", ()),
+    ("AutoLoRA: retrieval", "weight_encoder", "_norm(seen)", "seen",
+     "weight_encoder.tokens_by_numpy", ()),
+    ("AutoLoRA: retrieval", "weight_encoder", "math.sqrt(width // heads)", "1.0",
+     "weight_encoder.embedding_by_numpy", ()),
+    ("AutoLoRA: gated fusion", "gated_fusion", ' + w["both"] * base * own', "",
+     "weight_encoder.gate_by_numpy", ()),
     ("LCM-LoRA arithmetic", "lcm_arithmetic", "[*strengths, strength]", "[strength, *strengths]",
      "lcm_arithmetic.value_by_dense_matrices_where_sites_differ", ()),
     # --- around them ---
-    ("Safe spectral functions", "spectral", "g_plus * (a - a.T)", "g_minus * (a - a.T)",
-     "spectral.derivative_is_that_of_differences", ("distinct", False)),
+    ("Safe spectral functions", "spectral_functions", "g_plus * (a - a.T)", "g_minus * (a - a.T)",
+     "spectral_functions.derivative_is_that_of_differences", ("distinct", False)),
     ("Conversion to LoRA", "convert", "after - m.astype(after.dtype)", "after",
      "convert.a_bank_of_unfactored_adapters", ("base",)),
     ("Conversion to LoRA", "convert", "(1.0 - share) * tail", "share * tail",
@@ -154,14 +155,15 @@ def uncached():
 )
 def test_a_broken_piece_is_noticed(monkeypatch, request, system, module, right, wrong, test, args):
     file, name = test.split(".")
-    tests = load(f"merging/{file}")
+    tests = load(file, *ROOMS)
     made = {"base": lambda: tests.weights(), "W": lambda: tests.W}
     made |= {name: functools.partial(request.getfixturevalue, name) for name in D}
     args = [made[a]() if isinstance(a, str) and a in made else a for a in args]
-    broken(monkeypatch, f"jlora.merging.{module}", right, wrong)
+    broken(monkeypatch, module_of(module, *ROOMS), right, wrong)
     with pytest.raises(AssertionError):
         getattr(tests, f"test_{name}")(*args)
 
 
 def test_every_system_has_a_broken_piece():
-    assert {row[0] for row in BROKEN} == METHODS.keys() | {row.name for row in OTHERS} - {COMMAND}
+    others = {p.system.name for p in registry.systems() if p.family in ROOMS}
+    assert {row[0] for row in BROKEN} == METHODS.keys() | others

@@ -8,7 +8,7 @@ from scipy.cluster import hierarchy
 
 from jlora import algebra
 from jlora.algebra import LowRank
-from jlora.merging import cluster, duplicates, retrieve
+from jlora.retrieval import cluster, duplicates, retrieve
 
 
 def grouped(noise=0.3, sizes=(2, 3, 1), seed=0):

@@ -1,0 +1,1 @@
+"""Measurements of generated adapters: novelty, diversity, confusion, errors of deltas."""

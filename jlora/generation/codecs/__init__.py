@@ -1,0 +1,1 @@
+"""Codecs between adapters and latents: PCA, convolutional and token autoencoders."""

@@ -1,0 +1,1 @@
+"""Conditional diffusion and flow matching on latents: paths, losses, networks, samplers."""

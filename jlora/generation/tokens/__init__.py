@@ -1,0 +1,1 @@
+"""Adapters as token sequences: canonical factors, site tokens, normalisation."""

@@ -1,0 +1,1 @@
+"""Adapters as kohya / LyCORIS files, both ways."""

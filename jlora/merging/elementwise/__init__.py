@@ -1,0 +1,1 @@
+"""Merges of the elements of the deltas: trimming, sign election, random dropping."""

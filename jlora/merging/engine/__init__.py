@@ -1,0 +1,1 @@
+"""What every merge runs on: inputs, streaming, safe spectral functions, laws, the table."""

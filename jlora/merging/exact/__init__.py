@@ -1,0 +1,1 @@
+"""Merges without interference handling: concatenation, truncation, spherical averages."""

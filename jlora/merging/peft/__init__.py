@@ -1,0 +1,1 @@
+"""PEFT's own `add_weighted_adapter`, combination by combination."""

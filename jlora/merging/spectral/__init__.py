@@ -1,0 +1,1 @@
+"""Merges in the singular bases of the deltas, computed in their common core space."""

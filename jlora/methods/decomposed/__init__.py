@@ -1,0 +1,1 @@
+"""Magnitude and direction trained apart."""

@@ -1,0 +1,1 @@
+"""Deltas that are products of thin factors."""

@@ -1,0 +1,1 @@
+"""Orthogonal transformations of the weight."""

@@ -1,0 +1,1 @@
+"""Several adapters per site, chosen per token."""

@@ -1,0 +1,1 @@
+"""Trained parts of what is there: scales, rows, norms, biases."""

@@ -1,0 +1,1 @@
+"""Deltas on bases that all sites share or a seed gives."""
