@@ -169,7 +169,7 @@ def test_a_new_file_is_a_system_and_nothing_else_is_edited(tmp_path, monkeypatch
         assert (placed.module, placed.system.rows) == ("newroom.doubled", (97,))
         assert registry.load(placed)(3) == 6
         (package / "wrong.py").write_text("SYSTEM = 'a string'")
-        with pytest.raises(TypeError, match="newroom.wrong: got 'a string', expected"):
+        with pytest.raises(TypeError, match=r"newroom\.wrong: got 'a string', expected"):
             list(registry.walk(newroom))
     finally:
         for name in [n for n in sys.modules if n.startswith("newroom")]:
