@@ -1,0 +1,221 @@
+"""Adapter files of any format, for commands: which format it is, reading, writing.
+
+Four formats: ``peft`` (a directory), ``orbax`` (a checkpoint directory of an adapter or a bank),
+``kohya`` and ``diffusers`` (one safetensors file each). Reading an adapter needs the sites of its
+model. They come from, in this order: an Orbax checkpoint that holds them (`like`), the Hugging Face
+directory of the base model, or the shapes of the LoRA factors in the file itself.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from jlora import io
+from jlora.cli.merge import read as merge_read
+from jlora.cli.merge.base import Base, header
+from jlora.cli.merge.config import NAMES, PLAIN
+from jlora.cli.merge.layout import site_of
+from jlora.core.adapter import Adapter, Site
+from jlora.io import FormatError, NameMap
+from jlora.io.peft.directory import CONFIG
+
+Format = Literal["peft", "orbax", "kohya", "diffusers"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+PREFIXES = (
+    "lora_unet",
+    "lora_te1",
+    "lora_te2",
+    "lora_te3",
+    "lora_te",
+    "lora_transformer",
+    "lycoris",
+)
+KOHYA_DOWN, KOHYA_UP = ".lora_down.weight", ".lora_up.weight"
+DIFFUSERS_DOWN, DIFFUSERS_UP = ".lora_A.weight", ".lora_B.weight"
+
+
+def detect(path: Path) -> Format:
+    """The format of an adapter.
+
+    Args:
+      path: a directory or a safetensors file.
+
+    Raises:
+      FormatError: there is nothing, or nothing that is known.
+    """
+    if path.is_dir():
+        return "peft" if (path / CONFIG).is_file() else "orbax"
+    if not path.is_file():
+        raise FormatError(path, "no such file or directory")
+    keys = [name for name, _, _ in header(path)]
+    if any(key.endswith((KOHYA_DOWN, ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")) for key in keys):
+        return "kohya"
+    if any(key.endswith(DIFFUSERS_DOWN) for key in keys):
+        return "diffusers"
+    raise FormatError(path, f"got keys like {keys[:3]}, expected a kohya or diffusers file")
+
+
+def start_of(path: Path, kind: Format, given: str | None) -> str:
+    """The prefix of a kohya file's modules, or the component of a diffusers file.
+
+    Args:
+      path: the file.
+      kind: its format; "" is returned for directories.
+      given: what the user wants, or None: the only one in the file.
+
+    Raises:
+      FormatError: nothing is given and the file holds several, which are named.
+    """
+    if given is not None or kind in ("peft", "orbax"):
+        return given or ""
+    heads = [name.partition(".")[0] for name, _, _ in header(path)]
+    if kind == "kohya":
+        found = {next((p for p in PREFIXES if h.startswith(f"{p}_")), h) for h in heads}
+        flag = "--prefix"
+    else:
+        found, flag = set(heads), "--component"
+    if len(found) != 1:
+        raise FormatError(path, f"holds {sorted(found)[:6]}: choose one with {flag}")
+    return found.pop()
+
+
+def names_of(value: str | None, prefix: str = "") -> NameMap:
+    """A name map by the word of a command line.
+
+    Args:
+      value: the name of a built-in map, a JSON or YAML file ``{pattern: template, ...}``, or None:
+        sites are called as the torch modules.
+      prefix: put before every module name.
+
+    Raises:
+      FormatError: the file is not a mapping from text to text.
+      ValueError: neither a built-in map nor a file.
+    """
+    if value is None:
+        return PLAIN.replace(prefix=prefix)
+    if value in NAMES:
+        named = NAMES[value]()
+        return named.replace(prefix=prefix + named.prefix)
+    path = Path(value)
+    if not path.is_file():
+        raise ValueError(f"names: got {value!r}, expected a file or one of {', '.join(NAMES)}")
+    rules = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(rules, Mapping) or not all(isinstance(v, str) for v in rules.values()):
+        raise FormatError(path, f"got {type(rules).__name__}, expected {{pattern: template}}")
+    return NameMap({str(k): v for k, v in rules.items()}, prefix)
+
+
+def sites_of_base(base: Base) -> dict[str, dict[str, Any]]:
+    """The sites of a Hugging Face directory, module by module."""
+    return base.params()
+
+
+def inferred(path: Path, kind: Format, start: str) -> list[Site]:
+    """The sites of a kohya or diffusers file, by the shapes of its LoRA factors; float32.
+
+    Args:
+      path: the file.
+      kind: its format.
+      start: the kohya prefix with its underscore, or the diffusers component with its dot.
+
+    Raises:
+      FormatError: no LoRA factors below `start`.
+    """
+    down, up = (KOHYA_DOWN, KOHYA_UP) if kind == "kohya" else (DIFFUSERS_DOWN, DIFFUSERS_UP)
+    shapes = {name: shape for name, shape, _ in header(path)}
+    sites = []
+    for name, shape in shapes.items():
+        if name.endswith(down) and name.startswith(start):
+            module = name.removesuffix(down)
+            first, second = shape, shapes.get(module + up, ())
+            if second:
+                full = (second[0], *first[1:])
+                sites.append(site_of(module.removeprefix(start), full, jnp.dtype("float32")))
+    if not sites:
+        raise FormatError(path, f"no LoRA factors of {start!r}; a base model (--base) is needed")
+    return sites
+
+
+def read(
+    path: Path,
+    kind: Format,
+    names: NameMap,
+    *,
+    base: Base | None = None,
+    like: Adapter | None = None,
+    start: str = "",
+) -> tuple[Adapter, dict[str, np.ndarray]]:
+    """An adapter, and the weights of the base model that its file brings along.
+
+    Args:
+      path: the file or directory.
+      kind: its format.
+      names: from the paths of the sites to torch modules; not used for Orbax.
+      base: the base model, whose modules are the sites.
+      like: an adapter whose sites are those of the model.
+      start: the module prefix of a kohya file, or the component of a diffusers file.
+
+    Returns:
+      the adapter, and ``{"classifier.weight": [out, in], ...}`` (PEFT's extras; empty for most).
+
+    Raises:
+      FormatError: whatever is not understood, with the path.
+    """
+    if kind == "orbax":
+        return io.restore_adapter(path), {}
+    if like is not None:
+        where: Any = [site for site, _ in like.sites]
+    elif base is not None:
+        where = sites_of_base(base)
+    elif kind == "peft":
+        where = list(merge_read.inferred(path, merge_read.factors(path, names)).values())
+    else:
+        where = inferred(path, kind, start and start + ("_" if kind == "kohya" else "."))
+    if kind == "peft":
+        adapter = io.load_peft(path, names, where, extras="leave")
+        return adapter, io.peft_extras(path)
+    if kind == "kohya":
+        return io.load_kohya(path, names, where, start, others="leave"), {}
+    return io.load_diffusers(path, names, where, start, others="leave"), {}
+
+
+def write(
+    path: Path,
+    kind: Format,
+    adapter: Adapter,
+    names: NameMap,
+    *,
+    extras: Mapping[str, np.ndarray],
+    start: str = "",
+    base_model_name: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes an adapter; see `read` for the arguments.
+
+    Raises:
+      FormatError: the format has no words for what the adapter is, or for `extras`.
+    """
+    if extras and kind != "peft":
+        raise FormatError(path, f"{kind} has no place for the base's {sorted(extras)[:3]}")
+    if kind == "peft":
+        io.save_peft(path, adapter, names, base_model_name, task_type, extras=extras or None)
+    elif kind == "orbax":
+        io.save_adapter(path, adapter)
+    elif kind == "kohya":
+        io.save_kohya(path, adapter, names, start)
+    else:
+        io.save_diffusers(path, adapter, names, start)
+
+
+def base_name(path: Path) -> tuple[str | None, str | None]:
+    """(base model, task type) that a PEFT directory names; (None, None) for other formats."""
+    file = path / CONFIG
+    if not file.is_file():
+        return None, None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("base_model_name_or_path"), config.get("task_type")
