@@ -10,7 +10,6 @@ import importlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,6 +60,12 @@ def sha256(name: str) -> str:
     return hashlib.sha256((FOLDER / f"{name}.py").read_bytes()).hexdigest()
 
 
+def pin(name: str) -> dict[str, str]:
+    """What identifies an asset."""
+    asset = ASSETS[name]
+    return {"package": asset.name, "version": asset.version, "sha256": asset.sha256}
+
+
 def measure(claim: Claim, seeds: Sequence[int], workdir: Path) -> dict[str, Any]:
     """Runs a claim and returns its record.
 
@@ -90,10 +95,7 @@ def measure(claim: Claim, seeds: Sequence[int], workdir: Path) -> dict[str, Any]
         "unit": claim.unit,
         "less_is_better": claim.less_is_better,
         "margin": claim.margin,
-        "assets": {
-            name: {k: v for k, v in asdict(ASSETS[name]).items() if k in ("name", "version", "sha256")}
-            for name in claim.assets
-        },
+        "assets": {n: pin(n) for n in claim.assets},
         "seeds": list(seeds),
         "figures": [
             {"units": list(f.units), "system": list(f.system), "baseline": list(f.baseline),

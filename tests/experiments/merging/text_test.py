@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from benchmarks import merging_quality as command
-from benchmarks import merging_quality_report as report
-from benchmarks import merging_quality_run as lib
+from experiments.merging import cells as lib
+from experiments.merging import report as report
+from experiments.merging import text as command
 
 TASKS = ["a", "b", "c", "d"]
 

@@ -1,10 +1,10 @@
 """How good merged adapters are, on a real encoder and real tasks.
 
-    python -m benchmarks.merging_quality --workdir=runs/merging_quality
+    python -m experiments.merging.text --workdir=runs/merging_quality
 
 Trains LoRA adapters of MiniLM-L6 on eight tasks of eight corpora (three seeds, two ranks), merges
 2, 4 and 8 of them by the methods of `jlora.merging`, and counts the test rows that each merge gets
-right: see `merging_quality_run`. Finished cells are kept in the workdir; the same command goes on
+right: see `cells`. Finished cells are kept in the workdir; the same command goes on
 where it was. `--docs` writes the table, the plot and the figures into a folder of documents;
 `--quick` does all of it on a random encoder and made-up sentences. The last line is JSON.
 
@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import merging_quality_report as report_lib
-from benchmarks import merging_quality_run as lib
 from experiments.config import Config
+from experiments.merging import cells as lib
+from experiments.merging import report as report_lib
 from experiments.progress import Progress
 from experiments.stages import world as world_lib
 from experiments.workdir import Stage, write_json
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cache = Path(args.cache) if args.cache else None
     found = measure(config, plan, workdir, cache, args.seeds)
     given = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "benchmarks.merging_quality", *given])
+    command = shlex.join(["python", "-m", "experiments.merging.text", *given])
     docs = Path(args.docs) if args.docs else workdir / "docs"
     summary = write(found, docs, command)
     means = {n: {m: round(c["tuned"]["mean"], 4) for m, c in methods.items()}

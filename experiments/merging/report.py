@@ -1,4 +1,4 @@
-"""Figures of `merging_quality` as a summary, a page and a plot; all words come from the figures.
+"""Figures of `text` as a summary, a page and a plot; all words come from the figures.
 
 A ranking of a paper, "a above b", is looked up at the largest T, each method at its tuned factor:
 

@@ -1,4 +1,4 @@
-"""Real adapters merged and judged: the parts of `merging_quality` that compute.
+"""Real adapters merged and judged: the parts of `experiments.merging.text` that compute.
 
 =======  ==========================================================================
 T        adapters of one merge, each of another task

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import merging_quality as quality
-from benchmarks import merging_quality_report as report
-from benchmarks import merging_quality_run as lib
-from benchmarks import merging_vision as command
-from benchmarks import merging_vision_data as data_lib
-from benchmarks import merging_vision_train as training
+from experiments.merging import cells as lib
+from experiments.merging import report as report
+from experiments.merging import text as quality
+from experiments.merging import vision as command
+from experiments.merging import vision_data as data_lib
+from experiments.merging import vision_train as training
 from jlora.models.vit import Vit
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 SPEC = command.QUICK
 
 

@@ -1,4 +1,4 @@
-"""Training of `merging_vision`: the base, the frozen heads and the adapters.
+"""Training of `experiments.merging.vision`: the base, the frozen heads and the adapters.
 
 Rows of all tasks are one table ``found = (images [n, N, side, side, 3], label [n, N], Heads)``.
 R runs train in one program, vmapped over their adapters; the base is shared.
@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import jlora as jl
-from benchmarks import merging_vision_data as data_lib
+from experiments.merging import vision_data as data_lib
 from experiments.progress import Progress
 from jlora.models.vit import Vit, VitConfig
 

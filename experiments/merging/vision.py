@@ -1,11 +1,11 @@
 r"""How good merged adapters of a vision transformer are: tasks with different classes.
 
-    python -m benchmarks.merging_vision --workdir=runs/merging_vision --docs=docs
+    python -m experiments.merging.vision --workdir=runs/merging_vision --docs=docs
 
 The base is small and pre-trained here, in a few minutes, by instance recognition (`Spec`, pictures
-in `merging_vision_data`). Each task gets a frozen head of prototypes; LoRA adapters of all tasks
+in `vision_data`). Each task gets a frozen head of prototypes; LoRA adapters of all tasks
 and seeds are trained in one vmapped program a rank, and merged and judged by the same code as those
-of the text setting (`merging_quality`).
+of the text setting (`experiments.merging.text`).
 
 Symbols: f the mean of the last states of a picture, :math:`\mu_k` the mean of f of the base over
 the training rows of class k, :math:`\mu` the mean of those, C the covariance of f within classes
@@ -39,11 +39,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import merging_quality as quality
-from benchmarks import merging_quality_run as lib
-from benchmarks import merging_vision_data as data_lib
-from benchmarks import merging_vision_train as training
-from benchmarks.merging_vision_train import Spec
+from experiments.merging import cells as lib
+from experiments.merging import text as quality
+from experiments.merging import vision_data as data_lib
+from experiments.merging import vision_train as training
+from experiments.merging.vision_train import Spec
 from experiments.workdir import Stage, load_tree, save_tree
 from jlora.models.vit import Vit, VitConfig
 
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         quality.compiled(workdir)
     found = measure(spec, plan, workdir, Path(args.cache) if args.cache else None)
     given = sys.argv[1:] if argv is None else argv
-    command = shlex.join(["python", "-m", "benchmarks.merging_vision", *given])
+    command = shlex.join(["python", "-m", "experiments.merging.vision", *given])
     docs = Path(args.docs) if args.docs else workdir / "docs"
     marks = "\n".join(quality.report_lib.MARKS)
     empty = f"{TITLE}\n\n{marks}\n"
