@@ -23,6 +23,12 @@ EXPERIMENTS = [
     "tokenizers>=0.21",
     "transformers>=5.0",
 ]
+DOCS = [
+    "latex2mathml>=3.77",
+    "mkdocs>=1.6",
+    "mkdocs-material>=9.6",
+    "mkdocstrings[python]>=0.29",
+]
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.
 TEST = [
     "datasets>=4.0",
@@ -55,6 +61,7 @@ setup(
     extras_require={
         "experiments": EXPERIMENTS,
         "glue": ["datasets>=4.0"],
-        "test": EXPERIMENTS + TEST,
+        "docs": DOCS,
+        "test": EXPERIMENTS + DOCS + TEST,
     },
 )
