@@ -26,7 +26,6 @@ jl.LoRA, jl.DoRA, ...                 the methods; jl.Method is the contract for
 
 from jlora import algebra as algebra
 from jlora import io as io
-from jlora import lapack as _lapack
 from jlora import merging as merging
 from jlora import retrieval as retrieval
 from jlora.core.adapter import Adapter as Adapter
@@ -98,6 +97,3 @@ __all__ = [
     "specs",
     "stack",
 ]
-
-if _lapack.concerned():
-    _lapack.install()

@@ -1,21 +1,22 @@
-"""Batched factorisations on CPUs, one matrix after the other: the releases 0.9.1 - 0.11.1 can hang.
+"""A work-around for batched factorisations on CPUs, which deadlock in jaxlib 0.9.1 to 0.11.1.
 
-There LAPACK kernels of a batch (qr, svd, eigh, cholesky, ...) hand parts of it to the thread pool
-they run in and wait for them. As many of them at once as the pool has threads, in one program, in
-several, or on several devices, and every thread waits for work that no thread is left to do: the
-process stops for ever, without a word. Merging a bank is made of such calls. So, on import, for
-those releases only, a large batch is lowered to a loop over its matrices, as later releases do
-within the kernel. The factors are the same bit by bit; GPUs and TPUs are not touched.
+In those releases the LAPACK kernel of a batch (qr, svd, eigh, cholesky, ...) hands parts of it to
+the thread pool that it runs in, and waits for them. When as many kernels run at once as the pool
+has threads, every thread waits for work that no thread is left to do: the process deadlocks
+silently. Merging a bank is made of such calls. For those releases only, a large batch is lowered
+to a loop over its matrices, as later releases do within the kernel. The factors are the same bit
+for bit; GPUs and TPUs are not touched.
 
-It holds for the whole process, other users of JAX in it included, and for what is compiled after
-the import of jlora.
+`jlora.numerics` installs it with jlora's first factorisation. From then on it holds for the whole
+process, for what is compiled later. ``JLORA_LAPACK=0`` in the environment switches it off.
 
-Source: jaxlib's lapack_kernels.cc of those releases, and threads of hung processes (our reading).
+Reference: jaxlib's lapack_kernels.cc of those releases, and the threads of hung processes.
 Deviates: meshes with Explicit axes keep JAX's own form, whose loop would have to name shardings.
 """
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,13 @@ def one_by_one(primitive: Any, *operands: jax.Array, **params: Any) -> Any:
     flat = tuple(x.reshape(-1, *x.shape[len(batch) :]) for x in operands)
     out = jax.lax.map(lambda each: primitive.bind(*each, **params), flat)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+
+
+@functools.cache
+def ensure() -> None:
+    """Installs the work-around once, where this jaxlib needs it and it is not switched off."""
+    if concerned() and os.environ.get("JLORA_LAPACK") != "0":
+        install()
 
 
 def install() -> list[str]:
