@@ -33,6 +33,8 @@ from jax import Array, lax
 from jlora.core.adapter import wide
 from jlora.system import System
 
+FRESH = 3**-0.5  # norm of a column of LoRA's initial `a`, uniform in +-1/sqrt(d_in)
+
 
 class LowRank(NamedTuple):
     """The matrix u @ v."""
@@ -60,7 +62,7 @@ class SVD(NamedTuple):
 class Truncated(NamedTuple):
     """The best approximation of rank k and the certificate of its error."""
 
-    deltas: "Deltas"  # balanced: u = U sqrt(S), v = sqrt(S) V
+    deltas: "Deltas"  # as `balanced` splits them
     errors: dict[str, Array]  # path -> [*stack], Frobenius norm of what was cut off, exact
     total: Array  # scalar, root of the summed squares of all errors
 
@@ -231,11 +233,23 @@ def truncate(x: Any, rank: int) -> Truncated:
         raise ValueError(f"rank: expected at least 1, got {rank}")
     kept, errors = {}, {}
     for path, (u, s, v) in svd(x).items():
-        root = jnp.sqrt(s[..., None, :rank])
-        kept[path] = LowRank(u[..., :rank] * root, root.mT * v[..., :rank, :])
+        kept[path] = balanced(SVD(u[..., :rank], s[..., :rank], v[..., :rank, :]))
         errors[path] = jnp.sqrt(jnp.sum(s[..., rank:] ** 2, axis=-1))
     total = jnp.sqrt(_sum([e**2 for e in errors.values()], _dtype(errors)))
     return Truncated(kept, errors, total)
+
+
+def balanced(x: SVD) -> LowRank:
+    """u sqrt(s) and sqrt(s) v; what no delta needs is left as LoRA starts: u not zero, v zero.
+
+    Directions whose singular value is rounding noise keep columns of norm `FRESH` in u, so that a
+    delta of less rank than its factors can be trained at all of it.
+    """
+    noise = 4 * x.s.shape[-1] * jnp.finfo(x.s.dtype).eps * x.s[..., :1]
+    live = x.s > noise
+    root = jnp.sqrt(jnp.where(live, x.s, jnp.ones_like(x.s)))
+    left, right = jnp.where(live, root, FRESH), jnp.where(live, root, jnp.zeros_like(root))
+    return LowRank(x.u * left[..., None, :], right[..., :, None] * x.v)
 
 
 def principal_angles(x: Any, y: Any) -> dict[str, tuple[Array, Array]]:

@@ -4,6 +4,8 @@ from jlora.merging.convert import Converted as Converted
 from jlora.merging.convert import to_lora as to_lora
 from jlora.merging.diagnostics import overlap as overlap
 from jlora.merging.diagnostics import sign_conflict as sign_conflict
+from jlora.merging.engine.dense import Block as Block
+from jlora.merging.engine.dense import merged_delta as merged_delta
 from jlora.merging.engine.inputs import Gathered as Gathered
 from jlora.merging.engine.inputs import gather as gather
 from jlora.merging.engine.inputs import per_site as per_site

@@ -166,8 +166,7 @@ def _cut(
             return low, jnp.zeros(site.stack, norm.dtype), norm
         u, s, v = algebra.svd(one)[site.path]
     k = min(rank or s.shape[-1], u.shape[-1])
-    root = jnp.sqrt(s[..., None, :k])
-    low = LowRank(u[..., :k] * root, root.mT * v[..., :k, :])
+    low = algebra.balanced(algebra.SVD(u[..., :k], s[..., :k], v[..., :k, :]))
     return low, jnp.linalg.norm(s[..., k:], axis=-1), jnp.linalg.norm(s, axis=-1)
 
 

@@ -18,6 +18,9 @@ A_r as (G B^T) P'^T: first moments follow exactly, second ones as for independen
 .. math:: m_A' = m_A P'^T, \\; m_B' = P^T m_B, \\qquad
           n_A' = n_A (P'^T)^{\\circ 2}, \\; n_B' = (P^{\\circ 2})^T n_B .
 
+Where the delta has less rank than r, the ranks that are left over keep b = 0 and a column of a of
+the norm that LoRA starts with, inside the span of a: the value does not change, and they learn.
+
 Three uses: `squeeze` after training; `squeeze`, then some more training at the low rank; `anneal`
 during training, where `schedule` falls step by step and arrays keep their shape (dropped columns
 are zero, a fixed point of gradient descent and of Adam), so that nothing compiles twice.
@@ -35,6 +38,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora.algebra import FRESH
 from jlora.core.adapter import Adapter
 from jlora.methods.low_rank.lora import LoRA
 from jlora.system import System
@@ -43,7 +47,10 @@ MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2}  # field of an optax st
 
 
 class Maps(NamedTuple):
-    """What a compression does to the factors of one site: a' = a @ into, b' = onto @ b."""
+    """What a compression does to the factors of one site: a' = a @ into, b' = onto @ b.
+
+    (At a rank beyond that of the delta, as far as the columns of a reach.)
+    """
 
     into: Array  # [*stack, R, r]
     onto: Array  # [*stack, r, R]
@@ -60,13 +67,26 @@ class Squeezed(NamedTuple):
 def squeeze(adapter: Adapter, rank: int) -> Squeezed:
     """A LoRA adapter (or a bank) at a lower rank: the best approximation of every delta.
 
-    Raises ValueError: rank outside 1..R of a site; a site of another method, or with a frozen `a`.
+    Args:
+      adapter: LoRA at every site, both factors trained; of any rank R >= `rank`.
+      rank: of the result. A delta of less rank is kept as it is: the ranks it does not need have
+        b = 0 and a not zero, as LoRA starts, so they have gradients.
+
+    Returns:
+      The adapter, the maps that `project` moves an optimizer's state by, and the errors.
+
+    Raises:
+      ValueError: rank outside 1..R of a site; a site of another method, or with a frozen `a`.
     """
     return _squeeze(adapter, rank, rank)
 
 
 def anneal(adapter: Adapter, rank: Any) -> Squeezed:
-    """The same with arrays of the same shape, zero beyond `rank`, which may be traced."""
+    """The same with arrays of the same shape, zero beyond `rank`, which may be traced.
+
+    Args, Returns and Raises are those of `squeeze`. Both factors are zero beyond `rank`, so that
+    they stay zero; within it the ranks that a delta does not need have a not zero.
+    """
     return _squeeze(adapter, rank, None)
 
 
@@ -134,7 +154,10 @@ def _squeeze(adapter: Adapter, rank: Any, width: int | None) -> Squeezed:
 
 
 def _pair(a: Array, b: Array, rank: Any, width: int) -> tuple[Array, Array, Maps, Array]:
-    """(a' [d_in, width], b' [width, d_out], maps, error); columns beyond `rank` are zero."""
+    """(a' [d_in, width], b' [width, d_out], maps, error); columns beyond `rank` are zero.
+
+    Columns of a' that the delta does not need are directions that singular vectors leave free.
+    """
     full = a.shape[-1]
     (qa, ra), (qb, rb) = jnp.linalg.qr(_pad(a)), jnp.linalg.qr(_pad(b.mT))
     u, s, vt = jnp.linalg.svd(_dot(ra, rb.mT), full_matrices=False)
@@ -145,9 +168,23 @@ def _pair(a: Array, b: Array, rank: Any, width: int) -> tuple[Array, Array, Maps
     over = jnp.where(live, 1.0 / jnp.sqrt(jnp.where(live, s, 1.0)), 0.0)[..., None, :]
     into = (_dot(rb.mT, vt.mT) * over)[..., :width]
     onto = (_dot(ra.mT, u) * over).mT[..., :width, :]
-    left, right = (_dot(qa, u) * root)[..., :width], (_dot(qb, vt.mT) * root).mT[..., :width, :]
-    new_a, new_b = left[..., : a.shape[-2], :], right[..., : b.shape[-1]]
+    spare = (kept & ~live).astype(s.dtype)[..., None, :] * FRESH
+    columns = _dot(qa, u)[..., : a.shape[-2], :]
+    unit = _units(columns) * spare
+    back = jnp.pad(unit, [(0, 0)] * (unit.ndim - 2) + [(0, qa.shape[-2] - a.shape[-2]), (0, 0)])
+    into = into + _dot(jnp.linalg.pinv(ra), _dot(qa.mT, back))[..., :width]
+    new_a = (columns * root + unit)[..., :width]
+    new_b = (_dot(qb, vt.mT) * root).mT[..., :width, : b.shape[-1]]
     return new_a.astype(a.dtype), new_b.astype(b.dtype), Maps(into, onto), lost
+
+
+def _units(x: Array) -> Array:
+    """Columns [d, R] of norm 1; those that are (nearly) zero become columns of the identity."""
+    size = jnp.linalg.norm(x, axis=-2, keepdims=True)
+    some = size > 0.5
+    eye = jnp.tile(jnp.eye(x.shape[-2], dtype=x.dtype), (1, -(-x.shape[-1] // x.shape[-2])))
+    eye = jnp.broadcast_to(eye[:, : x.shape[-1]], x.shape)
+    return jnp.where(some, x / jnp.where(some, size, jnp.ones_like(size)), eye)
 
 
 def _pad(x: Array) -> Array:

@@ -205,3 +205,59 @@ def test_annealing_in_training_beats_compressing_after_it():
     stale = trained(8, lambda state, maps, t: state)
     assert projected < 0.99 * after and projected < 0.99 * stale
     assert projected < 1.005 * trained(2, None)  # no worse than training at the low rank at once
+
+
+def thin(rank, source=4):
+    """An adapter whose deltas have less rank than its factors: the other rows of b are zero."""
+    a = adapter(source)
+    cut = {p: {"a": t["a"], "b": t["b"].at[rank:].set(0.0)} for p, t in a.trainable.items()}
+    return a.replace(trainable=cut)
+
+
+def check_alive(squeezed, before, ranks):
+    """The value is that of before; gradients reach a factor of every rank, and so the other."""
+    for path in PARAMS:
+        np.testing.assert_allclose(product(squeezed, path), product(before, path), atol=1e-5)
+        a = np.asarray(squeezed.trainable[path]["a"])
+        assert (np.linalg.norm(a, axis=0)[:ranks] > 0.1).all(), path
+
+    def loss(t):
+        y = jl.lift(apply)(PARAMS, squeezed.replace(trainable=t), leaf(6, 7))
+        return sum(jnp.sum(jnp.sin(v)) for v in y)
+
+    slopes = jax.grad(loss)(squeezed.trainable)
+    for path in PARAMS:
+        assert (np.linalg.norm(slopes[path]["b"], axis=1)[:ranks] > 1e-4).all(), path
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["fresh", "of rank 1"])
+def test_ranks_that_a_delta_does_not_need_can_learn(rank):
+    before = thin(rank)
+    check_alive(squeeze(before, 3).adapter, before, 3)
+    annealed = jax.jit(lambda r: anneal(before, r).adapter)(3)
+    check_alive(annealed, before, 3)
+    for t in annealed.trainable.values():
+        assert float(jnp.abs(t["a"][:, 3:]).max()) == float(jnp.abs(t["b"][3:]).max()) == 0
+
+
+def test_mutation_surplus_ranks_of_zero_are_seen(monkeypatch):
+    monkeypatch.setattr(file, "FRESH", 0.0)
+    with pytest.raises(AssertionError):
+        check_alive(squeeze(thin(1), 3).adapter, thin(1), 3)
+
+
+def test_moments_of_ranks_that_are_not_needed():
+    """Of b they are those of the new gradient, exactly; of a zero, as its gradient is."""
+    before = thin(1)
+    after, maps, _ = squeeze(before, 3)
+    cotangent = leaf(7, 5, seed=2)
+
+    def slopes(t):
+        return {"a": cotangent @ t["b"].T, "b": t["a"].T @ cotangent}
+
+    zeros = jax.tree.map(jnp.zeros_like, before.trainable)
+    state = optax.trace(0.9).init(before.trainable)
+    state = state._replace(trace={**zeros, "w": slopes(before.trainable["w"])})
+    moved = project(state, maps, before.trainable).trace["w"]
+    for name, want in slopes(after.trainable["w"]).items():
+        np.testing.assert_allclose(moved[name], want, rtol=1e-3, atol=1e-3)

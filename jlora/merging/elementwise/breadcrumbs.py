@@ -29,49 +29,100 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
-from jlora.merging.engine.election import elect, weighted
-from jlora.merging.engine.streamed import Rule, Solver, factor
+from jlora.merging.engine.election import everything, shared, summed, voted
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
 
 
 def breadcrumbs(
-    bank: LowRank, weights: Array, *, rank: int | None = None, solver: Solver | None = None,
-    **options: Any,
+    bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
+    normalize: bool = False, scale: Array | float = 1.0, rank: int | None = None,
+    solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """Breadcrumbs with a weighted sum, on one site; `options` of `breadcrumbs_rule`."""
-    return factor(bank, breadcrumbs_rule(bank, weights, **options), rank, solver)
+    """Breadcrumbs with a weighted sum, on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      density: share of the elements of each adapter that is kept, in (0, 1]; one number, or one
+        for each adapter; 0.85.
+      gamma: share of the largest elements that is dropped as outliers, in [0, 1); 0.01, as in
+        mergekit.
+      normalize: divide by sum |w_n|; False: a sum, as in mergekit.
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank] with orthonormal columns, v [rank, d_out].
+
+    Raises:
+      ValueError: a density, gamma or a rank out of range.
+    """
+    solver = solver or Solver()
+    rule = breadcrumbs_rule(
+        bank, weights, density=density, gamma=gamma, normalize=normalize, scale=scale,
+        block=solver.block,
+    )  # fmt: skip
+    return factor(bank, rule, rank, solver)
 
 
 def breadcrumbs_ties(
-    bank: LowRank, weights: Array, *, rank: int | None = None, solver: Solver | None = None,
-    **options: Any,
+    bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
+    vote: str = "sum", normalize: bool = True, scale: Array | float = 1.0,
+    rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """Breadcrumbs with the vote of TIES, on one site; `options` of `breadcrumbs_ties_rule`."""
-    return factor(bank, breadcrumbs_ties_rule(bank, weights, **options), rank, solver)
+    """Breadcrumbs with the vote of TIES, on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      density: share of the elements of each adapter that is kept, in (0, 1]; one number, or one
+        for each adapter; 0.85.
+      gamma: share of the largest elements that is dropped as outliers, in [0, 1); 0.01, as in
+        mergekit.
+      vote: "sum" (larger elements have more say), or "count".
+      normalize: divide by the sum of |w_n| of those that agree; True, as in TIES (mergekit's
+        default for this method is False).
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank] with orthonormal columns, v [rank, d_out].
+
+    Raises:
+      ValueError: a density, gamma or a rank out of range, or an unknown vote.
+    """
+    solver = solver or Solver()
+    rule = breadcrumbs_ties_rule(
+        bank, weights, density=density, gamma=gamma, vote=vote, normalize=normalize, scale=scale,
+        block=solver.block,
+    )  # fmt: skip
+    return factor(bank, rule, rank, solver)
 
 
 def breadcrumbs_rule(
     bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
-    scale: float = 1.0, block: int | None = None,
+    normalize: bool = False, scale: Array | float = 1.0, block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M of the weighted sum by row blocks; `density` is a number or one for each adapter."""
+    """M of the weighted sum by row blocks; the arguments are those of `breadcrumbs`."""
     band = banded(bank, density, gamma, block)
-    return lambda d, numbers: scale * weighted(band(d), weights)
+    return partial(summed, band, shared(weights, normalize), scale)
 
 
 def breadcrumbs_ties_rule(
     bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
-    vote: str = "sum", normalise: bool = True, scale: float = 1.0, block: int | None = None,
+    vote: str = "sum", normalize: bool = True, scale: Array | float = 1.0,
+    block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M of the vote by row blocks; `density` is a number or one for each adapter."""
+    """M of the vote by row blocks; the arguments are those of `breadcrumbs_ties`."""
     band = banded(bank, density, gamma, block)
-
-    def rule(d: Array, numbers: Array) -> Array:
-        return scale * elect(band(d), weights, vote=vote, normalise=normalise)
-
-    return rule
+    return partial(voted, band, weights, scale, vote=vote, normalize=normalize)
 
 
-def banded(bank: LowRank, density: Any, gamma: float, block: int | None = None) -> Any:
+def banded(bank: LowRank, density: Any, gamma: float, block: int | None = None) -> Sparsify:
     """The function [N, b, d_out] -> the same without outliers and small elements."""
     (n, d_in, _), d_out = bank.u.shape, bank.v.shape[-1]
     if not 0.0 <= gamma < 1.0:
@@ -79,15 +130,15 @@ def banded(bank: LowRank, density: Any, gamma: float, block: int | None = None) 
     size = d_in * d_out
     k = threshold.kept(density, n, size)
     if threshold.is_one(density):
-        return lambda d: d
+        return partial(everything)
     top = jnp.minimum(jnp.full_like(k, int(gamma * size)), size - k)
     both = jnp.concatenate([top + k, jnp.maximum(top, 1)])
     t = threshold.kth_largest(bank, lambda d: jnp.concatenate([jnp.abs(d)] * 2), both, block=block)
     high = jnp.where(top > 0, t[n:], jnp.full_like(t[n:], jnp.inf))
+    return partial(_band, t[:n], high)
 
-    def band(d: Array) -> Array:
-        x = jnp.abs(d)
-        inside = threshold.above(x, t[:n]) & ~threshold.above(x, high)
-        return jnp.where(inside, d, jnp.zeros_like(d))
 
-    return band
+def _band(low: Array, high: Array, d: Array, numbers: Array) -> Array:
+    x = jnp.abs(d)
+    inside = threshold.above(x, low) & ~threshold.above(x, high)
+    return jnp.where(inside, d, jnp.zeros_like(d))

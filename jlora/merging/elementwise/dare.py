@@ -31,54 +31,101 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
-from jlora.merging.engine.election import elect, weighted
+from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import STEPS, dropped
-from jlora.merging.engine.streamed import Rule, Solver, factor
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
 
 
 def dare_linear(
-    bank: LowRank, weights: Array, *, keys: Array, rank: int | None = None,
-    solver: Solver | None = None, **options: Any,
+    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, normalize: bool = False,
+    scale: Array | float = 1.0, rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """DARE with a weighted sum, on one site; `options` are those of `dare_linear_rule`."""
-    return factor(bank, dare_linear_rule(bank, weights, keys=keys, **options), rank, solver)
+    """DARE with a weighted sum, on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      keys: [N], one for each adapter (and site, and slice), of the random masks.
+      density: share of the elements of each adapter that is kept, in [2^-16, 1]; one number, or
+        one for each adapter; 0.2 (the paper drops 0.5 to 0.99 of them).
+      normalize: divide by sum |w_n|; False: a sum, as in mergekit.
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank] with orthonormal columns, v [rank, d_out].
+
+    Raises:
+      ValueError: a density or a rank out of range.
+    """
+    rule = dare_linear_rule(
+        bank, weights, keys=keys, density=density, normalize=normalize, scale=scale
+    )
+    return factor(bank, rule, rank, solver)
 
 
 def dare_ties(
-    bank: LowRank, weights: Array, *, keys: Array, rank: int | None = None,
-    solver: Solver | None = None, **options: Any,
+    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, vote: str = "sum",
+    normalize: bool = True, scale: Array | float = 1.0, rank: int | None = None,
+    solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """DARE with the vote of TIES, on one site; `options` are those of `dare_ties_rule`."""
-    return factor(bank, dare_ties_rule(bank, weights, keys=keys, **options), rank, solver)
+    """DARE with the vote of TIES, on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      keys: [N], one for each adapter (and site, and slice), of the random masks.
+      density: share of the elements of each adapter that is kept, in [2^-16, 1]; one number, or
+        one for each adapter; 0.2 (the paper drops 0.5 to 0.99 of them).
+      vote: "sum" (larger elements have more say), or "count".
+      normalize: divide by the sum of |w_n| of those that agree; True, as in TIES (mergekit's
+        default for this method is False).
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank] with orthonormal columns, v [rank, d_out].
+
+    Raises:
+      ValueError: a density or a rank out of range, or an unknown vote.
+    """
+    rule = dare_ties_rule(
+        bank, weights, keys=keys, density=density, vote=vote, normalize=normalize, scale=scale
+    )
+    return factor(bank, rule, rank, solver)
 
 
 def dare_linear_rule(
-    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, scale: float = 1.0
-) -> Rule:
-    """M_linear by row blocks. `density` is a number or one for each adapter."""
-    drop = dropping(bank, density, keys)
-    return lambda d, numbers: scale * weighted(drop(d, numbers), weights)
+    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, normalize: bool = False,
+    scale: Array | float = 1.0,
+) -> Rule:  # fmt: skip
+    """M_linear by row blocks; the arguments are those of `dare_linear`."""
+    return partial(summed, dropping(bank, density, keys), shared(weights, normalize), scale)
 
 
 def dare_ties_rule(
     bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, vote: str = "sum",
-    normalise: bool = True, scale: float = 1.0,
+    normalize: bool = True, scale: Array | float = 1.0,
 ) -> Rule:  # fmt: skip
-    """M_ties by row blocks. `density` is a number or one for each adapter."""
+    """M_ties by row blocks; the arguments are those of `dare_ties`."""
     drop = dropping(bank, density, keys)
-
-    def rule(d: Array, numbers: Array) -> Array:
-        return scale * elect(drop(d, numbers), weights, vote=vote, normalise=normalise)
-
-    return rule
+    return partial(voted, drop, weights, scale, vote=vote, normalize=normalize)
 
 
-def dropping(bank: LowRank, density: Any, keys: Array) -> Any:
+def dropping(bank: LowRank, density: Any, keys: Array) -> Sparsify:
     """The function ([N, b, d_out], [b]) -> the same, masked and rescaled."""
     keep = shares(density, bank.u.shape[0])
     if threshold.is_one(density):
-        return lambda d, numbers: d
-    return lambda d, numbers: dropped(d, keep[:, None, None], keys, numbers)
+        return partial(everything)
+    return partial(_masked, keep, keys)
+
+
+def _masked(keep: Array, keys: Array, d: Array, numbers: Array) -> Array:
+    return dropped(d, keep[:, None, None], keys, numbers)
 
 
 def shares(density: Any, adapters: int) -> Array:

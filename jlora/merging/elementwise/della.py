@@ -27,63 +27,114 @@ Deviates: rescales each element by its own probability, as the paper does and me
 (it keeps the l1 norm); probabilities are rounded to multiples of 2^-16.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
-from jlora.merging.engine.election import elect, weighted
+from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import dropped
-from jlora.merging.engine.streamed import Rule, Solver, factor, flip
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, flip, partial
 
 
 def della(
-    bank: LowRank, weights: Array, *, keys: Array, rank: int | None = None,
-    solver: Solver | None = None, **options: Any,
+    bank: LowRank, weights: Array, *, keys: Array, density: float = 0.5, epsilon: float = 0.15,
+    vote: str = "sum", normalize: bool = True, scale: Array | float = 1.0,
+    rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """DELLA with the vote of TIES, on one site; `options` are those of `della_rule`."""
+    """DELLA with the vote of TIES, on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      keys: [N], one for each adapter (and site, and slice), of the random masks.
+      density: mean share that is kept; 0.5.
+      epsilon: half the width of the range of keep probabilities, 0 < density - epsilon and
+        density + epsilon < 1 (or density 1, which keeps all); 0.15, as in mergekit.
+      vote: "sum" (larger elements have more say), or "count".
+      normalize: divide by the sum of |w_n| of those that agree; True, as in mergekit.
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank], v [rank, d_out] with orthonormal rows.
+
+    Raises:
+      ValueError: density and epsilon, or a rank, out of range, or an unknown vote.
+    """
     turned = flip(bank)
-    return flip(factor(turned, della_rule(turned, weights, keys=keys, **options), rank, solver))
+    rule = della_rule(
+        turned, weights, keys=keys, density=density, epsilon=epsilon, vote=vote,
+        normalize=normalize, scale=scale,
+    )  # fmt: skip
+    return flip(factor(turned, rule, rank, solver))
 
 
 def della_linear(
-    bank: LowRank, weights: Array, *, keys: Array, rank: int | None = None,
-    solver: Solver | None = None, density: float = 0.5, epsilon: float = 0.15, scale: float = 1.0,
+    bank: LowRank, weights: Array, *, keys: Array, density: float = 0.5, epsilon: float = 0.15,
+    normalize: bool = False, scale: Array | float = 1.0, rank: int | None = None,
+    solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """DELLA with a weighted sum, on one site."""
-    drop = magprune(density, epsilon, keys)
+    """DELLA with a weighted sum, on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      keys: [N], one for each adapter (and site, and slice), of the random masks.
+      density: mean share that is kept; 0.5.
+      epsilon: half the width of the range of keep probabilities, 0 < density - epsilon and
+        density + epsilon < 1 (or density 1, which keeps all); 0.15, as in mergekit.
+      normalize: divide by sum |w_n|; False: a sum, as in mergekit.
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank], v [rank, d_out] with orthonormal rows.
+
+    Raises:
+      ValueError: density and epsilon, or a rank, out of range.
+    """
     turned = flip(bank)
-    return flip(
-        factor(turned, lambda d, rows: scale * weighted(drop(d, rows), weights), rank, solver)
-    )
+    rule = della_linear_rule(
+        turned, weights, keys=keys, density=density, epsilon=epsilon, normalize=normalize,
+        scale=scale,
+    )  # fmt: skip
+    return flip(factor(turned, rule, rank, solver))
 
 
 def della_rule(
     turned: LowRank, weights: Array, *, keys: Array, density: float = 0.5,
-    epsilon: float = 0.15, vote: str = "sum", normalise: bool = True, scale: float = 1.0,
+    epsilon: float = 0.15, vote: str = "sum", normalize: bool = True,
+    scale: Array | float = 1.0,
 ) -> Rule:  # fmt: skip
-    """M^T by blocks of outputs, of the transposed bank."""
+    """M^T by blocks of outputs, of the transposed bank; the arguments are those of `della`."""
     drop = magprune(density, epsilon, keys)
-
-    def rule(d: Array, numbers: Array) -> Array:
-        return scale * elect(drop(d, numbers), weights, vote=vote, normalise=normalise)
-
-    return rule
+    return partial(voted, drop, weights, scale, vote=vote, normalize=normalize)
 
 
-def magprune(density: float, epsilon: float, keys: Array) -> Any:
+def della_linear_rule(
+    turned: LowRank, weights: Array, *, keys: Array, density: float = 0.5,
+    epsilon: float = 0.15, normalize: bool = False, scale: Array | float = 1.0,
+) -> Rule:  # fmt: skip
+    """M^T by blocks of outputs, of the transposed bank; the arguments of `della_linear`."""
+    return partial(summed, magprune(density, epsilon, keys), shared(weights, normalize), scale)
+
+
+def magprune(density: float, epsilon: float, keys: Array) -> Sparsify:
     """The function ([N, b, d_in], [b] outputs) -> the same, dropped by rank and rescaled."""
     if density == 1.0:
-        return lambda d, numbers: d
+        return partial(everything)
     if epsilon < 0 or not (0 < density - epsilon and density + epsilon < 1):
         raise ValueError(
             f"density, epsilon: got {density}, {epsilon}, expected density +- epsilon in (0, 1)"
         )
+    return partial(_by_rank, keys, density=float(density), epsilon=float(epsilon))
 
-    def drop(d: Array, numbers: Array) -> Array:
-        order = jnp.argsort(lax.stop_gradient(jnp.abs(d)), axis=-1)
-        place = jnp.argsort(order, axis=-1).astype(jnp.float32) / max(d.shape[-1] - 1, 1)
-        return dropped(d, density - epsilon + 2.0 * epsilon * place, keys, numbers)
 
-    return drop
+def _by_rank(keys: Array, d: Array, numbers: Array, *, density: float, epsilon: float) -> Array:
+    order = jnp.argsort(lax.stop_gradient(jnp.abs(d)), axis=-1)
+    place = jnp.argsort(order, axis=-1).astype(jnp.float32) / max(d.shape[-1] - 1, 1)
+    return dropped(d, density - epsilon + 2.0 * epsilon * place, keys, numbers)

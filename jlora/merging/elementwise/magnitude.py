@@ -23,22 +23,43 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.elementwise.ties import trimmed
-from jlora.merging.engine.election import weighted
-from jlora.merging.engine.streamed import Rule, Solver, factor
+from jlora.merging.engine.election import shared, summed
+from jlora.merging.engine.streamed import Rule, Solver, factor, partial
 
 
 def magnitude(
-    bank: LowRank, weights: Array, *, rank: int | None = None, solver: Solver | None = None,
-    **options: Any,
+    bank: LowRank, weights: Array, *, density: Any = 0.2, normalize: bool = False,
+    scale: Array | float = 1.0, rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """The pruned sum of one site; `options` are those of `magnitude_rule`."""
-    return factor(bank, magnitude_rule(bank, weights, **options), rank, solver)
+    """The pruned sum of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      density: share of the elements of each adapter that is kept, in (0, 1]; one number, or one
+        for each adapter; 0.2, as in TIES.
+      normalize: divide by sum |w_n|; False: a sum.
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank] with orthonormal columns, v [rank, d_out].
+
+    Raises:
+      ValueError: a density or a rank out of range.
+    """
+    solver = solver or Solver()
+    rule = magnitude_rule(
+        bank, weights, density=density, normalize=normalize, scale=scale, block=solver.block
+    )
+    return factor(bank, rule, rank, solver)
 
 
 def magnitude_rule(
-    bank: LowRank, weights: Array, *, density: Any = 0.2, scale: float = 1.0,
-    block: int | None = None,
+    bank: LowRank, weights: Array, *, density: Any = 0.2, normalize: bool = False,
+    scale: Array | float = 1.0, block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M by row blocks. `density` is a number or one for each adapter; `block` as in `Solver`."""
-    trim = trimmed(bank, density, block)
-    return lambda d, numbers: scale * weighted(trim(d), weights)
+    """M by row blocks; the arguments are those of `magnitude`, `block` the rows of a `Solver`."""
+    return partial(summed, trimmed(bank, density, block), shared(weights, normalize), scale)

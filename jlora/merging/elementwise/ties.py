@@ -26,36 +26,60 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
-from jlora.merging.engine.election import elect
-from jlora.merging.engine.streamed import Rule, Solver, factor
+from jlora.merging.engine.election import everything, voted
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
 
 
 def ties(
-    bank: LowRank, weights: Array, *, rank: int | None = None, solver: Solver | None = None,
-    **options: Any,
+    bank: LowRank, weights: Array, *, density: Any = 0.2, vote: str = "sum",
+    normalize: bool = True, scale: Array | float = 1.0, rank: int | None = None,
+    solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """TIES on one site; `options` are those of `ties_rule`."""
-    return factor(bank, ties_rule(bank, weights, **options), rank, solver)
+    """TIES on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      density: share of the elements of each adapter that is kept, in (0, 1]; one number, or one
+        for each adapter; 0.2, as in the paper.
+      vote: "sum" (the paper's: larger elements have more say), or "count".
+      normalize: divide by the sum of |w_n| of those that agree; True: the paper's disjoint mean.
+      scale: lambda, a factor of the result; 1, as in mergekit.
+      rank: of the result, 1 to min(d_in, d_out); None: N R, at most full, which loses nothing of a
+        weighted sum, but something of an element-wise merge (`run.certified` says how much).
+      solver: how M is read, in passes over row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank] with orthonormal columns, v [rank, d_out].
+
+    Raises:
+      ValueError: a density or a rank out of range, or an unknown vote.
+    """
+    solver = solver or Solver()
+    rule = ties_rule(
+        bank, weights, density=density, vote=vote, normalize=normalize, scale=scale,
+        block=solver.block,
+    )  # fmt: skip
+    return factor(bank, rule, rank, solver)
 
 
 def ties_rule(
     bank: LowRank, weights: Array, *, density: Any = 0.2, vote: str = "sum",
-    normalise: bool = True, scale: float = 1.0, block: int | None = None,
+    normalize: bool = True, scale: Array | float = 1.0, block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M by row blocks. `density` is a number or one for each adapter; `block` as in `Solver`."""
+    """M by row blocks; the arguments are those of `ties`, `block` the rows of a `Solver`."""
     trim = trimmed(bank, density, block)
-
-    def rule(d: Array, numbers: Array) -> Array:
-        return scale * elect(trim(d), weights, vote=vote, normalise=normalise)
-
-    return rule
+    return partial(voted, trim, weights, scale, vote=vote, normalize=normalize)
 
 
-def trimmed(bank: LowRank, density: Any, block: int | None = None) -> Any:
+def trimmed(bank: LowRank, density: Any, block: int | None = None) -> Sparsify:
     """The function [N, b, d_out] -> the same without all but the largest elements."""
     (n, d_in, _), d_out = bank.u.shape, bank.v.shape[-1]
     k = threshold.kept(density, n, d_in * d_out)
     if threshold.is_one(density):
-        return lambda d: d
-    t = threshold.kth_largest(bank, threshold.magnitude, k, block=block)
-    return lambda d: jnp.where(threshold.above(jnp.abs(d), t), d, jnp.zeros_like(d))
+        return partial(everything)
+    return partial(_largest, threshold.kth_largest(bank, threshold.magnitude, k, block=block))
+
+
+def _largest(t: Array, d: Array, numbers: Array) -> Array:
+    return jnp.where(threshold.above(jnp.abs(d), t), d, jnp.zeros_like(d))

@@ -2,32 +2,48 @@
 
 =====  ==================================================
 x_n    elements [N, ...], already sparsified
-w_n    weights [N]
+w_n    weights [N], of any sign
 s      the elected sign, +1 where the vote is a draw
 a_n    whether adapter n agrees: sign(w_n x_n) = s
 =====  ==================================================
 
 .. math::
     s = \\text{sgn} \\sum_n w_n x_n \\;\\text{ or }\\; \\text{sgn} \\sum_n \\text{sgn}(w_n x_n),
-    \\qquad y = \\frac{\\sum_n a_n w_n x_n}{\\sum_n a_n w_n}
+    \\qquad y = \\frac{\\sum_n a_n w_n x_n}{\\sum_n a_n |w_n|}
 
-A zero never agrees. Without `normalise` the denominator is 1; where it is 0, y is the numerator.
+A zero never agrees. Without `normalize` the denominator is 1; where it is 0, y is the numerator.
+A negative weight subtracts its adapter: it is the adapter -x_n with the weight |w_n|. So y is a
+mean of values |x_n| with the elected sign, whatever the weights are.
 
 Paper: TIES, Yadav et al. 2023, arXiv:2306.01708 (elect and disjoint mean).
 Source: paper; the weighted form is that of mergekit's generalised task arithmetic (formula only).
-Deviates: nothing.
+Deviates: mergekit divides by the sum of the weights themselves. Where they are not negative that
+is the same; for weights [1, -0.999] that sum is 0.001 where both agree, and for [-1] it turns the
+sign of the result.
 """
 
 import jax.numpy as jnp
 from jax import Array
 
+from jlora.merging.engine.streamed import Sparsify
+
 VOTES = ("sum", "count")
 
 
-def elect(x: Array, weights: Array, *, vote: str = "sum", normalise: bool = True) -> Array:
-    """The merged elements [...] of x [N, ...].
+def elect(x: Array, weights: Array, *, vote: str = "sum", normalize: bool = True) -> Array:
+    """The merged elements.
 
-    Raises ValueError for an unknown vote.
+    Args:
+      x: [N, ...], the elements of N adapters.
+      weights: [N], of any sign.
+      vote: "sum" counts a voice by its size, "count" each voice alike.
+      normalize: divide by the sum of |w_n| of those that agree (the paper's disjoint mean).
+
+    Returns:
+      [...], of the dtype of x.
+
+    Raises:
+      ValueError: an unknown vote.
     """
     if vote not in VOTES:
         raise ValueError(f"vote: got {vote!r}, expected one of {VOTES}")
@@ -35,9 +51,9 @@ def elect(x: Array, weights: Array, *, vote: str = "sum", normalise: bool = True
     y = w * x
     agree = (jnp.sign(y) == majority(y, vote)[None]).astype(x.dtype)
     total = jnp.sum(y * agree, axis=0)
-    if not normalise:
+    if not normalize:
         return total
-    share = jnp.sum(w * agree, axis=0)
+    share = jnp.sum(jnp.abs(w) * agree, axis=0)
     return total / jnp.where(share == 0, jnp.ones_like(share), share)
 
 
@@ -52,6 +68,39 @@ def weighted(x: Array, weights: Array) -> Array:
     return jnp.sum(spread(weights, x) * x, axis=0)
 
 
+def shared(weights: Array, normalize: bool) -> Array:
+    """The weights [N] of a sum, with `normalize` over sum |w_n| (1 where that is 0)."""
+    if not normalize:
+        return weights
+    total = jnp.sum(jnp.abs(weights))
+    return weights / jnp.where(total == 0, jnp.ones_like(total), total)
+
+
+def signed(x: Array, weights: Array) -> Array:
+    """x [N, ...] with the signs of the weights: what a weight |w_n| is then the weight of."""
+    return jnp.where(spread(weights, x) < 0, -x, x)
+
+
 def spread(weights: Array, x: Array) -> Array:
     """[N] as [N, 1, ..., 1]."""
     return weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def voted(
+    sparsify: Sparsify, weights: Array, scale: Array | float, d: Array, numbers: Array,
+    *, vote: str, normalize: bool,
+) -> Array:  # fmt: skip
+    """A block [b, d_out] of scale * elect(w, sparsify(d)), d [N, b, d_out]; for `partial`."""
+    return scale * elect(sparsify(d, numbers), weights, vote=vote, normalize=normalize)
+
+
+def summed(
+    sparsify: Sparsify, weights: Array, scale: Array | float, d: Array, numbers: Array
+) -> Array:
+    """A block [b, d_out] of scale * sum_n w_n sparsify(d)_n, d [N, b, d_out]; for `partial`."""
+    return scale * weighted(sparsify(d, numbers), weights)
+
+
+def everything(d: Array, numbers: Array) -> Array:
+    """The sparsification that keeps all."""
+    return d

@@ -11,15 +11,20 @@ Deviates: nothing.
 from collections.abc import Callable
 from typing import Any
 
-from jlora.merging.elementwise.breadcrumbs import breadcrumbs, breadcrumbs_ties
-from jlora.merging.elementwise.consensus import consensus
-from jlora.merging.elementwise.dare import dare_linear, dare_ties
-from jlora.merging.elementwise.della import della, della_linear
-from jlora.merging.elementwise.magnitude import magnitude
+from jlora.merging.elementwise.breadcrumbs import (
+    breadcrumbs,
+    breadcrumbs_rule,
+    breadcrumbs_ties,
+    breadcrumbs_ties_rule,
+)
+from jlora.merging.elementwise.consensus import consensus, consensus_rule
+from jlora.merging.elementwise.dare import dare_linear, dare_linear_rule, dare_ties, dare_ties_rule
+from jlora.merging.elementwise.della import della, della_linear, della_linear_rule, della_rule
+from jlora.merging.elementwise.magnitude import magnitude, magnitude_rule
 from jlora.merging.elementwise.model_stock import model_stock
-from jlora.merging.elementwise.sce import sce
+from jlora.merging.elementwise.sce import sce, sce_rule
 from jlora.merging.elementwise.task_arithmetic import task_arithmetic
-from jlora.merging.elementwise.ties import ties
+from jlora.merging.elementwise.ties import ties, ties_rule
 from jlora.merging.exact.concat import concat_error
 from jlora.merging.peft.factors import (
     peft_cat,
@@ -44,6 +49,7 @@ CROSSED = "factors are summed apart: N copies of weight 1/N give N times one"
 GAUGE = "the factors are merged as they are written"
 SHARED = "PEFT divides by the number of adapters that agree: N copies of weight 1/N give 1/N of one"
 CUT = "ranks beyond an adapter's are cut off: what they add to the derivative is left out"
+DELLA, CRUMBS = "Deep 2024, 2406.11617", "Davari 2023, 2312.06795"
 DARE = "Yu 2023, 2311.03099"
 PEFT = "Mangrulkar 2022, PEFT 0.21.2"
 FACTOR_TESTS = ("tests/merging/peft/factors_test.py", "tests/merging/peft/peft_torch_test.py")
@@ -51,9 +57,12 @@ SVD_TESTS = ("tests/merging/peft/svd_test.py", "tests/merging/peft/peft_torch_te
 NUMPY = "dense numpy value, limits, the paper's claim in small; law suite"
 
 
-def _streamed(name: str, function: Callable[..., Any], paper: str, why: str, **more: Any) -> Any:
+def _streamed(
+    name: str, function: Callable[..., Any], rule: Callable[..., Any], paper: str, why: str,
+    **more: Any,
+) -> Any:  # fmt: skip
     """A streamed method that is not the identity on one adapter, nor on equal ones."""
-    base = {"loop": "map", "options": {"density": 0.5}, "evidence": NUMPY,
+    base = {"loop": "map", "options": {"density": 0.5}, "evidence": NUMPY, "rule": rule,
             "breaks": {"weight_one": why, "idempotent": why}}  # fmt: skip
     return {"name": name, "function": function, "paper": paper, **base, **more}
 
@@ -82,16 +91,36 @@ ROWS: tuple[dict[str, Any], ...] = (
         "tight": True,
         "evidence": "numpy value; negation and analogy; law suite",
     },
-    _streamed("ties", ties, "Yadav 2023, 2306.01708", TRIMMED),
-    _streamed("magnitude", magnitude, "Yadav 2023, 2306.01708 (trimming alone)", TRIMMED),
-    _streamed("dare_linear", dare_linear, DARE, DROPPED, randomised=True),
-    _streamed("dare_ties", dare_ties, DARE, DROPPED, randomised=True),
-    _streamed("della", della, "Deep 2024, 2406.11617", DROPPED, randomised=True),
-    _streamed("della_linear", della_linear, "Deep 2024, 2406.11617", DROPPED, randomised=True),
-    _streamed("breadcrumbs", breadcrumbs, "Davari 2023, 2312.06795", TRIMMED),
-    _streamed("breadcrumbs_ties", breadcrumbs_ties, "Davari 2023, 2312.06795", TRIMMED),
-    _streamed("sce", sce, "Wan 2024, 2408.07990", "elements that do not vary are not selected"),
-    _streamed("consensus", consensus, "Wang 2024, 2405.07813", "", options={"least": 1}, breaks={}),
+    _streamed("ties", ties, ties_rule, "Yadav 2023, 2306.01708", TRIMMED),
+    _streamed(
+        "magnitude", magnitude, magnitude_rule, "Yadav 2023, 2306.01708 (trimming alone)", TRIMMED
+    ),
+    _streamed("dare_linear", dare_linear, dare_linear_rule, DARE, DROPPED, randomised=True),
+    _streamed("dare_ties", dare_ties, dare_ties_rule, DARE, DROPPED, randomised=True),
+    _streamed("della", della, della_rule, DELLA, DROPPED, randomised=True, by_outputs=True),
+    _streamed(
+        "della_linear",
+        della_linear,
+        della_linear_rule,
+        DELLA,
+        DROPPED,
+        randomised=True,
+        by_outputs=True,
+    ),
+    _streamed("breadcrumbs", breadcrumbs, breadcrumbs_rule, CRUMBS, TRIMMED),
+    _streamed("breadcrumbs_ties", breadcrumbs_ties, breadcrumbs_ties_rule, CRUMBS, TRIMMED),
+    _streamed(
+        "sce", sce, sce_rule, "Wan 2024, 2408.07990", "elements that do not vary are not selected"
+    ),
+    _streamed(
+        "consensus",
+        consensus,
+        consensus_rule,
+        "Wang 2024, 2405.07813",
+        "",
+        options={"least": 1},
+        breaks={},
+    ),
     {
         "name": "model_stock",
         "function": model_stock,

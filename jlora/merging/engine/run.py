@@ -7,8 +7,9 @@ Deviates: nothing.
 """
 
 import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,15 +50,9 @@ def merge(
     """
     row = lookup(name)
     if params is not None:
-        adapters = [converted(a, params) for a in _listed(adapters)]
+        adapters = [converted(a, params) for a in listed(adapters)]
     bank, weights, sites = gather(adapters, weights, missing=missing)
-    size = next(iter(bank.values()))[0].shape[0]
-    if row.size not in (None, size):
-        raise ValueError(f"{name}: got {size} adapters, expected {row.size}")
-    if row.scope == "adapter" and isinstance(weights, dict):
-        raise ValueError(f"{name}: got weights of every site, expected weights [N]")
-    if row.randomised and key is None:
-        raise ValueError(f"{name}: got no key, expected one: the method is randomised")
+    checked(row, bank, weights, key, options)
     made = apply(row, bank, weights, key=key, ids=ids, **options)
     if out_rank is not None:
         made = algebra.truncate(made, out_rank).deltas
@@ -116,6 +111,58 @@ def bound(row: Merging, bank: Deltas, weights: Any, **options: Any) -> dict[str,
     return run(bank, weights, **options)
 
 
+def options_of(row: Merging) -> dict[str, Any]:
+    """The options that a method takes, with their defaults."""
+    parameters = list(inspect.signature(row.function).parameters.values())[2:]
+    return {p.name: p.default for p in parameters if p.name not in ("key", "keys", "ids")}
+
+
+def checked(row: Merging, bank: Deltas, weights: Any, key: Any, options: Mapping[str, Any]) -> None:
+    """What can be known before a merge is run.
+
+    Args:
+      row: the method.
+      bank: path -> deltas of N adapters, all sites of the merge.
+      weights: [N], or {path: [N, *stack]}.
+      key: None, or what randomised methods draw from.
+      options: by name.
+
+    Raises:
+      ValueError: another number of adapters than the method takes; weights per site where it
+        merges all sites at once; no key for a randomised method; an option that it does not have;
+        negative weights that it has no meaning for (outside of transformations).
+    """
+    size = next(iter(bank.values()))[0].shape[0]
+    if row.size not in (None, size):
+        raise ValueError(f"{row.name}: got {size} adapters, expected {row.size}")
+    if row.scope == "adapter" and isinstance(weights, dict):
+        raise ValueError(f"{row.name}: got weights of every site, expected weights [N]")
+    if row.randomised and key is None:
+        raise ValueError(f"{row.name}: got no key, expected one: the method is randomised")
+    check_options(row, options)
+    for w in [] if row.signed else jax.tree.leaves(weights):
+        if not isinstance(w, jax.core.Tracer) and bool((jnp.asarray(w) < 0).any()):
+            raise ValueError(
+                f"{row.name}: weights: got {np.asarray(w).tolist()}, expected none below 0: "
+                "the method cannot subtract an adapter"
+            )
+
+
+RENAMED = {"normalise": "normalize", "strength": "scale", "lambda": "scale"}
+
+
+def check_options(row: Merging, options: Mapping[str, Any]) -> None:
+    """ValueError for an option that a method does not have, with those that it has."""
+    known = options_of(row)
+    for name in options:
+        if name not in known:
+            new = RENAMED.get(name)
+            hint = f"; {name} is called {new} here" if new in known else ""
+            raise ValueError(
+                f"{row.name}: options: got {name!r}, expected one of {sorted(known)}{hint}"
+            )
+
+
 def lookup(name: str) -> Merging:
     """The row of a method; ValueError for an unknown name."""
     if name not in METHODS:
@@ -134,14 +181,19 @@ def apply(
     **options: Any,
 ) -> Deltas:
     """A row of the table on a bank of deltas, jitted once for each set of static options."""
-    arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray)}
-    static = tuple(sorted((k, v) for k, v in options.items() if k not in arrays))
+    arrays, static = split(options)
     run = _jitted if jit else _run
     kind = (row.function, row.scope, row.randomised, row.loop)
     return run(bank, weights, key, ids, arrays, kind, static)
 
 
-def _listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
+def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """(arrays, which are traced; the others, sorted, which are static)."""
+    arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray)}
+    return arrays, tuple(sorted((k, v) for k, v in options.items() if k not in arrays))
+
+
+def listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
     if not isinstance(adapters, Adapter):
         return adapters
     arrays = jax.tree.leaves((adapters.trainable, adapters.frozen))

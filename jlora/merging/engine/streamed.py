@@ -39,6 +39,7 @@ from jax import Array, lax
 from jlora.algebra import LowRank
 
 Rule = Callable[[Array, Array], Array]  # ([N, b, d_out], [b] int32) -> [b, d_out]
+Sparsify = Callable[[Array, Array], Array]  # the same arguments -> [N, b, d_out]
 ROWS, ELEMENTS = 32, 2**19  # the most of a default block: rows; elements of all deltas (2 MiB)
 STORED = 2**22  # bytes of the largest M that is kept by default: 1024 x 1024 float32, 4 MiB
 
@@ -62,6 +63,32 @@ class Solver:
     def stores(self, d_in: int, d_out: int, dtype: Any) -> bool:
         """Whether M of these shapes is kept."""
         return d_in * d_out * dtype.itemsize <= STORED if self.store is None else self.store
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A function with its static options; two of the same are equal, so jit knows them again."""
+
+    function: Callable[..., Any]
+    static: tuple[tuple[str, Any], ...]  # sorted (name, value), hashable
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args, **dict(self.static))
+
+
+def partial(function: Callable[..., Array], *arrays: Any, **static: Any) -> Any:
+    """`function(*arrays, deltas, numbers, **static)` as a function of the last two.
+
+    Args:
+      function: of a module's top level; rows of its result depend on rows of the deltas alone.
+      arrays: PyTrees, traced or not.
+      static: hashable options.
+
+    Returns:
+      A PyTree whose leaves are `arrays`, unlike a closure: what a rule reads of the whole bank
+      (thresholds) leaves `jit` with it, and is not computed again for each block of rows.
+    """
+    return jax.tree_util.Partial(Bound(function, tuple(sorted(static.items()))), *arrays)
 
 
 class Factored(NamedTuple):

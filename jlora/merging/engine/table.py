@@ -75,6 +75,10 @@ class Merging:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the laws
     certificate: Callable[..., Any] | None = None  # (bank, weights, **options) -> error bound
     tight: bool = False  # the certificate is the error itself
+    rule: Callable[..., Any] | None = None  # element-wise: (bank, weights, **options) -> `Rule`
+    by_outputs: bool = False  # the rule is of the transposed bank: its blocks are outputs
+    signed: bool = True  # negative weights have a meaning; else they are refused
+    capped: bool = True  # an option `rank` beyond a site's min(d_in, d_out) means full rank there
     atol: float = 1e-4  # of the laws, relative to the norm of the inputs
     breaks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # law -> reason
     tests: tuple[str, ...] = ()  # beside the law suite; tests/merging/<module>_test.py if empty

@@ -55,7 +55,7 @@ def peft_magnitude_prune_svd(
 ) -> LowRank:  # fmt: skip
     """`combination_type="magnitude_prune_svd"`."""
     trim = trimmed(bank, density)
-    return _factor(bank, lambda d, numbers: weighted(trim(d), weights), rank, solver)
+    return _factor(bank, lambda d, numbers: weighted(trim(d, numbers), weights), rank, solver)
 
 
 def peft_ties_svd(
@@ -64,7 +64,9 @@ def peft_ties_svd(
 ) -> LowRank:  # fmt: skip
     """`combination_type="ties_svd"`."""
     trim = trimmed(bank, density)
-    return _factor(bank, lambda d, numbers: _disjoint(trim(d), weights, vote), rank, solver)
+    return _factor(
+        bank, lambda d, numbers: _disjoint(trim(d, numbers), weights, vote), rank, solver
+    )
 
 
 def peft_dare_linear_svd(

@@ -70,7 +70,7 @@ def test_claim_coefficients_follow_the_energy_of_what_was_learned():
 
 
 def test_mutation_selection_of_the_mean_instead_of_the_variance(monkeypatch):
-    monkeypatch.setattr(module, "variance", lambda d: jnp.mean(d, 0, keepdims=True) ** 2)
+    monkeypatch.setattr(module, "variance", lambda d, w: jnp.mean(d, 0, keepdims=True) ** 2)
     with pytest.raises(AssertionError):
         check(0.2)
 

@@ -34,7 +34,7 @@ DEFAULTS = [
     (robust_merge, {"density": 0.2, "floor": 0.8}),
     (karcher, {"steps": 10}),
     (magnitude_rule, {"density": 0.2, "scale": 1.0}),
-    (della_rule, {"density": 0.5, "epsilon": 0.15, "vote": "sum", "normalise": True}),
+    (della_rule, {"density": 0.5, "epsilon": 0.15, "vote": "sum", "normalize": True}),
     (della_linear, {"density": 0.5, "epsilon": 0.15, "scale": 1.0}),
     (breadcrumbs_rule, {"density": 0.85, "gamma": 0.01, "scale": 1.0}),
     (breadcrumbs_ties_rule, {"density": 0.85, "gamma": 0.01, "scale": 1.0}),
