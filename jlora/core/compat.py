@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jexc
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 try:  # the traceback's user frame, for error messages only
@@ -51,6 +52,22 @@ def called(eqn: Any) -> Any:
     """The jaxpr that a call-like equation (jit, custom_jvp, ...) runs."""
     params = eqn.params
     return next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)
+
+
+def handed_on(jaxpr: Any, var: Any) -> Any:
+    """The variable that `var` of a jaxpr is, where calls and checkpoints only hand it on."""
+    makers = {id(v): (eqn, k) for eqn in jaxpr.eqns for k, v in enumerate(eqn.outvars)}
+    while id(var) in makers:
+        eqn, k = makers[id(var)]
+        if eqn.primitive.name not in JIT + REMAT:
+            break
+        inner, _ = opened(called(eqn))
+        source = handed_on(inner, inner.outvars[k])
+        at = next((n for n, v in enumerate(inner.invars) if v is source), None)
+        if at is None:
+            break
+        var = eqn.invars[at]
+    return var
 
 
 def is_literal(atom: Any) -> bool:
@@ -94,12 +111,31 @@ def explicit(x: jax.Array) -> bool:
     return AxisType.Explicit in getattr(jax.typeof(x).sharding.mesh, "axis_types", ())
 
 
+def unbatched_barrier(x: jax.Array) -> jax.Array:
+    """`jax.lax.optimization_barrier` of one array, and of its cotangent; nothing under `jax.vmap`.
+
+    Behind a barrier, XLA's CPU gives the transposed result of a batched product a layout for which
+    some of its kernels (sums of 2 or 3 terms, matrices up to 3 x 3) abort the process.
+    """
+    return _unbatched_barrier.bind(x)
+
+
+_unbatched_barrier = jexc.Primitive("unbatched_barrier")
+_unbatched_barrier.def_impl(jax.lax.optimization_barrier)
+_unbatched_barrier.def_abstract_eval(lambda x: x)
+mlir.register_lowering(
+    _unbatched_barrier, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
+)
+ad.deflinear2(_unbatched_barrier, lambda cotangent, _: [_unbatched_barrier.bind(cotangent)])
+batching.primitive_batchers[_unbatched_barrier] = lambda values, axes: (values[0], axes[0])
+
+
 def matmul(x: Any, m: jax.Array, *, thin: bool = False) -> jax.Array:
     """x [..., k] @ m [k, n]; on a mesh with explicit axes the result is sharded as x and m say.
 
     There JAX asks for the sharding of a product whose summed axis is sharded on both sides.
     `thin`: m has few rows or columns, and a gradient. It enters transposed, behind a barrier: the
-    product that makes its gradient is then not turned into a form XLA's CPU has no kernel for.
+    product that makes its gradient is then not turned into a form XLA's CPU has no fast kernel for.
     """
     if not isinstance(x, jax.Array):
         return x @ m
@@ -107,7 +143,7 @@ def matmul(x: Any, m: jax.Array, *, thin: bool = False) -> jax.Array:
     mine, other = jax.typeof(x).sharding, jax.typeof(m).sharding
     if not explicit(x):
         if thin:
-            m, numbers = jax.lax.optimization_barrier(m.T), (((x.ndim - 1,), (1,)), ((), ()))
+            m, numbers = unbatched_barrier(m.T), (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, m, numbers)
     lead = tuple(mine.spec[:-1]) + (None,) * (x.ndim - 1 - len(mine.spec[:-1]))
     used = {a for entry in lead for a in (entry if isinstance(entry, tuple) else (entry,))}

@@ -88,7 +88,8 @@ class Scope:
         if not isinstance(value, Lazy):
             return value
         if self.uses is not None:
-            self.note(value, eqn.primitive.name if eqn else "return", {}, 0)
+            op = eqn.primitive.name if eqn else "return"
+            self.note(value, "gather of entries" if op == "gather" else op, {}, 0)
             return value.view()
         cheap = value.method is None or "i" not in value.site.kinds
         if not cheap and self.on_dense != "merge":

@@ -133,11 +133,14 @@ class Lazy:
     def _stack_axis(self, atom: int) -> int:
         return sum(self.atoms[a].kind == "s" for a in range(atom))
 
-    def select(self, axis: int, take: Any, lead: tuple[int, ...]) -> "Lazy":
-        """`take(array, axis)` trades a stack axis for leading stack axes of sizes `lead`."""
+    def select(self, axis: int, take: Any, lead: tuple[int, ...], take_own: Any) -> "Lazy":
+        """Trades a stack axis for leading stack axes of sizes `lead`.
+
+        `take(array, axis)` does so with the base, `take_own` with the adapter's arrays.
+        """
         self, (a,) = self._ready(axis), self.dims[axis]
         base = jax.tree.map(lambda t: take(t, axis), self.base)
-        own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), self.own)
+        own = jax.tree.map(lambda t: take_own(t, self._stack_axis(a)), self.own)
         dims = self.dims[:axis] + self.dims[axis + 1 :]
         rest = self._without((a,), dims)((base, own))
         n = len(lead)

@@ -7,8 +7,8 @@ Source: our reading.
 Deviates: none.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jlora.core.matmul import Join, Operand, applied
 
 
 class Rows(Operand):
-    """One-hot rows: `ids` look up along the in axis; mode and fill as the model's own lookup."""
+    """One-hot rows: `ids`, all of them inside the table, look up along the in axis."""
 
     def __init__(self, ids, own, shape, dtype, options, gain=None):
         self._ids, self._options, self._gain = ids, options, gain
@@ -43,21 +43,71 @@ class Rows(Operand):
         return Rows(self._ids, self._bare, self.shape, self.dtype, self._options, gain)
 
 
+class Lookup(NamedTuple):
+    """A gather along one axis of a weight, in whichever of its forms JAX wrote it."""
+
+    axis: int  # of the weight
+    ids: jax.Array  # [..., 1], inside the axis
+    inside: jax.Array  # [...], whether the id that was given is
+    offset: list[int]  # axes of the result for the weight's other axes, without `kept`
+    kept: int | None  # axis of the result of size one, where the weight's own axis stays
+    mode: Any  # of JAX: what an id outside the axis gives
+    fill: Any  # with mode FILL_OR_DROP; None: NaN
+
+    def settle(self, y: jax.Array) -> jax.Array:
+        """y [..., d] with the value and the gradient that an id outside the axis has.
+
+        Filled and promised ids give the weight no gradient: JAX drops them.
+        """
+        if self.mode == lax.GatherScatterMode.CLIP:
+            return y
+        inside = self.inside[..., None]
+        if self.mode == lax.GatherScatterMode.FILL_OR_DROP:
+            return jnp.where(
+                inside, y, jnp.asarray(jnp.nan if self.fill is None else self.fill, y.dtype)
+            )
+        return jnp.where(inside, y, lax.stop_gradient(y))
+
+
+def _lookup(w: Lazy, ids: Any, p: Mapping[str, Any]) -> Lookup | None:
+    """None for a gather that is not of whole slices along one axis.
+
+    `w[ids]` takes the axis away; `jax.vmap(lambda i: w[i])(ids)` keeps it with size one, and has a
+    column of zeros for each other axis.
+    """
+    numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
+    gone, columns, mode = numbers.collapsed_slice_dims, numbers.start_index_map, p["mode"]
+    cut = gone or tuple(k for k in range(w.ndim) if sizes[k] != w.shape[k])
+    if len(cut) != 1 or cut[0] not in columns or numbers.operand_batching_dims:
+        return None
+    (axis,) = cut
+    rest = [k for k in range(w.ndim) if k != axis]
+    if sizes[axis] != 1 or any(sizes[k] != w.shape[k] for k in rest):
+        return None
+    if len(columns) > 1 and mode != lax.GatherScatterMode.CLIP:  # which makes them zeros
+        return None
+    ids, offset, kept = jnp.asarray(ids), list(numbers.offset_dims), None
+    at = columns.index(axis)
+    ids = ids[..., at : at + 1]
+    if not gone:
+        kept = offset[axis]
+        offset = [k - (k > kept) for k in offset if k != kept]
+    top = min(w.shape[axis] - 1, jnp.iinfo(ids.dtype).max)
+    safe = lax.clamp(jnp.zeros((), ids.dtype), ids, jnp.asarray(top, ids.dtype))
+    return Lookup(axis, safe, jnp.all(safe == ids, -1), offset, kept, mode, p["fill_value"])
+
+
 def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
     """The rule of a lookup along one axis: of a table's rows, or of slices of a stack."""
-    p = eqn.params
-    numbers = p["dimension_numbers"]
     if not isinstance(w, Lazy) or isinstance(ids, Lazy):
         return None
-    axes = numbers.collapsed_slice_dims
-    whole = all(p["slice_sizes"][k] == w.shape[k] for k in range(w.ndim) if k not in axes)
-    if len(axes) != 1 or axes != numbers.start_index_map or not whole or len(w.dims[axes[0]]) != 1:
+    found = _lookup(w, ids, eqn.params)
+    if found is None or len(w.dims[found.axis]) != 1:
         return None
-    if numbers.operand_batching_dims:
-        return None
-    axis, kind = axes[0], w.atoms[w.dims[axes[0]][0]].kind
-    if kind == "s" or (kind == "?" and w.ndim > 2):
-        return _select(w, ids, axis, eqn)
+    axis, kind = found.axis, w.atoms[w.dims[found.axis][0]].kind
+    layer = jnp.ndim(ids) == 1 and scope.times > 1  # one slice a step of a loop, not a row
+    if kind == "s" or (kind == "?" and (w.ndim > 2 or layer)):
+        return _select(w, ids, found, eqn)
     if scope.uses is not None:
         scope.note(w, "gather", {"i": (axis,)}, 0)
         return compat.bind(eqn, (w.view(), ids))
@@ -65,35 +115,46 @@ def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
     out = Join(w, rest)
     if w.method is None or w.dims[axis] != tuple(w.of("i")) or sorted(out.atoms) != w.of("o"):
         return None
-    ids, offset = jnp.asarray(ids), list(numbers.offset_dims)
-    aval = eqn.outvars[0].aval
-    order = [k for k in range(aval.ndim) if k not in offset] + offset
+    aval, offset, ids = eqn.outvars[0].aval, found.offset, found.ids
+    ndim = aval.ndim - (found.kept is not None)
+    order = [k for k in range(ndim) if k not in offset] + offset
+    options = {
+        "mode": lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        "indices_are_sorted": eqn.params["indices_are_sorted"] and found.kept is None,
+    }
 
     def own():
-        (y,) = compat.bind(eqn, (w.view(), ids))
-        return out.join(transposed(y, order))
+        numbers = lax.GatherDimensionNumbers(tuple(offset), (axis,), (axis,))
+        sizes = tuple(1 if k == axis else n for k, n in enumerate(w.shape))
+        return out.join(transposed(lax.gather(w.view(), ids, numbers, sizes, **options), order))
 
-    keys = ("mode", "fill_value", "indices_are_sorted", "unique_indices")
-    options = {k: p[k] for k in keys}
     rows = Rows(ids, own, (*ids.shape[:-1], w.shape[axis]), w.dtype, options)
-    y = out.split(applied(scope, w, rows, lambda x: x.own()))
+    y = out.split(found.settle(applied(scope, w, rows, lambda x: x.own())))
     y = transposed(y, inverse(order))
+    y = y if found.kept is None else jnp.expand_dims(y, found.kept)
     return [y.astype(aval.dtype)]
 
 
-def _select(w: Lazy, ids: jax.Array, axis: int, eqn: Any) -> list[Any] | None:
+def _select(w: Lazy, ids: Any, found: Lookup, eqn: Any) -> list[Any] | None:
     """Slices of a stack, w[ids]: the axis goes, the axes of `ids` (if any) come as stack axes."""
-    numbers, lead = eqn.params["dimension_numbers"], ids.ndim - 1
-    offset = numbers.offset_dims
-    if lead and offset != tuple(range(lead, lead + w.ndim - 1)):
+    at = eqn.params["dimension_numbers"].start_index_map.index(found.axis)
+    ids = jnp.asarray(ids)[..., at : at + 1]  # as they were given: the mode says what they mean
+    lead = ids.ndim - 1
+    if lead and found.offset != list(range(lead, lead + w.ndim - 1)):
         return None
-    keys = ("mode", "fill_value")
-    options = {k: eqn.params[k] for k in keys}
 
-    def take(t, axis):
-        slot = tuple(range(lead, lead + t.ndim - 1))
-        n = lax.GatherDimensionNumbers(slot, (axis,), (axis,))
-        sizes = tuple(1 if k == axis else s for k, s in enumerate(t.shape))
-        return lax.gather(t, ids, n, sizes, **options)
+    def take(fill):
+        def slices(t, axis):
+            slot = tuple(range(lead, lead + t.ndim - 1))
+            n = lax.GatherDimensionNumbers(slot, (axis,), (axis,))
+            sizes = tuple(1 if k == axis else s for k, s in enumerate(t.shape))
+            return lax.gather(t, ids, n, sizes, mode=found.mode, fill_value=fill)
 
-    return [w.select(axis, take, ids.shape[:-1])]
+        return slices
+
+    # an adapter's slice outside the stack is zero: NaN would reach the tensors that sites share
+    out = w.select(found.axis, take(found.fill), ids.shape[:-1], take(0))
+    if found.kept is None:
+        return [out]
+    opened = out.reshaped((*out.shape[: found.kept], 1, *out.shape[found.kept :]))
+    return None if opened is None else [opened]

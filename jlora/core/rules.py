@@ -46,15 +46,18 @@ def stop_gradient(scope: Scope, eqn: Any, w: Lazy) -> list[Any]:
 
 
 def transpose(scope: Scope, eqn: Any, w: Lazy) -> list[Any]:
-    w, order = w.opened(), eqn.params["permutation"]
-    dims = tuple(w.dims[k] for k in order)
-    return [w.replace(base=lax.transpose(w.base, order), dims=dims)]
+    return [_transposed(w, eqn.params["permutation"])]
+
+
+def _transposed(w: Lazy, order: Sequence[int]) -> Lazy:
+    w, dims = w.opened(), tuple(w.dims[k] for k in order)
+    return w.replace(base=lax.transpose(w.base, order), dims=dims)
 
 
 def reshape(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
-    if eqn.params.get("dimensions") is not None:
-        return None
-    out = w.opened().reshaped(eqn.params["new_sizes"])
+    order = eqn.params.get("dimensions")  # of a transpose before it
+    w = w.opened() if order is None else _transposed(w, order)
+    out = w.reshaped(eqn.params["new_sizes"])
     return None if out is None else [out]
 
 
@@ -111,6 +114,16 @@ def split(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
     return out
 
 
+def unstack(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    """`q, k, v = w` since JAX 0.12: the slices along an axis, which goes."""
+    axis = eqn.params["axis"]
+    parts = [
+        w.cut(axis, lambda t, k, i=i: lax.slice_in_dim(t, i, i + 1, axis=k))
+        for i in range(w.shape[axis])
+    ]
+    return None if None in parts else [part.squeezed((axis,)) for part in parts if part]
+
+
 def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     """Inlined; the outer jit compiles it."""
     return evaluate(scope, compat.called(eqn), values)
@@ -151,7 +164,7 @@ def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     s = compat.scan(eqn)
     body, _ = compat.opened(s.body)
     consts, xs = values[: s.consts], values[s.consts + s.carry :]
-    ins, outs = body.invars[s.consts :], body.outvars
+    ins, outs = body.invars[s.consts :], [compat.handed_on(body, v) for v in body.outvars]
     carry = Carry(scope, eqn, values[s.consts : s.consts + s.carry], ins, outs)
     peeled = [v.peel(0) if isinstance(v, Lazy) else None for v in xs]
     xs = [scope.dense(v, eqn) if p is None else v for v, p in zip(xs, peeled, strict=True)]
@@ -211,7 +224,8 @@ def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     a, b = p["cond_nconsts"], p["body_nconsts"]
     test, body = values[:a], values[a : a + b]
     inner, _ = compat.opened(p["body_jaxpr"])
-    carry = Carry(scope, eqn, values[a + b :], inner.invars[b:], inner.outvars)
+    outs = [compat.handed_on(inner, v) for v in inner.outvars]
+    carry = Carry(scope, eqn, values[a + b :], inner.invars[b:], outs)
     template, condition = scope.fork(), scope.fork()
 
     def proceed(state):
@@ -243,6 +257,7 @@ RULES: dict[str, Rule] = {
     "slice": slice_,
     "dynamic_slice": dynamic_slice,
     "split": split,
+    "unstack": unstack,
     "gather": gather,
     "dot_general": dot_general,
     "conv_general_dilated": conv,

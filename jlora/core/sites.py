@@ -99,7 +99,7 @@ def _flops(n: int) -> str:
 
 def _matches(pattern: str, site: Site) -> bool:
     if pattern == "all-linear":
-        return "dot" in site.ops and "gather" not in site.ops
+        return "dot" in site.ops and not any(op.startswith("gather") for op in site.ops)
     try:
         return re.search(pattern, site.path) is not None
     except re.error as e:

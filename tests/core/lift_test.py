@@ -121,6 +121,31 @@ VIEWS = {
     "lookup by take": (lambda p, x: jnp.take(p["w"], IDS, axis=0), {"w": w(7, 6)}, "io"),
     "lookup of columns": (lambda p, x: jnp.take(p["w"], IDS, axis=1), {"w": w(6, 7)}, "oi"),
     "tied": (lambda p, x: p["w"][IDS] @ p["w"].T, {"w": w(7, 6)}, "io"),
+    "lookup under vmap": (
+        lambda p, x: jax.vmap(jax.vmap(lambda i: p["w"][i]))(IDS),
+        {"w": w(7, 6)},
+        "io",
+    ),
+    "lookup of columns under vmap": (
+        lambda p, x: jax.vmap(lambda i: p["w"][:, i])(IDS[0]),
+        {"w": w(6, 7)},
+        "oi",
+    ),
+    "tied, lookup under vmap": (
+        lambda p, x: jax.vmap(lambda i: p["w"][i])(IDS[0]) @ p["w"].T,
+        {"w": w(7, 6)},
+        "io",
+    ),
+    "experts by id under vmap": (
+        lambda p, x: jax.vmap(lambda i, x: x @ p["w"][i])(jnp.array([2, 0, 2]), x),
+        {"w": w(4, 6, 5)},
+        "sio",
+    ),
+    "loop over a stack": (
+        lambda p, x: sum(jnp.tanh(x @ v) for v in p["w"]),
+        {"w": w(3, 6, 5)},
+        "sio",
+    ),
     "used twice": (lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], {"w": w(6, 6)}, "io"),
 }
 
@@ -226,6 +251,16 @@ def handed_on(p, x):
     return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, again, reverse=True, unroll=2)[0]
 
 
+def handed_through(wrap):
+    """A scan over layers whose step gives each weight back through a call; it is used again."""
+
+    def fn(p, x):
+        h, again = lax.scan(wrap(lambda h, w: (jnp.tanh(h @ w), w)), x, p["w"])
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, again)[0]
+
+    return fn
+
+
 def branches(p, x):
     def step(h, i):
         return lax.cond(i % 2 == 0, lambda h: jnp.tanh(h @ p["w"]), lambda h: 1.5 * h, h), None
@@ -259,6 +294,20 @@ CONTROL = {
     ),
     "carried": (carried, w(6, 6)),
     "handed on": (handed_on, w(4, 6, 6)),
+    "handed on through checkpoint": (handed_through(jax.checkpoint), w(3, 6, 6)),
+    "handed on through jit in checkpoint": (
+        handed_through(lambda f: jax.checkpoint(jax.jit(f))),
+        w(3, 6, 6),
+    ),
+    "carried through checkpoint": (
+        lambda p, x: lax.scan(
+            jax.checkpoint(lambda s, _: ((s[0], jnp.tanh(s[1] @ s[0])), None)),
+            (p["w"], x),
+            None,
+            length=3,
+        )[0][1],
+        w(6, 6),
+    ),
     "constant of a scan, in branches": (branches, w(6, 6)),
     "switch over a stack": (
         lambda p, x: lax.switch(1, [lambda w: x @ w[0], lambda w: x @ w[1]], p["w"]),
@@ -344,6 +393,20 @@ def test_scanned_convolution(law):
         return lax.scan(step, x, p["w"])[0]
 
     law(fn, {"w": w(2, 3, 3, 2, 2)}, {"w": LORA}, w(2, 3, 5, 5))
+
+
+@pytest.mark.parametrize("own_input", [True, False])
+def test_convolutions_under_vmap(law, own_input):
+    """JAX folds the mapped axis into the features, by a reshape that transposes too."""
+
+    def one(k, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=numbers)
+
+    def fn(p, x):
+        return jax.vmap(one, (0, 0 if own_input else None))(p["w"], x if own_input else x[0])
+
+    law(fn, {"w": w(3, 2, 2, 2, 4)}, {"w": LORA}, w(3, 1, 4, 4, 2))
 
 
 def test_two_adapters_on_one_weight():
