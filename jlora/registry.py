@@ -18,10 +18,12 @@ from jlora.methods import (
     IA3,
     OFT,
     AdaLoRA,
+    BitFit,
     Decomposed,
     DoRA,
     Experts,
     HiRA,
+    LNTuning,
     LoCon,
     LoHa,
     LoKr,
@@ -64,6 +66,7 @@ class System:
 
 CONTRACT = "contract suite; numpy value, limit law and mutation check"
 PARITY = "torch PEFT's outputs to 1e-5"
+ANY_USE = "a vector may meet any operation, so that none is refused"
 NO_MERGE = "the delta depends on the activation, so there is no merged weight"
 
 
@@ -219,6 +222,20 @@ SYSTEMS: tuple[System, ...] = (
         TrainableTokens((0, 5)),
         evidence="lookups by numpy; PEFT's golden adapter",
         breaks={"L4": "outside of lookups the merged table is formed"},
+    ),
+    _method(
+        LNTuning,
+        "Zhao 2023, 2312.11420",
+        LNTuning(),
+        evidence="torch PEFT's outputs to 1e-5, its files back bitwise",
+        breaks={"L10": ANY_USE},
+    ),
+    _method(
+        BitFit,
+        "Ben Zaken 2021, 2106.10199",
+        BitFit(),
+        evidence="torch PEFT's outputs of LoRA with biases to 1e-5, its files back bitwise",
+        breaks={"L10": ANY_USE},
     ),
     _other(
         "Top-k router with balance loss",

@@ -1,0 +1,45 @@
+"""BitFit: biases are trained, alone or next to low-rank adapters of the matrices.
+
+Symbols: a bias w [n]; its trained copy -> `v` [n].
+
+.. math::
+    w' = v
+
+Init: v = w, hence the identity. Next to LoRA this is PEFT's ``bias="all"`` or ``"lora_only"``.
+
+Ben Zaken et al., `BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models <https://arxiv.org/abs/2106.10199>`_, 2021.
+
+Source: paper; PEFT 0.21 (the option `bias` of LoRA), whose files have whole biases.
+Deviates: a pattern selects the biases; any vector that it matches is trained.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from jlora.core.adapter import Arrays, Method, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class BitFit(Method):
+    """Trainable `v` [n], the new bias."""
+
+    vectors: ClassVar[bool] = True
+
+    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+        """v [n], the base's.
+
+        Raises:
+          ValueError: the leaf is no vector.
+        """
+        if "i" in site.kinds:
+            raise ValueError(
+                f"{site.path}: BitFit trains vectors; got a matrix [{site.d_in}, {site.d_out}]"
+            )
+        return {"v": site.weight()[0]}, {}
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        """v for w, [1, n]."""
+        return p["v"][None, :]
