@@ -20,6 +20,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jlora.core.lift import path_string
+
 PyTree = Any
 
 
@@ -71,7 +73,10 @@ def load_tree(path: Path, like: PyTree) -> PyTree:
 
 def _named(tree: PyTree) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {re.sub(r"[^A-Za-z0-9_]+", ".", jax.tree_util.keystr(k)): v for k, v in leaves}
+    named = {re.sub(r"[^A-Za-z0-9_]+", ".", path_string(k)): v for k, v in leaves}
+    if len(named) < len(leaves):
+        raise ValueError("two leaves have the same name in a checkpoint, as 'a.b' and 'a-b' have")
+    return named
 
 
 def digest(path: Path) -> str:

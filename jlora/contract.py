@@ -31,14 +31,24 @@ from jlora.sharding import specs
 
 PATTERN = "layers/(up|down)"
 SHAPES = {"up": (8, 12), "down": (12, 8)}
-NAMES = NameMap({r"layers/(up|down)": r"layer.{i}.\1"})
+VECTORS = "layers/(gain|bias)"  # what methods of vectors adapt, in a model that has these two
+NAMES = NameMap(
+    {
+        r"layers/(up|down)": r"layer.{i}.\1",
+        r"layers/gain": "layer.{i}.norm[weight]",
+        r"layers/bias": "layer.{i}.norm[bias]",
+    }
+)
 
 # Compile time is most of the run time: no effort is spent on code that runs once.
 HASTY = {"xla_backend_optimization_level": 0}
 
 
 def block(h: Any, k: Any) -> Any:
-    return h + jnp.tanh(h @ k["up"]) @ k["down"]
+    inner = jnp.tanh(h @ k["up"])
+    if "gain" in k:
+        inner = inner * k["gain"][None, None] + k["bias"][None, None]
+    return h + inner @ k["down"]
 
 
 def scanned(params: Any, x: Any) -> Any:
@@ -85,11 +95,15 @@ class Case:
         self.x, self.target = draw(0, 4, 5, 8), draw(1, 4, 5, 8)
         self.ctx = {"tokens": draw(2, 4, 5) > 0}
         layers = {name: draw(10 + k, 2, *s) for k, (name, s) in enumerate(SHAPES.items())}
+        self.pattern = PATTERN
+        if type(method).vectors:
+            self.pattern = VECTORS
+            layers |= {"gain": 1 + draw(12, 2, 12), "bias": draw(13, 2, 12)}
         self.params = {"layers": layers, "head": draw(20, 8, 8)}
 
     def adapter(self, seed: int, noise: float, method: Method | None = None) -> Adapter:
         """A fresh adapter, every trainable moved by `noise` times a normal number."""
-        methods = {PATTERN: method or self.method}
+        methods = {self.pattern: method or self.method}
         made = init(jax.random.key(seed), scanned, self.params, self.x, methods=methods)
         rng = np.random.default_rng(seed)
 
@@ -229,6 +243,7 @@ def sharded(case: Case) -> None:
     """sharded and unsharded agree"""
     auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
     kernels = {"up": P(None, "fsdp", "tensor"), "down": P(None, "tensor", "fsdp")}
+    kernels |= {name: P(None, "tensor") for name in ("gain", "bias") if type(case.method).vectors}
     _sharded_on(case, auto, {"layers": kernels, "head": P("fsdp", "tensor")})
     # an explicit mesh has no rule for two operands that are sharded where they are contracted
     _sharded_on(case, explicit, {"layers": dict.fromkeys(kernels, P()), "head": P(None, "tensor")})
@@ -290,7 +305,7 @@ def compiled_once(case: Case) -> None:
 
 def typed(case: Case) -> None:
     """dtypes are kept, float32 adapters on bfloat16 bases"""
-    start = functools.partial(init, jax.random.key(0), scanned, methods={PATTERN: case.method})
+    start = functools.partial(init, jax.random.key(0), scanned, methods={case.pattern: case.method})
     for base in (jnp.float32, jnp.bfloat16):
         params, x = jax.tree.map(lambda t: t.astype(base), (case.params, case.x))  # noqa: B023
         made = jax.eval_shape(start, params, x)

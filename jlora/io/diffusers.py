@@ -3,34 +3,47 @@
 Keys are ``<component>.<module>.lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r], with DoRA
 ``lora_magnitude_vector`` [out] as well; of convolutions as PEFT has them (`torch_layout`). The
 fields of PEFT's config, each under ``<component>.``, are JSON in the header; without them alpha is
-r, module by module.
+the number ``<component>.<module>.alpha``, or else r, module by module.
+
+Files of ComfyUI and of older programs call the two factors ``lora_down.weight`` and
+``lora_up.weight``, or ``lora.down.weight`` and ``lora.up.weight``; such modules are read as those
+of `kohya_modules`, of any of its methods.
 
 A file of one component alone (`save_lora_adapter`) has keys and fields without ``<component>.``:
 `component` is then "".
 
-Source: the files of diffusers 0.42.
+Source: the files of diffusers 0.42, and which alpha its `get_peft_kwargs` takes.
 Deviates: keys of older versions (``to_q_lora.down``, ``lora_linear_layer``) are refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jlora.core.adapter import Adapter
+import numpy as np
+
+from jlora.core.adapter import Adapter, Site
 from jlora.io import safetensors_file
-from jlora.io.errors import FormatError
-from jlora.io.names import NameMap
+from jlora.io.errors import FormatError, keys_seen
+from jlora.io.kohya import modules as kohya_modules
+from jlora.io.kohya.modules import ALPHA, DOWN, UP
+from jlora.io.model_sites import ModelSites, model_sites
+from jlora.io.names import NameMap, near
 from jlora.io.peft import config as peft_config
-from jlora.io.peft.lora import DORA, LORA, MAGNITUDE, MATRIX
-from jlora.io.peft.read import ROOT, by_module, check_modules, check_rest, join, sites_of
+from jlora.io.peft.lora import DORA, LORA, MAGNITUDE, MATRIX, TABLE
+from jlora.io.peft.read import ROOT, stacked
 from jlora.io.peft.table import Arrays, Read
 from jlora.io.peft.write import torch_side
 
 METADATA = "lora_adapter_metadata"
+OURS = (*MATRIX, *TABLE, MAGNITUDE, ALPHA)
+OTHERS = {**{suffix: suffix for suffix in kohya_modules.SUFFIXES}, "lora.down.weight": DOWN}
+OTHERS["lora.up.weight"] = UP
 
 
 def load_diffusers(
@@ -39,6 +52,7 @@ def load_diffusers(
     params_or_sites: Any,
     component: str = "transformer",
     *,
+    layout: str | None = None,
     others: str = "refuse",
 ) -> Adapter:
     """Reads the LoRA (or DoRA) of one component, ``unet``, ``transformer``, ``text_encoder``, ...
@@ -47,12 +61,16 @@ def load_diffusers(
       path: the ``.safetensors`` file.
       names: from site paths to torch modules.
       params_or_sites: as for `load_peft`.
-      component: the first part of the keys, "" where they have none.
+      component: the first part of the keys (``diffusion_model`` in ComfyUI's files), "" where they
+        have none.
+      layout: as for `load_peft`.
       others: what to do with keys of other components: "refuse" the file or "leave" them.
 
     Raises:
-      FormatError: anything damaged, missing, surplus or not understood.
-      ValueError: `names` does not fit the sites.
+      FormatError: anything damaged, missing, surplus or not understood; a file without a key of
+        the component.
+      ValueError: `names` does not fit the sites, or a square matrix among parameters without a
+        `layout`.
     """
     source = Path(path)
     tensors, header = safetensors_file.read(source)
@@ -60,31 +78,34 @@ def load_diffusers(
     mine = _under(tensors, start)
     if len(mine) != len(tensors) and others != "leave":
         strange = sorted(key for key in tensors if not key.startswith(start))[:3]
-        raise FormatError(source, f"has keys of other components: {strange}")
-    told = safetensors_file.parse_json(source, header.get(METADATA, "{}").encode())
-    if not isinstance(told, dict):
-        raise FormatError(source, f"{METADATA} is no JSON object")
-    table = DORA if any(key.endswith(f".{MAGNITUDE}") for key in mine) else LORA
-    found, _, rest = by_module({ROOT + k: v for k, v in mine.items()}, table)
-    config = {"peft_type": "LORA", **_under(told, start)}
-    if "r" not in config:
-        config |= _plain_ranks(source, found)
-    if not config.get("target_modules"):
-        config["target_modules"] = sorted(found)
-    reader = peft_config.Reader(source, config, table)
-    check_rest(source, reader, rest, "refuse")
-    sites, _ = sites_of(params_or_sites, names)
-    modules = names.table(sites.values())
-    check_modules(source, reader, found, {}, modules, table)
+        raise FormatError(
+            source, f"has keys of other components: {strange}, expected {start!r} first"
+        )
+    if not mine:
+        wanted = f"no key starts with {start!r}" if start else "no tensor of an adapter"
+        raise FormatError(source, f"{wanted}; {keys_seen(tensors)}")
+    told = _metadata(source, header, start)
+    model = model_sites(params_or_sites, names, layout)
+    modules = names.table(model.sites.values())
+    found = _by_module(source, mine, start)
+    lost = sorted(found.keys() - modules.keys())
+    if lost:
+        raise FormatError(
+            source,
+            f"module {start + lost[0]!r} is no site of this model and name map; nearest: "
+            f"{near(lost[0], modules) or 'none'}",
+        )
+    model = model.with_tables({modules[m][0] for m, t in found.items() if t.keys() & set(TABLE)})
+    read = _reader(source, found, told, modules)
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
     for module, parts in found.items():
         where, index = modules[module]
+        site = model.site(where)
         try:
-            read = table.read(sites[where].slice(), parts, reader.fields(module))
+            slices.setdefault(where, {})[index] = read(module, site.slice(), parts)
         except ValueError as error:
-            raise FormatError(source, f"{module}: {error}") from error
-        slices.setdefault(where, {})[index] = read
-    return join(source, table, sites, slices, {})
+            raise FormatError(source, f"{start}{module}: {error}") from error
+    return _joined(source, model, slices)
 
 
 def save_diffusers(
@@ -118,12 +139,100 @@ def _under(tree: Mapping[str, Any], start: str) -> dict[str, Any]:
     return {k.removeprefix(start): v for k, v in tree.items() if k.startswith(start)}
 
 
-def _plain_ranks(source: Path, found: Mapping[str, Arrays]) -> dict[str, Any]:
-    """Without metadata every module has the rank of its tensors, and alpha is the rank."""
-    ranks = {}
-    for module, t in found.items():
-        if MATRIX[0] not in t or t[MATRIX[0]].ndim < 2:
-            raise FormatError(source, f"{module}: no matrix {MATRIX[0]}")
-        ranks[module] = int(t[MATRIX[0]].shape[0])
-    patterns = {module.replace(".", r"\."): rank for module, rank in ranks.items()}
-    return {"r": 1, "lora_alpha": 1, "rank_pattern": patterns, "alpha_pattern": patterns}
+def _metadata(source: Path, header: Mapping[str, str], start: str) -> dict[str, Any]:
+    """The component's fields of PEFT's config, none in most files."""
+    told = safetensors_file.parse_json(source, header.get(METADATA, "{}").encode())
+    if not isinstance(told, dict):
+        raise FormatError(source, f"{METADATA} is no JSON object")
+    return _under(told, start)
+
+
+def _by_module(source: Path, mine: Mapping[str, np.ndarray], start: str) -> dict[str, Arrays]:
+    """Module -> suffix -> tensor, the suffixes as LoRA's table or as `kohya_modules` has them."""
+    found: dict[str, Arrays] = {}
+    suffixes = {**{suffix: suffix for suffix in OURS}, **OTHERS}
+    for key, tensor in mine.items():
+        end = next((s for s in suffixes if key.endswith(f".{s}")), None)
+        if end is None:
+            raise FormatError(
+                source,
+                f"surplus tensor {start + key!r}, expected keys that end in {list(OURS[:2])}",
+            )
+        module = key[: -len(end) - 1]
+        if suffixes[end] in found.setdefault(module, {}):
+            raise FormatError(source, f"{start}{module} has {suffixes[end]!r} by two names")
+        found[module][suffixes[end]] = tensor
+    return found
+
+
+def _reader(
+    source: Path, found: Mapping[str, Arrays], told: dict[str, Any], modules: Mapping[str, Any]
+) -> Callable[[str, Site, Arrays], Read]:
+    """What reads one module: by the metadata, or by the module's own tensors alone."""
+    table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
+    foreign = sorted(m for m, parts in found.items() if not parts.keys() <= set(OURS) - {ALPHA})
+    if told and foreign:
+        raise FormatError(
+            source,
+            f"has {METADATA} and, at {foreign[0]!r}, {sorted(found[foreign[0]])}: two sources of "
+            f"the scale, expected {list(MATRIX)} there",
+        )
+    config = {"peft_type": "LORA", **told}
+    if told and not config.get("target_modules"):
+        config["target_modules"] = sorted(found)
+    reader = peft_config.Reader(source, config, table)
+    if told:
+        _check_targets(source, reader, found, modules)
+
+    def read(module: str, site: Site, parts: Arrays) -> Read:
+        if not parts.keys() <= set(OURS):
+            return kohya_modules.read(site, parts)
+        if not any(parts.keys() - {ALPHA} == set(keys) for keys in table.layouts):
+            absent = [key for key in MATRIX if key not in parts]
+            why = f"no matrix {absent[0]}; " if absent and not parts.keys() & set(TABLE) else ""
+            wanted = [list(keys) for keys in table.layouts]
+            raise ValueError(f"{why}got {sorted(parts)}, expected one of {wanted}")
+        fields = reader.fields(module)
+        if "r" not in told:
+            fields |= _plain(parts)
+        return table.read(site, {k: t for k, t in parts.items() if k != ALPHA}, fields)
+
+    return read
+
+
+def _check_targets(
+    source: Path,
+    reader: peft_config.Reader,
+    found: Mapping[str, Arrays],
+    modules: Mapping[str, Any],
+) -> None:
+    """The metadata targets the modules with tensors, and no others of the model."""
+    strange = next((module for module in found if not reader.targets(module)), None)
+    if strange is not None:
+        raise FormatError(source, f"has tensors of {strange!r}, which {METADATA} does not target")
+    lacking = peft_config.absent(reader, modules, found)
+    if lacking:
+        raise FormatError(source, f"lacks tensors of the targets {lacking[:4]} of {METADATA}")
+
+
+def _plain(parts: Arrays) -> dict[str, Any]:
+    """Without metadata a module has the rank of its tensors, and its alpha, or else the rank."""
+    first = parts[TABLE[0] if TABLE[0] in parts else MATRIX[0]]
+    rank = int(first.shape[0]) if first.ndim >= 2 else 0
+    alpha = parts.get(ALPHA)
+    if alpha is not None and alpha.size != 1:
+        raise ValueError(f"alpha has shape {list(alpha.shape)}, expected one number")
+    number = rank if alpha is None else float(alpha.astype(np.float64).reshape(()))
+    return {"r": rank, "lora_alpha": int(number) if float(number).is_integer() else number}
+
+
+def _joined(
+    source: Path, model: ModelSites, slices: Mapping[str, Mapping[tuple[int, ...], Read]]
+) -> Adapter:
+    trainable, frozen, done = {}, {}, []
+    for where in sorted(slices):
+        sparse = all(kohya_modules.sparse(read.method) for read in slices[where].values())
+        site = dataclasses.replace(model.sites[where], group="")
+        method, trainable[where], frozen[where] = stacked(source, site, slices[where], sparse)
+        done.append((site, method))
+    return Adapter(trainable, frozen, tuple(done))

@@ -1,8 +1,9 @@
-"""The one error of everything that reads or writes files."""
+"""The one error of everything that reads or writes files, and what it says of their keys."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 
 class FormatError(ValueError):
@@ -20,3 +21,11 @@ class FormatError(ValueError):
 
     def __reduce__(self):
         return type(self), (self.source, self.why)
+
+
+def keys_seen(keys: Iterable[str], n: int = 3) -> str:
+    """What a file has instead of what was looked for: "its 12 keys are such as [...]"."""
+    found = sorted(keys)
+    if not found:
+        return "it has no tensors at all"
+    return f"its {len(found)} keys are such as {[key[:80] for key in found[:n]]}"

@@ -18,6 +18,7 @@ from jlora.core.adapter import Site
 
 INDICES = "ijkl"
 BRACKETS = re.compile(r"(.*)\[([^\[\]]+?)(\.T)?\]")
+LAYERS = r"layers(?:[/_](?P<i>\d+))?/"  # a stack, or a list or keys of single layers
 
 
 class HasPath(Protocol):
@@ -132,6 +133,8 @@ class NameMap:
         found = []
         seen: set[tuple[str, int]] = set()
         for site in sites:
+            if "i" not in site.kinds:
+                continue
             order = next((k for k, p in enumerate(self.rules) if re.fullmatch(p, site.path)), None)
             if order is None or not self.is_parameter(site.path):
                 continue
@@ -153,6 +156,43 @@ class NameMap:
                 one = Parameter(f"{module}.{name}", module, site, slices, turned is not None)
                 found.append((order, one))
         return [one for _, one in sorted(found, key=lambda item: item[0])]
+
+    def vectors(self, sites: Iterable[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Torch parameter -> (site path, stack index), for all slices of vectors.
+
+        Vectors are sites without inputs (norms, biases); their rules name a parameter of a module,
+        ``encoder.layer.{i}.output.LayerNorm[bias]``, which torch calls ``...LayerNorm.bias``.
+
+        Raises:
+          ValueError: two slices get one name.
+        """
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for site in sites:
+            if "i" in site.kinds or not self.is_parameter(site.path):
+                continue
+            for index in itertools.product(*map(range, site.stack)):
+                name = self.vector(site.path, index)
+                if name in found:
+                    raise ValueError(
+                        f"name map: {site.path!r}{list(index)} and {found[name][0]!r} are both "
+                        f"called {name!r}"
+                    )
+                found[name] = (site.path, index)
+        return found
+
+    def vector(self, path: str, index: tuple[int, ...] = ()) -> str:
+        """The torch parameter of slice `index` of the vector at `path`.
+
+        Raises:
+          ValueError: its rule names no parameter of a module.
+        """
+        match = BRACKETS.fullmatch(self.module(path, index))
+        if match is None or match[3]:
+            raise ValueError(
+                f"name map: {path!r} is a vector, which is a parameter of a torch module; got "
+                f"{self.module(path, index)!r}, expected such as 'module[weight]'"
+            )
+        return f"{match[1]}.{match[2]}"
 
     def table(self, sites: Iterable[HasPath]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Module name -> (site path, stack index), for all slices of the given sites.
@@ -193,13 +233,24 @@ def bert(prefix: str = "", layer_offset: int = 0) -> NameMap:
     """
     layer = "encoder.layer.{i}"
     rules = {
-        r"layers/attention/(query|key|value)/kernel": layer + r".attention.self.\1",
-        r"layers/attention/out/kernel": layer + ".attention.output.dense",
-        r"layers/ffn/up/kernel": layer + ".intermediate.dense",
-        r"layers/ffn/down/kernel": layer + ".output.dense",
+        LAYERS + r"attention/(query|key|value)/kernel": layer + r".attention.self.\2",
+        LAYERS + r"attention/out/kernel": layer + ".attention.output.dense",
+        LAYERS + r"ffn/up/kernel": layer + ".intermediate.dense",
+        LAYERS + r"ffn/down/kernel": layer + ".output.dense",
         r"embeddings/(word|position)/embedding": r"embeddings.\1_embeddings",
         r"embeddings/type/embedding": "embeddings.token_type_embeddings",
         r"pooler/kernel": "pooler.dense",
+        LAYERS + r"attention/(query|key|value)/bias": layer + r".attention.self.\2[bias]",
+        LAYERS + r"attention/out/bias": layer + ".attention.output.dense[bias]",
+        LAYERS + r"ffn/up/bias": layer + ".intermediate.dense[bias]",
+        LAYERS + r"ffn/down/bias": layer + ".output.dense[bias]",
+        LAYERS + r"attention/norm/scale": layer + ".attention.output.LayerNorm[weight]",
+        LAYERS + r"attention/norm/bias": layer + ".attention.output.LayerNorm[bias]",
+        LAYERS + r"ffn/norm/scale": layer + ".output.LayerNorm[weight]",
+        LAYERS + r"ffn/norm/bias": layer + ".output.LayerNorm[bias]",
+        r"embeddings/norm/scale": "embeddings.LayerNorm[weight]",
+        r"embeddings/norm/bias": "embeddings.LayerNorm[bias]",
+        r"pooler/bias": "pooler.dense[bias]",
     }
     return NameMap(rules, prefix, layer_offset)
 
@@ -208,20 +259,27 @@ def llama(prefix: str = "model.", layer_offset: int = 0) -> NameMap:
     """Llama, Mistral, Qwen: scanned or listed layers to transformers' `LlamaForCausalLM`.
 
     Known site paths: ``layers/attention/{query,key,value,out}/kernel`` and
-    ``layers/ffn/{gate,up,down}/kernel`` stacked on layers, and the unrolled
-    ``[model/]layers/3/self_attn/q_proj/kernel`` (also ``layers_3``) of Flax ports.
+    ``layers/ffn/{gate,up,down}/kernel`` stacked on layers (or ``layers/3/..``), and the unrolled
+    ``[model/]layers/3/self_attn/q_proj/kernel`` (also ``layers_3``) of Flax ports; biases and norms
+    (``input_layernorm/scale`` or ``/weight``) of the same.
 
     Args:
       prefix: ``""`` where the torch model is a bare `LlamaModel`.
       layer_offset: as in `NameMap`.
     """
-    layer = "layers.{i}"
+    layer, flax = "layers.{i}", r"(?:model/)?" + LAYERS
     rules = {
-        r"layers/attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".self_attn.\1_proj",
-        r"layers/attention/out/kernel": layer + ".self_attn.o_proj",
-        r"layers/ffn/(gate|up|down)/kernel": layer + r".mlp.\1_proj",
-        r"(?:model/)?layers[/_](?P<i>\d+)/(self_attn|mlp)/(\w+_proj)/kernel": layer + r".\2.\3",
+        LAYERS + r"attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".self_attn.\2_proj",
+        LAYERS + r"attention/out/kernel": layer + ".self_attn.o_proj",
+        LAYERS + r"ffn/(gate|up|down)/kernel": layer + r".mlp.\2_proj",
+        flax + r"(self_attn|mlp)/(\w+_proj)/kernel": layer + r".\2.\3",
         r"(?:model/)?embed_tokens/embedding": "embed_tokens",
+        LAYERS + r"attention/(q|k|v)(?:uery|ey|alue)/bias": layer + r".self_attn.\2_proj[bias]",
+        LAYERS + r"attention/out/bias": layer + ".self_attn.o_proj[bias]",
+        flax + r"(self_attn|mlp)/(\w+_proj)/bias": layer + r".\2.\3[bias]",
+        flax + r"(input_layernorm|post_attention_layernorm)/(?:scale|weight)": layer
+        + r".\2[weight]",
+        r"(?:model/)?norm/(?:scale|weight)": "norm[weight]",
     }
     return NameMap(rules, prefix, layer_offset)
 
@@ -239,16 +297,28 @@ def vit(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
     layer = "layers.{i}"
     flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
     rules = {
-        r"layers/attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".attention.\1_proj",
-        r"layers/attention/out/kernel": layer + ".attention.o_proj",
-        r"layers/ffn/up/kernel": layer + ".mlp.fc1",
-        r"layers/ffn/down/kernel": layer + ".mlp.fc2",
+        LAYERS + r"attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".attention.\2_proj",
+        LAYERS + r"attention/out/kernel": layer + ".attention.o_proj",
+        LAYERS + r"ffn/up/kernel": layer + ".mlp.fc1",
+        LAYERS + r"ffn/down/kernel": layer + ".mlp.fc2",
         flax + r"attention/attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".attention.\2_proj",
         flax + r"attention/output/dense/kernel": layer + ".attention.o_proj",
         flax + r"intermediate/dense/kernel": layer + ".mlp.fc1",
         flax + r"output/dense/kernel": layer + ".mlp.fc2",
+        **_vit_norms(layer),
     }
     return NameMap(rules, prefix, layer_offset)
+
+
+def _vit_norms(layer: str) -> dict[str, str]:
+    return {
+        LAYERS + r"attention/norm/scale": layer + ".layernorm_before[weight]",
+        LAYERS + r"attention/norm/bias": layer + ".layernorm_before[bias]",
+        LAYERS + r"ffn/norm/scale": layer + ".layernorm_after[weight]",
+        LAYERS + r"ffn/norm/bias": layer + ".layernorm_after[bias]",
+        r"norm/scale": "layernorm[weight]",
+        r"norm/bias": "layernorm[bias]",
+    }
 
 
 def vit4(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
@@ -256,12 +326,13 @@ def vit4(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
     layer = "encoder.layer.{i}"
     flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
     rules = {
-        r"layers/attention/(query|key|value)/kernel": layer + r".attention.attention.\1",
-        r"layers/attention/out/kernel": layer + ".attention.output.dense",
-        r"layers/ffn/up/kernel": layer + ".intermediate.dense",
-        r"layers/ffn/down/kernel": layer + ".output.dense",
+        LAYERS + r"attention/(query|key|value)/kernel": layer + r".attention.attention.\2",
+        LAYERS + r"attention/out/kernel": layer + ".attention.output.dense",
+        LAYERS + r"ffn/up/kernel": layer + ".intermediate.dense",
+        LAYERS + r"ffn/down/kernel": layer + ".output.dense",
         flax + r"attention/attention/(query|key|value)/kernel": layer + r".attention.attention.\2",
         flax + r"attention/output/dense/kernel": layer + ".attention.output.dense",
         flax + r"(intermediate|output)/dense/kernel": layer + r".\2.dense",
+        **_vit_norms(layer),
     }
     return NameMap(rules, prefix, layer_offset)

@@ -44,9 +44,12 @@ def save_adapter(
       overwrite: delete what is at `path` first; else it is an error.
 
     Raises:
-      FormatError: `path` exists, or a hyper-parameter cannot be written as JSON.
+      FormatError: `path` exists, the adapter has no sites, or a hyper-parameter cannot be written
+        as JSON.
     """
     folder = Path(path).absolute()
+    if not adapter.sites:
+        raise FormatError(folder, "an adapter without sites changes nothing; got 0, expected some")
     if folder.exists() and not overwrite:
         raise FormatError(folder, "exists already")
     names = _names({part: getattr(adapter, part) for part in PARTS})

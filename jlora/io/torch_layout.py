@@ -11,12 +11,17 @@ second    [r, d_out]     [d_out, r]                    [d_out, r, 1, ...]
 flat      [d_in, r]      [r, d_in]                     [r, in * window]
 ========  =============  ============================  =====================================
 
+A window of one point is none: a file of such a convolution (SD 1.5's `proj_in`) may be read for a
+matrix (SD 2's), and the other way round, see `pointwise`.
+
 Source: peft 0.21.2, its files.
 Deviates: none. Grouped convolutions are not told from others by their site: PEFT's second factor of
 them is smaller, so their files are refused, here and there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -88,6 +93,24 @@ def of_second(site: Site, t: np.ndarray) -> np.ndarray:
 def of_flat(site: Site, t: np.ndarray) -> np.ndarray:
     """The inverse of `flat`, of an array [r, d_in]."""
     return of_first(site, t.reshape(first_shape(site, t.shape[0])))
+
+
+def pointwise(
+    site: Site, t: Mapping[str, np.ndarray], keys: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """`t` with its tensors `keys`, [n, m, 1, ...] or [n, m], as a site of one point has them.
+
+    They change together or not at all: one with a window and one without are of no module.
+    """
+    window = first_shape(site, 1)[2:]
+    sizes = {t[key].ndim for key in keys if key in t}
+    tails = {n for key in keys if key in t for n in t[key].shape[2:]}
+    if set(window) - {1} or len(sizes) != 1 or min(sizes) < 2 or tails - {1}:
+        return dict(t)
+    return {
+        key: array.reshape(*array.shape[:2], *window) if key in keys else array
+        for key, array in t.items()
+    }
 
 
 def magnitude_shape(site: Site) -> tuple[int, ...]:

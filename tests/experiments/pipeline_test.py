@@ -182,7 +182,7 @@ def test_generated_peft_adapters_give_the_same_logits_in_torch(finished, tmp_pat
     def apply(params, ids, mask):
         return encoder.run(params, encoder.embed(config, params, ids), mask, config)
 
-    adapter = jl.io.load_peft(folder, jl.io.bert(), params)
+    adapter = jl.io.load_peft(folder, jl.io.bert(), params, layout="in_out")
     ours = jax.jit(jl.lift(apply))(params, adapter, jnp.asarray(ids), jnp.asarray(mask))
     real = mask[..., None]
     assert np.abs((np.asarray(ours) - theirs.numpy()) * real).max() <= 1e-4

@@ -73,7 +73,7 @@ def one(data: bytes) -> None:
     (SCRATCH / FILES[1]).write_bytes(data[5 + length :])
     COUNTS["inputs"] += 1
     try:
-        check(io.load_peft(SCRATCH, names, params, extras="leave"))
+        check(io.load_peft(SCRATCH, names, params, extras="leave", layout="in_out"))
         io.peft_extras(SCRATCH)
     except io.FormatError:
         COUNTS["refused"] += 1

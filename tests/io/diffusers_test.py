@@ -140,6 +140,29 @@ def test_real_diffusers_computes_what_we_write(name, tmp_path, monkeypatch):
     assert error(outputs[1], outputs[0]) <= 1e-5
 
 
+def test_real_diffusers_has_our_scales_of_alphas(tmp_path, monkeypatch):
+    """`.alpha` keys, which its loaders take out of a file and hand on as `network_alphas`."""
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "golden")
+    import make_diffusers
+
+    tensors, _ = safetensors_file.read(GOLDEN / "untold" / FILE)
+    alphas = {}
+    for number, key in enumerate(sorted(k for k in tensors if k.endswith(".lora_A.weight"))):
+        alphas[key.replace("lora_A.weight", "alpha")] = np.asarray(1.0 + number % 3, np.float32)
+    safetensors_file.write(tmp_path / FILE, tensors | alphas, {"format": "pt"})
+    made = effects(load(tmp_path / FILE, "unet"))
+    theirs = make_diffusers.unet()
+    state = {key: torch.from_numpy(t) for key, t in tensors.items()}
+    given = {key: float(alpha) for key, alpha in alphas.items()}
+    theirs.load_lora_adapter(state, "unet", network_alphas=given, adapter_name="default")
+    found = make_diffusers.layers(theirs)
+    assert found.keys() == made.keys()
+    with torch.no_grad():
+        for module, layer in found.items():
+            assert error(made[module], make_diffusers.effect(layer).numpy()) <= 1e-5, module
+
+
 def test_mutation_a_scale_left_out_is_seen(monkeypatch):
     monkeypatch.setattr(peft_lora, "scale_of", lambda alpha, rank, *_: np.float32(1))
     check_value("untold")  # its scale is 1

@@ -200,7 +200,7 @@ def sources(golden, folder):
         model = golden[kind]
 
         def load(path, model=model):
-            return jl.io.load_peft(path, model.names, model.params)
+            return jl.io.load_peft(path, model.names, model.params, layout="in_out")
 
         for name in names:
             files = ((model.path / name / f).read_bytes() for f in (peft.CONFIG, peft.WEIGHTS))
@@ -237,10 +237,14 @@ def sources(golden, folder):
     ):
         for name in names:
             path = folder / peft.WEIGHTS
-            save(path, jl.io.load_peft(model.path / name, model.names, model.params), model.names)
+            save(
+                path,
+                jl.io.load_peft(model.path / name, model.names, model.params, layout="in_out"),
+                model.names,
+            )
 
             def load(path, read=read):
-                return read(path / peft.WEIGHTS, model.names, model.params)
+                return read(path / peft.WEIGHTS, model.names, model.params, layout="in_out")
 
             made.append(Source(None, path.read_bytes(), load, form(load(folder))))
     return made
@@ -350,7 +354,7 @@ def test_names_that_climb_are_no_modules(golden, tmp_path, bad):
     (tmp_path / peft.WEIGHTS).write_bytes(data)
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(FormatError):
-        jl.io.load_peft(tmp_path, model.names, model.params)
+        jl.io.load_peft(tmp_path, model.names, model.params, layout="in_out")
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 

@@ -95,7 +95,7 @@ def test_a_peft_adapter_of_transformers_model_loads(tmp_path):
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     tuned.save_pretrained(tmp_path / "adapter")
-    adapter = jl.io.load_peft(tmp_path / "adapter", names.vit(prefix=""), params)
+    adapter = jl.io.load_peft(tmp_path / "adapter", names.vit(prefix=""), params, layout="in_out")
     apply = lambda p, x: vit.Vit(config).apply({"params": p}, x)  # noqa: E731
     ours = np.asarray(jax.jit(jl.lift(apply))(params, adapter, IMAGES))
     after = _torch_states(tuned)

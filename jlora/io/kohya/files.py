@@ -10,6 +10,7 @@ Deviates: what `kohya_modules` refuses.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import numpy as np
 
 from jlora.core.adapter import Adapter
 from jlora.io import safetensors_file
-from jlora.io.errors import FormatError
+from jlora.io.errors import FormatError, keys_seen
 from jlora.io.kohya import modules as kohya_modules
+from jlora.io.model_sites import model_sites
 from jlora.io.names import NameMap, near
-from jlora.io.peft.read import sites_of, stacked
+from jlora.io.peft.read import stacked
 from jlora.io.peft.table import Arrays, Read
 
 
@@ -31,6 +33,7 @@ def load_kohya(
     params_or_sites: Any,
     prefix: str = "lora_unet",
     *,
+    layout: str | None = None,
     others: str = "refuse",
 ) -> Adapter:
     """Reads the modules of one prefix from a kohya or LyCORIS file.
@@ -39,6 +42,7 @@ def load_kohya(
       path: the ``.safetensors`` file.
       names: from site paths to torch modules.
       params_or_sites: as for `load_peft`.
+      layout: as for `load_peft`.
       prefix: ``lora_unet``, ``lora_te``, ``lora_te1``, ``lora_te2``, ``lycoris``, ...
       others: what to do with keys of other prefixes (the text encoder beside the U-Net): "refuse"
         the file or "leave" them.
@@ -49,9 +53,9 @@ def load_kohya(
     """
     source = Path(path)
     tensors, _ = safetensors_file.read(source)
-    sites, _ = sites_of(params_or_sites, names)
+    model = model_sites(params_or_sites, names, layout)
     modules: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for module, where in names.table(sites.values()).items():
+    for module, where in names.table(model.sites.values()).items():
         key = _flat(prefix, module)
         if key in modules:
             raise FormatError(source, f"two modules are called {key!r} in this format")
@@ -62,18 +66,19 @@ def load_kohya(
             close = near(key, modules) or "none"
             raise FormatError(source, f"module {key!r} is no site of this model; nearest: {close}")
         where, index = modules[key]
+        site = model.site(where)
         try:
-            slices.setdefault(where, {})[index] = kohya_modules.read(sites[where].slice(), found)
+            slices.setdefault(where, {})[index] = kohya_modules.read(site.slice(), found)
         except ValueError as error:
             raise FormatError(source, f"{key}: {error}") from error
     if not slices:
-        raise FormatError(source, f"no key starts with {prefix + '_'!r}")
+        raise FormatError(source, f"no key starts with {prefix + '_'!r}; {keys_seen(tensors)}")
     trainable, frozen, done = {}, {}, []
     for where in sorted(slices):
         sparse = all(kohya_modules.sparse(read.method) for read in slices[where].values())
-        made = stacked(source, sites[where], slices[where], sparse)
+        made = stacked(source, model.sites[where], slices[where], sparse)
         method, trainable[where], frozen[where] = made
-        done.append((sites[where], method))
+        done.append((dataclasses.replace(model.sites[where], group=""), method))
     return Adapter(trainable, frozen, tuple(done))
 
 
@@ -120,5 +125,10 @@ def _grouped(source: Path, tensors: Arrays, prefix: str, others: str) -> dict[st
         if module.startswith(f"{prefix}_"):
             found.setdefault(module, {})[suffix] = tensor
         elif others != "leave":
-            raise FormatError(source, f"key {key!r} does not start with {prefix + '_'!r}")
+            dotted = "." in suffix.removesuffix(".weight")
+            advice = "; dotted names are diffusers' or ComfyUI's, see load_diffusers"
+            raise FormatError(
+                source,
+                f"key {key!r} does not start with {prefix + '_'!r}{advice if dotted else ''}",
+            )
     return found

@@ -13,13 +13,14 @@ LoKr   lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 the same way, alpha / r  w1 (x) 
 ====== ====================================================== =================================
 
 LoCon, LoHa and LoKr with a dora_scale are `Decomposed`, and so is all with a dora_scale [1, in],
-the lengths by input (`wd_on_output` off). Beside them is the scalar `alpha`, without which alpha is
-r. A LoKr of two whole factors has the scale 1 and its rank as alpha; on writing, another scale goes
-into its second factor. Of a convolution the factors of LoRA are [r, in, *window] and
-[out, r, 1, ...], those of LoCon [r, in, 1, ...] and [out, r, 1, ...], dora_scale is [out, 1, ...]
-or [1, in, 1, ...], and `lycoris_layout` says the others; windows have any number of axes. The
-factors of a LoKr may split the channels in any way (`unbalanced_factorization`, a `factor` above
-the root).
+the lengths by input (`wd_on_output` off). Next to them is the scalar `alpha`; where it is missing
+or 0, alpha is r (sd-scripts and LyCORIS never have a scale of 0). A LoKr of two whole factors has
+the scale 1 and its rank as alpha; on writing, another scale goes into its second factor. Of a
+convolution the factors of LoRA are [r, in, *window] and [out, r, 1, ...], those of LoCon
+[r, in, 1, ...] and [out, r, 1, ...], dora_scale is [out, 1, ...] or [1, in, 1, ...], and
+`lycoris_layout` says the others; windows have any number of axes, and one of a single point may be
+left out or added. The factors of a LoKr may split the channels in any way
+(`unbalanced_factorization`, a `factor` above the root).
 
 Source: the files of sd-scripts and LyCORIS 4.1, and what LyCORIS's layers compute from them (its
 `get_diff_weight` has alpha / r twice for LoHa and LoKr).
@@ -51,7 +52,14 @@ from jlora.io.kohya.layout import (
 from jlora.io.peft.lora import DORA, LORA, MAGNITUDE, MATRIX
 from jlora.io.peft.table import Arrays, Read, scale_of, trim, want_shape
 from jlora.io.peft.tables import table_of
-from jlora.io.torch_layout import first, magnitude_shape, second
+from jlora.io.torch_layout import (
+    first,
+    first_shape,
+    magnitude_shape,
+    pointwise,
+    second,
+    second_shape,
+)
 from jlora.methods.decomposed.decomposed import Decomposed, rows_shape
 from jlora.methods.decomposed.dora import DoRA
 from jlora.methods.kronecker.lokr import LoKr, split
@@ -62,6 +70,10 @@ from jlora.methods.low_rank.lora import LoRA
 DOWN, MID, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 DORA_SCALE, ALPHA = "dora_scale", "alpha"
 LOHA_LAYOUTS = (set(HADA), {*HADA, *CORES})
+SUFFIXES = (  # of all methods, without alpha
+    *(DOWN, MID, UP, DORA_SCALE, *HADA, *CORES),
+    *dict.fromkeys(key for layout in (*LOKR_LAYOUTS, *CORED_LAYOUTS) for key in layout),
+)
 
 
 def read(site: Site, t: Arrays) -> Read:
@@ -72,12 +84,16 @@ def read(site: Site, t: Arrays) -> Read:
     """
     alpha = _alpha(t)
     t = {key: array for key, array in t.items() if key != ALPHA}
+    for together in ((DOWN, UP), ("lokr_w2",), (DORA_SCALE,)):
+        t = pointwise(site, t, together)
     keys = set(t)
     by = _side(site, t[DORA_SCALE]) if DORA_SCALE in keys else None
     if by == "in" or (by and keys != {DOWN, UP, DORA_SCALE}):
         return _read_decomposed(site, t, alpha, by)
     if keys in ({DOWN, UP}, {DOWN, UP, DORA_SCALE}):
         rank = t[DOWN].shape[0] if t[DOWN].ndim else 0
+        want_shape(DOWN, t[DOWN], first_shape(site, rank))
+        want_shape(UP, t[UP], second_shape(site, rank))
         fields = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
         fields |= {"use_rslora": False, "lora_dropout": 0.0}
         renamed = {MATRIX[0]: t[DOWN], MATRIX[1]: t[UP]}
@@ -257,6 +273,10 @@ def _exact_alpha(scale: np.ndarray, rank: int, dtype: Any) -> np.ndarray:
     That is the factors' `dtype`, which LyCORIS gives it, or else float32 or float64.
     """
     exact = float(scale) * rank
+    if exact == 0:
+        raise ValueError(
+            "the scale is 0, which this format cannot say: alpha 0 is read as the rank"
+        )
     for kind in (dtype, np.float32, np.float64):
         for number in (round(exact, 4), exact):
             alpha = np.asarray(number).astype(kind)
@@ -266,11 +286,12 @@ def _exact_alpha(scale: np.ndarray, rank: int, dtype: Any) -> np.ndarray:
 
 
 def _alpha(t: Arrays) -> float | None:
+    """The alpha of a module, None where it is its rank."""
     if ALPHA not in t:
         return None
     if t[ALPHA].size != 1:
         raise ValueError(f"alpha has shape {list(t[ALPHA].shape)}, expected one number")
-    return float(t[ALPHA].astype(np.float64).reshape(()))
+    return float(t[ALPHA].astype(np.float64).reshape(())) or None
 
 
 def _shapes(t: Arrays) -> dict[str, tuple[int, ...]]:

@@ -23,14 +23,18 @@ import numpy as np
 
 from jlora.core.adapter import Adapter
 from jlora.io import safetensors_file
-from jlora.io.errors import FormatError
+from jlora.io.errors import FormatError, keys_seen
+from jlora.io.model_sites import model_sites
 from jlora.io.names import NameMap
 from jlora.io.peft import config as peft_config
 from jlora.io.peft import parameters as peft_parameters
 from jlora.io.peft import replication
 from jlora.io.peft import tokens as peft_tokens
+from jlora.io.peft import vectors as peft_vectors
+from jlora.io.peft.lora import TABLE
 from jlora.io.peft.read import (
     ROOT,
+    Modules,
     by_module,
     check_bias,
     check_modules,
@@ -38,12 +42,12 @@ from jlora.io.peft.read import (
     join,
     read_files,
     regrown,
-    sites_of,
 )
 from jlora.io.peft.table import Read, Table, check_site
 from jlora.io.peft.tables import table_of
 from jlora.io.peft.write import extra_tensors, torch_side
 from jlora.methods.low_rank.lora import LoRA
+from jlora.methods.selective.ln_tuning import LNTuning
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -64,7 +68,8 @@ def save_peft(
     Args:
       path: the directory; made if missing, its two files replaced.
       adapter: one adapter, no bank; all sites of one method that PEFT knows, and beside LoRA and
-        DoRA tables of which some rows are trained (`TrainableTokens`).
+        DoRA tables of which some rows are trained (`TrainableTokens`). Biases (`BitFit`) and norms
+        (`LNTuning`) may be trained next to a method with `bias` and `modules_to_save`.
       names: from site paths to torch modules.
       base_model_name: ``base_model_name_or_path`` of the config.
       task_type: such as ``"CAUSAL_LM"``.
@@ -80,13 +85,23 @@ def save_peft(
     """
     folder = Path(path)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
+    adapter, vectors, alone = peft_vectors.split(folder, adapter, names)
     adapter, bare, parameters = peft_parameters.split(folder, adapter, names)
-    if parameters and not adapter.sites:
+    if vectors and not alone and not adapter.sites and not parameters:
+        raise FormatError(folder, "PEFT has no adapter of biases alone (BitFit), expected LoRA too")
+    if alone:
+        tensors, fields, table = peft_vectors.torch_side(vectors)
+    elif parameters and not adapter.sites:
         tensors, fields, table = {}, {}, table_of(LoRA())
     else:
         tensors, fields, table = torch_side(folder, adapter, names, params)
     fields, common = table.settle(fields)
     common = {**common, "base_model_name_or_path": base_model_name, "task_type": task_type}
+    if vectors and not alone:
+        twice = sorted(vectors.keys() & (extras or {}).keys())
+        if twice:
+            raise FormatError(folder, f"{twice[:4]} are vectors of the adapter and extras as well")
+        extras = {**vectors, **(extras or {})}
     if extras:
         more, told = extra_tensors(folder, extras, fields, table)
         tensors, common = {**tensors, **more}, {**common, **told}
@@ -116,6 +131,7 @@ def load_peft(
     names: NameMap,
     params_or_sites: Any,
     *,
+    layout: str | None = None,
     extras: str = "refuse",
     tables: Sequence[Table] = (),
     layer_replication: replication.Replication | None = None,
@@ -125,10 +141,14 @@ def load_peft(
     Args:
       path: the directory.
       names: from site paths to torch modules.
-      params_or_sites: the sites of the model, as `jl.sites` gives them, or its parameters: then the
-        rules of `names` tell the stack axes, and every leaf must be [*stack, in, out], or a site.
-      extras: what to do with weights of the base model in the file (``modules_to_save``, biases):
-        "refuse" the file, or "leave" them to `peft_extras`.
+      params_or_sites: the sites of the model, as `jl.sites(fn, params, ...)` gives them, which know
+        the layout of every weight; or its parameters, any PyTree: then the rules of `names` say
+        which leaves are stacks, and `layout` how matrices lie. Leaves may be sites as well.
+      layout: of the matrices among parameters: "in_out" ([*stack, in, out], Flax's kernels) or
+        "out_in" (torch's weights). Required where the file adapts a square matrix of them.
+      extras: what to do with weights of the base model in the file (biases, ``modules_to_save``,
+        embedding tables that PEFT saves whole): "refuse" the file; "leave" them to `peft_extras`;
+        or "adapt" biases and norms, which become sites of the adapter (`BitFit`, `LNTuning`).
       tables: of methods of your own, tried before the library's.
       layer_replication: what `params_or_sites` were expanded by, see `replicate_layers`; it must be
         that of the config.
@@ -140,13 +160,18 @@ def load_peft(
       FormatError: anything in the files that is not understood, damaged, missing or surplus.
       ValueError: `names` does not fit the sites, or `extras` is another word.
     """
-    if extras not in ("refuse", "leave"):
-        raise ValueError(f"{extras=}, expected 'refuse' or 'leave'")
+    if extras not in ("refuse", "leave", "adapt"):
+        raise ValueError(f"{extras=}, expected 'refuse', 'leave' or 'adapt'")
     folder = Path(path)
     config, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
     config = replication.settled(folder / CONFIG, config, layer_replication)
-    sites, biases = sites_of(params_or_sites, names)
-    modules = names.table(sites.values())
+    model = model_sites(params_or_sites, names, layout)
+    modules = names.table(model.sites.values())
+    model = model.with_tables(_tables(tensors, modules))
+    sites = model.sites
+    vectors = names.vectors(sites.values())
+    if table.method is LNTuning:
+        modules = {name.rpartition(".")[0]: where for name, where in vectors.items()}
     rows: dict[str, Read] = {}
     if peft_tokens.FIELD in table.fixed:
         given = (folder / WEIGHTS, config, tensors, sites, modules)
@@ -154,28 +179,39 @@ def load_peft(
     slices: peft_parameters.Slices = {}
     if table.method is LoRA and config.get(peft_parameters.FIELD):
         bare = names.parameters(sites.values())
+        for one in bare:
+            model.site(one.site.path)
         tensors, slices = peft_parameters.taken(folder / WEIGHTS, config, table, tensors, bare)
         config = {**config, peft_parameters.FIELD: None}
     reader = peft_config.Reader(folder / CONFIG, config, table)
     mine, shared, rest = by_module(tensors, table)
-    check_rest(folder / WEIGHTS, reader, rest, extras)
+    check_rest(folder / WEIGHTS, reader, rest, extras, modules, sites)
     if table.regrow and not shared:
         shared = regrown(reader, table, mine, modules, sites)
     if not mine and not slices:
-        raise FormatError(folder / WEIGHTS, f"no tensor of a {table.type} adapter")
+        raise FormatError(
+            folder / WEIGHTS, f"no tensor of a {table.type} adapter; {keys_seen(tensors)}"
+        )
     check_modules(folder / WEIGHTS, reader, mine, shared, modules, table)
+    if table.method is LNTuning:
+        slices = peft_vectors.of_layers(folder / WEIGHTS, mine, vectors, sites)
+        mine = {}
     for module, found in mine.items():
         where, index = modules[module]
+        site = model.site(where)
         try:
-            check_site(table, sites[where])
-            read = table.read(sites[where].slice(), {**found, **shared}, reader.fields(module))
+            check_site(table, site)
+            read = table.read(site.slice(), {**found, **shared}, reader.fields(module))
         except ValueError as error:
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
-        check_bias(folder / WEIGHTS, table, read.method, where, biases)
+        check_bias(folder / WEIGHTS, table, read.method, where, model.biases)
         slices.setdefault(where, {})[index] = read
     if layer_replication is not None:
         replication.check_sites(folder, (sites[where] for where in slices), layer_replication)
     made = join(folder / WEIGHTS, table, sites, slices, shared)
+    if extras == "adapt" and rest:
+        more = peft_vectors.of_extras(folder / WEIGHTS, rest, vectors, sites)
+        made = peft_vectors.together(made, more)
     return peft_tokens.with_rows(folder / WEIGHTS, made, sites, rows)
 
 
@@ -191,4 +227,13 @@ def peft_extras(
     _, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
     rest = by_module(tensors, table)[2]
     rest = {key: t for key, t in rest.items() if not peft_tokens.is_token_key(key)}
-    return {name.removeprefix(ROOT).replace(".base_layer.", "."): t for name, t in rest.items()}
+    return {peft_vectors.torch_name(key): t for key, t in rest.items()}
+
+
+def _tables(tensors: Mapping[str, Any], modules: Modules) -> set[str]:
+    """The sites that the file takes for looked-up tables."""
+    ends = (*(f".{suffix}" for suffix in TABLE), peft_tokens.SUFFIX)
+    found = {
+        key.removeprefix(ROOT).removesuffix(e) for key in tensors for e in ends if key.endswith(e)
+    }
+    return {modules[name][0] for name in found if name in modules}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +65,7 @@ PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 def _factors(keys: tuple[str, str], site: Site, t: Arrays, rank: int) -> Arrays:
     """a [d_in, r] and b [r, d_out] of PEFT's two factors."""
+    t = torch_layout.pointwise(site, t, keys)
     first, second = (t[key] for key in keys)
     want_shape(keys[0], first, torch_layout.first_shape(site, rank))
     want_shape(keys[1], second, torch_layout.second_shape(site, rank))
@@ -119,9 +121,15 @@ def _write_dora(method: DoRA, site: Site, p: Arrays) -> Slice:
 def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
     _expect(site, t, (*_keys(site), MAGNITUDE))
-    want_shape(MAGNITUDE, t[MAGNITUDE], torch_layout.magnitude_shape(site))
+    m, shape = t[MAGNITUDE], torch_layout.magnitude_shape(site)
+    if site.d_out * math.prod(torch_layout.first_shape(site, 1)[2:]) == m.size and m.shape in (
+        (site.d_out,),
+        (1, site.d_out, *(1,) * (m.ndim - 2)),
+    ):
+        m = m.reshape(shape)  # a window of one point is none
+    want_shape(MAGNITUDE, m, shape)
     scale = {"scale": scale_of(alpha, rank, rslora)}
-    trainable = {**_factors(_keys(site), site, t, rank), "m": t[MAGNITUDE].reshape(-1)}
+    trainable = {**_factors(_keys(site), site, t, rank), "m": m.reshape(-1)}
     return Read(DoRA(rank=rank, alpha=alpha, rslora=rslora), trainable, scale)
 
 

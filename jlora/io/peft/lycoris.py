@@ -39,6 +39,7 @@ from typing import Any
 
 from jlora.core.adapter import Site
 from jlora.core.conv import window
+from jlora.io import torch_layout
 from jlora.io.kohya import layout as lycoris_layout
 from jlora.io.kohya.layout import (
     CORED_LAYOUTS,
@@ -150,6 +151,7 @@ def _write_lokr(method: LoKr, site: Site, p: Arrays) -> Slice | None:
 
 
 def _read_lokr(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    t = torch_layout.pointwise(site, t, ("lokr_w2",))
     _check_lokr(site, t, fields)
     rank, alpha, factor = fields["r"], fields["alpha"], fields["decompose_factor"]
     factor = None if factor == -1 else factor

@@ -13,7 +13,7 @@ import numpy as np
 from jlora.core.adapter import Adapter, Method, Site
 from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
-from jlora.io.names import NameMap, near
+from jlora.io.names import near
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.table import Arrays, Read, Table
 from jlora.io.peft.tables import table_for
@@ -21,6 +21,11 @@ from jlora.io.peft.tables import table_for
 BASE = "base_model."
 ROOT = "base_model.model."
 OWN = ".base_layer.weight"
+# What transformers calls input and output embeddings (`_input_embed_layer`, output heads).
+EMBEDDINGS = frozenset(
+    "embed_tokens embed_in embed_out lm_head wte word_embeddings word_embedding shared "
+    "tok_embeddings token_embedding output_projection".split()
+)
 GROUP = "*0"  # key of the arrays that all sites share; one method, so one group
 Modules = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -72,23 +77,41 @@ def regrown(
     return table.regrow(reader.config, known) or {}
 
 
-def check_rest(path: Path, reader: peft_config.Reader, rest: Arrays, extras: str) -> None:
-    """Keys that are no adapter must be what the config announces.
+def check_rest(
+    path: Path,
+    reader: peft_config.Reader,
+    rest: Mapping[str, np.ndarray],
+    extras: str,
+    modules: Modules,
+    sites: Mapping[str, Site],
+) -> None:
+    """Keys that are no adapter must be what the config announces, or a table or head.
 
     Biases, `modules_to_save`, or the weight itself of a target: PEFT adds that of a table or head.
+    With ``save_embedding_layers`` it also saves those that are no targets, and the config does not
+    say so; they are known by the site of their module, or else by the names transformers has.
     """
-    for key in rest:
+    for key, tensor in rest.items():
         name = key.removeprefix(ROOT)
-        bias = reader.config.get("bias", "none") != "none" and name.endswith(".bias")
+        module, _, leaf = name.rpartition(".")
+        bias = reader.config.get("bias", "none") != "none" and leaf == "bias"
         own = name.endswith(OWN) and reader.targets(name.removesuffix(OWN))
-        announced = bias or own or reader.saved(name.rpartition(".")[0])
+        where = modules[module][0] if module in modules else None
+        table = where is not None and "gather" in sites[where].ops
+        table = table or module.rpartition(".")[2] in EMBEDDINGS
+        saved = table and tensor.ndim == (2 if leaf == "weight" else 1 if leaf == "bias" else 0)
+        announced = bias or own or saved or reader.saved(module)
         if not key.startswith(ROOT) or not announced:
-            raise FormatError(path, f"surplus tensor {key!r}")
-    if rest and extras != "leave":
+            raise FormatError(
+                path,
+                f"surplus tensor {key!r}, expected tensors of a {reader.table.type} adapter and "
+                "what bias, modules_to_save and target_modules announce",
+            )
+    if rest and extras == "refuse":
         raise FormatError(
             path,
             f"replaces weights of the base model: {sorted(rest)[:4]}; load them with peft_extras "
-            "and pass extras='leave'",
+            "and pass extras='leave', or extras='adapt' for biases and norms of the name map",
         )
 
 
@@ -221,47 +244,3 @@ def _device(path: Path, name: str, array: np.ndarray) -> jax.Array:
 
 def _fields(site: Site) -> dict[str, Any]:
     return {key: getattr(site, key) for key in ("path", "shape", "kinds", "dtype", "ops", "flops")}
-
-
-def sites_of(params_or_sites: Any, names: NameMap) -> tuple[dict[str, Site], set[str] | None]:
-    """Sites by path, as given or read off parameters by the rules of the name map.
-
-    Returns:
-      ``(sites, biases)``: the paths of sites with a bias beside them; None where it is unknown.
-    """
-    if not isinstance(params_or_sites, Mapping):
-        items = [item[0] if isinstance(item, tuple) else item for item in params_or_sites]
-        return {site.path: site for site in items}, None
-    leaves = leaves_of(params_or_sites)
-    found = {path: _guessed(path, leaf, names) for path, leaf in leaves.items()}
-    return {path: site for path, site in found.items() if site is not None}, biased_in(leaves)
-
-
-def leaves_of(params: Any) -> dict[str, Any]:
-    """Path -> leaf."""
-    return {
-        "/".join(str(getattr(k, "key", k)) for k in keys): leaf
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-
-def biased_in(leaves: Mapping[str, Any]) -> set[str]:
-    """The paths with a ``bias`` beside them."""
-    return {path for path in leaves if f"{path.rpartition('/')[0]}/bias" in leaves}
-
-
-def _guessed(path: str, leaf: Any, names: NameMap) -> Site | None:
-    if isinstance(leaf, Site):
-        return leaf
-    stack = names.stack_axes(path)
-    if stack is None:
-        return None
-    experts = names.is_parameter(path) and len(leaf.shape) == stack + 3
-    kinds = "s" * (stack + experts) + "io"
-    if len(leaf.shape) != len(kinds):
-        raise ValueError(
-            f"{path}: shape {tuple(leaf.shape)} is not [{stack} stack axes, in, out]; pass sites "
-            "from jl.sites instead of parameters"
-        )
-    ops = ("gather",) if path.rpartition("/")[2] == "embedding" else ("dot",)
-    return Site(path, tuple(leaf.shape), kinds, leaf.dtype, ops)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Site
+from jlora.core.lift import path_string
 from jlora.io.errors import FormatError
 
 FIELD = "layer_replication"
@@ -57,11 +58,12 @@ def replicate_layers(params: Any, replication: Replication, layers: str = "layer
     order, seen = order_of(replication), []
 
     def expand(path: Any, leaf: Any) -> Any:
-        if layers not in {str(getattr(k, "key", getattr(k, "name", k))) for k in path}:
+        if layers not in path_string(path).split("/"):
             return leaf
         if max(order) >= leaf.shape[0]:
-            where = jax.tree_util.keystr(path)
-            raise ValueError(f"{where}: has {leaf.shape[0]} layers, {FIELD} asks for {max(order)}")
+            raise ValueError(
+                f"{path_string(path)}: has {leaf.shape[0]} layers, {FIELD} asks for {max(order)}"
+            )
         seen.append(path)
         return jnp.take(leaf, jnp.asarray(order), axis=0)
 

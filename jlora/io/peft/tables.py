@@ -10,11 +10,11 @@ from jlora.io.peft.lora import ADALORA, DORA, HIRA, LORA
 from jlora.io.peft.lycoris import LOHA, LOKR
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
-from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, OFT_TABLE, VERA
+from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
 
 TABLES: tuple[Table, ...] = (
     *(LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
-    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE),
+    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING),
 )
 
 

@@ -6,7 +6,7 @@ what it changes                             types
 a weight, by a method to come               ADAMSS C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA
                                             HRA MISS OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA
                                             SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT
-biases, norms or rows of a table only       BEFT LN_TUNING TRAINABLE_TOKENS
+biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
                                             PREFIX_TUNING PROMPT_TUNING P_TUNING
@@ -20,7 +20,7 @@ Deviates: none.
 from __future__ import annotations
 
 TO_COME = "it changes weights, by a method that is not here yet"
-PARTS = "it trains biases, norms or rows of a table, no matrices"
+PARTS = "it trains biases or rows of a table, no matrices"
 DYNAMIC = "what it adds depends on tokens or tasks, so it is no change of a weight"
 PROMPTS = "it adds tokens or a cache and changes no weight"
 BESIDE = "it is a model beside the model"
@@ -28,7 +28,7 @@ BESIDE = "it is a model beside the model"
 _GROUPS = {
     TO_COME: "ADAMSS C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HRA MISS OSF PEANUT PSOFT PVERA "
     "RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT",
-    PARTS: "BEFT LN_TUNING TRAINABLE_TOKENS",
+    PARTS: "BEFT TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "
     "P_TUNING",

@@ -1,4 +1,4 @@
-"""PEFT tables of VeRA, OFT, BOFT and IA3, for matrices [out, in]."""
+"""PEFT tables of VeRA, OFT, BOFT and IA3, for matrices [out, in], and of LN tuning."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from jlora.io.torch_random import Generator
 from jlora.methods.orthogonal.boft import BOFT
 from jlora.methods.orthogonal.oft import OFT
 from jlora.methods.selective.ia3 import IA3
+from jlora.methods.selective.ln_tuning import LNTuning
 from jlora.methods.shared_basis.vera import VeRA
 
 # --- VeRA: delta^T = diag(b) B diag(d) A, bases shared ------------------------------------------
@@ -164,6 +165,15 @@ def _settle_ia3(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fi
     return {module: {} for module in modules}, {"feedforward_modules": inner}
 
 
+# --- LN tuning: whole vectors, which `peft_vectors` reads and writes -----------------------------
+
+LN_LAYERS = "ln_tuning_layers"
+
+
+def _no_module(*_: Any) -> Any:
+    raise ValueError("LN tuning is of vectors, not of the matrix of a module")
+
+
 VERA = Table(
     type="VERA",
     method=VeRA,
@@ -235,4 +245,17 @@ IA3_TABLE = Table(
     lacks=("layers_pattern", "layers_to_transform"),
     biased=lambda method: isinstance(method, IA3) and method.side == "out",
     settle=_settle_ia3,
+)
+
+LN_TUNING = Table(
+    type="LN_TUNING",
+    method=LNTuning,
+    layouts=tuple(
+        tuple(f"{LN_LAYERS}.{leaf}" for leaf in leaves)
+        for leaves in (("weight", "bias"), ("weight",), ("bias",))
+    ),
+    fields={},
+    write=_no_module,
+    read=_no_module,
+    lacks=("layers_pattern", "layers_to_transform"),
 )

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
+from jlora.core.lift import flatten
 from jlora.io.errors import FormatError
+from jlora.io.model_sites import biased
 from jlora.io.names import NameMap
-from jlora.io.peft.read import BASE, ROOT, biased_in, check_bias, leaves_of
+from jlora.io.peft.read import BASE, ROOT, check_bias
 from jlora.io.peft.table import Arrays, Fields, Table, check_site
 from jlora.io.peft.tables import table_of
 
@@ -21,7 +23,7 @@ def torch_side(
 ) -> tuple[Arrays, dict[str, Fields], Table]:
     """All tensors by key, all fields by module, and the one table of the adapter."""
     table = _one_table(folder, adapter)
-    biases = None if params is None else biased_in(leaves_of(params))
+    biases = None if params is None else biased(flatten(params)[0])
     tensors: Arrays = {}
     fields: dict[str, Fields] = {}
     for site, method in adapter.sites:

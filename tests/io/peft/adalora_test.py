@@ -24,7 +24,7 @@ def case(golden):
 
 
 def load(case, path=None):
-    return jl.io.load_peft(path or case[1], case[0].names, case[0].params)
+    return jl.io.load_peft(path or case[1], case[0].names, case[0].params, layout="in_out")
 
 
 def expected(case):

@@ -46,7 +46,7 @@ def model(params, x):
 
 
 def load(path):
-    return jl.io.load_kohya(path, NAMES, PARAMS, "lycoris")
+    return jl.io.load_kohya(path, NAMES, PARAMS, "lycoris", layout="in_out")
 
 
 def check_value(name):

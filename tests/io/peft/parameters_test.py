@@ -67,7 +67,7 @@ def model(params, x, spec="ebi,eio->ebo"):
 
 
 def load(path, names=NAMES):
-    return jl.io.load_peft(path, names, PARAMS)
+    return jl.io.load_peft(path, names, PARAMS, layout="in_out")
 
 
 def check_value(name, names=NAMES):

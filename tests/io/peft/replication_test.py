@@ -26,7 +26,7 @@ def case(golden):
 def load(case, pairs=PAIRS, params=None):
     model, path, expanded = case
     params = expanded if params is None else params
-    return jl.io.load_peft(path, model.names, params, layer_replication=pairs)
+    return jl.io.load_peft(path, model.names, params, layer_replication=pairs, layout="in_out")
 
 
 def check_value(case):
@@ -48,7 +48,7 @@ def test_it_goes_back_bitwise(case, tmp_path):
     for name in ("adapter_model.safetensors",):
         assert (tmp_path / name).read_bytes() == (path / name).read_bytes()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["layer_replication"] == PAIRS
-    back = jl.io.load_peft(tmp_path, model.names, case[2], layer_replication=PAIRS)
+    back = jl.io.load_peft(tmp_path, model.names, case[2], layer_replication=PAIRS, layout="in_out")
     for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -71,7 +71,7 @@ def test_refusals(case, tmp_path):
         load(case, params=model.params)
     other = model.path / "lora"
     with pytest.raises(FormatError, match="layer_replication is None, expected"):
-        jl.io.load_peft(other, model.names, expanded, layer_replication=PAIRS)
+        jl.io.load_peft(other, model.names, expanded, layer_replication=PAIRS, layout="in_out")
     adapter = load(case)
     with pytest.raises(FormatError, match="expected 3 replicated layers first"):
         jl.io.save_peft(tmp_path / "x", adapter, model.names, layer_replication=[[0, 3]])

@@ -25,7 +25,7 @@ def case(golden):
 
 def load(case, path=None):
     model, golden_path = case
-    return jl.io.load_peft(path or golden_path, model.names, model.params)
+    return jl.io.load_peft(path or golden_path, model.names, model.params, layout="in_out")
 
 
 def check_value(case):

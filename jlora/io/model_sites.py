@@ -1,0 +1,147 @@
+"""The sites of the model that a file is read for: given as a table, or read off its parameters.
+
+A table (`jl.sites`, a list of sites, the sites of an adapter) says which axis of a weight is in and
+which is out. Parameters do not: [16, 8] is what Flax calls the kernel of 16 inputs and torch the
+weight of 8. Of a weight that is not square the file's own shapes show a mistake; a square one
+would be read transposed without an error, so its layout has to be given.
+
+Paths are those of `jlora.core.lift.path_string`, for parameters of any kind: dicts, lists, named
+tuples, registered dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from jlora.core.adapter import Site
+from jlora.core.lift import flatten
+from jlora.core.sites import Sites
+from jlora.io.names import NameMap
+
+LAYOUTS = {"in_out": "io", "out_in": "oi"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSites:
+    """What a reader knows of the model."""
+
+    sites: Mapping[str, Site]  # by path
+    biases: Collection[str] | None = None  # paths of sites with a bias next to them; None: unknown
+    inferred: Collection[str] = ()  # paths whose site was read off a leaf
+    undecided: Collection[str] = ()  # of these, square matrices without a layout
+
+    def site(self, path: str) -> Site:
+        """The site at `path`.
+
+        Raises:
+          ValueError: it is square, and nothing says which of its axes is the input.
+        """
+        if path in self.undecided:
+            raise ValueError(
+                f"{path}: shape {self.sites[path].shape} is square, so parameters alone do not say "
+                "whether it is [in, out] or [out, in]; pass jl.sites(fn, params, ...) instead of "
+                "the parameters, or layout='in_out' (Flax kernels) or layout='out_in' (torch)"
+            )
+        return self.sites[path]
+
+    def with_tables(self, paths: Collection[str]) -> ModelSites:
+        """The same, where the leaves at `paths` are tables [*stack, rows, d_out].
+
+        Torch and Flax keep tables alike, so that their layout is known.
+        """
+        changed = {
+            path: dataclasses.replace(site, kinds="s" * len(site.stack) + "io", ops=("gather",))
+            for path, site in self.sites.items()
+            if path in paths and path in self.inferred and "gather" not in site.ops
+        }
+        undecided = frozenset(self.undecided) - changed.keys()
+        return dataclasses.replace(self, sites={**self.sites, **changed}, undecided=undecided)
+
+
+def model_sites(params_or_sites: Any, names: NameMap, layout: str | None = None) -> ModelSites:
+    """The sites of a model.
+
+    Args:
+      params_or_sites: a table of sites, or parameters. Leaves of the latter may be sites, too.
+      names: its rules say which leaves are weights, and how many stack axes they have.
+      layout: of the matrices among the parameters, "in_out" or "out_in"; None: not said.
+
+    Raises:
+      ValueError: another `layout`, or one for a table of sites, which has its own; a leaf that a
+        rule names and that is no matrix, vector or stack of these.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {sorted(LAYOUTS)} or None")
+    table = _table(params_or_sites)
+    if table is not None:
+        if layout is not None:
+            raise ValueError(
+                f"layout: got {layout!r} for sites, which say their own; expected None"
+            )
+        biases = biased(table) if isinstance(params_or_sites, Sites) else None
+        return ModelSites(table, biases)
+    leaves, _ = flatten(params_or_sites)
+    sites, inferred, undecided = {}, set(), set()
+    for path, leaf in leaves.items():
+        site = leaf if isinstance(leaf, Site) else _inferred(path, leaf, names, layout)
+        if site is None:
+            continue
+        sites[path] = site
+        if site is not leaf:
+            inferred.add(path)
+            square = site.kinds.endswith(("io", "oi")) and site.shape[-1] == site.shape[-2]
+            if square and layout is None and "gather" not in site.ops:
+                undecided.add(path)
+    return ModelSites(sites, biased(leaves), frozenset(inferred), frozenset(undecided))
+
+
+def _table(given: Any) -> dict[str, Site] | None:
+    """Path -> site, if a table of sites is given."""
+    if isinstance(given, Iterator):
+        given = list(given)
+    if isinstance(given, Sites | list | tuple):
+        items = [i[0] if isinstance(i, tuple) and len(i) == 2 else i for i in given]
+        sites = {site.path: site for site in items if isinstance(site, Site)}
+        if all(isinstance(item, Site) for item in items):
+            return sites
+    return None
+
+
+def biased(paths: Collection[str]) -> set[str]:
+    """Those of `paths` that have a leaf called ``bias`` next to them; ``/value`` of NNX is no name.
+
+    >>> biased(["q/kernel", "q/bias", "k/kernel"]) == {"q/kernel", "q/bias"}
+    True
+    """
+    plain = {path: path.removesuffix("/value") for path in paths}
+    known = set(plain.values())
+    return {path for path, name in plain.items() if _join(name.rpartition("/")[0], "bias") in known}
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}/{name}" if parent else name
+
+
+def _inferred(path: str, leaf: Any, names: NameMap, layout: str | None) -> Site | None:
+    """The site of a leaf by the rule for its path, None where there is no rule."""
+    stack = names.stack_axes(path)
+    if stack is None:
+        return None
+    shape = getattr(leaf, "shape", None)
+    if shape is None:
+        raise ValueError(f"{path}: got a {type(leaf).__name__}, expected an array: a rule names it")
+    shape = tuple(shape)
+    if names.is_parameter(path) and len(shape) == stack + 1:
+        return Site(path, shape, "s" * stack + "o", leaf.dtype)
+    experts = names.is_parameter(path) and len(shape) == stack + 3
+    if len(shape) != stack + experts + 2:
+        raise ValueError(
+            f"{path}: shape {shape} is not [{stack} stack axes, in, out]; pass sites "
+            "from jl.sites instead of parameters"
+        )
+    table = path.removesuffix("/value").rpartition("/")[2] == "embedding"
+    kinds = "io" if table else LAYOUTS[layout or "in_out"]
+    ops = ("gather",) if table else ("dot",)
+    return Site(path, shape, "s" * (stack + experts) + kinds, leaf.dtype, ops)

@@ -1,0 +1,151 @@
+"""Trained vectors in PEFT's files: LN tuning, and biases or norms next to another method.
+
+=====================  ========================================  ==================================
+what                   tensor of a vector [n]                    config
+=====================  ========================================  ==================================
+LN tuning              ``<norm>.ln_tuning_layers.weight, bias``  ``peft_type: LN_TUNING``
+biases next to LoRA    ``<module>.bias``, of an adapted module   ``bias: all`` or ``lora_only``
+                       ``<module>.base_layer.bias``
+norms next to LoRA     ``<norm>.weight``, ``<norm>.bias``        ``modules_to_save``
+=====================  ========================================  ==================================
+
+All are whole vectors, no differences. The name map says which they are: ``LayerNorm[weight]``.
+
+Source: peft 0.21.2, its files.
+Deviates: modules are written with whole names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jlora.core.adapter import Adapter, Method, Site
+from jlora.io.errors import FormatError
+from jlora.io.names import NameMap, near
+from jlora.io.peft.read import ROOT, stacked
+from jlora.io.peft.table import Arrays, Fields, Read, Table, want_shape
+from jlora.io.peft.vera_oft_ia3 import LN_LAYERS, LN_TUNING
+from jlora.methods.selective.bitfit import BitFit
+from jlora.methods.selective.ln_tuning import LNTuning
+
+Places = Mapping[str, tuple[str, tuple[int, ...]]]  # torch parameter -> (site path, stack index)
+Slices = dict[str, dict[tuple[int, ...], Read]]
+
+
+def of_layers(
+    path: Path, mine: Mapping[str, Arrays], places: Places, sites: Mapping[str, Site]
+) -> Slices:
+    """The vectors of an LN tuning, by site path and stack index."""
+    found: Slices = {}
+    for module, tensors in mine.items():
+        for key, tensor in tensors.items():
+            name = f"{module}.{key.removeprefix(f'{LN_LAYERS}.')}"
+            _put(path, found, name, tensor, places, sites, LNTuning())
+    return found
+
+
+def of_extras(path: Path, rest: Arrays, places: Places, sites: Mapping[str, Site]) -> Adapter:
+    """Biases and norms that a file brings along, as an adapter of their own.
+
+    Raises:
+      FormatError: weights that are no vectors of the model and name map.
+    """
+    found: Slices = {}
+    tensors = {torch_name(key): tensor for key, tensor in rest.items()}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        alone = leaf == "bias" and f"{module}.weight" not in tensors
+        _put(path, found, name, tensor, places, sites, BitFit() if alone else LNTuning())
+    trainable, frozen, done = {}, {}, []
+    for where in sorted(found):
+        method, trainable[where], frozen[where] = stacked(path, sites[where], found[where], False)
+        done.append((sites[where], method))
+    return Adapter(trainable, frozen, tuple(done))
+
+
+def torch_name(key: str) -> str:
+    """The base's name of the weight under `key`."""
+    return key.removeprefix(ROOT).replace(".base_layer.", ".")
+
+
+def _put(
+    path: Path,
+    found: Slices,
+    name: str,
+    tensor: np.ndarray,
+    places: Places,
+    sites: Mapping[str, Site],
+    method: Method,
+) -> None:
+    if name not in places:
+        raise FormatError(
+            path,
+            f"{name!r} is no vector of this model and name map, which names them as "
+            f"'module[weight]'; nearest: {near(name, places) or 'none'}",
+        )
+    where, index = places[name]
+    try:
+        want_shape(name, tensor, (sites[where].d_out,))
+    except ValueError as error:
+        raise FormatError(path, str(error)) from error
+    found.setdefault(where, {})[index] = Read(method, {"v": tensor}, {})
+
+
+def together(adapter: Adapter, vectors: Adapter) -> Adapter:
+    """One adapter of two that have no site in common."""
+    rows = sorted((*adapter.sites, *vectors.sites), key=lambda row: row[0].path)
+    return Adapter(
+        {**adapter.trainable, **vectors.trainable},
+        {**adapter.frozen, **vectors.frozen},
+        tuple(rows),
+    )
+
+
+def split(path: Path, adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays, bool]:
+    """(the adapter without its vectors, these by torch name, whether all are LN tuning).
+
+    Raises:
+      FormatError: a bias by LN tuning whose gain is not trained, next to another method.
+      ValueError: a vector without a name, or two of one.
+    """
+    rows = [(s, m) for s, m in adapter.sites if isinstance(m, LNTuning | BitFit)]
+    if not rows:
+        return adapter, {}, False
+    tensors: Arrays = {}
+    for site, _ in rows:
+        v = np.asarray(adapter.trainable[site.path]["v"])
+        if v.shape != (*site.stack, site.d_out):
+            expected = (*site.stack, site.d_out)
+            raise ValueError(f"{site.path}/v: got shape {v.shape}, expected {expected}")
+        for index in np.ndindex(*site.stack):
+            name = names.vector(site.path, index)
+            if name in tensors:
+                raise ValueError(f"name map: two slices are called {name!r}")
+            tensors[name] = v[index]
+    kept = tuple(row for row in adapter.sites if row not in rows)
+    alone = not kept and all(isinstance(m, LNTuning) for _, m in rows)
+    for site, method in rows:
+        module, _, leaf = names.vector(site.path, (0,) * len(site.stack)).rpartition(".")
+        if leaf != "bias" and isinstance(method, BitFit):
+            raise FormatError(path, f"{site.path}: PEFT calls it {leaf!r}; BitFit is of biases")
+        gained = f"{module}.weight" in tensors
+        if not alone and leaf == "bias" and gained == isinstance(method, BitFit):
+            other = "LNTuning" if gained else "BitFit"
+            raise FormatError(
+                path,
+                f"{site.path}: next to another method PEFT has biases alone (BitFit) or gain and "
+                f"bias of a norm (LNTuning); got {type(method).__name__}, expected {other}",
+            )
+    return adapter.replace(sites=kept), tensors, alone
+
+
+def torch_side(tensors: Arrays) -> tuple[Arrays, dict[str, Fields], Table]:
+    """Tensors by key, fields by module and the table of an LN tuning."""
+    keys = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        keys[f"{ROOT}{module}.{LN_LAYERS}.{leaf}"] = tensor
+    return keys, {name.rpartition(".")[0]: {} for name in tensors}, LN_TUNING
