@@ -21,6 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.core.lift import path_string
+from jlora.io import FormatError
+from jlora.io.inside import inside
 
 PyTree = Any
 
@@ -116,7 +118,10 @@ class Stage:
             raise StageError(f"{self.path}: stage '{self.name}' is not finished; run it first")
         record = json.loads(marker.read_text(encoding="utf-8"))
         for name, (size, sha) in record["files"].items():
-            file = self.path / name
+            try:
+                file = inside(self.path, name, marker)
+            except FormatError as error:
+                raise StageError(f"{error}; delete {self.path} and run it again") from error
             if not file.is_file():
                 raise StageError(f"{file}: missing; delete {self.path} and run '{self.name}' again")
             if file.stat().st_size != size or digest(file) != sha:

@@ -122,9 +122,12 @@ def fetch(
 
 def is_complete(folder: Path) -> bool:
     """Whether ``folder`` holds every file of its manifest at the recorded size."""
+    from jlora.io.inside import inside
+
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        found = {inside(folder, name, folder / MANIFEST): size for name, size in sizes.items()}
+        return all(path.stat().st_size == size for path, size in found.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -247,7 +250,7 @@ def _unpack(asset: Asset, archive: Path, target: Path) -> None:
                 continue
             if not regular:
                 raise AssetError(f"{asset.name}: member {name!r} is not a regular file; refused")
-            path = target / name
+            path = target / name  # `_refuse_unsafe` has seen it
             path.parent.mkdir(parents=True, exist_ok=True)
             with opener() as source, path.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
@@ -264,9 +267,14 @@ def _unpack(asset: Asset, archive: Path, target: Path) -> None:
 
 
 def _refuse_unsafe(asset: Asset, name: str) -> None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name.split("/")[0]:
-        raise AssetError(f"{asset.name}: member path {name!r} leaves the folder; archive refused")
+    from jlora.io import FormatError
+    from jlora.io.inside import inside
+
+    try:
+        inside(asset.folder, PurePosixPath(name).as_posix(), asset.archive)
+    except FormatError as error:
+        why = f"{asset.name}: member path {name!r} leaves the folder; archive refused"
+        raise AssetError(why) from error
 
 
 def _members(archive: Path) -> Iterator[Member]:

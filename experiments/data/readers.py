@@ -138,14 +138,17 @@ def _part_text(part: Message) -> str:
 
 def brown(root: Path) -> Iterator[Row]:
     """Passages of three sentences of the Brown corpus by genre; a unit is one of its 500 files."""
+    from jlora.io.inside import inside
+
     folder = root / "package"
     for line in (folder / "cats.txt").read_text(encoding="utf-8").splitlines():
         if not line.strip():
             continue
         name, genre = line.split()
+        file = inside(folder, name, folder / "cats.txt")
         sentences = [
             untag(sentence)
-            for sentence in (folder / name).read_text(encoding="utf-8").splitlines()
+            for sentence in file.read_text(encoding="utf-8").splitlines()
             if sentence.strip()
         ]
         for start in range(0, len(sentences) - 2, 3):

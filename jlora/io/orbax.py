@@ -30,6 +30,10 @@ from jlora.io.errors import FormatError
 
 VERSION = 1
 PARTS = ("trainable", "frozen")
+CONTENTS = {  # of a checkpoint: what Orbax writes, and the merge command
+    *("arrays", "meta", "_CHECKPOINT_METADATA", "commit_success.txt", "descriptor"),
+    "jlora_merge.json",
+}
 Names = list[tuple[str, str, str]]  # (part, site path or group, array name), in order of their keys
 
 
@@ -41,17 +45,19 @@ def save_adapter(
     Args:
       path: the directory, which Orbax makes.
       adapter: its arrays may be sharded.
-      overwrite: delete what is at `path` first; else it is an error.
+      overwrite: delete the checkpoint at `path` first; else it is an error that one is there.
 
     Raises:
-      FormatError: `path` exists, the adapter has no sites, or a hyper-parameter cannot be written
-        as JSON.
+      FormatError: `path` exists; with `overwrite`, it is not what this function writes (a folder
+        with anything else inside, a link) and is kept; the adapter has no sites; a hyper-parameter
+        cannot be written as JSON.
     """
     folder = Path(path).absolute()
     if not adapter.sites:
         raise FormatError(folder, "an adapter without sites changes nothing; got 0, expected some")
-    if folder.exists() and not overwrite:
+    if os.path.lexists(folder) and not overwrite:
         raise FormatError(folder, "exists already")
+    _check_replaceable(folder)
     names = _names({part: getattr(adapter, part) for part in PARTS})
     arrays = {_key(n): getattr(adapter, p)[site][name] for n, (p, site, name) in enumerate(names)}
     meta = {
@@ -95,6 +101,19 @@ def restore_adapter(path: str | os.PathLike[str], like: Adapter | None = None) -
     except Exception as error:  # Orbax and TensorStore raise whatever their layers do.
         first = str(error).strip().splitlines()[:1]
         raise FormatError(folder, f"damaged or unfinished checkpoint: {first}") from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """FormatError where something else than a checkpoint of an adapter would be deleted."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise FormatError(folder, "is a link or a file, expected a checkpoint; it is kept")
+    strange = sorted({p.name for p in folder.iterdir()} - CONTENTS)
+    whole = all((folder / name).is_dir() for name in ("arrays", "meta"))
+    if strange or not whole:
+        found = strange[:4] or sorted(p.name for p in folder.iterdir())
+        raise FormatError(folder, f"got {found} inside, expected a checkpoint only; it is kept")
 
 
 def _restore(folder: Path, like: Adapter | None) -> Adapter:

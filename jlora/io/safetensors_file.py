@@ -13,14 +13,15 @@ Deviates: duplicate keys, non-finite numbers and headers over 16 MiB are errors 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,95 +47,175 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+# What weights of a base model may have besides: read and written bit by bit, never computed with.
+FLOAT8: dict[str, np.dtype] = {
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(jnp.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(jnp.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
+}
+EVERY_DTYPE: dict[str, np.dtype] = {
+    **DTYPES,
+    **FLOAT8,
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"),
+}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".msgpack"}
 
 
 def read(
-    path: str | os.PathLike[str], max_bytes: int = MAX_BYTES
+    path: str | os.PathLike[str],
+    max_bytes: int = MAX_BYTES,
+    *,
+    dtypes: Mapping[str, np.dtype] = DTYPES,
+    finite: bool = True,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Tensors and metadata of one safetensors file.
 
     Args:
       path: the file. Only regular files are read; names of pickles are refused unread.
       max_bytes: larger files are refused unread.
+      dtypes: those that are accepted: `DTYPES`, or for a base model `EVERY_DTYPE`.
+      finite: refuse values that are NaN or infinite. A base model has some where it should (a mask
+        of -inf), which are no business of a reader that passes them on.
 
     Returns:
-      ``(tensors, metadata)``: arrays own their memory and are finite; bfloat16 comes as ml_dtypes'.
+      ``(tensors, metadata)``: arrays own their memory; bfloat16 and float8 come as ml_dtypes'.
 
     Raises:
-      FormatError: anything else than one whole, consistent, finite file.
+      FormatError: anything else than one whole, consistent (and with `finite`, finite) file.
     """
     data = read_bytes(path, max_bytes)
-    metadata = _checked_header(path, data)
+    metadata, _ = _checked_header(path, data, len(data), dtypes)
     try:
         views = safetensors.deserialize(data)
     except Exception as error:  # SafetensorError is no ValueError; nothing of it may leak out.
         raise FormatError(path, f"not a safetensors file ({error})") from error
     tensors = {}
     for name, view in views:
-        flat = np.frombuffer(view["data"], dtype=DTYPES[view["dtype"]])
+        flat = np.frombuffer(view["data"], dtype=dtypes[view["dtype"]])
         array = flat.reshape(view["shape"]).copy()
-        bad = _not_finite(array)
+        bad = not_finite(array) if finite else 0
         if bad:
             raise FormatError(path, f"{name!r} has {bad} of {array.size} values NaN or infinite")
         tensors[name] = array
     return tensors, metadata
 
 
+def header(
+    path: str | os.PathLike[str], dtypes: Mapping[str, np.dtype] = EVERY_DTYPE
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, dtype) of the tensors of a file, of which only the header is read.
+
+    Args:
+      path: the file, of any size.
+      dtypes: those that are accepted.
+
+    Raises:
+      FormatError: as `read`, but for the values.
+    """
+    with _regular(path) as (file, size):
+        entries, _ = _start(path, file, size, dtypes)
+    return {n: (tuple(e["shape"]), dtypes[e["dtype"]]) for n, e in entries.items()}
+
+
+def tensor(
+    path: str | os.PathLike[str], name: str, dtypes: Mapping[str, np.dtype] = EVERY_DTYPE
+) -> np.ndarray:
+    """One tensor of a file of any size, bit by bit; its values may be NaN or infinite.
+
+    Raises:
+      FormatError: as `header`, or there is none of that name.
+    """
+    with _regular(path) as (file, size):
+        entries, begin = _start(path, file, size, dtypes)
+        if name not in entries:
+            raise FormatError(path, f"has no {name!r}")
+        first, last = entries[name]["data_offsets"]
+        file.seek(begin + first)
+        data = file.read(last - first)
+    if len(data) != last - first:
+        raise FormatError(path, "changed while it was read")
+    return np.frombuffer(data, dtypes[entries[name]["dtype"]]).reshape(entries[name]["shape"])
+
+
 def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    dtypes: Mapping[str, np.dtype] = DTYPES,
+    finite: bool = True,
 ) -> None:
     """Writes tensors to `path`: whole or not at all; equal tensors give equal bytes.
 
     Args:
       path: the file; its directory exists.
-      tensors: name -> array of a dtype of `DTYPES`; all values finite.
+      tensors: name -> array of a dtype of `dtypes`.
       metadata: text for the header; PEFT and transformers want ``{"format": "pt"}``.
+      dtypes: see `read`.
+      finite: refuse values that are NaN or infinite; see `read`.
 
     Raises:
       FormatError: a name, dtype or value that `read` would refuse.
     """
-    write_bytes(path, to_bytes(path, tensors, metadata))
+    write_bytes(path, to_bytes(path, tensors, metadata, dtypes=dtypes, finite=finite))
 
 
 def to_bytes(
-    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    dtypes: Mapping[str, np.dtype] = DTYPES,
+    finite: bool = True,
 ) -> bytes:
     """The bytes `write` writes; `path` is named in errors only."""
     arrays = {}
     for name, value in tensors.items():
         array = np.asarray(value, order="C")
-        if array.dtype not in DTYPES.values():
+        if array.dtype not in dtypes.values():
             raise FormatError(path, f"{name!r} has dtype {array.dtype}, which the format lacks")
-        if _not_finite(array):
+        if finite and not_finite(array):
             raise FormatError(path, f"{name!r} has values that are NaN or infinite")
         arrays[name] = array
     data = safetensors.numpy.save(arrays, dict(metadata))
-    _checked_header(path, data)
+    _checked_header(path, data, len(data), dtypes)
     return data
 
 
 def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """The content of one regular file, at most `max_bytes` long."""
+    with _regular(path) as (file, size):
+        if size > max_bytes:
+            raise FormatError(path, f"{size} bytes, more than the limit of {max_bytes}")
+        data = file.read(size + 1)
+    if len(data) != size:
+        raise FormatError(path, "changed while it was read")
+    return data
+
+
+@contextlib.contextmanager
+def _regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
+    """A regular file that is no pickle, open for reading, and its size."""
     if Path(path).suffix.lower() in PICKLES:
         raise FormatError(path, "pickles and the like can run code; convert it to .safetensors")
     try:
         # O_NONBLOCK: opening a pipe somebody put there must not hang.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode):
+            os.close(handle)
+            raise FormatError(path, "not a regular file")
         with os.fdopen(handle, "rb") as file:
-            info = os.fstat(handle)
-            if not stat.S_ISREG(info.st_mode):
-                raise FormatError(path, "not a regular file")
-            if info.st_size > max_bytes:
-                raise FormatError(path, f"{info.st_size} bytes, more than the limit of {max_bytes}")
-            data = file.read(info.st_size + 1)
+            yield file, info.st_size
     except (OSError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(path, f"cannot be read ({error})") from error
-    if len(data) != info.st_size:
-        raise FormatError(path, "changed while it was read")
-    return data
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -154,7 +235,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def parse_json(path: str | os.PathLike[str], data: bytes) -> Any:
-    """JSON as the standard has it: no duplicate keys, NaN, or nesting without end."""
+    """JSON as the standard has it: no duplicate keys, NaN, or nesting without end.
+
+    A byte order mark, which editors put in front of UTF-8, is left aside.
+    """
 
     def unique(pairs):
         result = {}
@@ -168,22 +252,37 @@ def parse_json(path: str | os.PathLike[str], data: bytes) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise FormatError(path, f"bad JSON ({error})") from error
 
 
-def _checked_header(path: str | os.PathLike[str], data: bytes) -> dict[str, str]:
-    """Checks the header against the file; returns its metadata."""
-    if len(data) < 8:
-        raise FormatError(path, f"{len(data)} bytes: shorter than the 8 bytes of a header length")
+def _start(
+    path: str | os.PathLike[str], file: IO[bytes], size: int, dtypes: Mapping[str, np.dtype]
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """The entries of an open file, and where its tensors begin."""
+    start = file.read(8)
+    start += file.read(min(int.from_bytes(start, "little"), MAX_HEADER, size))
+    _, entries = _checked_header(path, start, size, dtypes)
+    return entries, len(start)
+
+
+def _checked_header(
+    path: str | os.PathLike[str], data: bytes, size: int, dtypes: Mapping[str, np.dtype]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Checks the header, with which `data` begins, against a file of `size` bytes.
+
+    Returns its metadata and its entries.
+    """
+    if size < 8:
+        raise FormatError(path, f"{size} bytes: shorter than the 8 bytes of a header length")
     length = int.from_bytes(data[:8], "little")
     text = data[8 : 8 + length]
-    if length > MAX_HEADER or 8 + length > len(data) or not text.startswith(b"{"):
+    if length > MAX_HEADER or 8 + length > size or not text.startswith(b"{"):
         if data[:4] == b"PK\x03\x04" or data[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
             raise FormatError(path, "a zip or pickle under another name; it will not be opened")
         raise FormatError(
-            path, f"a header of {length} bytes in {len(data)}, starting {text[:8]!r}; expected '{{'"
+            path, f"a header of {length} bytes in {size}, starting {text[:8]!r}; expected '{{'"
         )
     header = parse_json(path, text)
     metadata = header.pop("__metadata__", {})
@@ -191,7 +290,7 @@ def _checked_header(path: str | os.PathLike[str], data: bytes) -> dict[str, str]
         raise FormatError(path, "__metadata__ must map text to text")
     spans = []
     for name, entry in header.items():
-        begin, end = _checked_entry(path, name, entry)
+        begin, end = _checked_entry(path, name, entry, dtypes)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):
@@ -199,27 +298,29 @@ def _checked_header(path: str | os.PathLike[str], data: bytes) -> dict[str, str]
             kind = "overlaps the tensor before it" if begin < position else "leaves a gap"
             raise FormatError(path, f"{name!r} starts at byte {begin}, not {position}: {kind}")
         position = end
-    if position != len(data) - 8 - length:
+    if position != size - 8 - length:
         raise FormatError(
-            path, f"tensors take {position} bytes, the file has {len(data) - 8 - length} for them"
+            path, f"tensors take {position} bytes, the file has {size - 8 - length} for them"
         )
-    return metadata
+    return metadata, header
 
 
-def _checked_entry(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[int, int]:
+def _checked_entry(
+    path: str | os.PathLike[str], name: str, entry: Any, dtypes: Mapping[str, np.dtype]
+) -> tuple[int, int]:
     """Checks one tensor's entry; returns its byte span."""
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise FormatError(path, f"bad tensor name {name[:80]!r}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(path, f"{name!r}: want exactly dtype, shape and data_offsets")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise FormatError(path, f"{name!r}: dtype {entry['dtype']!r} is none of {sorted(DTYPES)}")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in dtypes:
+        raise FormatError(path, f"{name!r}: dtype {entry['dtype']!r} is none of {sorted(dtypes)}")
     shape, span = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or len(shape) > MAX_AXES:
         raise FormatError(path, f"{name!r}: bad shape {str(shape)[:80]}")
     if not _naturals(span) or len(span) != 2 or span[0] > span[1]:
         raise FormatError(path, f"{name!r}: bad data_offsets {str(span)[:80]}")
-    need = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
+    need = math.prod(shape) * dtypes[entry["dtype"]].itemsize
     if span[1] - span[0] != need:
         raise FormatError(
             path,
@@ -229,16 +330,18 @@ def _checked_entry(path: str | os.PathLike[str], name: str, entry: Any) -> tuple
     return span[0], span[1]
 
 
-def _not_finite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite, by the bits of their exponents.
+def not_finite(array: np.ndarray) -> int:
+    """How many values are NaN or infinite, by the bits of their exponents; 0 for float8.
 
     Arithmetic, even `isfinite` of bfloat16, may warn of signalling NaNs before they are refused.
     """
-    if array.dtype.kind not in "fV":  # V: bfloat16
+    if array.dtype.kind not in "fV" or array.dtype.itemsize == 1:  # V: bfloat16
         return 0
     bits = np.dtype(f"u{array.dtype.itemsize}")
     exponent = np.asarray(np.inf, array.dtype).view(bits)
-    return int(((array.view(bits) & exponent) == exponent).sum())
+    flat, step = array.reshape(-1).view(bits), 2**16  # in parts, which take no memory
+    parts = (flat[k : k + step] & exponent == exponent for k in range(0, flat.size, step))
+    return sum(int(part.sum()) for part in parts)
 
 
 def _naturals(value: Any) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.data import corpora, readers
 from experiments.data.descriptions import LABELS, REST
+from jlora.io import FormatError
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,13 @@ def test_brown_and_address_readers_keep_the_document(tmp_path):
     rows = list(readers.state_of_the_union(tmp_path))
     assert len(rows) == 14 and {row[1:] for row in rows} == {("early", "1790_x")}
     assert all(len(row[0].split()) == 60 for row in rows)
+
+
+def test_a_list_that_names_files_outside_of_its_folder_is_refused(tmp_path):
+    put(tmp_path / "secret", "a/b c/d\n" * 3)
+    put(tmp_path / "package/cats.txt", "../secret news\n")
+    with pytest.raises(FormatError, match="expected the plain name of a file inside"):
+        list(readers.brown(tmp_path))
 
 
 def test_every_label_is_described_in_three_wordings():

@@ -63,6 +63,17 @@ def test_a_stage_is_done_only_after_commit_and_notices_damage(tmp_path):
         stage.verify()
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "link/secret", "a\\b"])
+def test_files_that_a_record_names_outside_of_the_stage_are_refused(name, tmp_path):
+    (tmp_path / "secret").write_bytes(b"12345")
+    stage = Stage(tmp_path, "zoo", "abc")
+    (stage.open() / "link").symlink_to(tmp_path, target_is_directory=True)
+    size = [5, workdir.digest(tmp_path / "secret")]
+    workdir.write_json(stage.path / "DONE.json", {"files": {name: size}, "info": {}})
+    with pytest.raises(StageError, match="expected the plain name of a file inside"):
+        stage.verify()
+
+
 def test_a_full_disk_is_said_in_one_line(tmp_path):
     below_orbax = ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device")
     for error in (OSError(errno.ENOSPC, "No space left on device"), below_orbax):

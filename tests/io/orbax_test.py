@@ -68,6 +68,28 @@ def test_round_trip_of_adapters_and_banks_is_bitwise(saved, tmp_path):
     assert_same(bank, restore_adapter(tmp_path / "bank"))
 
 
+@pytest.mark.parametrize("kind", ["home", "more", "file", "link", "empty", "part"])
+def test_overwriting_keeps_what_is_no_checkpoint(kind, saved, tmp_path):
+    path, adapter = saved
+    target = tmp_path / "a"
+    if kind == "file":
+        target.write_text("notes")
+    elif kind == "link":
+        shutil.copytree(path, tmp_path / "b")
+        target.symlink_to(tmp_path / "b", target_is_directory=True)
+    elif kind == "more":
+        shutil.copytree(path, target)
+        (target / "notes").write_text("mine")
+    else:
+        target.mkdir()
+        if kind != "empty":
+            (target / ("meta" if kind == "part" else "thesis.tex")).mkdir()
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    with pytest.raises(FormatError, match="it is kept"):
+        save_adapter(target, adapter, overwrite=True)
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
 def test_shared_tensors_and_every_kind_of_field(tmp_path):
     adapter = make(**{"layers/q": VeRA(rank=4, seed=3), "layers/v": IA3("in")})
     save_adapter(tmp_path / "a", adapter)

@@ -7,7 +7,6 @@ Source: the layout of Hugging Face directories (`model.safetensors`, or shards a
 Deviates: pickled weights are refused.
 """
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,13 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from jlora.cli.merge import layout
 from jlora.core.adapter import Site
 from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.io.inside import inside
+from jlora.merge_cli import quantised
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+FLOATS = {name: safetensors_file.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
+MARKER = "jlora_merge.json"  # beside what the command writes; see `write`
 
 
 class Base:
@@ -42,7 +44,10 @@ class Base:
             listed = data.get("weight_map") if isinstance(data, dict) else None
             if not isinstance(listed, Mapping) or not listed:
                 raise FormatError(index, "lacks a weight_map")
-            self.files = sorted(set(map(str, listed.values())))
+            for file in listed.values():
+                if inside(folder, file, index).suffix != ".safetensors":
+                    raise FormatError(index, f"got the shard {file!r}, expected *.safetensors")
+            self.files = sorted(set(listed.values()))
         elif SINGLE in self.files:
             self.files, listed = [SINGLE], None
         else:
@@ -50,22 +55,25 @@ class Base:
         self.where: dict[str, str] = {}  # tensor -> file
         self.shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         for file in self.files:
-            for name, shape, dtype in header(folder / file):
-                self.where[name], self.shapes[name] = file, (shape, dtype)
+            for name, form in safetensors_file.header(folder / file).items():
+                self.where[name], self.shapes[name] = file, form
         if listed is not None and dict(listed) != self.where:
             wrong = sorted(set(map(tuple, listed.items())) ^ set(self.where.items()))[:4]
             raise FormatError(index, f"the index and the shards differ: {wrong}")
+        self.quantised = quantised.modules(self.shapes)
 
     def params(self, tables: Collection[str] = ()) -> dict[str, dict[str, Any]]:
         """Module -> the site of its weight (of 2 to 5 axes), and its bias where there is one.
 
-        `tables`: the modules whose weight is a looked-up table.
+        `tables`: the modules whose weight is a looked-up table. Codes of quantised weights count as
+        float32, which is what their values are read as.
         """
         found: dict[str, dict[str, Any]] = {}
         for name, (shape, dtype) in self.shapes.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and 2 <= len(shape) <= 5:
-                site = layout.site_of(module, shape, dtype, module in tables)
+                kind = dtype if dtype in FLOATS.values() else np.dtype(np.float32)
+                site = layout.site_of(module, shape, kind, module in tables)
                 found.setdefault(module, {})[site.path.rpartition("/")[2]] = site
             elif kind == "bias":
                 found.setdefault(module, {})["bias"] = jax.ShapeDtypeStruct(shape, dtype)
@@ -75,8 +83,89 @@ class Base:
         """A tensor of the base. Raises FormatError: there is none of that name."""
         if name not in self.where:
             raise FormatError(self.folder, f"has no {name}")
-        with safetensors.safe_open(self.folder / self.where[name], framework="flax") as file:
-            return np.asarray(file.get_tensor(name))
+        return safetensors_file.tensor(self.folder / self.where[name], name)
+
+    def readable(self, module: str) -> None:
+        """FormatError where the weight of a module cannot be read as numbers; see `quantised`."""
+        why = quantised.refusal(f"{module}.weight", self.shapes, self.quantised)
+        if why:
+            raise FormatError(self.folder, why)
+        if module in self.quantised and f"{module}.weight_format" in self.where:
+            got = self.tensor(f"{module}.weight_format")
+            if got.size != 1 or int(got.ravel()[0]) != quantised.ROW_MAJOR:
+                raise FormatError(
+                    self.folder, f"{module}.weight_format: got {got.tolist()}, expected 0 (row)"
+                )
+
+    def values(self, name: str, stored: np.ndarray) -> np.ndarray:
+        """A weight as numbers, float32, from the tensor `name` as it is stored.
+
+        Raises FormatError: it cannot be read (`readable`), or has values that are NaN or infinite.
+        """
+        module = name.removesuffix(".weight")
+        self.readable(module)
+        if module in self.quantised:
+            stored = quantised.dequantised(stored, self.tensor(f"{module}.SCB"))
+        with np.errstate(over="ignore"):
+            found = stored.astype(np.float32)
+        bad = safetensors_file.not_finite(found)
+        if bad:
+            raise FormatError(
+                self.folder, f"{name}: got {bad} values that are NaN or infinite, and it is changed"
+            )
+        return found
+
+    def written(self, name: str, dtype: str | None, changed: Collection[str]) -> np.dtype | None:
+        """The dtype in which a tensor is written; None where it is left out.
+
+        Args:
+          name: of the tensor.
+          dtype: what the user wants for floating point; None: that of the base.
+          changed: the tensors that an adapter changes.
+
+        Raises FormatError: a changed float8 weight for which no dtype is given.
+        """
+        old = self.shapes[name][1]
+        given = None if dtype is None else np.dtype(jnp.dtype(dtype))
+        module = name.rpartition(".")[0]
+        if name in changed:
+            if module in self.quantised:
+                return given or self.dtype()
+            if old in safetensors_file.FLOAT8.values() and given is None:
+                raise FormatError(
+                    self.folder,
+                    f"{name}: got {old}, which rounds most of a change away; say out.dtype",
+                )
+            return given or old
+        owner = next((m for m, q in self._owners(name) if name in q.parts), None)
+        if owner is not None:
+            return None if f"{owner}.weight" in changed else old
+        return given if given is not None and old in FLOATS.values() else old
+
+    def _owners(self, name: str) -> Iterator[tuple[str, quantised.Module]]:
+        """The quantised modules around a tensor."""
+        module = name.rpartition(".")[0]
+        while module:
+            if module in self.quantised:
+                yield module, self.quantised[module]
+            module = module.rpartition(".")[0]
+
+    def dtype(self) -> np.dtype:
+        """The floating dtype of the model as `config.json` says it, else float32."""
+        config = self.config()
+        word = config.get("dtype") or config.get("torch_dtype")
+        known = {d.name: d for d in FLOATS.values()}
+        return known.get(str(word), np.dtype(np.float32))
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`; {} where there is none. Raises FormatError: it is no JSON object."""
+        path = self.folder / "config.json"
+        if not path.is_file():
+            return {}
+        data = safetensors_file.parse_json(path, path.read_bytes())
+        if not isinstance(data, dict):
+            raise FormatError(path, f"got {type(data).__name__}, expected a JSON object")
+        return data
 
     def check(self, site: Site, module: str) -> str:
         """The name of the tensor of a module, if it can be one slice of a site.
@@ -84,6 +173,7 @@ class Base:
         Raises FormatError: there is none, or it has another shape.
         """
         name, expected = f"{module}.weight", layout.torch_shape(site)
+        self.readable(module)
         if name not in self.where:
             raise FormatError(self.folder, f"has no {name}, which the adapters change")
         got = self.shapes[name][0]
@@ -96,7 +186,7 @@ class Base:
         parts = []
         for index in np.ndindex(*site.stack):
             name = self.check(site, self.module(names.module(site.path, index), names))
-            parts.append(layout.from_torch(site, self.tensor(name)))
+            parts.append(layout.from_torch(site, self.values(name, self.tensor(name))))
         return np.stack(parts).reshape(*site.stack, site.d_in, site.d_out)
 
     def tied(self) -> int | None:
@@ -116,47 +206,29 @@ class Base:
     def shards(self) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, str]]]:
         """(file, tensors, metadata), one file in memory at a time."""
         for file in self.files:
-            yield (file, *safetensors_file.read(self.folder / file))
+            dtypes = safetensors_file.EVERY_DTYPE
+            yield (file, *safetensors_file.read(self.folder / file, dtypes=dtypes, finite=False))
 
     def rest(self) -> list[Path]:
         """The other files that belong to it: configuration, tokenizer, index."""
         unwanted = safetensors_file.PICKLES | {".safetensors", ".h5", ".gguf", ".onnx"}
-        files = [p for p in sorted(self.folder.iterdir()) if p.is_file()]
+        files = [p for p in sorted(self.folder.iterdir()) if p.is_file() and p.name != MARKER]
         return [p for p in files if p.suffix not in unwanted and not p.name.startswith(".")]
 
     def writing(self, changed: Collection[str], dtype: str | None) -> int:
         """Bytes at the peak of writing merged weights, the worst shard: `write.merged` in `dtype`.
 
-        Reading and writing hold a file three times, reading also the bits of a tensor that is
-        checked to be finite; a sum holds all of it and two matrices in float32.
+        Reading and writing hold a file three times; a sum holds all of it and two matrices in
+        float32.
         """
         peaks = []
         for file in self.files:
-            before = after = checked = added = 0
+            before = after = added = 0
             for name in (n for n, where in self.where.items() if where == file):
                 shape, old = self.shapes[name]
-                size, floating = math.prod(shape), jnp.issubdtype(old, jnp.floating)
-                new = jnp.dtype(dtype) if dtype and floating else old
-                before, after = before + size * old.itemsize, after + size * new.itemsize
-                checked = max(checked, size * (old.itemsize + 1) * floating)
+                size, new = math.prod(shape), self.written(name, dtype, changed)
+                before += size * old.itemsize
+                after += size * new.itemsize if new is not None else 0
                 added = max(added, 8 * size * (name in changed))
-            peaks.append(max(3 * before + checked, 3 * after, max(before, after) + added))
+            peaks.append(max(3 * before, 3 * after, max(before, after) + added))
         return max(peaks)
-
-
-def header(path: Path) -> Iterator[tuple[str, tuple[int, ...], np.dtype]]:
-    """(name, shape, dtype) of the tensors of a file. Raises FormatError: it is none."""
-    try:
-        with open(path, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            if size > safetensors_file.MAX_HEADER:
-                raise FormatError(path, f"a header of {size} bytes")
-            entries = json.loads(f.read(size))
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                dtype = safetensors_file.DTYPES[entry["dtype"]]
-                yield name, tuple(entry["shape"]), jnp.dtype(dtype)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(path, f"not a safetensors file ({error})") from error

@@ -60,7 +60,8 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
     row = lookup(config.method)
     if not dry:
         write.recover(target)
-    write.check_free(target, overwrite)
+    inputs = [path, *(m.path for m in config.models), *([config.base] if config.base else ())]
+    write.check_free(target, overwrite, inputs)
     base = Base(config.base) if config.base else None
     if config.out.format == "merged" and base is None:
         raise configs.ConfigError("base_model: lacks; merged weights need one")
@@ -86,7 +87,7 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
             bar.update(len(chunk.paths))
         adapter = to_adapter(made, given.sites)
         check_finite(row.name, made)
-        with write.whole(target, overwrite) as new:
+        with write.whole(target, overwrite, inputs) as new:
             if config.out.format == "merged" and base is not None:
                 write.merged(new, adapter, table, base, config.out.dtype, lambda: _step(bar))
             elif config.out.format == "orbax":

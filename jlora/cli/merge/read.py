@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import io
-from jlora.cli.merge.base import Base, header
+from jlora.cli.merge.base import Base
 from jlora.cli.merge.config import Config, ConfigError
 from jlora.cli.merge.layout import site_of
 from jlora.core.adapter import Adapter, Method, Site, unfold
-from jlora.io import FormatError, NameMap
+from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG, WEIGHTS
 from jlora.merging.convert import factored, to_lora
@@ -73,7 +73,7 @@ def factors(path: Path, names: NameMap) -> Shapes:
     Raises FormatError: factors of a grouped convolution, which are no change of its weight.
     """
     file, found = path / WEIGHTS, Shapes()
-    for name, shape, _ in header(file) if file.is_file() else ():
+    for name, (shape, _) in (safetensors_file.header(file) if file.is_file() else {}).items():
         match = FACTOR.fullmatch(name)
         if match:
             found.setdefault(match[1].removeprefix(names.prefix), {})[match[2]] = shape

@@ -3,12 +3,14 @@
 Everything is written into a hidden directory beside the target, which is renamed when it is
 complete, and removed when anything goes wrong. A run that is killed outright leaves the target as
 it was; the next run removes the hidden directory, and puts back what was about to be replaced.
+`replaceable` says what may be replaced.
 
 Source: our reading.
 Deviates: nothing.
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,29 +21,51 @@ import numpy as np
 
 from jlora import io
 from jlora.cli.merge import layout
-from jlora.cli.merge.base import Base
+from jlora.cli.merge.base import INDEX, Base
 from jlora.core.adapter import Adapter, Site
 from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.io.inside import inside
+from jlora.merge_cli import replaceable
 
 Changed = dict[str, tuple[Site, tuple[int, ...]]]  # tensor of the base -> slice of a site
 
 
 @contextlib.contextmanager
-def whole(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A path to write to, which becomes `path` at the end. Raises FormatError where it exists."""
-    path = path.absolute()
+def whole(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """A path to write a folder to, which becomes `path` at the end.
+
+    Args:
+      path: the target.
+      overwrite: whether a folder that this command wrote may be replaced.
+      inputs: what the merge reads; it is never replaced.
+
+    Raises FormatError: something is there that may not be replaced.
+    """
+    path, inputs = path.absolute(), tuple(inputs)
     recover(path)
-    check_free(path, overwrite)
+    check_free(path, overwrite, inputs)
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
         yield partial / "new"
+        replaceable.mark(partial / "new")
+        check_free(path, overwrite, inputs)
         if path.exists():
             os.replace(path, partial / "old")
         os.replace(partial / "new", path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        abandon(path)
+
+
+def abandon(path: Path) -> None:
+    """What was there before is at `path` again, unless the result is; nothing is beside it."""
+    with contextlib.suppress(OSError):
+        recover(path)
+    for _ in range(20):  # threads of a run that is stopped may still write
+        if not _partial(path.absolute()).exists():
+            return
+        shutil.rmtree(_partial(path.absolute()), ignore_errors=True)
 
 
 def recover(path: Path) -> None:
@@ -51,10 +75,20 @@ def recover(path: Path) -> None:
         os.replace(old, path)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """FormatError where something is at `path` that may not be replaced."""
-    if path.exists() and not overwrite:
+def check_free(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """FormatError where something is at `path`, or where its parts go, that may not be replaced."""
+    partial = _partial(path.absolute())
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise FormatError(partial, "expected a folder that an earlier run left; move it away")
+    strange = [p.name for p in partial.iterdir()] if partial.exists() else []
+    strange = sorted(name for name in strange if name != "old" and not name.startswith("new"))
+    if strange:
+        raise FormatError(partial, f"holds {strange[:4]}, which no run left; move it away")
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
         raise FormatError(path, "exists already; --overwrite replaces it")
+    replaceable.check(path, inputs)
 
 
 def peft(
@@ -103,28 +137,74 @@ def merged(
     """The base with the adapter merged into it, shard by shard; `done` is called after each.
 
     `table` is that of `changed`. Weights are added in float32 and rounded once, to `dtype` or that
-    of the base; tensors that no site changes are as they were, or cast to `dtype` where they are
-    floating.
+    of the base (for quantised weights: that of `config.json`). Tensors that no site changes are as
+    they were, bit by bit, or cast to `dtype` where they are floating and no part of a quantised
+    module; values that are NaN or infinite may be among them.
+
+    Raises FormatError: a changed or cast tensor is not finite.
     """
     path.mkdir()
     for file in base.rest():
         shutil.copy(file, path / file.name)
+    _settle(path, base, table, dtype)
     for file, tensors, metadata in base.shards():
         out = {}
         for name in list(tensors):
             old = tensors.pop(name)  # not held any longer than needed
-            floating = jnp.issubdtype(old.dtype, jnp.floating)
-            kind = np.dtype(jnp.dtype(dtype)) if dtype and floating else old.dtype
+            kind = base.written(name, dtype, table)
+            if kind is None:
+                continue
+            bad = 0  # of an old tensor that is only cast
             if name in table:
                 site, index = table[name]
                 arrays = adapter.trainable[site.path]
                 scale = adapter.frozen[site.path]["scale"]
                 a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
-                old = old.astype(np.float32)
+                old = base.values(name, old)
                 old += layout.to_torch(site, (float(scale[index]) * a) @ b)
-            out[name] = old.astype(kind, copy=False)
-        safetensors_file.write(path / file, out, metadata)
+            elif kind != old.dtype:
+                bad = safetensors_file.not_finite(old)
+            if name in table or kind != old.dtype:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    old = old.astype(kind, copy=False)
+                if safetensors_file.not_finite(old) > bad:
+                    why = f"{name}: got NaN or infinite values in {kind}, expected finite ones"
+                    raise FormatError(base.folder, why)
+            out[name] = old
+        target = inside(path, file, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        dtypes = safetensors_file.EVERY_DTYPE
+        safetensors_file.write(target, out, metadata, dtypes=dtypes, finite=False)
         done()
+
+
+def _settle(path: Path, base: Base, table: Changed, dtype: str | None) -> None:
+    """Index and `config.json` of merged weights where modules are not quantised any longer."""
+    written = {name: base.written(name, dtype, table) for name in base.where}
+    if all(kind is not None for kind in written.values()):
+        return
+    kept = {name: file for name, file in base.where.items() if written[name] is not None}
+    if (path / INDEX).is_file():
+        told = safetensors_file.parse_json(path / INDEX, (path / INDEX).read_bytes())
+        _write_json(path / INDEX, told | {"weight_map": kept})
+    config = base.config()
+    how = config.get("quantization_config")
+    if not isinstance(how, dict):
+        return
+    freed = {name.removesuffix(".weight") for name in table}
+    if base.quantised.keys() <= freed:
+        config = {k: v for k, v in config.items() if k != "quantization_config"}
+    else:
+        field, floats = "llm_int8_skip_modules", freed
+        if how.get(field) is None:  # none: transformers chooses, by what the model has
+            modules = {name.removesuffix(".weight") for name in kept if name.endswith(".weight")}
+            floats = {m for m in modules if m not in base.quantised} | freed
+        config["quantization_config"] = how | {field: sorted({*(how.get(field) or ()), *floats})}
+    _write_json(path / "config.json", config)
+
+
+def _write_json(path: Path, data: object) -> None:
+    safetensors_file.write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def cast(adapter: Adapter, dtype: str | None) -> Adapter:

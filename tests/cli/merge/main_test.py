@@ -16,7 +16,7 @@ import yaml
 import jlora as jl
 from jlora.cli.merge import main as command
 from jlora.cli.merge import write
-from jlora.cli.merge.base import INDEX, Base
+from jlora.cli.merge.base import INDEX, MARKER, Base
 from jlora.cli.merge.config import PLAIN
 from jlora.io import safetensors_file
 
@@ -89,6 +89,7 @@ def test_peft_from_peft(job, capsys):
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        MARKER,
     ]
 
 
@@ -135,7 +136,7 @@ def test_merged_weights_shard_by_shard(dtype, job, sharded):
     status, out = job(base_model=str(sharded), out={"format": "merged", "dtype": dtype})
     assert status == 0
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        p.name for p in sharded.iterdir() if p.suffix != ".bin"
+        [MARKER, *(p.name for p in sharded.iterdir() if p.suffix != ".bin")]
     )
     before, after = Base(sharded), Base(out)
     for name in before.where:
@@ -247,7 +248,10 @@ def test_what_exists_is_kept(job, capsys):
     (out / "mine").write_text("x")
     assert job()[0] == 2 and (out / "mine").exists()
     assert "--overwrite" in capsys.readouterr().err
-    assert job("--overwrite")[0] == 0 and not (out / "mine").exists()
+    assert job("--overwrite")[0] == 2 and (out / "mine").exists()
+    assert "did not write: ['mine']" in capsys.readouterr().err
+    (out / "mine").unlink()
+    assert job("--overwrite")[0] == 0
 
 
 def test_what_a_killed_run_left_is_removed(job, tmp_path):
@@ -261,11 +265,11 @@ import os, signal, sys
 from jlora.cli.merge import main, write
 real, calls = write.safetensors_file.write, []
 
-def second(*args):
+def second(*args, **options):
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(*args)
+    real(*args, **options)
 
 write.safetensors_file.write = second
 main.main(["--config", sys.argv[1], "--overwrite"])
@@ -331,11 +335,11 @@ def test_a_failure_leaves_nothing_half_written(overwrite, job, sharded, monkeypa
         job()
     calls = []
 
-    def fail(path, tensors, metadata):
-        calls.append(path)
+    def fail(*args, **options):
+        calls.append(1)
         if len(calls) == 2:
             raise OSError("no space left")
-        real(path, tensors, metadata)
+        real(*args, **options)
 
     real = safetensors_file.write
     monkeypatch.setattr(write.safetensors_file, "write", fail)
