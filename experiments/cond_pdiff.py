@@ -150,7 +150,7 @@ def show(report: dict[str, Any], workdir: Path) -> None:
             share = f"   {100 * gap['mean']:5.1f} % of the gap" if gap else ""
             print(f"  {key:16s} {100 * cell['mean']:5.1f} %{share}")
     for claim in report["claims"]:
-        print(f"[{'holds' if claim['holds'] else 'does not hold'}] {claim['text']}")
+        print(f"[{claim['verdict']}] {claim['text']}")
     print(f"\nReport: {workdir / 'report.html'}")
 
 

@@ -1,19 +1,22 @@
 """What must hold, judged from the figures of a report; a failure is stated, never hidden.
 
-A claim is {name, target, value, holds, text}. What was not measured has value None and does not
-hold. The targets are set for the full run with the anonymous head; smaller runs are judged by the
-same rule and said to be so.
+A claim is {name, target, value, verdict, text}; its verdict is one of `VERDICTS`, the same word in
+report.json, on the page, in markdown and in the terminal. Fewer than `MIN_TASKS` tasks are too few
+to say, whatever the figure; so is what was not measured at all, whose value is None. The targets
+are set for the full run with the anonymous head; smaller runs are judged by the same rule.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.report import bootstrap
+from experiments.report.schema import FAILS, HOLDS, TOO_FEW
 
 SOUP_MARGIN = 0.005  # 0.5 points of accuracy
 CONFUSION_TARGET = 0.99
 GAP_TARGETS = {"unseen_pair": 0.95, "unseen_label": 0.90}
 MIN_TASKS = 5  # below this a bootstrap over tasks says nothing
+FEW = f"fewer than {MIN_TASKS} tasks"
 FLOW, REFERENCE = ("euler", "20"), ("ddpm", "1000")
 LEVEL_NAMES = {
     "unseen_pair": "unseen pairs of seen labels",
@@ -27,7 +30,7 @@ def judge(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
     """All claims, in the order they are shown.
 
     Args:
-      report: needs summary, seen_paired, confusion_diagonal, unseen, steps.
+      report: needs summary, seen_paired, confusion, confusion_diagonal, unseen, steps.
       seed: of the bootstrap in the sampler comparison.
     """
     claims = []
@@ -36,8 +39,24 @@ def judge(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
     return [*claims, _soup(report), _confusion(report), _few_steps(report, seed)]
 
 
-def _claim(name: str, target: float, value: float | None, holds: bool, text: str) -> dict[str, Any]:
-    return {"name": name, "target": target, "value": value, "holds": bool(holds), "text": text}
+def compared(interval: Mapping[str, Any]) -> str:
+    """A paired difference in words: "better", "worse", "not told apart" or too few tasks to say."""
+    if interval["n"] < MIN_TASKS:
+        return TOO_FEW
+    if interval["low"] > 0:
+        return "better"
+    return "worse" if interval["high"] < 0 else "not told apart"
+
+
+def _claim(
+    name: str, target: float, value: float | None, tasks: int, holds: bool, text: str
+) -> dict[str, Any]:
+    """A claim over `tasks` tasks (0: not measured)."""
+    verdict = HOLDS if holds else FAILS
+    if tasks < MIN_TASKS:
+        verdict = TOO_FEW
+        text += f" {FEW.capitalize()}: {TOO_FEW}." if tasks else ""
+    return {"name": name, "target": target, "value": value, "verdict": verdict, "text": text}
 
 
 def _points(x: float) -> str:
@@ -52,15 +71,13 @@ def _span(interval: Mapping[str, Any]) -> str:
 def _beats_ridge(report, level: str) -> dict[str, Any]:
     name, words = f"{level}.beats_ridge", LEVEL_NAMES[level]
     if level not in report["unseen"]:
-        return _claim(name, 0.0, None, False, f"Not measured: this run has no {words}.")
+        return _claim(name, 0.0, None, 0, False, f"Not measured: this run has no {words}.")
     pair = report["unseen"][level]["paired"]["ridge"]
     text = (
         f"On {words} generated adapters minus kernel ridge: {_points(pair['mean'])} points of "
         f"accuracy over {pair['n']} tasks, {_span(pair)}; the interval must lie above 0."
     )
-    if pair["n"] < MIN_TASKS:
-        text += f" Fewer than {MIN_TASKS} tasks: too few to say."
-    return _claim(name, 0.0, pair["mean"], pair["low"] > 0 and pair["n"] >= MIN_TASKS, text)
+    return _claim(name, 0.0, pair["mean"], pair["n"], pair["low"] > 0, text)
 
 
 def _gap(report, level: str, target: float) -> dict[str, Any]:
@@ -69,14 +86,14 @@ def _gap(report, level: str, target: float) -> dict[str, Any]:
     made, ridge = gap.get("generated"), gap.get("ridge")
     if made is None:
         text = f"Not measured: this run has no {words} that training improves."
-        return _claim(name, target, None, False, text)
+        return _claim(name, target, None, 0, False, text)
     between = f"{100 * made['low']:.1f} to {100 * made['high']:.1f}"
     text = (
         f"On {words} generated adapters recover {100 * made['mean']:.1f} % of what training gains "
         f"over the base model ({made['n']} tasks, interval {between}); kernel ridge "
         f"{100 * ridge['mean']:.1f} %. Aim: {100 * target:.0f} %."
     )
-    return _claim(name, target, made["mean"], made["mean"] >= target, text)
+    return _claim(name, target, made["mean"], made["n"], made["mean"] >= target, text)
 
 
 def _soup(report) -> dict[str, Any]:
@@ -87,7 +104,7 @@ def _soup(report) -> dict[str, Any]:
         "is asked for."
     )
     holds = pair["mean"] >= -SOUP_MARGIN
-    return _claim("seen.within_soup", -SOUP_MARGIN, pair["mean"], holds, text)
+    return _claim("seen.within_soup", -SOUP_MARGIN, pair["mean"], pair["n"], holds, text)
 
 
 def _confusion(report) -> dict[str, Any]:
@@ -96,9 +113,8 @@ def _confusion(report) -> dict[str, Any]:
         f"{100 * value:.1f} % of generated adapters are closest to the soup of the task they were "
         f"asked for; {100 * CONFUSION_TARGET:.0f} % is asked for."
     )
-    return _claim(
-        "seen.confusion_diagonal", CONFUSION_TARGET, value, value >= CONFUSION_TARGET, text
-    )
+    tasks, holds = len(report["confusion"]["labels"]), value >= CONFUSION_TARGET
+    return _claim("seen.confusion_diagonal", CONFUSION_TARGET, value, tasks, holds, text)
 
 
 def _few_steps(report, seed: int) -> dict[str, Any]:
@@ -107,12 +123,10 @@ def _few_steps(report, seed: int) -> dict[str, Any]:
     many = report["steps"].get(REFERENCE[0], {}).get(REFERENCE[1], {}).get("values")
     if not few or not many:
         text = "Not measured: this run lacks 20 Euler steps or 1000 DDPM steps."
-        return _claim(name, 0.0, None, False, text)
+        return _claim(name, 0.0, None, 0, False, text)
     pair = bootstrap.paired(few, many, seed=seed)
     text = (
         f"20 flow steps minus 1000 DDPM steps: {_points(pair['mean'])} points over {pair['n']} "
         f"tasks, {_span(pair)}; it holds if the interval reaches 0 or better."
     )
-    if pair["n"] < MIN_TASKS:
-        text += f" Fewer than {MIN_TASKS} tasks: too few to say."
-    return _claim(name, 0.0, pair["mean"], pair["high"] >= 0 and pair["n"] >= MIN_TASKS, text)
+    return _claim(name, 0.0, pair["mean"], pair["n"], pair["high"] >= 0, text)

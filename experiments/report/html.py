@@ -83,12 +83,12 @@ def _missing(what: str) -> str:
 
 
 def _claim(claim: dict[str, Any]) -> str:
-    if claim["value"] is None:
-        kind, word = "open", "○ not measured"
-    elif claim["holds"]:
-        kind, word = "holds", "✓ holds"
-    else:
-        kind, word = "fails", "✗ does not hold"
+    kind, mark = {
+        schema.HOLDS: ("holds", "✓"),
+        schema.FAILS: ("fails", "✗"),
+        schema.TOO_FEW: ("open", "○"),
+    }[claim["verdict"]]
+    word = f"{mark} {claim['verdict']}"
     title: str = names.CLAIMS.get(claim["name"]) or claim["name"]
     return (
         f'<li class="{kind}"><span class="verdict">{word}</span><b>{escape(title)}</b>'
@@ -98,7 +98,7 @@ def _claim(claim: dict[str, Any]) -> str:
 
 def _summary(report) -> str:
     lead = "".join(f"<p>{_prose(text)}</p>" for text in words.lead(report))
-    held = sum(claim["holds"] for claim in report["claims"])
+    counts = words.verdicts(report)
     claims = "".join(map(_claim, report["claims"]))
     notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
     notes = f"<h3>Notes</h3><ul>{notes}</ul>" if notes else ""
@@ -122,7 +122,7 @@ def _summary(report) -> str:
     )
     return (
         f'<div class="lead">{lead}</div><div class="tiles">{cards}</div>'
-        f"<h3>What must hold: {held} of {len(report['claims'])} do</h3>"
+        f"<h3>What must hold: {counts}</h3>"
         "<p>The targets are set for the full run with the anonymous head; smaller runs are judged "
         f'by the same rule.</p><ul class="claims">{claims}</ul>{notes}'
         f"<h3>Accuracy on seen tasks</h3>{tables.main_table(report)}"

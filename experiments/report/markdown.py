@@ -66,7 +66,9 @@ def render(report: Mapping[str, Any]) -> str:
         lines.append(f"| {text} |" + "".join(cells))
     lines += ["", "What was asked for, and whether it holds:", ""]
     for claim in report["claims"]:
-        lines.append(f"- {'holds' if claim['holds'] else '**does not hold**'}: {claim['text']}")
+        verdict = claim["verdict"]
+        verdict = f"**{verdict}**" if verdict == schema.FAILS else verdict
+        lines.append(f"- {verdict}: {claim['text']}")
     controls = ", ".join(
         f"{name} {100 * cell['mean']:.1f} %" for name, cell in report["condition_controls"].items()
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2  # 2: a claim has a verdict of three, not a yes or no
 SEEN_KEYS = (
     "base",
     "trained",
@@ -39,7 +39,8 @@ UNSEEN_KEYS = (
 USER_KEYS = ("base", "generated")  # a user's task may have no trained adapter at all
 CONTROLS = ("shuffled", "null", "paraphrased")
 LEVELS = ("unseen_pair", "unseen_label", "unseen_corpus", "user")
-CLAIM_KEYS = ("name", "target", "value", "holds", "text")
+CLAIM_KEYS = ("name", "target", "value", "verdict", "text")
+VERDICTS = HOLDS, FAILS, TOO_FEW = ("holds", "does not hold", "too few to say")
 TOP = (
     "version config environment table summary seen_paired confusion confusion_diagonal "
     "condition_controls novelty_ratio diversity_ratio unseen steps curves audit claims notes times"
@@ -180,10 +181,12 @@ def validate(report: Any) -> None:
             )
     for i, claim in enumerate(report["claims"]):
         _need(claim, CLAIM_KEYS, f"report.claims[{i}]")
-        if not isinstance(claim["holds"], bool):
-            raise ReportError(f"report.claims[{i}].holds: {claim['holds']!r}, expected a bool")
-        if claim["holds"] and claim["value"] is None:
-            raise ReportError(f"report.claims[{i}]: holds without a value")
+        if claim["verdict"] not in VERDICTS:
+            raise ReportError(
+                f"report.claims[{i}].verdict: {claim['verdict']!r}, expected one of {VERDICTS}"
+            )
+        if claim["value"] is None and claim["verdict"] != TOO_FEW:
+            raise ReportError(f"report.claims[{i}]: {claim['verdict']} without a value")
 
 
 def figures(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.report import names
+from experiments.report import claims, names, schema
+
+_VERB = {
+    schema.HOLDS: "hold",
+    schema.FAILS: "do not hold",
+    schema.TOO_FEW: "had too few tasks to say",
+}
 
 
 def _p(value: float) -> str:
@@ -31,19 +37,25 @@ def lead(report: Mapping[str, Any]) -> list[str]:
                 f"{_p(entry['accuracy']['base']['mean'])}."
             )
             continue
-        pair = entry["paired"]["ridge"]
-        if pair["low"] > 0:
-            verdict = "better than"
-        elif pair["high"] < 0:
-            verdict = "worse than"
-        else:
-            verdict = "not told apart from"
+        verdict = {
+            "better": "better than kernel ridge",
+            "worse": "worse than kernel ridge",
+            "not told apart": "not told apart from kernel ridge",
+            schema.TOO_FEW: "beside kernel ridge",
+        }[claims.compared(entry["paired"]["ridge"])]
+        few = f": {claims.FEW} are {schema.TOO_FEW} which is better"
         text.append(
             f"{names.label(level)} ({count} task{'s' * (count > 1)}): generated adapters recover "
-            f"{_p(gap['mean'])} of what training would gain, {verdict} kernel ridge "
-            f"({_p(ridge['mean'])})."
+            f"{_p(gap['mean'])} of what training would gain, {verdict} "
+            f"({_p(ridge['mean'])}){few * (count < claims.MIN_TASKS)}."
         )
     return text
+
+
+def verdicts(report: Mapping[str, Any]) -> str:
+    """How many claims hold, do not hold, and had too few tasks."""
+    found = [claim["verdict"] for claim in report["claims"]]
+    return ", ".join(f"{found.count(kind)} {_VERB[kind]}" for kind in schema.VERDICTS)
 
 
 def condition(report: Mapping[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.report import build, claims, schema
+from experiments import cond_pdiff
+from experiments.report import build, claims, html, markdown, schema, words
 from experiments.report.example import example
 
 
@@ -21,7 +23,7 @@ def broken(report, path, value):
     *parents, last = path.split("/")
     place = report
     for key in parents:
-        place = place[key]
+        place = place[int(key) if isinstance(place, list) else key]
     if value is ...:
         del place[last]
     else:
@@ -86,7 +88,8 @@ def test_written_report_reads_back_and_is_bitwise_repeatable(report, tmp_path):
         ("unseen/elsewhere", {}, r"unseen\.elsewhere: unknown level"),
         ("confusion/matrix", [[1.0]], r"confusion\.matrix: expected 6 x 6"),
         ("summary/base/n", 0, r"summary\.base: n=0"),
-        ("version", 2, r"version: 2, expected 1"),
+        ("version", 1, r"version: 1, expected 2"),
+        ("claims/0/verdict", True, r"claims\[0\]\.verdict: True, expected one of \('holds'"),
         ("notes", {1: "x"}, r"notes: key 1 is int"),
         ("notes", {"a": object()}, r"notes\.a: object"),
         ("table", {}, r"table: no tasks"),
@@ -138,35 +141,82 @@ def test_claims_follow_the_figures_and_never_hide_a_failure(report):
     def after(name, path, value):
         return verdicts(broken(report, path, value))[name]
 
+    def holds(name, path, value):
+        return after(name, path, value)["verdict"] == "holds"
+
     pair = {"mean": 0.01, "low": 0.002, "high": 0.02, "n": 24, "confidence": 0.95}
     where = "unseen/unseen_pair/paired/ridge"
-    assert after("unseen_pair.beats_ridge", where, pair)["holds"]
-    assert not after("unseen_pair.beats_ridge", where, pair | {"low": -0.001})["holds"]
-    assert not after("unseen_pair.beats_ridge", where, pair | {"n": 3})["holds"]
+    assert holds("unseen_pair.beats_ridge", where, pair)
+    assert not holds("unseen_pair.beats_ridge", where, pair | {"low": -0.001})
     gap = pair | {"mean": 0.95, "low": 0.9, "high": 0.99}
     where = "unseen/unseen_pair/gap_recovered/generated"
-    assert after("unseen_pair.gap_recovered", where, gap)["holds"]
-    assert not after("unseen_pair.gap_recovered", where, gap | {"mean": 0.949})["holds"]
+    assert holds("unseen_pair.gap_recovered", where, gap)
+    assert not holds("unseen_pair.gap_recovered", where, gap | {"mean": 0.949})
     soup = pair | {"mean": -0.005}
-    assert after("seen.within_soup", "seen_paired/soup", soup)["holds"]
-    assert not after("seen.within_soup", "seen_paired/soup", soup | {"mean": -0.0051})["holds"]
-    assert after("seen.confusion_diagonal", "confusion_diagonal", 0.99)["holds"]
-    assert not after("seen.confusion_diagonal", "confusion_diagonal", 0.989)["holds"]
+    assert holds("seen.within_soup", "seen_paired/soup", soup)
+    assert not holds("seen.within_soup", "seen_paired/soup", soup | {"mean": -0.0051})
+    assert holds("seen.confusion_diagonal", "confusion_diagonal", 0.99)
+    assert not holds("seen.confusion_diagonal", "confusion_diagonal", 0.989)
     worse = {"mean": 0.8, "std": 0.0, "n": 8, "values": [0.8] * 8}
     better = worse | {"mean": 0.9, "values": [0.9] * 8}
     steps = {"euler": {"20": better}, "ddpm": {"1000": worse}}
-    assert after("sampler.few_steps", "steps", steps)["holds"]
+    assert holds("sampler.few_steps", "steps", steps)
     steps = {"euler": {"20": worse}, "ddpm": {"1000": better}}
-    assert not after("sampler.few_steps", "steps", steps)["holds"]
+    assert not holds("sampler.few_steps", "steps", steps)
+
+
+def small(tasks, gain):
+    """A report over so few tasks, with generated adapters so far above (below) kernel ridge."""
+    report = example(tasks=tasks)[0]
+    report["config"]["seed"] = 0
+    for level in ("unseen_pair", "unseen_label"):
+        rows = {}
+        for name, row in list(report["unseen"][level]["table"].items())[:tasks]:
+            rows[name] = {key: cell["mean"] for key, cell in row.items()}
+            rows[name]["generated"] = rows[name]["ridge"] + gain
+        report["unseen"][level] = schema.plain(build.level(rows, level))
+    for cell in (cell for points in report["steps"].values() for cell in points.values()):
+        cell |= {"values": cell["values"][:tasks], "n": len(cell["values"][:tasks])}
+    report["claims"] = schema.plain(claims.judge(report))
+    return report
+
+
+def test_too_few_tasks_are_said_in_the_same_words_everywhere(capsys):
+    """With 4 tasks each claim is "too few to say", whichever way its figure points."""
+    for gain in (0.2, -0.2):
+        report = small(4, gain)
+        assert [c["verdict"] for c in report["claims"]] == ["too few to say"] * 7
+        assert all(
+            c["text"].endswith("Fewer than 5 tasks: too few to say.") for c in report["claims"]
+        )
+        page = html.render(report, {}) if gain > 0 else ""
+        cond_pdiff.show(report, Path("run"))
+        shown, text = capsys.readouterr().out, markdown.render(report)
+        assert text.count("- too few to say:") == shown.count("[too few to say]") == 7
+        assert page.count("○ too few to say") == (7 if page else 0)
+        for claimed in ("does not hold", "✓", "✗"):
+            assert claimed not in page + text + shown
+        for sentence in words.lead(report)[1:3]:
+            assert "fewer than 5 tasks are too few to say" in sentence
+            assert "better than" not in sentence and "worse than" not in sentence
+
+
+@pytest.mark.parametrize(("gain", "word"), [(0.2, "better"), (-0.2, "worse")])
+def test_five_tasks_are_enough(gain, word):
+    report = small(5, gain)
+    assert "too few to say" not in {claim["verdict"] for claim in report["claims"]}
+    for sentence in words.lead(report)[1:3]:
+        assert f"{word} than kernel ridge" in sentence and "too few" not in sentence
 
 
 def test_what_was_not_measured_does_not_hold_and_says_so(report):
     bare = verdicts(report | {"unseen": {}, "steps": {}})
     for name in ("unseen_pair.beats_ridge", "unseen_label.gap_recovered", "sampler.few_steps"):
         claim = bare[name]
-        assert claim["value"] is None and not claim["holds"]
+        assert claim["value"] is None and claim["verdict"] == "too few to say"
         assert claim["text"].startswith("Not measured")
-    cheat = copy.deepcopy(report)
-    cheat["claims"][0] |= {"holds": True, "value": None}
-    with pytest.raises(schema.ReportError, match="holds without a value"):
-        schema.validate(cheat)
+    for verdict in ("holds", "does not hold"):
+        cheat = copy.deepcopy(report)
+        cheat["claims"][0] |= {"verdict": verdict, "value": None}
+        with pytest.raises(schema.ReportError, match=f"{verdict} without a value"):
+            schema.validate(cheat)

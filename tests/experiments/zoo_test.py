@@ -1,13 +1,18 @@
 """The zoo: sharded over 8 devices as on one, NaN named, the plan of runs, tasks by name."""
 
+import dataclasses
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import jlora as jl
 from experiments.config import Config
 from experiments.progress import Progress
-from experiments.stages import sample, world, zoo
+from experiments.stages import sample, world, zoo, zoo_training
 from experiments.workdir import StageError
 
 CONFIG = Config(
@@ -23,7 +28,7 @@ def made(tmp_path_factory):
 
 def train(made, folder, runs):
     with Progress(folder, "zoo", 1, "step") as bar:
-        return zoo.train(made, runs, CONFIG.zoo_steps, folder / "work", bar)["snapshots"]
+        return zoo_training.train(made, runs, CONFIG.zoo_steps, folder / "work", bar)["snapshots"]
 
 
 def test_runs_are_seeds_of_tasks_and_one_reference(made):
@@ -41,21 +46,71 @@ def test_sharded_runs_equal_unsharded_ones(made, tmp_path, monkeypatch):
     assert jax.device_count() == 8
     runs = zoo.plan(made)[:8]
     shardings = []
-    original = zoo.shard
+    original = zoo_training.shard
 
     def spy(tree, count):
         out = original(tree, count)
         shardings.append(len(jax.tree.leaves(out)[0].sharding.device_set))
         return out
 
-    monkeypatch.setattr(zoo, "shard", spy)
+    monkeypatch.setattr(zoo_training, "shard", spy)
     spread = train(made, tmp_path / "a", runs)
     assert shardings == [8]
-    monkeypatch.setattr(zoo, "shard", lambda tree, count: tree)
+    monkeypatch.setattr(zoo_training, "shard", lambda tree, count: tree)
     alone = train(made, tmp_path / "b", runs)
     for x, y in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
         assert np.abs(x[0] - x[1]).max() > 1e-3  # different runs do differ
+
+
+def test_training_is_adam_on_the_merged_weights_over_the_drawn_rows(made, tmp_path):
+    """The oracle merges, draws in a Python loop and knows nothing of lifting, vmap or scan."""
+    config, runs = CONFIG, zoo.plan(made)[:2]
+    with Progress(tmp_path, "zoo", 1, "step") as bar:
+        found = zoo_training.train(made, runs, config.zoo_steps, tmp_path / "work", bar)
+    rows = zoo_training.pools(made, runs)
+    adapter = zoo_training.template(made, config.seed)
+    apply = world.classifier(made.model, config.head_scale)
+    rate = optax.warmup_cosine_decay_schedule(1e-3, 1e-2, 1, config.zoo_steps, 1e-3)
+    solver = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+
+    @jax.jit
+    def step(trainable, moments, drawn):
+        def loss(trainable):
+            merged = jl.merge(made.upper, adapter.replace(trainable=trainable))
+            heads = jnp.asarray(made.heads)[drawn[:, 2]]
+            logits = apply(merged, made.hidden[drawn[:, 0]], made.mask[drawn[:, 0]], heads)
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[:, 1:2], 1).mean()
+
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = solver.update(jax.grad(loss)(trainable), moments, trainable)
+        return optax.apply_updates(trainable, updates), moments
+
+    for k in range(len(runs)):
+        trainable, moments = adapter.trainable, solver.init(adapter.trainable)
+        for number in range(config.zoo_steps):
+            key = jax.random.fold_in(jax.random.key(config.seed), rows.ids[k])
+            key = jax.random.fold_in(key, number)
+            pick = jax.random.randint(key, (config.zoo_batch,), 0, rows.sizes[k])
+            trainable, moments = step(trainable, moments, rows.table[k][pick])
+        for got, want in zip(
+            jax.tree.leaves(found["snapshots"]), jax.tree.leaves(trainable), strict=True
+        ):
+            np.testing.assert_allclose(got[k, -1], want, atol=2e-5)
+            assert np.abs(got[k, 0] - got[k, -1]).max() > 1e-4  # snapshots of different steps
+
+
+def test_the_recipe_holds_each_setting_of_training_and_no_other():
+    """A setting that is not in the recipe cannot reach the compiled steps, nor recompile them."""
+    one = zoo_training.recipe(CONFIG, CONFIG.zoo_steps)
+    read = {"zoo_lr", "zoo_batch", "zoo_snapshots", "head_scale", "seed"}
+    for field in dataclasses.fields(Config):
+        value = getattr(CONFIG, field.name)
+        if isinstance(value, int | float):
+            other = dataclasses.replace(CONFIG, **{field.name: value + 1})
+            assert (zoo_training.recipe(other, CONFIG.zoo_steps) != one) == (field.name in read)
+    arguments = inspect.signature(zoo_training.segment).parameters
+    assert "config" not in arguments and len(arguments) <= 7
 
 
 def test_a_nan_in_a_zoo_adapter_is_named(made, tmp_path, monkeypatch):
