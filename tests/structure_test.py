@@ -11,6 +11,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "system": set(),
     "work_list": {"system"},
     "lapack": set(),
+    "numerics": {"lapack"},
     "core": set(),
     "quantized": set(),
     "sharding": {"core"},
@@ -25,7 +26,8 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "merging": {"core", "algebra", "methods", "system"},  # merges give LoRA adapters
     "retrieval": {"core", "algebra", "merging", "system"},
     "compose": {"core", "algebra", "merging", "system"},
-    "federated": {"core", "algebra", "merging", "system"},
+    "contracts": {"algebra", "core", "routing", "system"},
+    "federated": {"core", "algebra", "contracts", "merging", "system"},
     "io": {"core", "methods"},
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import weighted
-from jlora.system import System
 
 
 class Bases(NamedTuple):
@@ -56,11 +56,20 @@ def fed_sb(left: Array, cores: Array, right: Array, weights: Array) -> LowRank:
     )
 
 
-SYSTEM = System(
+def _from_factors(bank: LowRank, weights: Array) -> Round:
+    """Clients as factors u_k = C_k (their core behind the identity) and one frozen R."""
+    left = jnp.eye(bank.u.shape[-2], dtype=bank.u.dtype)
+    return Round(fed_sb(left, bank.u, bank.v[0], weights))
+
+
+SYSTEM = Aggregation(
     name="Fed-SB",
     paper="Singhal 2025, 2502.15436",
     symbol="fed_sb",
     evidence="exact; bases by dense SVD; gradient of the core through the bases",
     rows=(70,),
     missing="clients with real data",
+    aggregate=_from_factors,
+    exact=True,
+    shared="uv",
 )

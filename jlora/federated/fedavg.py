@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
-from jlora.system import System
+from jlora.contracts.aggregation import Aggregation, Round
 
 
 def fedavg(bank: LowRank, weights: Array) -> LowRank:
@@ -41,9 +41,10 @@ def weighted(weights: Array, x: Array) -> Array:
     return jnp.einsum("n,n...->...", weights.astype(x.dtype), x, precision=lax.Precision.HIGHEST)
 
 
-SYSTEM = System(
+SYSTEM = Aggregation(
     name="FedIT, the average of factors",
     paper="Zhang 2023, 2305.05644",
     symbol="fedavg",
     evidence="numpy value; how far it is from the average of the deltas",
+    aggregate=lambda bank, weights: Round(fedavg(bank, weights)),
 )

@@ -28,9 +28,9 @@ from jax import Array
 
 from jlora import algebra
 from jlora.algebra import LowRank
+from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import fedavg
 from jlora.merging.exact.concat import concat
-from jlora.system import System
 
 
 class FedEx(NamedTuple):
@@ -54,9 +54,11 @@ def fedex(bank: LowRank, weights: Array, *, rank: int | None = None) -> FedEx:
     return FedEx(mean, residual)
 
 
-SYSTEM = System(
+SYSTEM = Aggregation(
     name="FedEx-LoRA",
     paper="Singhal 2024, 2410.09432",
     symbol="fedex",
     evidence="mean and residual are exact; tail of a cut residual; mutation check",
+    aggregate=lambda bank, weights: Round(*fedex(bank, weights)),
+    exact=True,
 )

@@ -25,8 +25,8 @@ import numpy as np
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import weighted
-from jlora.system import System
 
 
 def ffa(bank: LowRank, weights: Array) -> LowRank:
@@ -48,11 +48,14 @@ def require_shared(u: Array) -> None:
         raise ValueError(f"client {k}: got another u than client 0, expected one frozen u for all")
 
 
-SYSTEM = System(
+SYSTEM = Aggregation(
     name="FFA-LoRA",
     paper="Sun 2024, 2403.12313",
     symbol="ffa",
     evidence="exact; alpha and rate are one setting; noise is linear; mutation check",
     rows=(69,),
     missing="clients with real data",
+    aggregate=lambda bank, weights: Round(ffa(bank, weights)),
+    exact=True,
+    shared="u",
 )

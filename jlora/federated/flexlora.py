@@ -26,8 +26,8 @@ from jax import Array
 
 from jlora import algebra
 from jlora.algebra import LowRank
+from jlora.contracts.aggregation import Aggregation, Round
 from jlora.merging.exact.concat import concat
-from jlora.system import System
 
 
 def flexlora(bank: LowRank, weights: Array, *, ranks: Sequence[int]) -> LowRank:
@@ -51,10 +51,19 @@ def cut(x: LowRank, ranks: Sequence[int]) -> LowRank:
     )
 
 
-SYSTEM = System(
+def _whole(bank: LowRank, weights: Array) -> Round:
+    """What a client of the largest useful rank gets: nothing is cut."""
+    rank = min(bank.u.shape[-2], bank.v.shape[-1])
+    u, v = flexlora(bank, weights, ranks=(rank,))
+    return Round(LowRank(u[0], v[0]))
+
+
+SYSTEM = Aggregation(
     name="FlexLoRA",
     paper="Bai 2024, 2402.11505",
     symbol="flexlora",
     evidence="best of each rank by dense SVD; mutation check",
     kind="composition",
+    aggregate=_whole,
+    exact=True,
 )

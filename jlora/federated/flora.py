@@ -21,8 +21,8 @@ Deviates: scales are folded in before, so clients of different alpha / r stack c
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.contracts.aggregation import Aggregation, Round
 from jlora.merging.exact.concat import concat
-from jlora.system import System
 
 
 def flora(bank: LowRank, weights: Array) -> LowRank:
@@ -30,7 +30,7 @@ def flora(bank: LowRank, weights: Array) -> LowRank:
     return concat(bank, weights)
 
 
-SYSTEM = System(
+SYSTEM = Aggregation(
     name="FLoRA",
     paper="Wang 2024, 2409.05976",
     symbol="flora",
@@ -38,4 +38,6 @@ SYSTEM = System(
     kind="composition",
     rows=(68,),
     missing="clients with real data",
+    aggregate=lambda bank, weights: Round(flora(bank, weights)),
+    exact=True,
 )

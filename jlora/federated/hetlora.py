@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import fedavg
 from jlora.federated.flexlora import cut
-from jlora.system import System
 
 
 def hetlora(bank: LowRank, weights: Array) -> LowRank:
@@ -81,9 +81,10 @@ def pruned_rank(before: LowRank, after: LowRank, *, rank: int, gamma: float = 0.
     return jnp.where(shrunk, jnp.int32(keep), jnp.int32(rank))
 
 
-SYSTEM = System(
+SYSTEM = Aggregation(
     name="HetLoRA",
     paper="Cho 2024, 2401.06432",
     symbol="hetlora",
     evidence="numpy value; idle clients do not dilute; self-pruning; mutation check",
+    aggregate=lambda bank, weights: Round(hetlora(bank, weights)),
 )

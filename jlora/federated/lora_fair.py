@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import fedavg
-from jlora.system import System
 
 
 def lora_fair(
@@ -96,11 +96,12 @@ def _dot(spec: str, x: Array, y: Array) -> Array:
     return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)
 
 
-SYSTEM = System(
+SYSTEM = Aggregation(
     name="LoRA-FAIR",
     paper="Bian 2024, 2411.14961",
     symbol="lora_fair",
     evidence="closed form is stationary; cosine reaches it; equal clients unchanged",
     rows=(67,),
     missing="clients with real data",
+    aggregate=lambda bank, weights: Round(lora_fair(bank, weights)),
 )

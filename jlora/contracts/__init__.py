@@ -1,0 +1,8 @@
+"""Contracts: what a system of each kind must do, as a small protocol and a suite of laws.
+
+A kind has one file here: the record that its systems end with (a `System` with the functions of
+the protocol), and its laws, pure functions ``law(record, world) -> error`` that are 0 where the law
+holds. `tests/contracts` runs every record of the registry through its laws, and shows for each law
+a broken record that fails it. Adaptation methods have their laws in `jlora.contract`, merging
+methods in `jlora.merging.engine.laws`.
+"""
