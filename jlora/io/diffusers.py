@@ -22,13 +22,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora.core.adapter import Adapter, Site
-from jlora.io import safetensors_file
+from jlora.io import fused, safetensors_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.kohya import modules as kohya_modules
 from jlora.io.kohya.modules import ALPHA, DOWN, UP
@@ -37,7 +38,7 @@ from jlora.io.names import NameMap, near
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.lora import DORA, LORA, MAGNITUDE, MATRIX, TABLE
 from jlora.io.peft.read import ROOT, stacked
-from jlora.io.peft.table import Arrays, Read
+from jlora.io.peft.table import Arrays, Read, scale_of
 from jlora.io.peft.write import torch_side
 
 METADATA = "lora_adapter_metadata"
@@ -88,6 +89,17 @@ def load_diffusers(
     model = model_sites(params_or_sites, names, layout)
     modules = names.table(model.sites.values())
     found = _by_module(source, mine, start)
+    table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
+    reader = peft_config.Reader(source, {"peft_type": "LORA", **told}, table)
+    try:
+        found = fused.spread(found, modules)
+        outputs = {name: model.sites[where].d_out for name, (where, _) in modules.items()}
+        required = reader.targets if told.get("target_modules") else lambda module: False
+        found, alphas = fused.joined(found, outputs, partial(_scale, reader, told), required)
+    except ValueError as error:
+        raise (
+            error if isinstance(error, FormatError) else FormatError(source, str(error))
+        ) from error
     lost = sorted(found.keys() - modules.keys())
     if lost:
         raise FormatError(
@@ -96,7 +108,7 @@ def load_diffusers(
             f"{near(lost[0], modules) or 'none'}",
         )
     model = model.with_tables({modules[m][0] for m, t in found.items() if t.keys() & set(TABLE)})
-    read = _reader(source, found, told, modules)
+    read = _reader(source, found, told, modules, alphas)
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
     for module, parts in found.items():
         where, index = modules[module]
@@ -165,8 +177,24 @@ def _by_module(source: Path, mine: Mapping[str, np.ndarray], start: str) -> dict
     return found
 
 
+def _scale(
+    reader: peft_config.Reader, told: Mapping[str, Any], module: str, t: Arrays, rank: int
+) -> float:
+    """The scale of one module of a fused site."""
+    if not t.keys() <= set(OURS):
+        return (kohya_modules.alpha_of(t) or rank) / rank
+    fields = reader.fields(module) | ({} if "r" in told else _plain(t))
+    if fields["r"] != rank:
+        raise ValueError(f"{module}: {MATRIX[0]} has {rank} rows, expected {fields['r']}")
+    return float(scale_of(fields["lora_alpha"], rank, fields["use_rslora"]))
+
+
 def _reader(
-    source: Path, found: Mapping[str, Arrays], told: dict[str, Any], modules: Mapping[str, Any]
+    source: Path,
+    found: Mapping[str, Arrays],
+    told: dict[str, Any],
+    modules: Mapping[str, Any],
+    alphas: Mapping[str, float],
 ) -> Callable[[str, Site, Arrays], Read]:
     """What reads one module: by the metadata, or by the module's own tensors alone."""
     table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
@@ -186,14 +214,18 @@ def _reader(
 
     def read(module: str, site: Site, parts: Arrays) -> Read:
         if not parts.keys() <= set(OURS):
-            return kohya_modules.read(site, parts)
+            more = {ALPHA: np.asarray(alphas[module])} if module in alphas else {}
+            return kohya_modules.read(site, {**parts, **more})
         if not any(parts.keys() - {ALPHA} == set(keys) for keys in table.layouts):
             absent = [key for key in MATRIX if key not in parts]
             why = f"no matrix {absent[0]}; " if absent and not parts.keys() & set(TABLE) else ""
             wanted = [list(keys) for keys in table.layouts]
             raise ValueError(f"{why}got {sorted(parts)}, expected one of {wanted}")
         fields = reader.fields(module)
-        if "r" not in told:
+        if module in alphas:
+            rank = len(parts[MATRIX[0]])
+            fields |= {"r": rank, "lora_alpha": alphas[module], "use_rslora": False}
+        elif "r" not in told:
             fields |= _plain(parts)
         return table.read(site, {k: t for k, t in parts.items() if k != ALPHA}, fields)
 

@@ -18,6 +18,7 @@ from jlora.core.adapter import Site
 
 INDICES = "ijkl"
 BRACKETS = re.compile(r"(.*)\[([^\[\]]+?)(\.T)?\]")
+PART = re.compile(r".*\[\d+:\d+\]")
 LAYERS = r"layers(?:[/_](?P<i>\d+))?/"  # a stack, or a list or keys of single layers
 
 
@@ -52,7 +53,9 @@ class NameMap:
         ``{i}``, ``{j}``, ... the indices on the first, second, ... stack axis. In models without
         stacks a group named ``i`` takes the place of the first index: ``layers_(?P<i>\d+)/...``.
         The first rule that matches wins. ``module[name]``, or ``module[name.T]``, is a parameter
-        `name` of a module, see `peft_parameters`.
+        `name` of a module, see `peft_parameters` and, for vectors, `vectors`. ``module[0:8]`` is
+        the first eight outputs of a module that is fused in the files, and ``q + k + v`` three
+        modules of the files that are one site, see `fused`.
       prefix: put before every module name: ``"bert."`` for a `BertForSequenceClassification`.
       layer_offset: added to ``{i}``: the first layer of the adapter within the torch model, where
         the adapter is for the upper layers only.
@@ -104,7 +107,7 @@ class NameMap:
             name = match.expand(template)
             for key, value in indices.items():
                 name = name.replace(f"{{{key}}}", str(value))
-            return self.prefix + name
+            return " + ".join(self.prefix + part for part in name.split(" + "))
         raise ValueError(
             f"name map: no rule for site {path!r}; nearest: {near(path, self.rules) or 'none'}"
         )
@@ -121,7 +124,8 @@ class NameMap:
     def is_parameter(self, path: str) -> bool:
         """Whether the rule of the site at `path` names a parameter of a module."""
         rules = (t for pattern, t in self.rules.items() if re.fullmatch(pattern, path))
-        return BRACKETS.fullmatch(next(rules, "")) is not None
+        template = next(rules, "")
+        return BRACKETS.fullmatch(template) is not None and PART.fullmatch(template) is None
 
     def parameters(self, sites: Iterable[Site]) -> list[Parameter]:
         """The parameters among the sites, those of one module in the order of the rules.

@@ -21,6 +21,8 @@ from jlora.core.adapter import Adapter, Method, Site, unfold
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG, WEIGHTS
+from jlora.io.peft.tables import table_for
+from jlora.io.peft.vera_oft_ia3 import LN_TUNING
 from jlora.merging.convert import factored, to_lora
 
 FIRST, SECOND = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
@@ -44,6 +46,9 @@ def adapters(config: Config, base: Base | None) -> list[Adapter]:
     for k, path in enumerate(paths):
         if not path.is_dir():
             raise ConfigError(f"models[{k}].model: {path} is no directory")
+    for path in dict.fromkeys(paths):
+        if is_peft(path):
+            _check_type(path)
     found = {p: io.restore_adapter(p) for p in dict.fromkeys(paths) if not is_peft(p)}
     sites: dict[str, Site] = {}
     for a in found.values():
@@ -65,6 +70,21 @@ def adapters(config: Config, base: Base | None) -> list[Adapter]:
 def is_peft(path: Path) -> bool:
     """Whether a directory is PEFT's."""
     return (path / CONFIG).is_file()
+
+
+def _check_type(path: Path) -> None:
+    """Raises FormatError for an adapter that no base would make readable: prompts, norms, ..."""
+    file = path / CONFIG
+    try:
+        table = table_for(peft_config.read(file))
+    except ValueError as error:
+        raise error if isinstance(error, FormatError) else FormatError(file, str(error)) from error
+    if table is LN_TUNING:
+        raise FormatError(
+            file,
+            f"got peft_type {table.type!r}, whole vectors of norms; expected an adapter that "
+            "changes matrices, as a merge is of these",
+        )
 
 
 def factors(path: Path, names: NameMap) -> Shapes:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
-from jlora.io import safetensors_file
+from jlora.io import fused, safetensors_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.kohya import modules as kohya_modules
 from jlora.io.model_sites import model_sites
@@ -61,7 +61,16 @@ def load_kohya(
             raise FormatError(source, f"two modules are called {key!r} in this format")
         modules[key] = where
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
-    for key, found in _grouped(source, tensors, prefix, others).items():
+    groups = _grouped(source, tensors, prefix, others)
+    try:
+        groups = fused.spread(groups, modules)
+        outputs = {key: model.sites[where].d_out for key, (where, _) in modules.items()}
+        groups, alphas = fused.joined(groups, outputs, _scale, lambda module: False)
+        for key, alpha in alphas.items():
+            groups[key]["alpha"] = np.asarray(alpha)
+    except ValueError as error:
+        raise FormatError(source, str(error)) from error
+    for key, found in groups.items():
         if key not in modules:
             close = near(key, modules) or "none"
             raise FormatError(source, f"module {key!r} is no site of this model; nearest: {close}")
@@ -96,7 +105,9 @@ def save_kohya(
     for site, method in adapter.sites:
         own = {k: np.asarray(v) for k, v in adapter.arrays(site)[0].items()}
         for index in np.ndindex(*site.stack):
-            key = _flat(prefix, names.module(site.path, index))
+            module = names.module(site.path, index)
+            fused.check_whole(site.path, module)
+            key = _flat(prefix, module)
             try:
                 part = {name: array[index] for name, array in own.items()}
                 made = kohya_modules.write(site.slice(), method, part)
@@ -114,7 +125,12 @@ def save_kohya(
 
 
 def _flat(prefix: str, module: str) -> str:
-    return f"{prefix}_{module.replace('.', '_')}"
+    parts = module.split(fused.SUM)
+    return fused.SUM.join(f"{prefix}_{part.replace('.', '_')}" for part in parts)
+
+
+def _scale(module: str, tensors: Arrays, rank: int) -> float:
+    return (kohya_modules.alpha_of(tensors) or rank) / rank
 
 
 def _grouped(source: Path, tensors: Arrays, prefix: str, others: str) -> dict[str, Arrays]:

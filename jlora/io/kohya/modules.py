@@ -82,7 +82,7 @@ def read(site: Site, t: Arrays) -> Read:
     Raises:
       ValueError: no known set of suffixes, or a shape that does not fit the site.
     """
-    alpha = _alpha(t)
+    alpha = alpha_of(t)
     t = {key: array for key, array in t.items() if key != ALPHA}
     for together in ((DOWN, UP), ("lokr_w2",), (DORA_SCALE,)):
         t = pointwise(site, t, together)
@@ -285,7 +285,7 @@ def _exact_alpha(scale: np.ndarray, rank: int, dtype: Any) -> np.ndarray:
     raise ValueError(f"no alpha gives the scale {float(scale)!r} at rank {rank}")
 
 
-def _alpha(t: Arrays) -> float | None:
+def alpha_of(t: Arrays) -> float | None:
     """The alpha of a module, None where it is its rank."""
     if ALPHA not in t:
         return None

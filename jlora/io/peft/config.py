@@ -25,6 +25,7 @@ import regex
 
 from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
+from jlora.io.fused import SUM, whole
 
 IGNORED = {"runtime_config"}  # how to run, not what to compute
 MAX_BYTES = 2**20
@@ -107,6 +108,7 @@ class Reader:
 
     def fields(self, module: str) -> dict[str, Any]:
         """Values of the table's fields for one module, patterns applied."""
+        module = whole(module)
         values = {k: self.config.get(k, default) for k, default in self.table.fields.items()}
         for field, pattern_field in self.table.patterns.items():
             for pattern, value in (self.config.get(pattern_field) or {}).items():
@@ -120,6 +122,9 @@ class Reader:
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would adapt the module; 'all-linear' says yes to every one."""
+        module = whole(module)
+        if SUM in module:
+            return any(self.targets(one) for one in module.split(SUM))
         get = self.config.get
         wanted, excluded = get("target_modules"), get("exclude_modules")
         if excluded and self._listed(excluded, module):

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora.core.adapter import Adapter
-from jlora.io import safetensors_file
+from jlora.io import fused, safetensors_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.model_sites import model_sites
 from jlora.io.names import NameMap
@@ -31,7 +32,7 @@ from jlora.io.peft import parameters as peft_parameters
 from jlora.io.peft import replication
 from jlora.io.peft import tokens as peft_tokens
 from jlora.io.peft import vectors as peft_vectors
-from jlora.io.peft.lora import TABLE
+from jlora.io.peft.lora import MATRIX, TABLE
 from jlora.io.peft.read import (
     ROOT,
     Modules,
@@ -43,7 +44,7 @@ from jlora.io.peft.read import (
     read_files,
     regrown,
 )
-from jlora.io.peft.table import Read, Table, check_site
+from jlora.io.peft.table import Read, Table, check_site, scale_of
 from jlora.io.peft.tables import table_of
 from jlora.io.peft.write import extra_tensors, torch_side
 from jlora.methods.low_rank.lora import LoRA
@@ -185,6 +186,12 @@ def load_peft(
         config = {**config, peft_parameters.FIELD: None}
     reader = peft_config.Reader(folder / CONFIG, config, table)
     mine, shared, rest = by_module(tensors, table)
+    try:
+        mine = fused.spread(mine, modules)
+        outputs = {name: sites[where].d_out for name, (where, _) in modules.items()}
+        mine, alphas = fused.joined(mine, outputs, partial(_scale, reader), reader.targets)
+    except ValueError as error:
+        raise FormatError(folder / WEIGHTS, str(error)) from error
     check_rest(folder / WEIGHTS, reader, rest, extras, modules, sites)
     if table.regrow and not shared:
         shared = regrown(reader, table, mine, modules, sites)
@@ -201,7 +208,11 @@ def load_peft(
         site = model.site(where)
         try:
             check_site(table, site)
-            read = table.read(site.slice(), {**found, **shared}, reader.fields(module))
+            fields = reader.fields(module)
+            if module in alphas:
+                rank = len(found[MATRIX[0]])
+                fields |= {"r": rank, "lora_alpha": alphas[module], "use_rslora": False}
+            read = table.read(site.slice(), {**found, **shared}, fields)
         except ValueError as error:
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
         check_bias(folder / WEIGHTS, table, read.method, where, model.biases)
@@ -228,6 +239,14 @@ def peft_extras(
     rest = by_module(tensors, table)[2]
     rest = {key: t for key, t in rest.items() if not peft_tokens.is_token_key(key)}
     return {peft_vectors.torch_name(key): t for key, t in rest.items()}
+
+
+def _scale(reader: peft_config.Reader, module: str, _: Any, rank: int) -> float:
+    """The scale of one module of a fused site."""
+    fields = reader.fields(module)
+    if fields["r"] != rank:
+        raise ValueError(f"{module}: {MATRIX[0]} has {rank} rows, expected {fields['r']}")
+    return float(scale_of(fields["lora_alpha"], rank, fields["use_rslora"]))
 
 
 def _tables(tensors: Mapping[str, Any], modules: Modules) -> set[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from jlora.core.adapter import Adapter
 from jlora.core.lift import flatten
 from jlora.io.errors import FormatError
+from jlora.io.fused import check_whole
 from jlora.io.model_sites import biased
 from jlora.io.names import NameMap
 from jlora.io.peft.read import BASE, ROOT, check_bias
@@ -35,6 +36,7 @@ def torch_side(
         for index in np.ndindex(*site.stack):
             part = {name: array[index] for name, array in own.items()}
             module = names.module(site.path, index)
+            check_whole(site.path, module)
             try:
                 check_site(table, site)
                 made = table.write(method, site.slice(), part)

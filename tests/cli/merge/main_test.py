@@ -243,6 +243,22 @@ def test_refusals_write_nothing(name, job, capsys):
     assert not out.exists() and not list(out.parent.glob(".*"))
 
 
+@pytest.mark.parametrize("base", [None, str(GOLDEN / "base")])
+def test_an_adapter_of_no_matrices_is_refused_by_what_it_is(base, job, tmp_path, capsys):
+    """Not "a base is needed", which led nowhere."""
+    norms = tmp_path / "norms"
+    norms.mkdir()
+    (norms / "adapter_config.json").write_text('{"peft_type": "LN_TUNING", "target_modules": []}')
+    for model, words in (
+        (GOLDEN.parent / "bert/prompt", "it adds tokens or a cache"),
+        (norms, "whole vectors of norms"),
+    ):
+        status, out = job(models=(model, "lora"), **({"base_model": base} if base else {}))
+        told = capsys.readouterr().err
+        assert status == 2 and words in told and "base is needed" not in told
+        assert len(told.strip().splitlines()) == 1 and not out.exists()
+
+
 def test_what_exists_is_kept(job, capsys):
     _, out = job()
     (out / "mine").write_text("x")
