@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.core.adapter import Adapter
+from jlora.core.bank import one_adapter
 from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
@@ -98,6 +99,7 @@ def save_diffusers(
       FormatError: another method, or nothing to write.
       ValueError: a site has no name, or two have the same.
     """
+    one_adapter(adapter, "save_diffusers")
     source = Path(path)
     tensors, fields, table = torch_side(source, adapter, names, None)
     if table not in (LORA, DORA):

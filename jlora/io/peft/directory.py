@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
+from jlora.core.bank import one_adapter
 from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
@@ -78,6 +79,7 @@ def save_peft(
       FormatError: the files cannot say what the adapter is.
       ValueError: a site has no name, or the adapter is a bank.
     """
+    one_adapter(adapter, "save_peft")
     folder = Path(path)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
     adapter, bare, parameters = peft_parameters.split(folder, adapter, names)
