@@ -39,7 +39,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 1_330  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 1_440  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 220  # of one file of it
 
 

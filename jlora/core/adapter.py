@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core import compat
+from jlora.core.bank import Banked
 
 Arrays = dict[str, jax.Array]
 
@@ -121,6 +122,10 @@ class Site:
             raise ValueError(f"{self.path}: this method reads the weight; got an abstract one")
         return fold(w, self.kinds).astype(self.param_dtype)
 
+    def given(self, w: Any, shared: Arrays, siblings: tuple["Site", ...]) -> "Site":
+        """What `Method.init` is given of the first slice, whose weight is `w`."""
+        return self.slice(Bound(w, 0, shared, siblings))
+
     def slice(self, bound: Bound | None = None) -> "Site":
         """The site without its stack axes."""
         keep = [k for k, c in enumerate(self.kinds) if c != "s"]
@@ -208,8 +213,8 @@ def low_rank(x: Any, u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Adapter:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Adapter(Banked):
     """The parameters of one adapter; with one more leading axis on every array, a bank of them."""
 
     trainable: dict[str, Arrays]  # path -> name -> array, leading stack axes
@@ -222,14 +227,10 @@ class Adapter:
     def arrays(self, site: Site) -> tuple[Arrays, Arrays]:
         """(own, shared) arrays of a site, trainable and frozen together; only own are stacked."""
         own, shared = (
-            {**self.frozen.get(key, {}), **self.trainable.get(key, {})} if key else {}
+            {**self.frozen.get(key, {}), **self.trainable.get(key, {})}
             for key in (site.path, site.group)
         )
-        return own, shared
-
-    def __getitem__(self, i: Any) -> "Adapter":
-        """Adapter(s) `i` of a bank; `i` may be traced."""
-        return jax.tree.map(lambda t: t[i], self)
+        return own, shared if site.group else {}  # "" is the path of parameters that are one array
 
 
 def key_of(key: jax.Array, text: str) -> jax.Array:
@@ -284,8 +285,10 @@ def _init_site(key, site, method, weights, members, common):
 def stack(adapters: Sequence[Adapter]) -> Adapter:
     """A bank: every array gains a leading axis; smaller ranks are padded with zeros.
 
-    Raises ValueError when the adapters have other sites, methods or arrays.
+    Raises ValueError for no adapters, or when they have other sites, methods or arrays.
     """
+    if not adapters:
+        raise ValueError("stack: got no adapters, expected at least one")
     first = adapters[0]
     for k, other in enumerate(adapters):
         for (s0, m0), (s1, m1) in zip(first.sites, other.sites, strict=False):

@@ -64,6 +64,7 @@ def traced(fn: Callable, params: Any, args: Sequence[Any], kwargs: Mapping[str, 
 
 def check(arrays: Mapping[str, Any], adapter: Adapter) -> None:
     """Raises ValueError where a site is not a leaf of the parameters of the expected shape."""
+    check_adapter(adapter)
     for site, _ in adapter.sites:
         if site.path not in arrays:
             near = difflib.get_close_matches(site.path, arrays, n=3, cutoff=0.0)
@@ -77,6 +78,38 @@ def check(arrays: Mapping[str, Any], adapter: Adapter) -> None:
                 f"{site.path}: got a scale of shape {scale.shape}, expected {site.stack}; "
                 "of a bank, pick one adapter or map over all with jax.vmap"
             )
+
+
+def check_adapter(adapter: Any) -> Adapter:
+    """The adapter itself. Raises TypeError for anything else, as where one was forgotten."""
+    if not isinstance(adapter, Adapter):
+        shape = f" of shape {adapter.shape}" if is_array(adapter) else ""
+        raise TypeError(
+            f"adapter: got {type(adapter).__name__}{shape}, expected an Adapter of jl.init; "
+            "a lifted function is called as tuned(params, adapter, *args)"
+        )
+    return adapter
+
+
+def _given(adapter: Any) -> Adapter:
+    """An adapter; an empty one for {} and None."""
+    if adapter is None or (isinstance(adapter, Mapping) and not adapter):
+        return Adapter({}, {}, ())
+    return check_adapter(adapter)
+
+
+def check_read(jaxpr: Any, arrays: Mapping[str, Any], adapter: Adapter) -> None:
+    """Raises ValueError where a function uses none of the weights that the adapter changes."""
+    jaxpr, _ = compat.opened(jaxpr)
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    used = {path for path, v in zip(arrays, jaxpr.invars, strict=True) if id(v) in read}
+    sites = [site.path for site, _ in adapter.sites]
+    if sites and not used.intersection(sites):
+        raise ValueError(
+            f"the function reads none of the adapter's weights, {sites[:5]}, from its params: it "
+            "may hold copies of its own (a closure, a bound method); take them from its first "
+            "argument"
+        )
 
 
 def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callable:
@@ -95,19 +128,22 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
 
     Raises (when called):
       DenseWeightError: a weight cannot stay lazy; names path, primitive and source line.
-      ValueError: sites that are not in params or have another shape.
+      ValueError: sites that are not in params or have another shape, or none of which `fn` reads.
+      TypeError: the adapter was forgotten.
     """
     if on_dense not in ("error", "merge"):
         raise ValueError(f"on_dense: got {on_dense!r}, expected 'error' or 'merge'")
 
     def tuned(params, adapter, *args, ctx=None, **kwargs):
+        adapter = _given(adapter)
         leaves, _ = flatten(params)
         quantised = any(hasattr(v, "dequantize") for v in leaves.values())
-        if not adapter and not quantised:
+        if not adapter.sites and not quantised:
             out = fn(params, *args, **kwargs)
             return (out, {}) if aux else out
         arrays, jaxpr, tree = traced(fn, params, args, kwargs)
-        values = lazy_leaves(arrays, adapter or Adapter({}, {}, ()))
+        values = lazy_leaves(arrays, adapter)
+        check_read(jaxpr, arrays, adapter)
         scope = Scope(RULES, dict(ctx or {}), on_dense, aux)
         out = [scope.dense(v) for v in evaluate(scope, jaxpr, values)]
         out = jax.tree.unflatten(tree, out)

@@ -58,6 +58,10 @@ class Sites:
         A method that needs a matrix chooses among the leaves that a matmul, convolution or lookup
         consumes. Raises ValueError for no patterns, a bad regex, or a pattern without a site.
         """
+        if isinstance(methods, Method):
+            raise ValueError(
+                f"methods: got {methods}, expected {{'all-linear': {methods}}} or such"
+            )
         if not methods:
             raise ValueError("methods: got no patterns, expected {regex: Method}")
         chosen: dict[str, tuple[Site, Method]] = {}

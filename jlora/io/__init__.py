@@ -1,5 +1,6 @@
 """Files: adapters of PEFT, kohya and diffusers, Orbax checkpoints. Refuses what is unclear."""
 
+from jlora.io import exported as exported
 from jlora.io.diffusers import load_diffusers, save_diffusers
 from jlora.io.errors import FormatError
 from jlora.io.kohya.files import load_kohya, save_kohya

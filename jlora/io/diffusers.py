@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter, Site
+from jlora.core.bank import one_adapter
 from jlora.io import fused, safetensors_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.kohya import modules as kohya_modules
@@ -131,6 +132,7 @@ def save_diffusers(
       FormatError: another method, or nothing to write.
       ValueError: a site has no name, or two have the same.
     """
+    one_adapter(adapter, "save_diffusers")
     source = Path(path)
     tensors, fields, table = torch_side(source, adapter, names, None)
     if table not in (LORA, DORA):

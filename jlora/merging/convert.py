@@ -35,6 +35,7 @@ from jax import Array, lax
 from jlora import algebra
 from jlora.algebra import LowRank
 from jlora.core.adapter import Adapter, Arrays, Method, Site, fold
+from jlora.core.bank import one_adapter
 from jlora.core.lazy import merged
 from jlora.core.lift import check, flatten, is_array
 from jlora.merging.engine.inputs import to_adapter
@@ -63,6 +64,7 @@ def to_lora(
     Raises ValueError: a delta that depends on the activation; parameters that are needed and not
     given, or that lack a site; two budgets, or one outside of its range.
     """
+    one_adapter(adapter, "to_lora")
     _check_budget(rank, energy, error)
     weights: Mapping[str, Any] = {}
     if params is not None:

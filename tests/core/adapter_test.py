@@ -10,6 +10,7 @@ import pytest
 
 import jlora as jl
 from jlora.core.adapter import fold, initialise, unfold
+from jlora.io.names import NameMap
 
 
 def leaf(*shape, seed=0):
@@ -111,6 +112,74 @@ def test_a_bank_holds_adapters_of_other_alpha_and_rank():
     for k, one in enumerate((a, b)):
         merged = jax.jit(lambda i: jl.merge(w, jl.pick(bank, i)))(k)
         np.testing.assert_allclose(merged["w"], jl.merge(w, one)["w"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_bank_is_a_sequence():
+    a, b = adapters()
+    bank = jl.stack([a, b, a])
+    assert len(bank) == len(list(bank)) == 3 and bool(bank)
+    for got, one in zip(bank, (a, b, a), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got.trainable, one.trainable)
+    np.testing.assert_array_equal(bank[-2].trainable["w"]["a"], b.trainable["w"]["a"])
+    assert len(bank[1:]) == 2 and len(bank[np.array([0, 2])]) == 2
+    for i in (3, -4, np.int64(7)):
+        with pytest.raises(IndexError, match=rf"adapter {i}: the bank has 3"):
+            bank[i]
+    np.testing.assert_array_equal(
+        jax.jit(lambda i: bank[i].trainable["w"]["b"])(1), b.trainable["w"]["b"]
+    )
+
+
+@pytest.mark.parametrize("method", [jl.LoRA(2), jl.IA3(), jl.VeRA(2), jl.OFT(2), jl.Experts()])
+def test_one_adapter_is_told_from_a_bank(method):
+    """By its scale, or for methods without one by what their init makes."""
+    one = initialise(jax.random.key(0), [(site(group="*0"), method)], {"w": leaf(3, 4, 5)})
+    bank = jl.stack([one] * 2)
+    assert (one.bank_shape, bank.bank_shape) == ((), (2,))
+    assert jl.stack([bank] * 3).bank_shape == (3, 2)
+    assert jax.vmap(lambda a: jnp.zeros(len(a.bank_shape)))(bank).shape == (2, 0)
+    for use in (lambda: one[0], lambda: len(one), lambda: list(one), lambda: jl.pick(one, 0)):
+        with pytest.raises(TypeError, match="got one adapter of 1 sites, expected a bank"):
+            use()
+
+
+def test_where_one_adapter_is_wanted_a_bank_is_refused(tmp_path):
+    bank = jl.stack(adapters())
+    names = NameMap({"w": "w.{i}"})
+    uses = {
+        "save_peft": lambda: jl.io.save_peft(tmp_path / "peft", bank, names),
+        "save_kohya": lambda: jl.io.save_kohya(tmp_path / "k.safetensors", bank, names),
+        "save_diffusers": lambda: jl.io.save_diffusers(tmp_path / "d.safetensors", bank, names),
+        "to_lora": lambda: jl.merging.to_lora(bank),
+    }
+    for name, use in uses.items():
+        with pytest.raises(ValueError, match=rf"{name}: got a bank of 2 adapters, expected one"):
+            use()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="stack: got no adapters"):
+        jl.stack([])
+
+
+def test_the_text_and_the_size_of_an_adapter():
+    a, b = adapters()
+    assert a.size == 3 * (4 * 2 + 2 * 5) and jl.stack([a, b]).size == 2 * a.size
+    assert repr(a).startswith("Adapter(1 sites, 54 trainable parameters)\n  LoRA(rank=2")
+    assert repr(a).endswith(": w") and len(repr(a)) < 200
+    assert repr(jl.stack([a, b])).startswith("Adapter(bank of 2, 1 sites, 108 trainable")
+
+
+def test_ranks_are_positive_integers():
+    ranked: list = [
+        m for m in vars(jl).values() if isinstance(m, type) and issubclass(m, jl.Method)
+    ]
+    ranked = [m for m in ranked if "rank" in getattr(m, "__dataclass_fields__", {})]
+    assert len(ranked) >= 10
+    for method in ranked:
+        for rank in (4.5, 0, -1, True, "4"):
+            text = rf"^{method.__name__}\.rank: got {rank!r}, expected an integer of at least 1$"
+            with pytest.raises(ValueError, match=text):
+                method(rank=rank)
+        assert method(rank=np.int64(2)).rank == 2
 
 
 def test_padding_stays_zero_under_gradient_descent():

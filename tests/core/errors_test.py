@@ -122,6 +122,32 @@ def test_an_adapter_of_another_model():
         jl.lift(lambda p, x: x, on_dense="allow")
 
 
+def test_a_forgotten_adapter():
+    def fn(p, x):
+        return x @ p["block"]["w"]
+
+    text = r"adapter: got ArrayImpl of shape \(3, 4\), expected an Adapter.*tuned\(params, adapter"
+    with pytest.raises(TypeError, match=text):
+        jl.lift(fn)(W, X)
+    with pytest.raises(TypeError, match="adapter: got dict, expected an Adapter"):
+        jl.merge(W, {"block": 1})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"methods: got LoRA\(.*expected \{'all-linear': LoRA"):
+        jl.init(jax.random.key(0), fn, W, X, methods=jl.LoRA(2))  # type: ignore[arg-type]
+
+
+def test_a_function_that_closes_over_its_weights_is_refused():
+    """It would run the base, whatever the adapter."""
+
+    def fn(p, x):
+        return x @ p["block"]["w"]
+
+    a = jl.init(jax.random.key(0), fn, W, X, methods={"w": jl.LoRA(2)})
+    with pytest.raises(ValueError, match=r"reads none of the adapter's weights, \['block/w'\]"):
+        jl.lift(lambda p, x: fn(W, x))(W, a, X)
+    empty = jl.lift(lambda p, x: fn(W, x))(W, jl.Adapter({}, {}, ()), X)
+    np.testing.assert_array_equal(empty, fn(W, X))
+
+
 def test_reports_from_a_while_loop_are_refused():
     class Told(jl.LoRA):
         def apply(self, x, w, p, ctx):

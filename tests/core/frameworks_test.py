@@ -215,3 +215,44 @@ def test_equinox_stack(law32):
 
     adapter = law32(fn, arrays, {"weight": LORA}, X)
     assert adapter.sites[0][0].kinds == "soi"
+
+
+def test_equinox_embedding_in_a_module_that_is_the_parameters(law32):
+    """`eqx.nn.Embedding` looks up one row, under vmap; the module itself is the PyTree."""
+    eqx = pytest.importorskip("equinox")
+    keys = jax.random.split(jax.random.key(0), 3)
+    model = {
+        "table": eqx.nn.Embedding(7, 8, key=keys[0]),
+        "mlp": eqx.nn.MLP(8, 8, 6, 1, key=keys[1]),  # holds functions besides arrays
+    }
+
+    def fn(m, ids):
+        h = jax.vmap(m["mlp"])(jax.vmap(m["table"])(ids))
+        return h @ m["table"].weight.T
+
+    ids = np.array([0, 3, 6, 3], np.int32)
+    a = jl.init(jax.random.key(0), fn, model, ids, methods={"weight": LORA})
+    assert {s.path: s.kinds for s, _ in a.sites}["table/weight"] == "io"
+    a = a.replace(trainable=filled(a.trainable))
+    np.testing.assert_allclose(
+        jl.lift(fn)(model, a, ids), fn(jl.merge(model, a), ids), rtol=2e-4, atol=2e-5
+    )
+    arrays, static = eqx.partition(model, eqx.is_array)
+    law32(lambda arrays, ids: fn(eqx.combine(arrays, static), ids), arrays, {"weight": LORA}, ids)
+
+
+class NnxRemat(NnxStack):
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        @nnx.remat
+        def run(layer, x):
+            return nnx.tanh(layer(x))
+
+        return run(self.layers, x)
+
+
+def test_nnx_scan_of_remat(law32):
+    """The scan's step hands the layer's weights back through the checkpoint."""
+    fn, params = nnx_function(NnxRemat(nnx.Rngs(0)))
+    adapter = law32(fn, params, {"kernel": LORA}, X)
+    assert adapter.sites[0][0].kinds == "sio"

@@ -484,6 +484,13 @@ def test_arguments_that_are_not_arrays():
     assert out["none"] is None and out["n"].shape == (3,)
 
 
+@pytest.mark.parametrize("method", [LORA, jl.DoRA(2), jl.VeRA(2)], ids=["LoRA", "DoRA", "VeRA"])
+def test_parameters_that_are_one_array(law, method):
+    """Their path is empty, and so is the name of no shared group."""
+    adapter = law(lambda p, x: jnp.tanh(x @ p), w(6, 7), {"": method}, X, structural=False)
+    assert [s.path for s, _ in adapter.sites] == [""]
+
+
 def test_empty_adapters():
     """L1: nothing to do is the function itself, bit for bit."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
+from jlora.core.bank import one_adapter
 from jlora.io import fused, safetensors_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.kohya import modules as kohya_modules
@@ -100,6 +101,7 @@ def save_kohya(
       FormatError: another method, or nothing to write.
       ValueError: a site has no name, or two have the same.
     """
+    one_adapter(adapter, "save_kohya")
     source = Path(path)
     tensors: Arrays = {}
     for site, method in adapter.sites:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from jlora.core.adapter import Adapter
+from jlora.core.bank import one_adapter
 from jlora.io import fused, safetensors_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.model_sites import model_sites
@@ -84,6 +85,7 @@ def save_peft(
       FormatError: the files cannot say what the adapter is.
       ValueError: a site has no name, or the adapter is a bank.
     """
+    one_adapter(adapter, "save_peft")
     folder = Path(path)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
     adapter, vectors, alone = peft_vectors.split(folder, adapter, names)

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site, low_rank
+from jlora.core.checks import check_whole
 from jlora.system import System
 
 
@@ -57,8 +58,7 @@ class DoRA(Method):
     rslora: bool = dataclasses.field(default=False, compare=False)  # s = alpha / sqrt(rank)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"DoRA.rank: expected at least 1, got {self.rank}")
+        check_whole("DoRA.rank", self.rank)
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out] = 0, m [d_out] = the column norms of W; frozen scale []."""

@@ -43,6 +43,7 @@ import jax.numpy as jnp
 
 from jlora import algebra
 from jlora.core.adapter import Arrays, Method, Site, low_rank
+from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
 from jlora.system import System
 
@@ -78,8 +79,8 @@ class LoKr(Method):
 
     def __post_init__(self) -> None:
         for name, got in (("rank", self.rank), ("factor", self.factor)):
-            if got is not None and got < 1:
-                raise ValueError(f"LoKr.{name}: expected at least 1, got {got}")
+            if got is not None:
+                check_whole(f"LoKr.{name}", got)
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
         """w1 or a1, b1, and w2 or a2, b2 and perhaps t2; frozen scale []."""

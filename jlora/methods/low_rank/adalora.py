@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter, Arrays, Method, Site
+from jlora.core.checks import check_whole
 from jlora.system import System
 
 STD, TINY = 0.02, 1e-5
@@ -48,8 +49,7 @@ class AdaLoRA(Method):
     rank_axes: ClassVar[Mapping[str, int]] = {"a": -1, "e": -1, "b": -2}
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"AdaLoRA.rank: expected at least 1, got {self.rank}")
+        check_whole("AdaLoRA.rank", self.rank)
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
         dtype, (first, second) = site.param_dtype, jax.random.split(key)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.checks import check_whole
 from jlora.system import System
 
 
@@ -42,8 +43,7 @@ class HiRA(Method):
     rank: int = 32
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"HiRA.rank: expected at least 1, got {self.rank}")
+        check_whole("HiRA.rank", self.rank)
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out] = 0."""

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
 from jlora.system import System
 
@@ -46,8 +47,7 @@ class LoCon(Method):
     alpha: float = dataclasses.field(default=8.0, compare=False)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoCon.rank: expected at least 1, got {self.rank}")
+        check_whole("LoCon.rank", self.rank)
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
         """a [channels, r], t [before, after, r, r], b [r, d_out]; frozen scale []."""

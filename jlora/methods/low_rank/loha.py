@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
 from jlora.system import System
 
@@ -51,8 +52,7 @@ class LoHa(Method):
     tucker: bool = False  # a core over the window of a convolution; of others no difference
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoHa.rank: expected at least 1, got {self.rank}")
+        check_whole("LoHa.rank", self.rank)
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
         """a1, a2 [d_in, r], b1, b2 [r, d_out], or with cores t1, t2; frozen scale []."""

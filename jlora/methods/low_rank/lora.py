@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site, low_rank
+from jlora.core.checks import check_whole
 from jlora.system import System
 
 
@@ -57,8 +58,7 @@ class LoRA(Method):
     rank_axes: ClassVar[Mapping[str, int]] = {"a": -1, "b": -2}
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank: got {self.rank}, expected at least 1")
+        check_whole("LoRA.rank", self.rank)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site, low_rank
+from jlora.core.checks import check_whole
 from jlora.system import System
 
 
@@ -49,7 +50,7 @@ class PiSSA(Method):
     """Principal-component LoRA; `niter` None takes the exact SVD.
 
     Raises:
-      ValueError: at init, where rank is not in 1..min(d_in, d_out).
+      ValueError: rank is no integer of at least 1, or at init, is above min(d_in, d_out).
     """
 
     rank_axes: ClassVar[Mapping[str, int]] = {"a": -1, "b": -2, "a0": -1, "b0": -2}
@@ -57,6 +58,9 @@ class PiSSA(Method):
     rank: int = 8
     alpha: float = dataclasses.field(default=8.0, compare=False)
     niter: int | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("PiSSA.rank", self.rank)
 
     def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out]; frozen a0, b0, equal to them, and scale []."""

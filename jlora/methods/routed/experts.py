@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.checks import check_whole
 from jlora.routing import dispatch, router
 from jlora.system import System
 
@@ -51,8 +52,7 @@ class Experts(Method):
     backend: str = "dense"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"Experts.rank: expected at least 1, got {self.rank}")
+        check_whole("Experts.rank", self.rank)
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"Experts.top_k: expected in 1..{self.experts}, got {self.top_k}")
         if self.backend not in dispatch.BACKENDS:

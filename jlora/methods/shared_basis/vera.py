@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.checks import check_whole
 from jlora.system import System
 
 
@@ -40,8 +41,7 @@ class VeRA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"VeRA.rank: expected at least 1, got {self.rank}")
+        check_whole("VeRA.rank", self.rank)
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """Frozen basis_a [max d_in, r], basis_b [r, max d_out] of `seed`; `key` is not used."""

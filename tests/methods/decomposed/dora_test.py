@@ -76,7 +76,7 @@ def test_norms_in_bfloat16_bases_are_float32(bench):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"DoRA\.rank: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"DoRA\.rank: got 0, expected an integer of at least 1"):
         DoRA(rank=0)
 
 

@@ -103,7 +103,7 @@ def test_the_fast_path_costs_less_than_a_dense_delta():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"LoKr\.factor: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"LoKr\.factor: got 0, expected an integer"):
         LoKr(factor=0)
 
 

@@ -58,7 +58,7 @@ def test_penalty_by_numpy_and_zero_for_orthogonal_factors(bench):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"AdaLoRA\.rank: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"AdaLoRA\.rank: got 0, expected an integer"):
         AdaLoRA(rank=0)
 
 

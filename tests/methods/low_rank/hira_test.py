@@ -28,7 +28,7 @@ def test_limit_where_the_weight_is_zero_it_stays_zero(bench):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"HiRA\.rank: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"HiRA\.rank: got 0, expected an integer of at least 1"):
         HiRA(rank=0)
 
 

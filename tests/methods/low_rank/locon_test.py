@@ -101,7 +101,7 @@ def test_claim_a_kernel_with_one_window_for_all_is_found():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"LoCon\.rank: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"LoCon\.rank: got 0, expected an integer of at least 1"):
         LoCon(rank=0)
 
 

@@ -42,7 +42,7 @@ def test_no_dense_delta_is_formed(bench):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"LoHa\.rank: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"LoHa\.rank: got 0, expected an integer of at least 1"):
         LoHa(rank=0)
 
 

@@ -59,7 +59,7 @@ def test_limit_zero_d_is_the_base(bench):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"VeRA\.rank: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"VeRA\.rank: got 0, expected an integer of at least 1"):
         VeRA(rank=0)
 
 
