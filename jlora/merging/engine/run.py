@@ -113,7 +113,7 @@ def bound(row: Merging, bank: Deltas, weights: Any, **options: Any) -> dict[str,
     if row.certificate is None:
         raise ValueError(f"{row.name}: expected a method with a certificate, got one without")
     run: Any = per_site(row.certificate)
-    return run(bank, weights, **options)
+    return run(algebra.widened(bank), weights, **options)
 
 
 def lookup(name: str) -> Merging:
@@ -134,6 +134,7 @@ def apply(
     **options: Any,
 ) -> Deltas:
     """A row of the table on a bank of deltas, jitted once for each set of static options."""
+    bank = algebra.widened(bank)
     arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray)}
     static = tuple(sorted((k, v) for k, v in options.items() if k not in arrays))
     run = _jitted if jit else _run
