@@ -78,8 +78,13 @@ def deltas(adapter: Any) -> Deltas:
       TypeError: a method has neither `kron` nor `factors` (its delta has no closed factored form).
     """
     if isinstance(adapter, Mapping):
-        return dict(adapter)
+        return widened(adapter)
     return {site.path: _read(adapter, site, method) for site, method in adapter.sites}
+
+
+def widened(x: Mapping[str, Delta]) -> Deltas:
+    """Deltas whose factors are float32, or wider where they are; exact."""
+    return jax.tree.map(_wide, dict(x))
 
 
 def _read(adapter: Any, site: Any, method: Any) -> Delta:
@@ -87,7 +92,7 @@ def _read(adapter: Any, site: Any, method: Any) -> Delta:
     for form, read in ((Kron, getattr(method, "kron", None)), (LowRank, method.factors)):
 
         def one(own: dict[str, Array], read: Any = read) -> Any:
-            return read({**shared, **own})
+            return read(method.prepare({**shared, **own}))
 
         for _ in site.stack:
             one = jax.vmap(one)
@@ -296,7 +301,7 @@ def _angles(p: Array, q: Array) -> Array:
 
 
 def _bank(x: Any) -> Deltas:
-    return dict(x) if isinstance(x, Mapping) else jax.vmap(deltas)(x)
+    return widened(x) if isinstance(x, Mapping) else jax.vmap(deltas)(x)
 
 
 def _sum(parts: list[Array], dtype: jnp.dtype) -> Array:
@@ -308,7 +313,7 @@ def _flat(x: Array) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(wide(x.dtype))
+    return x if x.dtype == wide(x.dtype) else x.astype(wide(x.dtype))
 
 
 def _dtype(*trees: Any) -> jnp.dtype:

@@ -40,6 +40,9 @@ NAMES = NameMap(
     }
 )
 
+# Of a dtype, how far a value may be from float64's, relative to the largest: some roundings.
+ROUNDING = {"float32": 1e-5, "bfloat16": 0.016, "float16": 0.002}
+
 # Compile time is most of the run time: no effort is spent on code that runs once.
 HASTY = {"xla_backend_optimization_level": 0}
 
@@ -64,16 +67,27 @@ def unrolled(params: Any, x: Any) -> Any:
     return x @ params["head"]
 
 
+def projected(params: Any, x: Any) -> Any:
+    """The kernels of both layers alone, in the dtype of x: [b, t, 8] -> [b, t, 2, 12]."""
+    return jnp.einsum("bti,lio->btlo", x, params["up"].astype(x.dtype))
+
+
 def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 3, jnp.float32)
 
 
-def close(got: Any, want: Any, tol: float = 1e-4) -> None:
+def close(got: Any, want: Any, tol: float = 1e-4, what: str = "") -> None:
     """Equal up to rounding, relative to the largest entry of each leaf."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-        np.testing.assert_allclose(g, w, rtol=0, atol=tol * (1e-3 + np.abs(w).max()))
+        np.testing.assert_allclose(g, w, rtol=0, atol=tol * (1e-3 + np.abs(w).max()), err_msg=what)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """With the floating arrays of a tree in `dtype`."""
+    floating = lambda t: jnp.issubdtype(t.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda t: t.astype(dtype) if floating(t) else t, tree)
 
 
 class Case:
@@ -318,6 +332,56 @@ def typed(case: Case) -> None:
             assert all(t.dtype == base for t in jax.tree.leaves(merged))
 
 
+def precise(case: Case) -> None:
+    """whatever dtypes base, adapter and activation have, it is what float64 merges"""
+    kinds = list(ROUNDING)
+    # nine trials, in which every pair of dtypes occurs
+    trials = [(b, a, kinds[(i + j) % 3]) for i, b in enumerate(kinds) for j, a in enumerate(kinds)]
+    if not case.merges:  # what a router chooses may depend on how the activation is rounded
+        trials = [(base, kept, "float32") for base, kept, _ in trials]
+
+    def run(base, adapter, x):
+        y = case.forward(adapter, x, base, projected)
+        return y, case.merge(base, adapter)["up"] if case.merges else ()
+
+    def definition(base, adapter, x):
+        if not case.merges:
+            return run(base, adapter, x)
+        merged = case.merge(base, adapter)
+        return projected(merged, x), merged["up"]
+
+    adapters = {d: _stored(case.noisy[1], d) for d in kinds}
+    bases, xs = ({d: t.astype(d) for d in kinds} for t in (case.params["layers"]["up"], case.x))
+    given = [({"up": bases[base]}, adapters[kept], xs[kind]) for base, kept, kind in trials]
+    found = case.jit(lambda given: [run(*each) for each in given])(given)
+    with jax.enable_x64(True):
+        one = case.jit(definition)
+        exact = [one(*cast(each, jnp.float64)) for each in given]
+    for trial, (y, merged), (want, total) in zip(trials, found, exact, strict=True):
+        what = "base {}, adapter {}, activation {}".format(*trial)
+        assert y.dtype == trial[2], what
+        close(y, want, ROUNDING[trial[2]], what)
+        if case.merges:
+            assert merged.dtype == trial[0], what
+            close(merged, total, ROUNDING[trial[0]] / 2, what)
+
+
+def _stored(adapter: Adapter, dtype: str) -> Adapter:
+    """Of the kernels `up`, as from a file of `dtype`: the scale is float32, all else in `dtype`."""
+    ((site, method),) = (row for row in adapter.sites if row[0].path == "layers/up")
+    site = dataclasses.replace(site, path="up", dtype=jnp.dtype(dtype))
+
+    def kept(part: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        names = {"layers/up": "up", site.group: site.group}
+        named = {names[path]: arrays for path, arrays in part.items() if path in names}
+        return {
+            path: {k: t if k == "scale" else cast(t, dtype) for k, t in arrays.items()}
+            for path, arrays in named.items()
+        }
+
+    return Adapter(kept(adapter.trainable), kept(adapter.frozen), ((site, method),))
+
+
 def trained(case: Case) -> None:
     """every declared trainable has a gradient"""
     _, start = case.everything(case.fresh)["lifted"]
@@ -344,6 +408,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "L11": compiled_once,
     "L12": typed,
     "L13": trained,
+    "L14": precise,
 }
 
 

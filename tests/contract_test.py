@@ -125,12 +125,27 @@ class Dead(LoRA):  # L13: declares what it does not use
         return {**trainable, "unused": jnp.ones(3)}, frozen
 
 
+class Narrow(LoRA):  # L14: rounds its scale to the dtype that it is kept in
+    def prepare(self, p):
+        return p
+
+
+class Rounding(LoRA):  # L14: right dtypes, computed in fewer digits
+    def apply(self, x, w, p, ctx):
+        return super().apply(x, w, {**p, "a": jax.lax.reduce_precision(p["a"], 8, 7)}, ctx)
+
+
 def noisy_lift(fn):  # L1: alters the empty case
     return lambda params, adapter, *x, **kw: jl.lift(fn)(params, adapter, *x, **kw) + 1
 
 
 def copying_merge(params, adapter):  # L7: copies what it need not touch
     return {**jl.merge(params, adapter), "head": params["head"] + 0.0}
+
+
+def merge_as_made(params, adapter):  # L14: leaves in the dtype of the site
+    kind = adapter.sites[0][0].dtype
+    return jax.tree.map(lambda t: t.astype(kind), jl.merge(params, adapter))
 
 
 DOUBLES = [
@@ -147,6 +162,9 @@ DOUBLES = [
     ("L11", Fussy, {}),
     ("L12", Half, {}),
     ("L13", Dead, {}),
+    ("L14", Narrow, {}),
+    ("L14", Rounding, {}),
+    ("L14", LoRA, {"merge": merge_as_made}),
 ]
 
 

@@ -28,6 +28,14 @@ def wide(dtype: Any) -> Any:
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def widened(p: Arrays) -> Arrays:
+    """`p` with its floating arrays in one dtype, the widest of theirs and float32; exact."""
+    floating = {k: t for k, t in p.items() if jnp.issubdtype(t.dtype, jnp.floating)}
+    dtypes = [jnp.dtype(wide(t.dtype)) for t in floating.values()]
+    dtype = max(dtypes, key=lambda d: d.itemsize, default=None)
+    return p | {k: t.astype(dtype) for k, t in floating.items() if t.dtype != dtype}
+
+
 def transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
     return x if list(order) == sorted(order) else jnp.transpose(x, list(order))
 
@@ -145,6 +153,14 @@ class Method:
     rank_axes: ClassVar[Mapping[str, int]] = {}  # name -> rank axis from the end; padded by `stack`
     vectors: ClassVar[bool] = False  # may also adapt leaves that no matmul consumes (biases, norms)
 
+    def prepare(self, p: Arrays) -> Arrays:
+        """The arrays of one matrix as `factors`, `merge` and `apply` get them from the core.
+
+        Adapters may be kept in bfloat16 or float16; scales, products of factors, norms and
+        rotations are computed in at least float32, and meet an activation in its own dtype.
+        """
+        return widened(p)
+
     @property
     def merges(self) -> bool:
         """False for methods whose delta depends on x: they have neither merge nor factors."""
@@ -174,8 +190,8 @@ class Method:
 
         `x` is [..., d_in], or stands for it (rows of an embedding, patches of a convolution):
         `x @ m` with m [d_in, k] always works. `x @ w` runs the model's own matmul. `w.dense()`
-        is the base matrix, `w.merged(self, p)` the merged one. `p` keeps its own dtypes (cast to
-        `x.dtype` where they meet x); the result is cast to the model's.
+        is the base matrix, `w.merged(self, p)` the merged one. The floating arrays of `p` have one
+        dtype, at least float32 (cast what meets x to `x.dtype`); the result is cast to the model's.
         """
         uv = self.factors(p)
         if uv is None:

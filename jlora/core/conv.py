@@ -38,7 +38,7 @@ def window(site: Site) -> tuple[int, int, int]:
 
 def tucker(a: jax.Array, core: jax.Array) -> jax.Array:
     """a [channels, r] and a core [before, after, r, k]: a factor [before, channels, after, k]."""
-    return jnp.einsum("cr,bark->bcak", a, core)
+    return jnp.einsum("cr,bark->bcak", a, core, precision="highest")
 
 
 class Patches(Operand):
@@ -92,7 +92,7 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
 
 def _grouped(w, x, run, kernel, out, groups, p, back, aval):
     """Every group has patches of its own: factors if there are any, the merged kernel if not."""
-    uv = w.method.factors({**w.shared, **w.own})
+    uv = w.method.factors(w.prepared())
     if uv is None or p["batch_group_count"] > 1 or out.atoms != sorted(out.atoms):
         return [transposed(run(x, w.merged()), back).astype(aval.dtype)]
     u, v = uv

@@ -76,7 +76,8 @@ class Lazy:
         return self.opened() if self.ndim - 1 in axes else self
 
     def cast(self, w: jax.Array) -> jax.Array:
-        for dtype in self.casts or (self.site.dtype,):
+        """A matrix of this weight in the dtype of the leaf, then as the model casts it."""
+        for dtype in self.casts or (self.base.dtype,):
             w = w.astype(dtype)
         return w
 
@@ -90,6 +91,11 @@ class Lazy:
         w = self.opened().base.reshape([self.atoms[a].size for a in order])
         return fold(transposed(w, inverse(order)), "".join(atom.kind for atom in self.atoms))
 
+    def prepared(self) -> Arrays:
+        """The arrays of the method, prepared for it; of a weight without stack axes."""
+        assert self.method is not None
+        return self.method.prepare({**self.shared, **self.own})
+
     def merged(self) -> jax.Array:
         """merge(w, p) in the current view: dense, in the current dtype."""
         if self.method is None:
@@ -97,7 +103,7 @@ class Lazy:
         w = merged(self.method, self.matrix(), self.own, self.shared, len(self.of("s")))
         w = unfold(w, "".join(a.kind for a in self.atoms), [a.size for a in self.atoms])
         w = transposed(w, [a for d in self.dims for a in d])
-        return self.cast(w.reshape(self.shape).astype(self.site.dtype))
+        return self.cast(w.reshape(self.shape).astype(self.base.dtype))
 
     def peel(self, axis: int) -> tuple[tuple[Any, Arrays], Any] | None:
         """Takes a stack axis off: (arrays with that axis in front, slice of them -> Lazy).
@@ -216,12 +222,13 @@ def merged(method: Method, w: jax.Array, own: Arrays, shared: Arrays, stack: int
         return t.astype(dtype) if floating else t
 
     def one(w, own):
-        return method.merge(w.astype(dtype), {**shared32, **jax.tree.map(cast, own)})
+        p = jax.tree.map(cast, method.prepare({**shared, **own}))
+        return method.merge(w.astype(dtype), p)
 
-    shared32 = jax.tree.map(cast, shared)
     for _ in range(stack):
         one = jax.vmap(one)
-    return one(w, own)
+    with jax.default_matmul_precision("highest"):  # accelerators round the operands of others
+        return one(w, own)
 
 
 def leaf(w: Any, site: Site, method: Method | None, own: Arrays, shared: Arrays) -> Lazy:

@@ -111,7 +111,7 @@ def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
     """The method on x [..., d_in]; notes what it reports."""
     assert w.method is not None
     ctx = scope.enter(w.site)
-    y = w.method.apply(x, Weight(w, own, x), {**w.shared, **w.own}, ctx)
+    y = w.method.apply(x, Weight(w, own, x), w.prepared(), ctx)
     if isinstance(y, tuple):
         y, report = y
         scope.report(w.site.path, report)
@@ -120,7 +120,7 @@ def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
 
 def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.Array | None:
     """x [..., d_out] @ merge(w, p).T, for weights used both ways (tied embeddings)."""
-    method, p = w.method, {**w.shared, **w.own}
+    method, p = w.method, w.prepared()
     assert method is not None
     uv = method.factors(p)
     if uv is not None:

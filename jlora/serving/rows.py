@@ -62,15 +62,18 @@ class Row(Method):
     def merges(self) -> bool:
         return self.method.merges
 
+    def prepare(self, p: Arrays) -> Arrays:
+        """The arrays of one adapter; only those are made float32."""
+        return self.method.prepare(_picked(p))
+
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
-        return self.method.factors(_picked(p))
+        return self.method.factors(p)
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
-        return self.method.merge(w, _picked(p))
+        return self.method.merge(w, p)
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
         """The method's own, or where it is x W + x u v with thin u, v: `spread` for the last."""
-        p = _picked(p)
         uv = None if "key" in ctx else self.method.factors(p)
         if uv is None or uv[0].shape[1] > THIN:
             return self.method.apply(x, w, p, ctx)

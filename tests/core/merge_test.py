@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jlora as jl
 
@@ -85,3 +86,37 @@ def test_a_cast_model_merges_before_it_casts():
         np.asarray(jl.lift(cast)(params, a, x), np.float32),
         np.asarray(cast(jl.merge(params, a), x), np.float32),
     )
+
+
+KINDS = ("float32", "bfloat16", "float16")
+
+
+@pytest.mark.parametrize("made", KINDS)
+def test_a_merged_leaf_keeps_its_own_dtype(made):
+    """Not that of the parameters that the adapter was made on; rounded once, to that."""
+    a = adapter({k: v.astype(made) for k, v in PARAMS.items() if k != "n"})
+    t = {k: np.asarray(v, np.float64) for k, v in a.trainable["w"].items()}
+    delta = 3.0 * np.einsum("lir,lro->lio", t["a"], t["b"]).reshape(2, 3, 4, 5)
+    for kind in KINDS:
+        params = {k: v.astype(kind) for k, v in PARAMS.items() if k != "n"}
+        out = jl.merge(params, a)["w"]
+        assert out.dtype == kind
+        want = np.asarray(params["w"], np.float64) + delta
+        eps = float(jnp.finfo(kind).eps)
+        np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=0.6 * eps, atol=1e-6)
+        y = jl.lift(fn)(params, a, leaf(2, 7, 3, dtype=kind))
+        assert y.dtype == kind
+
+
+def test_a_base_of_float32_is_not_rounded_by_an_adapter_made_in_bfloat16():
+    """Neither merged nor lifted, in a matmul or a lookup."""
+
+    def both(p, ids):
+        return jnp.take(p["e"], ids, axis=0) @ p["e"].T
+
+    params, ids = {"e": leaf(6, 4)}, jnp.asarray([1, 5, 1])
+    half = {"e": params["e"].astype(jnp.bfloat16)}
+    a = jl.init(jax.random.key(0), both, half, ids, methods={"e": jl.LoRA(2)})
+    assert a.sites[0][0].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(jl.merge(params, a)["e"], params["e"])
+    np.testing.assert_array_equal(jl.lift(both)(params, a, ids), both(params, ids))

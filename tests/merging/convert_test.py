@@ -241,3 +241,19 @@ def test_a_delta_of_the_activation_is_refused(base):
     a = random(base, {"^lora$": jl.TokenMask(jl.LoRA(2))})
     with pytest.raises(ValueError, match="lora: got TokenMask, whose delta depends"):
         to_lora(a, base)
+
+
+def test_adapters_in_bfloat16_are_converted_and_merged_exactly():
+    """The scale 2 / 3 is no bfloat16; a certificate of no error says the truth."""
+    params, x = {"w": jnp.asarray(np.eye(8, 6), jnp.float32)}, jnp.ones((1, 8))
+    a = jl.init(
+        jax.random.key(0), lambda p, x: x @ p["w"], params, x, methods={"w": jl.LoRA(3, alpha=2.0)}
+    )
+    a = a.replace(trainable=jax.tree.map(lambda t: (t + 0.3).astype(jnp.bfloat16), a.trainable))
+    t = {k: np.asarray(v, np.float64) for k, v in a.trainable["w"].items()}
+    want = np.asarray(a.frozen["w"]["scale"], np.float64) * t["a"] @ t["b"]
+    got = jl.merging.to_lora(a)
+    merged = jl.merging.merge("concat", [a, a])
+    for one in (a, got.adapter, merged):
+        np.testing.assert_allclose(jl.delta(params, one)["w"], want, rtol=1e-5, atol=1e-6)
+    assert got.total == 0

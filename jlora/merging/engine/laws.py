@@ -31,8 +31,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
+from jlora.core.adapter import Adapter, Site
+from jlora.merging.engine.inputs import gather
 from jlora.merging.engine.run import apply, bound
 from jlora.merging.engine.table import Merging
+from jlora.methods.low_rank.lora import LoRA
 
 Errors = dict[str, float]  # path -> error
 STEP = 1e-7  # of central differences in float64: few elements are so near to a kink
@@ -189,6 +192,37 @@ def memory(row: Merging, world: World) -> Errors:
     return {"": 0.0 if 4 * max(_sizes(jaxpr)) < width * width else float("inf")}
 
 
+def dtypes(row: Merging, world: World) -> Errors:
+    """Adapters and factors kept in 16 bits, against the same numbers in float32."""
+    half, exact = (_kept(world.bank, jnp.bfloat16, kind) for kind in (jnp.bfloat16, jnp.float32))
+    factor = 0.7  # no number of 8 bits
+    read = gather(_adapters(half, factor)).bank
+    scaled = {p: LowRank(u, v * jnp.float32(factor)) for p, (u, v) in exact.items()}  # type: ignore[misc]
+    out = _gap(_merge(row, world, read), _merge(row, world, scaled))
+    half, exact = (_kept(world.bank, jnp.float16, kind) for kind in (jnp.float16, jnp.float32))
+    made = _merge(row, world, half)
+    gaps = _gap(made, _merge(row, world, exact))
+    wide = {p: all(t.dtype == jnp.float32 for t in d) for p, d in made.items()}
+    return {p: max(e, gaps[p]) if wide[p] else float("inf") for p, e in out.items()}
+
+
+def _kept(bank: Deltas, kept: Any, dtype: Any) -> Deltas:
+    """A bank rounded to `kept`, in `dtype`."""
+    return jax.tree.map(lambda t: t.astype(kept).astype(dtype), bank)
+
+
+def _adapters(bank: Deltas, scale: float) -> Adapter:
+    """LoRA adapters of factors [N, *stack, ...], their scale in float32."""
+    trainable, frozen, rows = {}, {}, []
+    for path, (u, v) in bank.items():  # type: ignore[misc]
+        shape, rank = (*u.shape[1:-1], v.shape[-1]), u.shape[-1]
+        site = Site(path, shape, "s" * (len(shape) - 2) + "io", jnp.dtype(jnp.float32))
+        trainable[path] = {"a": u, "b": v}
+        frozen[path] = {"scale": jnp.full(u.shape[:-2], scale, jnp.float32)}
+        rows.append((site, LoRA(rank=rank)))
+    return Adapter(trainable, frozen, tuple(rows))
+
+
 def _sizes(jaxpr: Any) -> Iterator[int]:
     """Elements of every array that a program and its inner programs make."""
     for e in jaxpr.eqns:
@@ -215,6 +249,7 @@ CHECKS: dict[str, Callable[[Merging, World], Errors]] = {
         gradient,
         difference,
         memory,
+        dtypes,
     )
 }
 

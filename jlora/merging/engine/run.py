@@ -108,7 +108,7 @@ def bound(row: Merging, bank: Deltas, weights: Any, **options: Any) -> dict[str,
     if row.certificate is None:
         raise ValueError(f"{row.name}: expected a method with a certificate, got one without")
     run: Any = per_site(row.certificate)
-    return run(bank, weights, **options)
+    return run(algebra.widened(bank), weights, **options)
 
 
 def options_of(row: Merging) -> dict[str, Any]:
@@ -181,6 +181,7 @@ def apply(
     **options: Any,
 ) -> Deltas:
     """A row of the table on a bank of deltas, jitted once for each set of static options."""
+    bank = algebra.widened(bank)
     arrays, static = split(options)
     run = _jitted if jit else _run
     kind = (row.function, row.scope, row.randomised, row.loop)

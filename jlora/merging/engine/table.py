@@ -57,6 +57,7 @@ LAWS = (
     "gradient",
     "difference",
     "memory",
+    "dtypes",
 )
 
 

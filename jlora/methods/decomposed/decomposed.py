@@ -10,13 +10,12 @@ Symbols: the method of the direction -> `method`, its delta :math:`\\Delta W = u
 with :math:`\\|V\\|_c` the norms of the columns (one an output feature, `by="out"`) or
 :math:`\\|V\\|_r` those of the rows (one an input feature, `by="in"`; in a convolution the rows of a
 channel have one norm together), taken as constants by the gradient. With LoRA it is, by columns,
-DoRA; with LoHa and LoKr LyCORIS calls it DoHa and DoKr. V is never formed: with factors, or with a
-Kronecker product whose column (k, l) has the length :math:`\\|a_k\\| \\|c_l\\|`,
+DoRA; with LoHa and LoKr LyCORIS calls it DoHa and DoKr. V is never kept: its norms are DoRA's
+closed form of the factors (as accurate as there), and with a Kronecker product one sum over W,
 
 .. math::
     \\|V\\|_c^2 = \\|W\\|_c^2 + 1^T ((2 u^T W + u^T u \\, v) \\odot v), \\qquad
-    \\|V_{kl}\\|^2 = \\|W_{kl}\\|^2 + 2 \\sum_{ij} a_{ik} W_{(ij),(kl)} c_{jl}
-                   + \\|a_k\\|^2 \\|c_l\\|^2 ,
+    \\|V_{kl}\\|^2 = \\sum_{ij} (W_{(ij),(kl)} + a_{ik} c_{jl})^2 ,
 
 and rows are the columns of the transposes. The gain of a row is a gain of x, so by rows the matmul
 is the model's own, of x diag(g).
@@ -27,7 +26,7 @@ Liu et al., `DoRA <https://arxiv.org/abs/2402.09353>`_, 2024; Yeh et al.,
 `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2024.
 
 Source: LyCORIS 4.1 (`weight_decompose`, `wd_on_output` on or off); the detached norm is DoRA's.
-Deviates: closed-form norms (LyCORIS forms V, and lets the gradient through its norm); by rows a
+Deviates: norms without V (LyCORIS forms it, and lets the gradient through its norm); by rows a
 convolution or lookup multiplies with the merged weight, for its x is never written down.
 """
 
@@ -40,7 +39,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.conv import window
-from jlora.methods.decomposed.dora import column_norms, gain
+from jlora.methods.decomposed.dora import column_norms, gain, row_norms
 from jlora.methods.kronecker.lokr import LoKr
 from jlora.methods.low_rank.loha import LoHa
 from jlora.methods.low_rank.lora import LoRA
@@ -100,37 +99,33 @@ class Decomposed(Method):
         if self.by == "in":
             if not isinstance(x, jax.Array):
                 return x @ w.merged(self, p)
-            norm = jax.lax.stop_gradient(self._norms(w.dense(), p, p["m"].shape))
+            norm = self._norms(*jax.lax.stop_gradient((w.dense(), p)), p["m"].shape)
             by = _rows(gain(p["m"], norm), x.shape[-1]).astype(x.dtype)
             return self.method.apply(x * by.reshape(*[1] * (x.ndim - 1), -1), w, p, ctx)
         out = self.method.apply(x, w, p, ctx)
         y, *reports = out if isinstance(out, tuple) else (out,)
-        norm = jax.lax.stop_gradient(self._norms(w.dense(), p))
+        norm = self._norms(*jax.lax.stop_gradient((w.dense(), p)))
         y = y * gain(p["m"], norm).astype(y.dtype).reshape(*[1] * (y.ndim - 1), -1)
         return (y, *reports) if reports else y
 
     def _norms(self, w: jax.Array, p: Arrays, rows: tuple[int, ...] | None = None) -> jax.Array:
         """The norms of the columns of W + delta, [d_out], or those of its rows, of shape `rows`."""
         factors = getattr(self.method, "kron", lambda p: None)(p)
-        if factors is None:
-            norms, (first, second) = _column_norms, self.method.factors(p)  # type: ignore[misc]
-        else:
-            norms, first, second = kron_norms, factors[0], factors[1] @ factors[2]
+        if factors is not None:
+            with jax.default_matmul_precision("highest"):
+                second = factors[1] @ factors[2]
+            norms = kron_norms(w, factors[0], second, axis=0 if rows is None else 1)
+            return norms if rows is None else _together(norms, rows)
+        u, v = self.method.factors(p)  # type: ignore[misc]
         if rows is None:
-            return norms(w, first, second)
-        if factors is None:  # (u v)^T = v^T u^T
-            first, second = second, first
-        return _together(norms(w.T, first.T, second.T), rows)
+            return column_norms(w, u, v, jnp.ones((), u.dtype))
+        return _together(row_norms(w, u, v), rows)
 
 
 def rows_shape(site: Site) -> tuple[int, int]:
     """The shape of m by rows: it tells whether the window or the channels come first in d_in."""
     _, channels, after = window(site)
     return (channels, 1) if after > 1 else (1, channels)
-
-
-def _column_norms(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
-    return column_norms(w, u, v, jnp.ones((), u.dtype))
 
 
 def _places(shape: tuple[int, ...], rows: int) -> tuple[int, int]:
@@ -150,14 +145,14 @@ def _rows(gains: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(gains, _places(gains.shape, rows)).reshape(-1)
 
 
-def kron_norms(w: jax.Array, a: jax.Array, c: jax.Array) -> jax.Array:
-    """The norms [o1 o2] of the columns of w + a ⊗ c, a [i1, o1], c [i2, o2]; in the dtype of a."""
-    w = w.astype(a.dtype)
-    blocks = w.reshape(a.shape[0], c.shape[0], a.shape[1], c.shape[1])
-    cross = jnp.sum(jnp.einsum("ijkl,ik->jkl", blocks, a) * c[:, None, :], axis=0)
-    lengths = jnp.outer(jnp.sum(a * a, axis=0), jnp.sum(c * c, axis=0))
-    square = jnp.sum(w * w, axis=0) + (2 * cross + lengths).reshape(-1)
-    return jnp.sqrt(jnp.maximum(square, 0))
+def kron_norms(w: jax.Array, a: jax.Array, c: jax.Array, axis: int = 0) -> jax.Array:
+    """The norms along `axis` of w [i1 i2, o1 o2] + a [i1, o1] ⊗ c [i2, o2]; in the dtype of a.
+
+    Axis 0: [o1 o2], of the columns; axis 1: [i1 i2], of the rows. One pass over w, nothing kept.
+    """
+    blocks = w.astype(a.dtype).reshape(a.shape[0], c.shape[0], a.shape[1], c.shape[1])
+    v = blocks + a[:, None, :, None] * c[None, :, None, :]
+    return jnp.sqrt(jnp.sum(v * v, axis=(2 * axis, 2 * axis + 1))).reshape(-1)
 
 
 SYSTEM = System(

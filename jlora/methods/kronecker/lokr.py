@@ -176,7 +176,9 @@ class LoKr(Method):
 
 def _first(p: Arrays) -> jax.Array:
     """W1 [i1, o1] with the scale."""
-    return p["scale"] * (p["w1"] if "w1" in p else p["a1"] @ p["b1"])
+    if "w1" in p:
+        return p["scale"] * p["w1"]
+    return p["scale"] * jnp.matmul(p["a1"], p["b1"], precision="highest")
 
 
 def _is_swapped(p: Arrays) -> bool:

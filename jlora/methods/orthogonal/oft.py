@@ -69,7 +69,7 @@ class OFT(Method):
             return jnp.linalg.solve(eye - q, eye + q)
         total, power = eye, q
         for _ in range(self.terms - 2):
-            total, power = total + 2 * power, power @ q
+            total, power = total + 2 * power, jnp.matmul(power, q, precision="highest")
         return total + power
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:

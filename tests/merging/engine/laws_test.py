@@ -158,6 +158,12 @@ def test_wrong_gradients_of_right_values_fail(wrong, world):
         check("difference", row, world)
 
 
+def test_mutation_a_scale_rounded_to_the_dtype_of_its_adapter_is_seen(world, monkeypatch):
+    monkeypatch.setattr(jl.LoRA, "prepare", lambda self, p: p)
+    with pytest.raises(AssertionError, match="breaks dtypes"):
+        check("dtypes", METHODS["concat"], world)
+
+
 def everything(bank, weights):
     """A merge of all sites at once, by their common norm."""
     total = jnp.sqrt(sum(jnp.sum(u * u) for u, _ in bank.values()))
@@ -235,6 +241,11 @@ def dense(bank, weights):
     return LowRank(total, jnp.eye(total.shape[1], dtype=total.dtype))
 
 
+def narrow(bank, weights):
+    """Right numbers, in half of their bits."""
+    return LowRank(*(t.astype(jnp.bfloat16) for t in concat(bank, weights)))
+
+
 DOUBLES = {
     "weight_one": Merging("double", twice, ""),
     "idempotent": Merging("double", shrunk, ""),
@@ -246,6 +257,7 @@ DOUBLES = {
     "gradient": Merging("double", rough, ""),
     "difference": Merging("double", held, ""),
     "memory": Merging("double", dense, ""),
+    "dtypes": Merging("double", narrow, ""),
 }
 
 

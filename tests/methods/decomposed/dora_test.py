@@ -75,6 +75,63 @@ def test_norms_in_bfloat16_bases_are_float32(bench):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def cancelled(left, d_in=36, d_out=20, rank=4):
+    """(w, a, b) in float32 of which a share `left` of four columns stays, and their true norms."""
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(size=(d_in, rank)), rng.normal(size=(rank, d_out))
+    w = rng.normal(size=(d_in, d_out))
+    w[:, :4] = left * w[:, :4] - 0.5 * (a @ b)[:, :4]
+    w, a, b = (np.asarray(t, np.float32) for t in (w, a, b))
+    true = np.linalg.norm(w.astype(float) + 0.5 * a.astype(float) @ b.astype(float), axis=0)
+    return (*map(jnp.asarray, (w, a, b)), true)
+
+
+@pytest.mark.parametrize("left", [0.3, 1e-2, 1e-3, 1e-4])
+def test_norms_of_columns_that_nearly_cancel(left):
+    """To 1e-6 of themselves, or where less is left to the rounding of W + s A B, as rows too."""
+    w, a, b, true = cancelled(left)
+    tol = 1e-6 + 1e-7 / left
+    got = dora.column_norms(w, a, b, jnp.asarray(0.5))
+    np.testing.assert_allclose(got, true, rtol=tol)
+    np.testing.assert_allclose(got[4:], true[4:], rtol=1e-6)
+    np.testing.assert_allclose(dora.row_norms(w.T, 0.5 * b.T, a.T), true, rtol=tol)
+
+
+def test_norms_where_the_columns_of_a_cancel():
+    """A B is small, A and B are not: two halves that take each other away."""
+    rng = np.random.default_rng(8)
+    a, b, w = (rng.normal(size=s) for s in ((36, 4), (4, 20), (36, 20)))
+    a, b = np.concatenate([a, a], 1), 1e3 * np.concatenate([b, -b * (1 - 1e-6)])
+    w, a, b = (np.asarray(t, np.float32) for t in (w, a, b))
+    true = np.linalg.norm(w.astype(float) + a.astype(float) @ b.astype(float), axis=0)
+    got = dora.column_norms(*map(jnp.asarray, (w, a, b)), jnp.ones(()))
+    np.testing.assert_allclose(got, true, rtol=1e-4)
+
+
+def test_lifted_columns_that_nearly_cancel_are_those_merged():
+    """One of two adapters of a bank; the other computes as ever."""
+    w, a, b, _ = cancelled(1e-3)
+    x = jnp.asarray(np.random.default_rng(9).normal(size=(5, 36)), jnp.float32)
+    model = lambda p, x: x @ p["w"]  # noqa: E731
+    fresh = jl.init(jax.random.key(0), model, {"w": w}, x, methods={"w": DoRA(4, alpha=2.0)})
+    m = fresh.trainable["w"]["m"]
+    pair = [fresh.replace(trainable={"w": {"a": a, "b": c, "m": m}}) for c in (b, 0.1 * b)]
+    got = jax.vmap(jl.lift(model), (None, 0, None))({"w": w}, jl.stack(pair), x)
+    w64, a64, b64, m64, x64 = (np.asarray(t, np.float64) for t in (w, a, b, m, x))
+    for y, c, tol in zip(got, (b64, 0.1 * b64), (1e-3, 2e-6), strict=True):
+        v = w64 + 0.5 * a64 @ c
+        want = x64 @ (v * m64 / np.linalg.norm(v, axis=0))
+        np.testing.assert_allclose(y, want, rtol=0, atol=tol * np.abs(want).max())
+
+
+def test_mutation_without_the_recomputation_the_digits_are_lost(monkeypatch):
+    monkeypatch.setattr(dora, "LOST", 0.0)
+    jax.clear_caches()
+    with pytest.raises(AssertionError):
+        test_norms_of_columns_that_nearly_cancel(1e-3)
+    jax.clear_caches()
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"DoRA\.rank: got 0, expected an integer of at least 1"):
         DoRA(rank=0)
