@@ -40,7 +40,7 @@ def read_config(
 ) -> T:  # fmt: skip
     """``config.json`` as a `kind`."""
     path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = json.loads(path.read_text(encoding="utf-8-sig"))  # editors add a byte order mark
     for field, expected in fixed.items():
         if (got := raw.get(field, expected)) != expected:
             raise ValueError(f"{path}: {field}: got {got!r}, expected {expected!r}")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.cli.merge import layout
+from jlora.cli.merge.tied import Tied, tied
 from jlora.core.adapter import Site
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.inside import inside
@@ -96,6 +97,11 @@ class Base:
                 raise FormatError(
                     self.folder, f"{module}.weight_format: got {got.tolist()}, expected 0 (row)"
                 )
+
+    def packed(self, module: str) -> bool:
+        """Whether a quantised module has no tensor of the shape of its matrix."""
+        stored = self.shapes.get(f"{module}.weight")
+        return module in self.quantised and (stored is None or stored[1] == np.uint8)
 
     def values(self, name: str, stored: np.ndarray) -> np.ndarray:
         """A weight as numbers, float32, from the tensor `name` as it is stored.
@@ -189,15 +195,9 @@ class Base:
             parts.append(layout.from_torch(site, self.values(name, self.tensor(name))))
         return np.stack(parts).reshape(*site.stack, site.d_in, site.d_out)
 
-    def tied(self) -> int | None:
-        """The vocabulary whose table is the output layer as well, if `config.json` says so."""
-        path = self.folder / "config.json"
-        data = safetensors_file.parse_json(path, path.read_bytes()) if path.is_file() else {}
-        told = data if isinstance(data, dict) else {}
-        parts = [part for part in (told, told.get("text_config")) if isinstance(part, dict)]
-        if not any(part.get("tie_word_embeddings") is True for part in parts):
-            return None
-        return next((part["vocab_size"] for part in parts if "vocab_size" in part), None)
+    def tied(self) -> Tied | None:
+        """Whether the table of words is the output layer as well; see `tied`."""
+        return tied(self.config(), self.where)
 
     def module(self, name: str, names: NameMap) -> str:
         """The name in the base of a module as adapters call it: with or without the prefix."""

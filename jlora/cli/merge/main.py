@@ -6,12 +6,11 @@ Deviates: nothing.
 
 import argparse
 import dataclasses
-import signal
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from jlora import algebra
@@ -20,7 +19,9 @@ from jlora.cli.merge import config as configs
 from jlora.cli.merge import plan as plans
 from jlora.cli.merge import read, write
 from jlora.cli.merge.base import Base
+from jlora.cli.merge.stopping import stoppable
 from jlora.io import FormatError
+from jlora.merge_cli import cache, documents
 from jlora.merging.engine.inputs import gather, to_adapter
 from jlora.merging.engine.run import check_finite, lookup
 
@@ -36,26 +37,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print plan and peak memory only")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
     args = parser.parse_args(argv)
-    if argv is None:  # a program of its own: being terminated cleans up, as an interrupt does
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    own = argv is None  # a program of its own, not a call
+    if own:
+        cache.keep_compiled()
+    target: list[Path] = []  # once it is known
+    work = functools.partial(_attempt, args, target.append)
     try:
-        run(args.config, args.out, args.dry_run, args.overwrite)
+        if own:
+            made = stoppable(work, lambda: [write.abandon(path) for path in target])
+        else:
+            made = work()
     except (configs.ConfigError, FormatError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(made)
     return 0
 
 
-def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
-    """One merge; ConfigError, FormatError or ValueError for whatever is refused."""
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise configs.ConfigError(f"{path}: not YAML: {error}") from error
-    config = configs.parse(data, path.parent)
+def _attempt(args: argparse.Namespace, aimed: Callable[[Path], object]) -> str:
+    return run(args.config, args.out, args.dry_run, args.overwrite, aimed)
+
+
+def run(
+    path: Path, out: Path | None, dry: bool, overwrite: bool, aimed: Callable[[Path], object]
+) -> str:
+    """One merge.
+
+    Args:
+      path: the YAML file.
+      out: where to write; None: where the file says.
+      dry: only plan.
+      overwrite: replace an output that is there.
+      aimed: called with the target before anything is written.
+
+    Returns:
+      What to tell: the plan, or what was written.
+
+    Raises:
+      ConfigError, FormatError, ValueError: whatever is refused.
+    """
+    config = configs.parse(documents.read(path), path.parent)
     target = out or config.out.path
     if target is None:
         raise configs.ConfigError("out.path: lacks; give it there or as --out")
+    aimed(target)
     config = dataclasses.replace(config, out=dataclasses.replace(config.out, path=target))
     row = lookup(config.method)
     if not dry:
@@ -69,13 +94,14 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
     table: write.Changed = {}
     if config.out.format == "merged" and base is not None:
         table = write.changed(base, given.sites, config.names)
+        for name in table:
+            base.written(name, config.out.dtype, table)  # refused before anything is merged
     plan = plans.make(config, row, given)
     if dry:
         sizes = plans.memory(plan, given.bank, config.seed)
         if config.out.format == "merged" and base is not None:
             sizes["largest shard, while written"] = base.writing(table, config.out.dtype)
-        print(plans.describe(config, plan, given, sizes))
-        return
+        return plans.describe(config, plan, given, sizes)
     made: Deltas = {}
     files = len(base.files) if config.out.format == "merged" and base else 1
     with tqdm(total=len(given.sites) + files, desc=row.name, file=sys.stderr) as bar:
@@ -96,7 +122,7 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
             else:
                 write.peft(new, adapter, config.names, base, config.out.dtype)
                 bar.update()
-    print(f"{target}: {config.out.format}, {len(given.sites)} sites by {row.name}")
+    return f"{target}: {config.out.format}, {len(given.sites)} sites by {row.name}"
 
 
 def _step(bar: tqdm) -> None:

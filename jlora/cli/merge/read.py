@@ -63,8 +63,51 @@ def adapters(config: Config, base: Base | None) -> list[Adapter]:
         where = list(sites.values())
     for path in files:
         found[path] = load(path, config.names, where, base)
+    if base is None:
+        check_bases(found, {p: base_name(p) for p in files}, config.missing)
     ready = {path: closed(a, base, config.names, path) for path, a in found.items()}
     return [ready[p] for p in paths]
+
+
+def base_name(path: Path) -> str | None:
+    """The base of a PEFT adapter as its configuration says it, without folder or owner."""
+    name = peft_config.read(path / CONFIG).get("base_model_name_or_path")
+    return str(name).rstrip("/").rpartition("/")[2].lower() if name else None
+
+
+def check_bases(
+    found: Mapping[Path, Adapter], named: Mapping[Path, str | None], missing: str
+) -> None:
+    """Adapters that nothing but the user's word relates are of one base.
+
+    Where each adapter has the sites of all, names and shapes relate them. With `missing: zero` they
+    need not: then adapters of other bases would be put together without a word.
+
+    Args:
+      found: the adapters.
+      named: the base that each says it is of; None or absent: not said.
+      missing: of the configuration.
+
+    Raises ConfigError: two say other bases, or one has no site with any other and does not say that
+    it is of the same base.
+    """
+    if missing != "zero":
+        return
+    (first, adapter), *others = found.items()
+    sites, name = {site.path for site, _ in adapter.sites}, named.get(first)
+    for path, adapter in others:
+        own, said = {site.path for site, _ in adapter.sites}, named.get(path)
+        if name and said and name != said:
+            raise ConfigError(
+                f"{path}: got an adapter of {said!r}, expected one of {name!r} as {first} is; "
+                "give base_model if both are of it"
+            )
+        if not own & sites and not (name and said):
+            raise ConfigError(
+                f"{path}: got no site in common with {first} ({min(own)}, {min(sites)}), expected "
+                "adapters of one base; give base_model if both are of it"
+            )
+        sites, name = sites | own, name or said
 
 
 def is_peft(path: Path) -> bool:
@@ -143,6 +186,10 @@ def load(path: Path, names: NameMap, where: Any, base: Base | None) -> Adapter:
             f"base_model: {path / CONFIG}: got fan_in_fan_out true, weights kept as [in, out] "
             "(transformers' Conv1D); expected false with a base; out.format peft needs none"
         )
+    for module in factors(path, names) if base is not None else ():
+        assert base is not None
+        if base.packed(name := base.module(module, names)):
+            base.readable(name)  # says which layout it is
     adapter = io.load_peft(path, names, where, extras="leave")
     for name, array in io.peft_extras(path).items():
         if base is None:

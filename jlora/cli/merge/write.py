@@ -22,6 +22,7 @@ import numpy as np
 from jlora import io
 from jlora.cli.merge import layout
 from jlora.cli.merge.base import INDEX, Base
+from jlora.cli.merge.tied import concerned
 from jlora.core.adapter import Adapter, Site
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.inside import inside
@@ -44,8 +45,9 @@ def whole(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[
     path, inputs = path.absolute(), tuple(inputs)
     recover(path)
     check_free(path, overwrite, inputs)
-    partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    for hidden in _hidden(path):  # of a run that was killed
+        shutil.rmtree(hidden, ignore_errors=True)
+    partial = _hidden(path)[0]
     partial.mkdir(parents=True)
     try:
         yield partial / "new"
@@ -59,31 +61,38 @@ def whole(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[
 
 
 def abandon(path: Path) -> None:
-    """What was there before is at `path` again, unless the result is; nothing is beside it."""
-    with contextlib.suppress(OSError):
-        recover(path)
-    for _ in range(20):  # threads of a run that is stopped may still write
-        if not _partial(path.absolute()).exists():
+    """What was there before is at `path` again, unless the result is; nothing is beside it.
+
+    Safe while another thread is still in `whole`: first the hidden directory gets another name, so
+    that nothing of it can become the result any longer.
+    """
+    partial, stopped = _hidden(path)
+    for _ in range(20):  # the other thread may still write
+        with contextlib.suppress(OSError):
+            os.replace(partial, stopped)
+        with contextlib.suppress(OSError):
+            recover(path)
+        shutil.rmtree(stopped, ignore_errors=True)
+        if not partial.exists() and not stopped.exists():
             return
-        shutil.rmtree(_partial(path.absolute()), ignore_errors=True)
 
 
 def recover(path: Path) -> None:
     """Puts back what a run moved away from `path`, if it was killed before its last rename."""
-    old = _partial(path.absolute()) / "old"
-    if old.exists() and not path.exists():
-        os.replace(old, path)
+    for hidden in _hidden(path):
+        if (hidden / "old").exists() and not path.exists():
+            os.replace(hidden / "old", path)
 
 
 def check_free(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """FormatError where something is at `path`, or where its parts go, that may not be replaced."""
-    partial = _partial(path.absolute())
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise FormatError(partial, "expected a folder that an earlier run left; move it away")
-    strange = [p.name for p in partial.iterdir()] if partial.exists() else []
-    strange = sorted(name for name in strange if name != "old" and not name.startswith("new"))
-    if strange:
-        raise FormatError(partial, f"holds {strange[:4]}, which no run left; move it away")
+    for hidden in _hidden(path):
+        if hidden.is_symlink() or (hidden.exists() and not hidden.is_dir()):
+            raise FormatError(hidden, "expected a folder that an earlier run left; move it away")
+        inner = [p.name for p in hidden.iterdir()] if hidden.exists() else []
+        strange = sorted(name for name in inner if name != "old" and not name.startswith("new"))
+        if strange:
+            raise FormatError(hidden, f"holds {strange[:4]}, which no run left; move it away")
     if not os.path.lexists(path):
         return
     if not overwrite:
@@ -108,18 +117,22 @@ def changed(base: Base, sites: Iterable[Site], names: NameMap) -> Changed:
     """Which tensors of the base the sites are.
 
     Raises FormatError or ValueError: a site has no name, or no tensor of its shape; it is a bare
-    parameter of a module; it is a table that is the output layer as well.
+    parameter of a module; it is a table that is the output layer as well, or such an output layer.
     """
-    sites, tied = tuple(sites), base.tied()
+    sites, tie = tuple(sites), base.tied()
     for site in sites:
         if names.is_parameter(site.path):
             raise FormatError(base.folder, f"{site.path}: got a bare parameter, expected a weight "
                               "of a module; merged weights have no layout of others")  # fmt: skip
-        names.module(site.path, (0,) * len(site.stack))
-        if "gather" in site.ops and site.d_in == tied:
-            raise FormatError(base.folder, f"{site.path}: got tie_word_embeddings true in "
-                              "config.json, expected false: merged weights would change the output "
-                              "layer as well; out.format peft does not")  # fmt: skip
+        module, table = names.module(site.path, (0,) * len(site.stack)), "gather" in site.ops
+        rows = site.d_in if table else site.d_out
+        why = tie.why if tie is not None and concerned(tie, module, rows, table) else None
+        if table and module.rpartition(".")[2] == "shared":  # T5, BART, ...
+            why = why or "a table that encoder and decoder share"
+        if why:
+            raise FormatError(base.folder, f"{site.path}: got {why}, expected false: merged "
+                              "weights would change the other use of that weight (table or output "
+                              "layer) as well; out.format peft does not")  # fmt: skip
     by_path = {site.path: site for site in sites}
     table = names.table(sites).items()
     return {base.check(by_path[where], base.module(module, names)): (by_path[where], index)
@@ -215,5 +228,7 @@ def cast(adapter: Adapter, dtype: str | None) -> Adapter:
     return adapter.replace(trainable=new)
 
 
-def _partial(path: Path) -> Path:
-    return path.parent / f".{path.name}.partial"
+def _hidden(path: Path) -> tuple[Path, Path]:
+    """Where the parts of `path` are written, and where they are moved to be removed."""
+    path = path.absolute()
+    return path.parent / f".{path.name}.partial", path.parent / f".{path.name}.stopped"

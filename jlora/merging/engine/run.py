@@ -6,6 +6,7 @@ Source: our reading.
 Deviates: nothing.
 """
 
+import difflib
 import functools
 import inspect
 import math
@@ -23,6 +24,17 @@ from jlora.core.adapter import Adapter
 from jlora.merging.convert import converted
 from jlora.merging.engine.inputs import gather, per_site, to_adapter
 from jlora.merging.engine.table import METHODS, Merging
+
+ELSEWHERE = {  # what others call a method -> what it is here
+    "linear": ("concat (the weighted sum, exactly)", "truncated (the same, cut to a rank)"),
+    "average": ("concat, without weights",),
+    "cat": ("concat", "peft_cat"),
+    "svd": ("truncated", "peft_svd"),
+    "magnitude_prune": ("magnitude", "peft_magnitude_prune"),
+    "ties_svd": ("ties", "peft_ties_svd"),
+    "task_addition": ("task_arithmetic",),
+    "passthrough": ("concat with one model",),
+}
 
 
 def merge(
@@ -166,7 +178,9 @@ def check_options(row: Merging, options: Mapping[str, Any]) -> None:
 def lookup(name: str) -> Merging:
     """The row of a method; ValueError for an unknown name."""
     if name not in METHODS:
-        raise ValueError(f"merge method: got {name!r}, expected one of {sorted(METHODS)}")
+        close = ELSEWHERE.get(str(name)) or difflib.get_close_matches(str(name), METHODS, 3)
+        hint = f"; for {name!r} use {' or '.join(close)}" if close else ""
+        raise ValueError(f"merge method: got {name!r}, expected one of {sorted(METHODS)}{hint}")
     return METHODS[name]
 
 
@@ -180,7 +194,14 @@ def apply(
     jit: bool = True,
     **options: Any,
 ) -> Deltas:
-    """A row of the table on a bank of deltas, jitted once for each set of static options."""
+    """A row of the table on a bank of deltas, jitted once for each set of static options.
+
+    Raises ValueError for an option `rank` that is no whole number of at least 1.
+    """
+    rank = options.get("rank")
+    whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+    if rank is not None and (not whole or rank < 1):
+        raise ValueError(f"rank: got {rank!r}, expected a whole number of at least 1")
     bank = algebra.widened(bank)
     arrays, static = split(options)
     run = _jitted if jit else _run

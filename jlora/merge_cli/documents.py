@@ -1,0 +1,43 @@
+"""The YAML file of a merge: strictly, as people write it.
+
+Source: PyYAML's safe loader.
+Deviates: a key that is there twice is an error, where YAML libraries keep the last one silently.
+"""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jlora.cli.merge.config import ConfigError
+
+
+class _Strict(yaml.SafeLoader):
+    """Mappings whose keys are there once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and name in seen:
+                raise ConfigError(
+                    f"line {line}: got the key {key.value!r} twice, expected it once (first in "
+                    f"line {seen[name]})"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def read(path: Path) -> Any:
+    """What a YAML file says; a byte order mark is left aside.
+
+    Raises ConfigError: no UTF-8, no YAML, or a key twice; the message names file and line.
+    """
+    try:
+        return yaml.load(path.read_bytes().decode("utf-8-sig"), _Strict)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
