@@ -21,12 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import config as config_lib
 from experiments.config import STAGES, Config
 from experiments.data.assets import AssetError
-from experiments.workdir import Stage, StageError, explain_failed_write, write_json
+from experiments.workdir import Stage, StageError, explain_failed_write, read_json, write_json
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
 STAGE = flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
@@ -43,35 +43,42 @@ def pipeline(
     from experiments.stages import codec, denoiser, evaluate, report, sample, world, zoo
 
     times = _Times(workdir)
+    times.all()  # a damaged file is found now, not after the first stage
     last = max(STAGES.index(s) for s in stages)
     with times.of("data"):
         made = world.build(config, workdir, cache)
+    times.say("data", world.describe(made))
     if last == STAGES.index("data"):
         return None
     with times.of("zoo"):
         _run_or_need(stages, "zoo", Stage(workdir, "zoo", config.key("zoo")))
         zoo.run(made, workdir)
         adapters = zoo.read(made, workdir)
+    times.say("zoo", zoo.describe(adapters))
     if last == STAGES.index("zoo"):
         return None
     with times.of("codec"):
         _run_or_need(stages, "codec", Stage(workdir, "codec", config.key("codec")))
         coded = codec.run(made, adapters, workdir)
+    times.say("codec", codec.describe(coded))
     if last == STAGES.index("codec"):
         return None
     with times.of("denoiser"):
         _run_or_need(stages, "denoiser", Stage(workdir, "denoiser", config.key("denoiser")))
         trained = denoiser.run(made, coded, workdir)
+    times.say("denoiser", denoiser.describe(trained))
     if last == STAGES.index("denoiser"):
         return None
     with times.of("sample"):
         _run_or_need(stages, "sample", Stage(workdir, "sample", config.key("sample")))
         draws = sample.run(made, coded, trained, workdir)
+    times.say("sample", sample.describe(draws))
     if last == STAGES.index("sample"):
         return None
     with times.of("evaluate"):
         _run_or_need(stages, "evaluate", Stage(workdir, "evaluate", config.key("evaluate")))
         found = evaluate.run(made, adapters, coded, trained, draws, workdir)
+    times.say("evaluate", evaluate.describe(found))
     if last == STAGES.index("evaluate"):
         return None
     return report.run(made, coded, found, workdir, command, times.all())
@@ -85,9 +92,10 @@ def user_pipeline(config: Config, workdir: Path, cache: Path | None) -> dict[str
     for name in ("data", "zoo", "codec", "denoiser"):
         Stage(workdir, name, base.key(name)).verify()
     made = world.build(base, workdir, cache)
-    coded = codec.run(made, zoo.read(made, workdir), workdir)
+    adapters = zoo.read(made, workdir)
+    coded = codec.run(made, adapters, workdir)
     trained = denoiser.run(made, coded, workdir)
-    return user_tasks.run(made, config, coded, trained, workdir, cache)
+    return user_tasks.run(made, config, adapters, coded, trained, workdir, cache)
 
 
 def _run_or_need(stages: list[str], name: str, stage: Stage) -> None:
@@ -104,12 +112,20 @@ class _Times:
         self.path = workdir / "times.json"
 
     def all(self) -> dict[str, float]:
-        import json
-
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        if not self.path.is_file():
+            return {}
+        known = read_json(self.path, dict, "delete it: only seconds are lost")
+        bad = {k: v for k, v in known.items() if not isinstance(v, int | float)}
+        if bad:
+            raise StageError(f"{self.path}: got {bad}, expected seconds; delete it")
+        return known
 
     def of(self, name: str) -> _Timer:
         return _Timer(self, name)
+
+    def say(self, name: str, found: str) -> None:
+        """One line on stderr, below the stage's bar: what it found, and its seconds."""
+        print(f"{name:>10}: {found} ({self.all()[name]:.0f} s)", file=sys.stderr, flush=True)
 
 
 class _Timer:
@@ -167,16 +183,14 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 f"--stage={','.join(STAGE.value)}: expected some of {', '.join(STAGES)}"
             )
+        config_lib.check_folders(config)
         workdir.mkdir(parents=True, exist_ok=True)
         compile_settings(workdir, HASTY.value)
         if config.task_dir and set(STAGE.value) <= {"sample", "evaluate"}:
-            scores = user_pipeline(config, workdir, cache)
-            for task, table in scores.items():
-                print(task)
-                for method, cell in table.items():
-                    print(
-                        f"  {method:14s} {100 * cell['mean']:5.1f} % (std {100 * cell['std']:.1f})"
-                    )
+            from experiments.stages import user_tasks
+
+            for task, scores in user_pipeline(config, workdir, cache).items():
+                print("\n".join(user_tasks.lines(task, scores)))
             print(f"\nAdapters: {workdir / 'user'}")
             return
         command = shlex.join(["python", "-m", "experiments.cond_pdiff", *sys.argv[1:]])
@@ -196,4 +210,6 @@ def _fail(text: str) -> None:
 
 
 if __name__ == "__main__":
+    # The checkpointer's INFO lines would bury the bars; -v=0 (or --verbosity=0) shows them.
+    flags.FLAGS.verbosity = logging.WARNING
     app.run(main)

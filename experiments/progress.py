@@ -12,9 +12,22 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar on stderr and scalars in `<workdir>/tensorboard/<stage>`; a context manager."""
+    """A bar on stderr and scalars in `<workdir>/tensorboard/<stage>`; a context manager.
 
-    def __init__(self, workdir: Path, stage: str, total: int, unit: str, start: int = 0):
+    Args:
+      workdir: of the run. stage: the bar's name. total: its length, in `unit`s.
+      start: how much was done before. finished: read back, not run: no bar and no curves.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        stage: str,
+        total: int,
+        unit: str,
+        start: int = 0,
+        finished: bool = False,
+    ):
         self.bar = tqdm(
             total=total,
             initial=start,
@@ -23,8 +36,10 @@ class Progress:
             file=sys.stderr,
             dynamic_ncols=True,
             mininterval=1.0,
+            disable=finished,
         )
-        self.writer = SummaryWriter(str(workdir / "tensorboard" / stage.strip().replace(" ", "_")))
+        folder = workdir / "tensorboard" / stage.strip().replace(" ", "_")
+        self.writer = None if finished else SummaryWriter(str(folder))
 
     def step(self, count: int, **shown: float) -> None:
         """Advance by `count` and show figures beside the bar."""
@@ -34,7 +49,8 @@ class Progress:
     def curve(self, step: int, values: Mapping[str, float]) -> None:
         """Append one point to each TensorBoard curve."""
         for name, value in values.items():
-            self.writer.add_scalar(name, float(value), step)
+            if self.writer is not None:
+                self.writer.add_scalar(name, float(value), step)
 
     def __enter__(self) -> Progress:
         return self
@@ -46,4 +62,5 @@ class Progress:
         tb: TracebackType | None,
     ) -> None:
         self.bar.close()
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()

@@ -38,6 +38,27 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temp, path)
 
 
+def read_json(path: Path, kind: type, remedy: str) -> Any:
+    """The JSON value of a file that this program wrote.
+
+    Args:
+      path: the file. kind: dict or list, what must be in it. remedy: what to do when it is not.
+
+    Raises:
+      StageError: missing, not JSON or of another kind: one line with path, got and expected.
+    """
+    expected = {dict: "a JSON object", list: "a JSON list"}[kind]
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path}: missing, expected {expected}; {remedy}") from None
+    except ValueError as error:  # not UTF-8 or not JSON
+        raise StageError(f"{path}: got no JSON ({error}), expected {expected}; {remedy}") from None
+    if not isinstance(value, kind):
+        raise StageError(f"{path}: got {type(value).__name__}, expected {expected}; {remedy}")
+    return value
+
+
 def save_tree(path: Path, tree: PyTree) -> None:
     """Commit the array leaves of any PyTree as one Orbax checkpoint folder (replacing it).
 
@@ -116,18 +137,24 @@ class Stage:
         marker = self.path / "DONE.json"
         if not marker.is_file():
             raise StageError(f"{self.path}: stage '{self.name}' is not finished; run it first")
-        record = json.loads(marker.read_text(encoding="utf-8"))
+        remedy = f"delete {self.path} and run '{self.name}' again"
+        record = read_json(marker, dict, remedy)
+        if not isinstance(record.get("info"), dict) or not _lists_files(record.get("files")):
+            raise StageError(
+                f"{marker}: got keys {sorted(record)}, expected 'files' {{name: [bytes, sha256]}}"
+                f" and 'info' {{}}; {remedy}"
+            )
         for name, (size, sha) in record["files"].items():
             try:
                 file = inside(self.path, name, marker)
             except FormatError as error:
                 raise StageError(f"{error}; delete {self.path} and run it again") from error
             if not file.is_file():
-                raise StageError(f"{file}: missing; delete {self.path} and run '{self.name}' again")
+                raise StageError(f"{file}: missing; {remedy}")
             if file.stat().st_size != size or digest(file) != sha:
                 raise StageError(
                     f"{file}: damaged (expected {size} bytes, sha256 {sha[:12]}…, got"
-                    f" {file.stat().st_size} bytes); delete {self.path} and run '{self.name}' again"
+                    f" {file.stat().st_size} bytes); {remedy}"
                 )
         return record["info"]
 
@@ -139,6 +166,13 @@ class Stage:
                 shutil.rmtree(target)
             elif target.exists():
                 target.unlink()
+
+
+def _lists_files(value: Any) -> bool:
+    """Whether `value` is {name: [size, sha256]}."""
+    return isinstance(value, dict) and all(
+        isinstance(v, list) and [type(x) for x in v] == [int, str] for v in value.values()
+    )
 
 
 def explain_failed_write(error: OSError | ValueError, workdir: Path) -> str | None:

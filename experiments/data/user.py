@@ -4,7 +4,7 @@ A task folder holds ``task.json`` and ``train.jsonl``, ``validation.jsonl``, ``t
 
     task.json   {"description": "...", "class_names": ["a", "b"],
                  "class_descriptions": ["A text about ...", "A text about ..."]}
-    *.jsonl     {"text": "...", "label": "a"}      one line a text; label: class name, or 0 or 1
+    *.jsonl     {"text": "...", "label": "a"}      one line per text; label: class name, or 0 or 1
 
 ``name`` (default: the folder's name), ``description`` (default: made of the class descriptions)
 and ``paraphrases`` (two lists of other wordings) are optional. ``train.jsonl`` may be as short as
@@ -56,10 +56,11 @@ def data(folder: str | os.PathLike) -> TaskData:
     """Texts and labels as the files say, every text once."""
     folder = Path(folder)
     names = _meta(folder)["class_names"]
-    splits = {split: _read(folder / f"{split}.jsonl", names) for split in SPLITS}
+    read = {split: _read(folder / f"{split}.jsonl", names) for split in SPLITS}
     first: dict[str, str] = {}
     for split in SPLITS:
-        for number, text in enumerate(splits[split][0], 1):
+        (texts, _), numbers = read[split]
+        for number, text in zip(numbers, texts, strict=True):
             key = normalise(text) or text
             here = f"{split}.jsonl line {number}"
             if key in first:
@@ -68,7 +69,7 @@ def data(folder: str | os.PathLike) -> TaskData:
                     f"{first[key]} (case, digits and punctuation aside); keep one of them"
                 )
             first[key] = here
-    return TaskData(**splits)
+    return TaskData(**{split: rows for split, (rows, _) in read.items()})
 
 
 def _task(folder: Path) -> Task:
@@ -96,7 +97,7 @@ def _task(folder: Path) -> Task:
 def _meta(folder: Path) -> dict[str, Any]:
     path = folder / "task.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TaskFolderError(f"{path} is missing; it describes the task") from None
     except ValueError as error:
@@ -124,18 +125,20 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(x, str) and x.strip() for x in value)
 
 
-def _read(path: Path, names: list[str]) -> Texts:
+def _read(path: Path, names: list[str]) -> tuple[Texts, list[int]]:
+    """Texts with labels, and the number of the line of each; a BOM and blank lines are nothing."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise TaskFolderError(f"{path} is missing; a task needs {', '.join(SPLITS)}") from None
     except UnicodeDecodeError as error:
         raise TaskFolderError(f"{path} is not UTF-8: {error}") from error
     texts: list[str] = []
     labels: list[int] = []
-    while lines and not lines[-1].strip():
-        lines.pop()
+    numbers: list[int] = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
@@ -153,7 +156,8 @@ def _read(path: Path, names: list[str]) -> Texts:
         else:
             raise TaskFolderError(f"{where}: unknown label {label!r}; known: {names} or 0 and 1")
         texts.append(row["text"].strip())
+        numbers.append(number)
     for index, name in enumerate(names):
         if index not in labels:
             raise TaskFolderError(f"{path}: no text of class {name!r}; give at least one")
-    return texts, np.asarray(labels, dtype=np.int32)
+    return (texts, np.asarray(labels, dtype=np.int32)), numbers

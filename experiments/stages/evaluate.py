@@ -22,7 +22,7 @@ from experiments.stages.denoiser import Trained
 from experiments.stages.sample import Draws
 from experiments.stages.world import World
 from experiments.stages.zoo import Zoo
-from experiments.workdir import Stage, StageError, write_json
+from experiments.workdir import Stage, write_json
 from jlora import algebra
 from jlora.generation.audit import metrics as audit
 from jlora.generation.diffusion import dispersive
@@ -121,8 +121,6 @@ def judge_all(
     """Accuracies of every method's adapters, and how far mistakes overlap with trained ones'."""
     names = list(found)
     stacked = np.concatenate([found[n] for n in names])
-    if not np.isfinite(stacked).all():
-        raise StageError(f"task '{task}': an adapter to be judged has NaN or infinity")
     hits = judge.correct(world, coded, task, stacked)
     scores, start, by = {}, 0, {}
     for name in names:
@@ -238,3 +236,14 @@ def trajectory(world: World, coded: Coded, trained: Trained) -> np.ndarray:
     return np.asarray(
         call(trained.params, trained.fixed, *sample.inputs(world, trained, [request]))
     )
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The stage in a line."""
+    rows = [task["accuracy"] for task in found["tasks"].values() if "soup" in task["accuracy"]]
+    shown = ", ".join(
+        f"{key} {100 * np.mean([np.mean(row[key]) for row in rows]):.1f} %"
+        for key in ("base", "trained", "generated")
+    )
+    count = sum(len(v) for task in found["tasks"].values() for v in task["accuracy"].values())
+    return f"{count} adapters judged; on {len(rows)} seen tasks: {shown}"

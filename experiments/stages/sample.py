@@ -246,3 +246,9 @@ def export_peft(world: World, adapter: jl.Adapter, target: Path, description: st
     names = jl.io.bert(layer_offset=world.below)
     jl.io.save_peft(target, adapter, names, base_model_name=world.config.base)
     write_json(target / "task.json", {"description": description})
+
+
+def describe(draws: Draws) -> str:
+    """The stage in a line."""
+    made = sum(kind == "generated" for _, kind in draws.rows)
+    return f"{len(draws.rows)} adapters sampled, {made} of them generated for the report's tasks"

@@ -2,15 +2,16 @@
 `--stage=sample,evaluate`.
 
 Each task gets `--samples` adapters generated from its descriptions and K training examples a class
-(no training), scored on its test split beside the base model and the baselines, and saved as Orbax
-and PEFT under `<workdir>/user/<task>/`.
+(no training), saved as Orbax and PEFT under `<workdir>/user/<task>/` and scored on all texts of its
+test split beside the base model, the baselines, and an adapter trained on its training texts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,20 @@ import numpy as np
 import jlora as jl
 from experiments.config import Config
 from experiments.data import user
+from experiments.data.task import Task
 from experiments.progress import Progress
-from experiments.stages import base_model, codec, conditions, judge, rivals, sample
+from experiments.report import wilson
+from experiments.stages import base_model, codec, conditions, judge, rivals, sample, zoo_training
 from experiments.stages.codec import Coded
 from experiments.stages.denoiser import Trained
 from experiments.stages.evaluate import base_tokens
 from experiments.stages.world import SPLITS, Rows, World, make_heads
+from experiments.stages.zoo import Zoo
+from experiments.stages.zoo_training import Run
 from experiments.workdir import StageError, write_json
+
+PyTree = Any
+ORDER = "base trained generated ridge nearest softmax multitask mean_adapter".split()
 
 
 def extend(world: World, config: Config, cache: Path | None) -> World:
@@ -65,17 +73,111 @@ def extend(world: World, config: Config, cache: Path | None) -> World:
     )
 
 
+class Data(NamedTuple):
+    """What is known of a user's task before any adapter is judged; written as data.json."""
+
+    test_texts: int  # n of each accuracy
+    test_texts_per_class: dict[str, int]  # class name -> texts
+    chance: float  # accuracy of always naming the larger class
+    train_texts: int  # of which the condition sees some and the trained adapter all
+    examples_per_class: int  # K, in the condition
+    max_length: int  # tokens that are read of a text
+    longer_texts: int  # texts, of all splits, that have more
+
+    def sentences(self) -> list[str]:
+        """The same in words."""
+        counts = ", ".join(f"{n} {name}" for name, n in self.test_texts_per_class.items())
+        out = [
+            f"{self.test_texts} test texts ({counts}): chance is {100 * self.chance:.1f} %.",
+            f"Generated from the descriptions and {self.examples_per_class} examples per class,"
+            f" drawn from {self.train_texts} training texts.",
+        ]
+        if self.longer_texts:
+            out.append(
+                f"{self.longer_texts} texts have more than max_length={self.max_length} tokens:"
+                " the rest of them is not read."
+            )
+        return out
+
+
+class Scores(NamedTuple):
+    """The result of one task."""
+
+    data: Data  # how many texts
+    cells: dict[str, dict[str, Any]]  # method -> `cell`
+
+
+def describe(world: World, base: base_model.Base, task: Task) -> Data:
+    """Count a task's texts."""
+    config, label = world.config, world.rows[task.name, "test"].label
+    found = user.data(task.source.partition(":")[2])
+    texts = [text for split in SPLITS for text in getattr(found, split)[0]]
+    counts = np.bincount(label, minlength=2)
+    return Data(
+        test_texts=len(label),
+        test_texts_per_class=dict(zip(task.class_names, counts.tolist(), strict=True)),
+        chance=float(counts.max() / len(label)),
+        train_texts=len(world.rows[task.name, "train"].label),
+        examples_per_class=config.examples,
+        max_length=config.max_length,
+        longer_texts=base_model.longer(base, texts, config.max_length),
+    )
+
+
+def cell(hits: np.ndarray) -> dict[str, Any]:
+    """{mean, low, high, confidence, std, n, adapters} of bool [adapters, texts].
+
+    n counts texts, and the interval is over them; std is over adapters.
+    """
+    each = hits.mean(1)
+    mean = float(each.mean())
+    bounds = wilson.interval(mean, hits.shape[1])
+    return {
+        "mean": mean,
+        "low": bounds.low,
+        "high": bounds.high,
+        "confidence": 0.95,
+        "std": float(each.std(ddof=1)) if len(each) > 1 else 0.0,
+        "n": hits.shape[1],
+        "adapters": len(each),
+    }
+
+
+def train(world: World, workdir: Path) -> PyTree:
+    """Trainables [tasks, ...] of one adapter per task, trained as the zoo's on the task's texts."""
+    runs = [Run(f"{t.name}/user", (t.name,), world.config.seed) for t in world.tasks]
+    steps = world.config.zoo_steps
+    with tempfile.TemporaryDirectory(dir=workdir) as folder:
+        with Progress(workdir, "user zoo", len(runs) * steps, "run·step") as bar:
+            found = zoo_training.train(world, runs, steps, Path(folder), bar)
+    return jax.tree.map(lambda x: x[:, -1], found["snapshots"])
+
+
 def run(
-    world: World, config: Config, coded: Coded, trained: Trained, workdir: Path, cache: Path | None
-) -> dict[str, Any]:
-    """Generate, score and save; returns {task: {method: {mean, std, n}}} (also written as JSON)."""
+    world: World,
+    config: Config,
+    zoo: Zoo,
+    coded: Coded,
+    trained: Trained,
+    workdir: Path,
+    cache: Path | None,
+) -> dict[str, Scores]:
+    """Generate, score and save; returns {task: Scores}, of which the cells are scores.json."""
     fit = rivals.fit(world, coded, trained)
     mine = extend(world, config, cache)
+    base = base_model.load(config, cache)
     folder = workdir / "user"
+    folder.mkdir(exist_ok=True)
+    own = np.asarray(codec.to_tokens(coded, config, train(mine, workdir)))
+    multi = jax.tree.map(lambda x: jnp.asarray(x)[None], zoo.multitask)
+    shared = {
+        "base": base_tokens(coded),
+        "multitask": np.asarray(codec.to_tokens(coded, config, multi)),
+    }
     call = sample.our_sampler(config, coded, trained, config.sampler, config.sample_steps)
-    out: dict[str, Any] = {}
+    out: dict[str, Scores] = {}
     with Progress(workdir, "user tasks", len(mine.tasks), "task") as bar:
-        for task in mine.tasks:
+        for number, task in enumerate(mine.tasks):
             asked = [
                 sample.Request(task.name, "generated", task.name, k) for k in range(config.samples)
             ]
@@ -83,22 +185,41 @@ def run(
             made = np.asarray(call(trained.params, trained.fixed, *arrays))
             raw = jnp.asarray(conditions.canonical(mine, [task.name]))
             found = rivals.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])
-            table = {"base": base_tokens(coded), "generated": made}
+            table = {**shared, "generated": made, "trained": own[number : number + 1]}
             table |= {name: tokens[None] for name, tokens in found.items()}
-            out[task.name] = {}
-            for name, tokens in table.items():
-                hits = judge.correct(mine, coded, task.name, tokens).mean(1)
-                std = float(hits.std(ddof=1)) if len(hits) > 1 else 0.0
-                cell = {"mean": float(hits.mean()), "std": std, "n": len(hits)}
-                out[task.name][name] = cell
+            cells = {
+                name: cell(judge.correct(mine, coded, task.name, tokens))
+                for name, tokens in table.items()
+            }
+            out[task.name] = Scores(describe(mine, base, task), cells)
             target = folder / task.name
-            bank = codec.bank(coded, judge.unpack(coded, jnp.asarray(made)))
-            jl.io.save_adapter(target / "orbax", bank, overwrite=True)
-            first = jax.tree.map(lambda x: x[0], judge.unpack(coded, jnp.asarray(made)))
+            trainables = judge.unpack(coded, jnp.asarray(made))
+            jl.io.save_adapter(target / "orbax", codec.bank(coded, trainables), overwrite=True)
+            first = jax.tree.map(lambda x: x[0], trainables)
             adapter = coded.template.replace(trainable=first)
             sample.export_peft(mine, adapter, target / "peft", task.description)
-            write_json(target / "scores.json", out[task.name])
+            write_json(target / "data.json", out[task.name].data._asdict())
+            write_json(target / "scores.json", cells)
             bar.step(1)
-    write_json(folder / "scores.json", out)
+    write_json(folder / "scores.json", {name: scores.cells for name, scores in out.items()})
     write_json(folder / "settings.json", dataclasses.asdict(config))
+    return out
+
+
+def lines(task: str, scores: Scores) -> list[str]:
+    """One task's result for the terminal: data, then a row per method with its interval."""
+    data = scores.data
+    out = [task, *(f"  {sentence}" for sentence in data.sentences())]
+    out.append(f"  {'method':14s} accuracy   95 % interval   adapters")
+    order = [key for key in ORDER if key in scores.cells]
+    for key in order:
+        found = scores.cells[key]
+        bounds = wilson.Interval(found["low"], found["high"])
+        row = (
+            f"  {key:14s} {100 * found['mean']:6.1f} %   {100 * bounds.low:4.1f} to"
+            f" {100 * bounds.high:5.1f} %   {found['adapters']}"
+        )
+        if key in ("generated", "trained"):
+            row += f"   {wilson.against(bounds, data.chance)} chance"
+        out.append(row)
     return out

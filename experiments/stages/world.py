@@ -194,7 +194,7 @@ def compute_states(
     folder = stage.open()
     hidden, masks, vectors = [], [], []
     size = 64
-    with Progress(workdir, "base", len(texts), "text") as bar:
+    with Progress(workdir, "data", len(texts), "text") as bar:
         for start in range(0, len(texts), size):
             part = texts[start : start + size]
             state, mask, vector = base_model.states(loaded, part, config, size)
@@ -207,3 +207,16 @@ def compute_states(
     np.save(folder / "embedding.npy", np.concatenate(vectors))
     write_json(folder / "settings.json", dataclasses.asdict(config))
     stage.commit({"texts": len(texts), "content": content})
+
+
+def describe(world: World) -> str:
+    """The stage in a line."""
+    count = {
+        level: len(world.names(level)) for level in dict.fromkeys(t.level for t in world.tasks)
+    }
+    levels = ", ".join(f"{n} {level}" for level, n in count.items())
+    depth = jax.tree.leaves(world.upper)[0].shape[0]
+    return (
+        f"{len(world.hidden)} texts of {len(world.tasks)} tasks ({levels}); adapters on the last"
+        f" {depth} of {world.model.layers} layers"
+    )

@@ -82,6 +82,7 @@ class Zoo(NamedTuple):
     trainable: PyTree  # leaves [runs, S, ...] f32
     runs: tuple[Run, ...]  # in the order of the leading axis
     multitask: PyTree  # trainable of the one adapter trained on all seen tasks
+    loss: np.ndarray  # [runs] mean training loss of each run's last segment
 
     def of(self, task: str, seeds: Sequence[int]) -> np.ndarray:
         """Run positions of a task with one of these seeds."""
@@ -97,10 +98,12 @@ def read(world: World, workdir: Path) -> Zoo:
     stage.verify()
     runs = tuple(plan(world))
     size = min(world.config.zoo_chunk, len(runs))
-    parts = []
+    parts, losses = [], []
     for k, start in enumerate(range(0, len(runs), size)):
         like = _empty(world, len(runs[start : start + size]))
-        parts.append(load_tree(stage.path / f"chunk_{k:03d}", like)["snapshots"])
+        found = load_tree(stage.path / f"chunk_{k:03d}", like)
+        parts.append(found["snapshots"])
+        losses.append(found["loss"])
     trainable = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
         bad = ~np.isfinite(leaf.reshape(len(runs), -1)).all(1)
@@ -112,7 +115,7 @@ def read(world: World, workdir: Path) -> Zoo:
             )
     multi = load_tree(stage.path / "multitask", _empty(world, 1))["snapshots"]
     last = jax.tree.map(lambda x: x[0, -1], multi)
-    return Zoo(template(world, world.config.seed), trainable, runs, last)
+    return Zoo(template(world, world.config.seed), trainable, runs, last, np.concatenate(losses))
 
 
 def _empty(world: World, runs: int) -> dict[str, Any]:
@@ -120,3 +123,11 @@ def _empty(world: World, runs: int) -> dict[str, Any]:
     one = template(world, world.config.seed).trainable
     shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct((runs, copies, *x.shape), x.dtype), one)
     return {"snapshots": shape, "loss": jax.ShapeDtypeStruct((runs,), jnp.float32)}
+
+
+def describe(zoo: Zoo) -> str:
+    """The stage in a line."""
+    return (
+        f"{len(zoo.runs)} adapters, training loss {zoo.loss.mean():.3f} (lowest"
+        f" {zoo.loss.min():.3f}, highest {zoo.loss.max():.3f}); one multi-task adapter"
+    )

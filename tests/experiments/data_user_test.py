@@ -50,6 +50,26 @@ def test_defaults_and_number_labels(folder):
     assert tasks.data(task).train[1].tolist() == [1, 0]
 
 
+def test_a_byte_order_mark_and_blank_lines_are_nothing(folder):
+    (before,) = user.tasks(folder.parent)
+    texts = user.data(folder)
+    for path in folder.iterdir():
+        lines = path.read_text().split("\n")
+        blank = "\r\n  \n" if path.suffix == ".jsonl" else "\n"
+        path.write_text(blank.join(lines) + blank, encoding="utf-8-sig")
+    assert user.tasks(folder.parent) == [before]
+    for got, want in zip(vars(user.data(folder)).values(), vars(texts).values(), strict=True):
+        assert got[0] == want[0] and got[1].tolist() == want[1].tolist()
+
+
+def test_lines_are_counted_as_an_editor_does_with_blank_ones(folder):
+    path = folder / "test.jsonl"
+    copy = lines(folder / "train.jsonl")[2]
+    path.write_text("\n\n" + "\n".join([*lines(path)[:2], copy, *lines(path)[3:]]))
+    with pytest.raises(TaskFolderError, match=r"test\.jsonl line 5: .* train\.jsonl line 3"):
+        user.tasks(folder.parent)
+
+
 def change_meta(folder, **changes):
     meta = json.loads((folder / "task.json").read_text())
     meta.update(changes)

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.stages import user_tasks
+
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "experiments" / "flags" / "text_smoke.flags"
 USER = Path(__file__).parent / "fixtures" / "user_task"
@@ -60,6 +62,8 @@ def finished(call, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
     done = call(workdir)
     assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("stdout", "stderr"):
+        (workdir / name).write_text(getattr(done, name), encoding="utf-8")
     return workdir
 
 
@@ -73,6 +77,21 @@ def test_every_stage_leaves_what_it_promises(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert list(finished.glob("tensorboard/*/events*"))
+
+
+def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
+    """1,102 lines of the checkpointer's INFO messages stood between the bars."""
+    lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
+    stages = "data zoo codec denoiser sample evaluate".split()
+    for stage in stages:
+        assert sum(f"{stage:>10}: 100%" in line for line in lines) == 1, stage
+        assert (
+            sum(line.startswith(f"{stage:>10}: ") and line.endswith(" s)") for line in lines) == 1
+        )
+    kept = [line for line in lines if line.strip() and "%|" not in line]
+    assert len(kept) == len(stages), kept
+    shown = (finished / "stdout").read_text(encoding="utf-8").splitlines()
+    assert len(shown) < 60 and shown[-1].startswith("Report: ")
 
 
 def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, call, environment, tmp_path):
@@ -97,6 +116,16 @@ def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, call, environm
         ours = next(tmp_path.glob(f"sample-*/{name}"))
         theirs = next(finished.glob(f"sample-*/{name}"))
         np.testing.assert_array_equal(np.load(ours), np.load(theirs))
+
+
+def test_what_is_wrong_is_found_before_any_stage_is_opened(call, tmp_path):
+    for flag, text in (
+        ("--zoo_lr=-1", "error: zoo_lr: got -1.0, expected > 0"),
+        (f"--task_dir={tmp_path / 'nowhere'}", "nowhere is not a folder"),
+    ):
+        done = call(tmp_path / "run", flag)
+        assert done.returncode == 2 and text in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(finished, call, tmp_path):
@@ -124,7 +153,11 @@ def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
     (name,) = scores
-    assert scores[name]["generated"]["n"] == 3
+    cells = scores[name]
+    assert set(user_tasks.ORDER) <= set(cells)
+    assert all(cell["n"] == 16 for cell in cells.values())  # texts, not adapters
+    assert cells["generated"]["adapters"] == 3
+    assert "16 test texts (8 birds, 8 mushrooms): chance is 50.0 %" in done.stdout
     assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
 
 
@@ -148,7 +181,8 @@ def test_glue_from_a_local_folder_goes_the_same_way(call, tmp_path):
     runs = json.loads((zoo / "runs.json").read_text(encoding="utf-8"))
     assert {name for _, tasks, _ in runs for name in tasks} == {"glue-sst2", "glue-mrpc"}
     done = call(tmp_path / "run", "--tasks=glue:nowhere", "--stage=data")
-    assert done.returncode == 2 and "error: the local GLUE folder nowhere" in done.stderr
+    assert done.returncode == 2
+    assert "error: tasks: got 'glue:nowhere', expected glue:DIR with DIR a folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 

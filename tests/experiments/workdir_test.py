@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import workdir
+from experiments import cond_pdiff, workdir
+from experiments.config import Config
 from experiments.workdir import Stage, StageError, load_tree, save_tree
 
 
@@ -80,3 +81,39 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
         text = workdir.explain_failed_write(error, tmp_path)
         assert "the disk is full" in text and "finished stages are kept" in text
     assert workdir.explain_failed_write(ValueError("rank: got 0"), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("", "got no JSON"),
+        ("{", "got no JSON"),
+        ("[]", "got list, expected a JSON object"),
+        ("{}", r"got keys \[\], expected 'files'"),
+        ('{"files": {"a": 3}, "info": {}}', "expected 'files'"),
+        ('{"files": {}, "info": 3}', "and 'info' {}"),
+    ],
+)
+def test_a_marker_that_is_no_record_of_a_stage_is_one_line(tmp_path, text, got):
+    stage = Stage(tmp_path, "zoo", "abc")
+    marker = stage.open() / "DONE.json"
+    marker.write_text(text)
+    with pytest.raises(
+        StageError, match=rf"DONE\.json: .*{got}.*; delete .* and run 'zoo'"
+    ) as error:
+        stage.verify()
+    assert "\n" not in str(error.value)
+
+
+def test_a_marker_of_other_bytes_is_one_line(tmp_path):
+    (Stage(tmp_path, "zoo", "abc").open() / "DONE.json").write_bytes(b"\xff\x00")
+    with pytest.raises(StageError, match=r"DONE\.json: got no JSON"):
+        Stage(tmp_path, "zoo", "abc").verify()
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"zoo": "long"}'])
+def test_damaged_times_are_found_at_the_start_by_path(tmp_path, text):
+    (tmp_path / "times.json").write_text(text)
+    with pytest.raises(StageError, match=r"times\.json: got .*, expected .*; delete it"):
+        cond_pdiff.pipeline(Config(), tmp_path, ["data"], None, "")
+    assert [p.name for p in tmp_path.iterdir()] == ["times.json"]
