@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jlora as jl
 from jlora.algebra import LowRank
 from jlora.federated import ffa as ffa_file
+from jlora.federated.fedavg import fedavg
 from jlora.federated.ffa import ffa
 
 
@@ -43,35 +45,53 @@ def test_equal_clients_and_one_client_are_themselves(clients):
         np.testing.assert_allclose(dense(ffa(x, p)), dense(bank)[0], atol=1e-5)
 
 
-def train(freeze, alpha, rate, steps=5):
-    """SGD on a small loss; the delta after `steps`."""
+def train(method, rate, steps=5):
+    """SGD on a small loss through `lift`, from a b that is not zero; the delta after `steps`."""
     rng = np.random.default_rng(3)
-    w, a, x = (jnp.asarray(rng.normal(size=s) / 2, jnp.float32) for s in ((5, 4), (5, 2), (9, 5)))
+    w, x, b = (jnp.asarray(rng.normal(size=s) / 2, jnp.float32) for s in ((5, 4), (9, 5), (2, 4)))
 
-    def loss(a, b):
-        return jnp.sum(jnp.sin(x @ (w + alpha * a @ b)) ** 2)
+    def apply(p, x):
+        return x @ p["w"]
 
-    b = jnp.zeros((2, 4))
+    start = jl.init(jax.random.key(1), apply, {"w": w}, x, methods={"w": method})
+    scale = start.frozen["w"]["scale"]  # the same delta at the start, whatever alpha is
+    start = start.replace(trainable={"w": {**start.trainable["w"], "b": b / scale}})
+
+    def loss(t):
+        return jnp.sum(jnp.sin(jl.lift(apply)({"w": w}, start.replace(trainable=t), x)) ** 2)
+
+    t = start.trainable
     for _ in range(steps):
-        ga, gb = jax.grad(loss, (0, 1))(a, b)
-        a, b = a - (0.0 if freeze else rate) * ga, b - rate * gb
-    return np.asarray(alpha * a @ b)
+        t = jax.tree.map(lambda p, g: p - rate * g, t, jax.grad(loss)(t))
+    return np.asarray(jl.delta({"w": w}, start.replace(trainable=t))["w"])
 
 
 def test_ffa_alpha_and_rate_are_one_setting_and_for_lora_they_are_not():
-    np.testing.assert_allclose(train(True, 2.0, 0.01), train(True, 1.0, 0.04), rtol=1e-3)
-    assert np.abs(train(False, 2.0, 0.01) - train(False, 1.0, 0.04)).max() > 1e-3
+    """Doubling alpha is the same as four times the rate, if `a` is frozen."""
+    frozen = [train(jl.LoRA(2, k, freeze_a=True), r) for k, r in ((4.0, 0.01), (2.0, 0.04))]
+    np.testing.assert_allclose(*frozen, rtol=1e-3, atol=1e-5)
+    both = [train(jl.LoRA(2, k), r) for k, r in ((4.0, 0.01), (2.0, 0.04))]
+    assert np.abs(both[0] - both[1]).max() > 1e-3
+
+
+def noisy(clients, s):
+    """Aggregates of uploads with noise of size s: (FFA-LoRA, averaged factors)."""
+    bank, _, _, p = clients()
+    rng = np.random.default_rng(5)
+    nu, nv = (jnp.asarray(s * rng.normal(size=t.shape), jnp.float32) for t in bank)
+    shared = jnp.broadcast_to(bank.u[:1], bank.u.shape)  # no client uploads it: no noise
+    return dense(ffa(LowRank(shared, bank.v + nv), p)), dense(
+        fedavg(LowRank(bank.u + nu, bank.v + nv), p)
+    )
 
 
 def test_noise_is_linear_with_a_frozen_factor_and_quadratic_without(clients):
     """Doubling the noise doubles the damage of FFA-LoRA; LoRA adds a product of two noises."""
-    _, u, v, _ = clients()
-    rng = np.random.default_rng(5)
-    nu, nv = rng.normal(size=u[0].shape), rng.normal(size=v[0].shape)
-    frozen = [u[0] @ (v[0] + s * nv) - u[0] @ v[0] for s in (1.0, 2.0)]
-    both = [(u[0] + s * nu) @ (v[0] + s * nv) - u[0] @ v[0] for s in (1.0, 2.0)]
-    np.testing.assert_allclose(frozen[1], 2 * frozen[0])
-    assert np.abs(both[1] - 2 * both[0]).max() > 1.0
+    clean, once, twice = (noisy(clients, s) for s in (0.0, 1.0, 2.0))
+    linear, quadratic = (t - 2 * o + c for c, o, t in zip(clean, once, twice, strict=True))
+    assert np.abs(once[0] - clean[0]).max() > 0.1
+    assert np.abs(linear).max() < 1e-4
+    assert np.abs(quadratic).max() > 0.1
 
 
 def test_mutation_clients_counted_alike(clients, monkeypatch):

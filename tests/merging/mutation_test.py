@@ -23,7 +23,7 @@ BROKEN = [
      ("out", *D)),
     ("nuslerp", "slerp", "return slerp(bank, weights, axis=axis)", "return slerp(bank, weights)",
      "slerp.value_by_numpy", ("flat", *D)),
-    ("multislerp", "slerp", "jnp.arctan2(sin, cos) / ", "sin / ", "slerp.multislerp_by_numpy", D),
+    ("multislerp", "slerp", "jnp.arctan2(safe, cos) / ", "safe / ", "slerp.multislerp_by_numpy", D),
     ("karcher", "slerp", "length=steps", "length=1",
      "karcher.it_is_stationary_and_of_mean_norm", D),
     ("knots", "knots", 'dot("kq,qo->ko", y, core.right)', "core.right", "knots.value_by_numpy", D),
@@ -39,7 +39,7 @@ BROKEN = [
     ("wudi", "wudi", "weights / jnp.where(live, norm, one)", "weights",
      "wudi.value_by_the_normal_equations", ({"d_in": 4}, *D)),
     ("cart", "cart", "(core.cores - mean[None])", "(core.cores)", "cart.value_by_numpy", ({}, *D)),
-    ("robust_merge", "robust_merge", "live * jnp.maximum(s, least)", "live",
+    ("robust_merge", "robust_merge", "live * jnp.maximum(s, least) *", "live *",
      "robust_merge.value_by_numpy", D),
     # --- elements ---
     ("task_arithmetic", "task_arithmetic", "weights * scale", "weights",

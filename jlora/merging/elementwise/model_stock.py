@@ -2,7 +2,8 @@
 
 =======  =====================================================================
 D_n      delta of adapter n, u_n v_n
-c        mean cosine of all pairs of deltas, of the site or of each output
+c        mean cosine of all pairs of deltas, of the site or of each output; those of weight
+         0 are left out
 t        interpolation ratio between the base (0) and the sum (1)
 =======  =====================================================================
 
@@ -27,19 +28,30 @@ from jax import Array, lax
 
 from jlora.algebra import LowRank
 from jlora.merging.exact.concat import concat
+from jlora.merging.signs import present
 
 
 def model_stock(bank: LowRank, weights: Array, *, outputs: bool = False) -> LowRank:
-    """Model stock on one site; with `outputs`, one ratio for each output."""
+    """Model stock on one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign; the ratio is that of the adapters as they are, whatever the signs.
+      outputs: one ratio per output (mergekit's `filter_wise`), not one per site; False.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+    """
     u, v = concat(bank, weights)
-    return LowRank(u, v * ratio(bank, outputs=outputs)[None])
+    return LowRank(u, v * ratio(bank, present(weights), outputs=outputs)[None])
 
 
-def ratio(bank: LowRank, *, outputs: bool = False) -> Array:
-    """t as [1], or [d_out]."""
-    n = bank.u.shape[0]
-    if n == 1:
+def ratio(bank: LowRank, there: Array | None = None, *, outputs: bool = False) -> Array:
+    """t as [1], or [d_out]; of the adapters that are 1 in `there` [N], or of all."""
+    if bank.u.shape[0] == 1:
         return jnp.ones((1,), bank.u.dtype)
+    there = jnp.ones(bank.u.shape[0], bank.u.dtype) if there is None else there
+    n = jnp.maximum(jnp.sum(there), 1.0).astype(bank.u.dtype)
     high = lax.Precision.HIGHEST
     left = jnp.einsum("nir,mis->nmrs", bank.u, bank.u, precision=high)
     if outputs:
@@ -49,7 +61,9 @@ def ratio(bank: LowRank, *, outputs: bool = False) -> Array:
     square = jnp.einsum("nno->no", gram)
     size = jnp.sqrt(jnp.where(square > 0, square, jnp.ones_like(square)))
     cosine = jnp.clip(gram / (size[:, None] * size[None]), -1.0, 1.0)
-    pairs = (jnp.sum(cosine, axis=(0, 1)) - jnp.einsum("nno->o", cosine)) / (n * (n - 1))
+    cosine = cosine * (there[:, None] * there[None]).astype(cosine.dtype)[..., None]
+    total = jnp.sum(cosine, axis=(0, 1)) - jnp.einsum("nno->o", cosine)
+    pairs = jnp.where(n > 1, total / jnp.maximum(n * (n - 1), 1.0), 1.0)
     below = 1.0 + (n - 1) * pairs
     fine = jnp.abs(below) >= 1e-6
     return jnp.where(fine, n * pairs / jnp.where(fine, below, jnp.ones_like(below)), 0.0)

@@ -18,9 +18,22 @@ Deviates: nothing; it is linear, so it is exact on factors and nothing is stream
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.election import shared
 from jlora.merging.exact.concat import concat
 
 
-def task_arithmetic(bank: LowRank, weights: Array, *, scale: float = 1.0) -> LowRank:
-    """The scaled weighted sum of one site."""
-    return concat(bank, weights * scale)
+def task_arithmetic(
+    bank: LowRank, weights: Array, *, normalize: bool = False, scale: Array | float = 1.0
+) -> LowRank:
+    """The scaled weighted sum of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      normalize: divide by sum |w_n|; False: a sum, as in the paper.
+      scale: lambda, a factor of the result; 1.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+    """
+    return concat(bank, shared(weights, normalize) * scale)

@@ -48,6 +48,7 @@ DROPPED = "elements are dropped at random"
 CROSSED = "factors are summed apart: N copies of weight 1/N give N times one"
 GAUGE = "the factors are merged as they are written"
 SHARED = "PEFT divides by the number of adapters that agree: N copies of weight 1/N give 1/N of one"
+VOTE = {"signs": "PEFT's vote does not see weights", "absent": "PEFT's vote does not see weights"}
 CUT = "ranks beyond an adapter's are cut off: what they add to the derivative is left out"
 DELLA, CRUMBS = "Deep 2024, 2406.11617", "Davari 2023, 2312.06795"
 DARE = "Yu 2023, 2311.03099"
@@ -67,8 +68,11 @@ def _streamed(
     return {"name": name, "function": function, "paper": paper, **base, **more}
 
 
-def _factor(name: str, function: Callable[..., Any], why: str, **more: Any) -> Any:
+def _factor(
+    name: str, function: Callable[..., Any], why: str, vote: Any = None, **more: Any
+) -> Any:
     breaks = {"idempotent": CROSSED, "gauge": GAUGE} | ({"weight_one": why} if why else {})
+    breaks |= vote or {}
     base = {"paper": PEFT, "kind": "composition", "breaks": breaks, "tests": FACTOR_TESTS,
             "evidence": "PEFT's bits on its own models; numpy value"}  # fmt: skip
     return {"name": name, "function": function, **base, **more}
@@ -125,14 +129,15 @@ ROWS: tuple[dict[str, Any], ...] = (
         "name": "model_stock",
         "function": model_stock,
         "paper": "Jang 2024, 2403.19522",
+        "breaks": {"signs": "the ratio is that of the adapters as they were trained"},
         "evidence": NUMPY,
     },
     _factor("peft_linear", peft_linear, ""),
     _factor("peft_cat", peft_cat, "", breaks={}),
     _factor("peft_magnitude_prune", peft_magnitude_prune, TRIMMED, options=HALF),
-    _factor("peft_ties", peft_ties, TRIMMED, options=HALF),
+    _factor("peft_ties", peft_ties, TRIMMED, VOTE, options=HALF),
     _factor("peft_dare_linear", peft_dare_linear, DROPPED, options=HALF, randomised=True),
-    _factor("peft_dare_ties", peft_dare_ties, DROPPED, options=HALF, randomised=True),
+    _factor("peft_dare_ties", peft_dare_ties, DROPPED, VOTE, options=HALF, randomised=True),
     _peft_svd("peft_svd", peft_svd, {}, certificate=peft_svd_error, tight=True),
     _peft_svd(
         "peft_magnitude_prune_svd",
@@ -143,7 +148,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     _peft_svd(
         "peft_ties_svd",
         peft_ties_svd,
-        {"weight_one": TRIMMED, "idempotent": SHARED},
+        {"weight_one": TRIMMED, "idempotent": SHARED, **VOTE},
         options=HALF,
     ),
     _peft_svd(
@@ -156,7 +161,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     _peft_svd(
         "peft_dare_ties_svd",
         peft_dare_ties_svd,
-        {"weight_one": DROPPED, "idempotent": SHARED},
+        {"weight_one": DROPPED, "idempotent": SHARED, **VOTE},
         options=HALF,
         randomised=True,
     ),

@@ -72,12 +72,17 @@ def gather(
 
 
 def per_site(
-    fn: Callable[..., LowRank], *, randomised: bool = False, loop: str = "vmap"
+    fn: Callable[..., LowRank],
+    *,
+    randomised: bool = False,
+    loop: str = "vmap",
+    ranks: tuple[str, ...] = (),
 ) -> Callable[..., Deltas]:
     """`fn(bank, weights [N], **options)` of one site and slice, as a function of whole `Deltas`.
 
     The result takes (bank, weights, key=None, ids=None, **options). `loop="map"` runs the slices
-    one after the other, so that the memory is that of one. With `randomised`, `fn` also gets
+    one after the other, so that the memory is that of one. Options named in `ranks` are at most
+    min(d_in, d_out) of each site. With `randomised`, `fn` also gets
     `keys` [N], made of `key`, the path, the slice and `ids` [N] (0..N-1 where it is None).
     """
     if loop not in ("vmap", "map"):
@@ -91,7 +96,9 @@ def per_site(
 
         def one(x: tuple[LowRank, Array, Any]) -> LowRank:
             low, w, keys = x
-            return fn(low, w, **({} if keys is None else {"keys": keys}), **options)
+            full = min(low.u.shape[-2], low.v.shape[-1])
+            fitted = {k: min(options[k], full) for k in ranks if options.get(k) is not None}
+            return fn(low, w, **({} if keys is None else {"keys": keys}), **{**options, **fitted})
 
         out: Deltas = {}
         for paths in _alike(bank):

@@ -32,8 +32,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
 from jlora.core.adapter import Adapter, Site
-from jlora.merging.engine.inputs import gather
-from jlora.merging.engine.run import apply, bound
+from jlora.merging.engine.inputs import gather, to_adapter
+from jlora.merging.engine.run import apply, bound, checked
 from jlora.merging.engine.table import Merging
 from jlora.methods.low_rank.lora import LoRA
 
@@ -78,6 +78,82 @@ def weight_one(row: Merging, world: World) -> Errors:
         return _gap(_merge(row, world, _take(world.bank, slice(1)), [1.0]), _first(world.bank))
     w = [1.0] + [0.0] * (row.size - 1)
     return _gap(_merge(row, world, world.bank, w), _first(world.bank))
+
+
+def minus_one(row: Merging, world: World) -> Errors:
+    """One adapter of weight -1 (the others of a fixed number weigh 0), against minus weight 1."""
+    size = row.size or 1
+    bank, w = _take(world.bank, slice(size)), np.eye(size)[0]
+    if not row.signed:
+        return _refused(row, bank, -w)
+    return _gap(_merge(row, world, bank, -w), algebra.scale(_merge(row, world, bank, w), -1.0))
+
+
+def signs(row: Merging, world: World) -> Errors:
+    """Weights of both signs, against positive ones of adapters of both signs."""
+    sign = np.where(np.arange(world.weights.shape[0]) % 2, -1.0, 1.0).astype(np.float32)
+    if not row.signed:
+        return _refused(row, world.bank, world.weights * sign)
+
+    def turned(low: LowRank) -> LowRank:
+        return LowRank(low.u * sign.reshape(-1, *[1] * (low.u.ndim - 1)), low.v)
+
+    bank = {p: turned(low) for p, low in world.bank.items()}  # type: ignore[arg-type]
+    return _gap(_merge(row, world, weights=world.weights * sign), _merge(row, world, bank))
+
+
+def absent(row: Merging, world: World) -> Errors:
+    """One adapter beside others of weight 0, whatever those are; and all of weight 0, against 0."""
+    n = world.weights.shape[0]
+    nothing = _dense(_merge(row, world, weights=np.zeros(n)))
+    out = {p: float(np.sqrt((d**2).sum())) for p, d in nothing.items()}
+    others = jax.tree.map(lambda t: t.at[1:].set(t[1:][::-1] - 0.5 * t[:1]), world.bank)
+    one = np.eye(n)[0]
+    gaps = _gap(_merge(row, world, others, one), _merge(row, world, weights=one))
+    return {p: float(np.maximum(gap, out[p])) for p, gap in gaps.items()}
+
+
+def bounded(row: Merging, world: World) -> Errors:
+    """How far the norm is beyond 4 sums of norms, for weights whose sum nearly vanishes.
+
+    The adapters are nearly equal, so that those which agree on a sign can be of opposite weights.
+    """
+    n = world.weights.shape[0]
+    near: Deltas = {}
+    for path, (u, v) in world.bank.items():  # type: ignore[misc]
+        near[path] = LowRank(u[:1] + 0.05 * u, jnp.broadcast_to(v[:1], v.shape))
+    w = np.array([1.0, -0.999, 1e-3, *[0.0] * n])[:n]
+    if not row.signed:
+        return _refused(row, world.bank, w)
+    made, each = _dense(_merge(row, world, near, w)), _dense(near)
+    out = {}
+    for path, d in made.items():
+        size = np.sqrt((each[path] ** 2).reshape(n, -1).sum(1)).sum()
+        out[path] = float(np.maximum(np.sqrt((d**2).sum()) - 4 * size, 0.0))  # nan stays
+    return out
+
+
+def bank(row: Merging, world: World) -> Errors:
+    """Adapters in a list, against one Adapter whose arrays lead with an axis of them."""
+    sites = []
+    for path, (u, v) in world.bank.items():  # type: ignore[misc]
+        shape, kinds = (*u.shape[1:-1], v.shape[-1]), "s" * (u.ndim - 3) + "io"
+        sites.append(Site(path, shape, kinds, jnp.dtype("float32"), ("dot",)))
+    many = [to_adapter(_take(world.bank, k), sites) for k in range(world.weights.shape[0])]
+    one, other = (gather(given, world.weights) for given in (to_adapter(world.bank, sites), many))
+    return _gap(
+        _merge(row, world, one.bank, one.weights), _merge(row, world, other.bank, other.weights)
+    )
+
+
+def _refused(row: Merging, bank: Deltas, w: Any) -> Errors:
+    """Zero where the weights are refused by name, else infinite."""
+    try:
+        checked(row, bank, jnp.asarray(w, jnp.float32), jax.random.key(0), row.options)
+    except ValueError as error:
+        if str(error).startswith(f"{row.name}: weights: got "):
+            return {"": 0.0}
+    return {"": float("inf")}
 
 
 def idempotent(row: Merging, world: World) -> Errors:
@@ -240,6 +316,11 @@ CHECKS: dict[str, Callable[[Merging, World], Errors]] = {
     f.__name__: f
     for f in (
         weight_one,
+        minus_one,
+        signs,
+        absent,
+        bounded,
+        bank,
         idempotent,
         permutation,
         gauge,

@@ -51,14 +51,15 @@ def merge(
 ) -> Adapter:
     """A plain LoRA adapter that merges `adapters` (a list of any methods and ranks, or a bank).
 
-    `weights` is [N], 1/N each where it is None, or {path: [N, *stack]}. `key` is owed by
+    `weights` is [N], 1/N each where it is None, or {path: [N, *stack]}. `key` is required by
     randomised methods; `ids` [N] name the adapters in their keys. With `params`, methods without a
     factored delta (DoRA, OFT, IA3, HiRA) are converted first, exactly, and sites are looked up in
-    the parameters. `out_rank` cuts the result to a rank. Arrays among `options` are traced, other
-    options are static.
+    the parameters. `out_rank` cuts the result to a rank. A rank that a site is too small for means
+    full rank there; one that all sites are too small for is an error. Arrays among `options` are
+    traced, other options are static. `certified` also says what is cut off, and the ranks.
 
-    Raises ValueError as `gather` does, for an unknown name, a missing key, a wrong number of
-    adapters, and (outside of transformations) where the result is not finite.
+    Raises ValueError as `gather` and `checked` do, for an unknown name, a rank out of range, and
+    (outside of transformations) where the result is not finite.
     """
     row = lookup(name)
     if params is not None:
@@ -67,6 +68,7 @@ def merge(
     checked(row, bank, weights, key, options)
     made = apply(row, bank, weights, key=key, ids=ids, **options)
     if out_rank is not None:
+        check_rank("out_rank", out_rank, largest_rank(made))
         made = algebra.truncate(made, out_rank).deltas
     check_finite(name, made)
     return to_adapter(made, sites)
@@ -192,21 +194,39 @@ def apply(
     key: Array | None = None,
     ids: Any = None,
     jit: bool = True,
+    full: int | None = None,
     **options: Any,
 ) -> Deltas:
     """A row of the table on a bank of deltas, jitted once for each set of static options.
 
-    Raises ValueError for an option `rank` that is no whole number of at least 1.
+    An option `rank` means full rank at sites that are smaller; `full` is the largest
+    min(d_in, d_out) of a merge that this bank is only a part of.
+
+    Raises ValueError for an option that the method does not have, and for a rank that is no whole
+    number of at least 1, or beyond every site's min(d_in, d_out).
     """
-    rank = options.get("rank")
-    whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
-    if rank is not None and (not whole or rank < 1):
-        raise ValueError(f"rank: got {rank!r}, expected a whole number of at least 1")
+    check_options(row, options)
+    if row.capped and options.get("rank") is not None:
+        check_rank(f"{row.name}: rank", options["rank"], max(full or 0, largest_rank(bank)))
     bank = algebra.widened(bank)
     arrays, static = split(options)
     run = _jitted if jit else _run
-    kind = (row.function, row.scope, row.randomised, row.loop)
+    kind = (row.function, row.scope, row.randomised, row.loop, row.capped)
     return run(bank, weights, key, ids, arrays, kind, static)
+
+
+def largest_rank(bank: Deltas) -> int:
+    """The largest min(d_in, d_out) of all sites."""
+    every = [algebra.low_rank(d) for d in bank.values()]
+    return max(min(d.u.shape[-2], d.v.shape[-1]) for d in every)
+
+
+def check_rank(name: str, rank: Any, full: int) -> None:
+    """ValueError unless rank is a whole number in 1..full, the largest min(d_in, d_out)."""
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 1 <= rank <= full:
+        raise ValueError(
+            f"{name}: got {rank}, expected 1 to {full}, the largest min(d_in, d_out) of the sites"
+        )
 
 
 def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
@@ -234,12 +254,14 @@ def check_finite(name: str, made: Deltas) -> None:
 
 
 def _run(bank, weights, key, ids, arrays, kind, static):
-    function, scope, randomised, loop = kind
+    function, scope, randomised, loop, capped = kind
     options = {**arrays, **dict(static)}
     if scope == "adapter":
         extra = {"key": key, "ids": ids} if randomised else {}
         return function(bank, weights, **extra, **options)
-    mapped: Callable[..., Deltas] = per_site(function, randomised=randomised, loop=loop)
+    mapped: Callable[..., Deltas] = per_site(
+        function, randomised=randomised, loop=loop, ranks=("rank",) if capped else ()
+    )
     return mapped(bank, weights, key, ids, **options)
 
 

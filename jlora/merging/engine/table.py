@@ -4,6 +4,11 @@ Laws, by the names used in `breaks`:
 
 =============  =================================================================================
 weight_one     one adapter of weight 1 is returned as it is
+minus_one      one adapter of weight -1 gives minus what weight 1 gives, or is refused
+signs          the sign of a weight is the sign of its adapter, or negative weights are refused
+absent         an adapter of weight 0 is not there; weights 0 alone give 0
+bounded        for weights [1, -0.999, ...] the norm is at most 4 sums of the adapters' norms
+bank           a bank gives what the list of its adapters gives
 idempotent     equal adapters whose weights sum to 1 give that adapter
 permutation    the order of (adapter, weight, id) does not matter
 gauge          (u G, G^-1 v) is the same adapter
@@ -43,11 +48,17 @@ from jlora.merging.spectral.wudi import wudi
 MERGEKIT = "Goddard 2024, 2403.13257 (mergekit)"
 TRIMMED = "small entries are trimmed"
 EQUAL = "singular vectors of equal (padded: zero) singular values"
+UNITS = "units are clustered as they are: minus one is not the mirror image of it"
 FLATTENED = "the spectrum is flattened"
 HELD = "by the factors: the singular bases are held fixed (by the weights it is exact)"
 
 LAWS = (
     "weight_one",
+    "minus_one",
+    "signs",
+    "absent",
+    "bounded",
+    "bank",
     "idempotent",
     "permutation",
     "gauge",
@@ -154,13 +165,14 @@ ROWS: tuple[Merging, ...] = (
         wudi,
         "Cheng 2025, 2503.08099",
         atol=1e-3,
+        breaks={"bounded": "opposite demands on nearly the same inputs have a large exact answer"},
         evidence="minimum of its loss against least squares; law suite",
     ),
     Merging(
         "cart",
         cart,
         "Choi 2024, 2412.12153",
-        options={"rank": 2, "strength": 0.5},
+        options={"rank": 2, "scale": 0.5},
     ),
     Merging(
         "robust_merge",
@@ -193,14 +205,16 @@ ROWS: tuple[Merging, ...] = (
         "lego",
         lego,
         "Zhao 2024, 2409.16167",
-        breaks={"gauge": "units are columns of the factors as they are written"},
+        capped=False,
+        breaks={"gauge": "units are columns of the factors as they are written", "signs": UNITS},
         evidence="loops by numpy; shuffled copies are one adapter; K = pool is the sum",
     ),
     Merging(
         "lego_spectral",
         lego_spectral,
         "Zhao 2024, 2409.16167",
-        breaks={"gradient": EQUAL, "difference": EQUAL},
+        capped=False,
+        breaks={"gradient": EQUAL, "difference": EQUAL, "signs": UNITS},
         evidence="as lego, on units without gauge",
     ),
     Merging(
@@ -220,6 +234,7 @@ ROWS: tuple[Merging, ...] = (
         "factor_mix",
         factor_mix,
         "Huang 2023, 2307.13269",
+        signed=False,
         breaks={"gauge": "factors are summed as they are written"},
         tests=("tests/merging/learned/lorahub_test.py",),
     ),

@@ -2,7 +2,7 @@
 
 =======  ======================================================
 Δ_n      delta of adapter n as one vector, through its core
-α_n      weights divided by their sum
+α_n      |w_n| divided by their sum; the sign of a weight is first given to Δ_n
 m        the mean direction
 =======  ======================================================
 
@@ -12,7 +12,8 @@ m        the mean direction
     \\Delta = m \\sum_n \\alpha_n |\\Delta_n|
 
 The iteration starts from the direction of the weighted mean of unit vectors and has a fixed number
-of `steps`. The mean is a combination of the deltas, hence exact and factored.
+of `steps`. The mean is a combination of the deltas, hence exact and factored. A zero delta has no
+direction and is left out; zero deltas or weights alone give zero.
 
 Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result of rank N R.
 Raises ValueError for steps < 1.
@@ -27,10 +28,24 @@ from jax import Array
 from jlora.algebra import LowRank
 from jlora.merging.exact.concat import concat
 from jlora.merging.exact.slerp import mean_direction
+from jlora.merging.signs import absorbed
 
 
 def karcher(bank: LowRank, weights: Array, *, steps: int = 10) -> LowRank:
-    """The spherical mean of one site."""
+    """The spherical mean of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign; only their ratios matter, and whether all are 0.
+      steps: of the iteration, at least 1; 10, as in mergekit.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out]; not finite where the directions cancel.
+
+    Raises:
+      ValueError: steps < 1.
+    """
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
+    bank, weights = absorbed(bank, weights)
     return concat(bank, mean_direction(bank, weights, steps))

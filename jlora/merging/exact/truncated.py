@@ -14,7 +14,7 @@ k          `rank`
 vmapped over ranks. The factors are balanced. PEFT's `svd` merge is this, by way of a dense SVD.
 
 Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result [d_in, k], [k, d_out] with
-k = min(rank, N R, d_in, d_out). Raises ValueError for a rank < 1.
+k = min(rank, N R, d_in, d_out). Raises ValueError for a rank out of range.
 
 Paper: Eckart and Young 1936.
 Source: textbook.
@@ -32,9 +32,24 @@ from jlora.merging.spectral.core_space import to_core
 
 
 def truncated(bank: LowRank, weights: Array, *, rank: int, keep: Any = None) -> LowRank:
-    """The weighted sum cut to `rank`; of its directions the first `keep` [] are kept."""
-    if rank < 1:
-        raise ValueError(f"rank: got {rank}, expected at least 1")
+    """The weighted sum cut to a rank.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      rank: of the result, 1 to min(d_in, d_out); N R directions exist.
+      keep: [], of these directions the first that are kept, may be traced; None: all.
+
+    Returns:
+      u [d_in, k], v [k, d_out], k = min(rank, N R, d_in, d_out). A direction whose singular value
+      is 0 is zero in u and not in v, so that it can be trained; those after `keep` are zero.
+
+    Raises:
+      ValueError: a rank out of range.
+    """
+    full = min(bank.u.shape[1], bank.v.shape[2])
+    if not 1 <= rank <= full:
+        raise ValueError(f"rank: got {rank}, expected 1 to {full}")
     core = to_core(bank)
     c = dot("n,npq->pq", weights, core.cores)
     k = min(rank, *c.shape)

@@ -27,7 +27,7 @@ Paper: Zheng et al. 2025, arXiv:2505.15875.
 Source: abstract and notes on the paper; the constants are not known.
 Deviates: the overlap is that of the deltas, one of two readings (the other, of the factors,
 depends on their basis); one side after the other; all lengths relative to the bank's. A weight of
-0 takes an adapter out of the magnitudes; a row that is zero in an adapter has direction 0.
+0 takes an adapter out; a row that is zero in an adapter has direction 0.
 """
 
 import jax
@@ -36,19 +36,32 @@ from jax import Array, lax
 
 from jlora.algebra import LowRank
 from jlora.merging.exact.concat import concat
+from jlora.merging.signs import without_absent
 
 
 def do_merging(
     bank: LowRank, weights: Array, *, steps: int = 100, rate: float = 0.5, gamma: float = 0.01
 ) -> LowRank:
-    """The merge of one site, of rank N R.
+    """The merge of one site.
 
-    Raises ValueError for steps < 0, rate <= 0 or gamma < 0.
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign; 0 leaves an adapter out.
+      steps: of descent on each side, at least 0 (0: the decoupling alone); 100.
+      rate: of descent, > 0, relative to the bank's squared norm; 0.5.
+      gamma: how dear it is to move a delta, at least 0; 0.01.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+
+    Raises:
+      ValueError: steps, rate or gamma out of range.
     """
     if steps < 0 or rate <= 0 or gamma < 0:
         raise ValueError(
             f"steps, rate, gamma: got {steps}, {rate}, {gamma}, expected >= 0, > 0 and >= 0"
         )
+    bank = without_absent(bank, weights)
     return decoupled(orthogonalised(bank, steps=steps, rate=rate, gamma=gamma), weights)
 
 

@@ -39,7 +39,16 @@ from jlora.system import System
 
 
 def factor_mix(bank: LowRank, weights: Array) -> LowRank:
-    """(sum w u)(sum w v) of one site: the composition of the paper, of rank R."""
+    """(sum w u)(sum w v) of one site: the composition of the paper.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N]. Both factors are multiplied: -1 gives the adapter itself, and 1/2 a quarter of
+        it. So `merge` refuses negative ones; the search of the paper does not.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     u = jnp.einsum("n,nir->ir", weights, bank.u, precision=lax.Precision.HIGHEST)
     return LowRank(u, jnp.einsum("n,nro->ro", weights, bank.v, precision=lax.Precision.HIGHEST))
 

@@ -41,12 +41,12 @@ from jlora.merging.peft.factors import VOTES
 
 def peft_svd(bank: LowRank, weights: Array, *, rank: int | None = None) -> LowRank:
     """`combination_type="svd"`, by the core SVD: exact."""
-    return truncated(bank, weights, rank=bank.u.shape[-1] if rank is None else rank)
+    return truncated(bank, weights, rank=_rank(bank, rank))
 
 
 def peft_svd_error(bank: LowRank, weights: Array, *, rank: int | None = None) -> Array:
     """The Frobenius norm of what `peft_svd` cuts off, []; exact."""
-    return truncation_error(bank, weights, rank=bank.u.shape[-1] if rank is None else rank)
+    return truncation_error(bank, weights, rank=_rank(bank, rank))
 
 
 def peft_magnitude_prune_svd(
@@ -92,8 +92,12 @@ def peft_dare_ties_svd(
 
 
 def _factor(bank: LowRank, rule: Rule, rank: int | None, solver: Solver | None) -> LowRank:
-    r = min(bank.u.shape[-1], bank.u.shape[-2], bank.v.shape[-1]) if rank is None else rank
-    return factor(bank, rule, r, solver)
+    return factor(bank, rule, _rank(bank, rank), solver)
+
+
+def _rank(bank: LowRank, rank: int | None) -> int:
+    """That of the adapters, at most full, where none is given."""
+    return min(bank.u.shape[-1], bank.u.shape[-2], bank.v.shape[-1]) if rank is None else rank
 
 
 def _disjoint(x: Array, weights: Array, vote: str) -> Array:

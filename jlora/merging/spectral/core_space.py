@@ -13,7 +13,8 @@ No information is lost, and everything that does not depend on the choice of bas
 products) can be done on the cores. `merge_core` is the method of the paper: it merges the cores
 entry by entry, in the singular bases of all factors; with `rule="sum"` that is the exact sum.
 "ties": trim each core to its `density` largest entries, elect the sign of the weighted sum, take
-the weighted mean of those that agree; times `strength`. "dare" is left to the elementwise family.
+the mean of those that agree, weighted by |w_n|; times `scale`. "dare" is left to the elementwise
+family.
 
 Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result [d_in, k], [k, d_out] with
 k = min(p, q). Raises ValueError for an unknown rule, or a density outside (0, 1].
@@ -34,6 +35,7 @@ from jax import Array, lax
 from jlora import algebra
 from jlora.algebra import LowRank
 from jlora.merging.engine.spectral_functions import basis, dot
+from jlora.merging.signs import without_absent
 
 
 class Core(NamedTuple):
@@ -64,16 +66,31 @@ def merge_core(
     *,
     rule: str = "ties",
     density: Any = 0.2,
-    strength: float = 1.0,
+    scale: Array | float = 1.0,
 ) -> LowRank:
-    """The cores of the balanced singular bases, merged entry by entry."""
-    u, s, v = algebra.svd({"": bank})[""]
+    """The cores of the balanced singular bases, merged entry by entry.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      rule: "ties" (trim, elect, mean), or "sum", which is exact.
+      density: share of the entries of each core that "ties" keeps, in (0, 1]; one number, or a
+        tuple of N; 0.2, as in TIES.
+      scale: lambda, a factor of the result; 1.
+
+    Returns:
+      u [d_in, k], v [k, d_out], k = min(p, q).
+
+    Raises:
+      ValueError: an unknown rule, or a density out of range.
+    """
+    u, s, v = algebra.svd({"": without_absent(bank, weights)})[""]
     root = jnp.sqrt(s)
     left = _singular(_columns(u * root[:, None, :]))
     right = _singular(_columns((root[..., None] * v).mT)).T
     left, right = lax.stop_gradient(left), lax.stop_gradient(right)
     core = Core(left, dot("ip,nir,nro,qo->npq", left, bank.u, bank.v, right), right)
-    return from_core(core, strength * entrywise(core.cores, weights, rule, density))
+    return from_core(core, scale * entrywise(core.cores, weights, rule, density))
 
 
 def entrywise(x: Array, weights: Array, rule: str, density: Any) -> Array:
@@ -85,11 +102,12 @@ def entrywise(x: Array, weights: Array, rule: str, density: Any) -> Array:
         raise ValueError(f"rule: got {rule!r}, expected 'sum' or 'ties'")
     many = density if isinstance(density, tuple) else (density,) * x.shape[0]
     x = x * jnp.stack([largest(t, share) for t, share in zip(x, many, strict=True)])
-    elected = jnp.where(jnp.sum(w * x, axis=0) >= 0, 1.0, -1.0).astype(x.dtype)
-    agree = w * (x * elected[None] > 0).astype(x.dtype)
-    total = jnp.sum(agree, axis=0)
+    y = w * x
+    elected = jnp.where(jnp.sum(y, axis=0) >= 0, 1.0, -1.0).astype(x.dtype)
+    agree = (y * elected[None] > 0).astype(x.dtype)
+    total = jnp.sum(jnp.abs(w) * agree, axis=0)
     some = total != 0
-    return jnp.where(some, jnp.sum(agree * x, axis=0) / jnp.where(some, total, 1.0), 0.0)
+    return jnp.where(some, jnp.sum(agree * y, axis=0) / jnp.where(some, total, 1.0), 0.0)
 
 
 def largest(x: Array, density: float, size: Any = None) -> Array:

@@ -29,6 +29,7 @@ from jax import Array, lax
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.spectral_functions import dot
+from jlora.merging.signs import without_absent
 from jlora.merging.spectral.core_space import entrywise, to_core
 
 
@@ -38,12 +39,27 @@ def knots(
     *,
     rule: str = "ties",
     density: Any = 0.2,
-    strength: float = 1.0,
+    scale: Array | float = 1.0,
 ) -> LowRank:
-    """The merge of one site in the common basis of its outputs."""
-    core = to_core(bank)
+    """The merge of one site in the common basis of its outputs.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+      rule: "ties" (trim, elect, mean), or "sum", which is exact.
+      density: share of the entries of each Z_n that "ties" keeps, in (0, 1]; one number, or a tuple
+        of N; 0.2, as in TIES.
+      scale: lambda, a factor of the result; 1.
+
+    Returns:
+      u [d_in, q], v [q, d_out] with orthonormal rows.
+
+    Raises:
+      ValueError: an unknown rule, or a density out of range.
+    """
+    core = to_core(without_absent(bank, weights))
     n, p, q = core.cores.shape
     y = jnp.linalg.svd(core.cores.reshape(n * p, q), full_matrices=False)[2]
     y = lax.stop_gradient(dot("kq,qo->ko", y, core.right))
     z = dot("nir,nro,ko->nik", bank.u, bank.v, y)
-    return LowRank(strength * entrywise(z, weights, rule, density), y)
+    return LowRank(scale * entrywise(z, weights, rule, density), y)

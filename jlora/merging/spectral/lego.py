@@ -37,6 +37,7 @@ from jax import Array, lax
 from jlora import algebra
 from jlora.algebra import LowRank
 from jlora.merging.exact.concat import concat
+from jlora.merging.signs import present
 
 
 def lego(
@@ -49,25 +50,42 @@ def lego(
     reweight: bool = True,
     norm: str = "l2",
 ) -> LowRank:
-    """The merge of one site, of `rank` (R where it is None; the size of the pool at most).
+    """The merge of one site.
 
-    Raises ValueError: rank < 1, steps < 0, other `units` than factors and spectral, or another
-    `norm` than l2 and max.
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign; 0 leaves an adapter's units out.
+      rank: K, clusters, 1 to the size N R of the pool; None: R, as in the paper.
+      steps: of k-means, at least 0; 10.
+      units: "factors", as the paper's, or "spectral", which no gauge changes.
+      reweight: the paper's two rescalings; True.
+      norm: of a unit in them, "l2" or "max"; "l2".
+
+    Returns:
+      u [d_in, K], v [K, d_out].
+
+    Raises:
+      ValueError: rank or steps out of range, other `units` or another `norm`.
     """
     n, d_in, r = bank.u.shape
-    if (rank is not None and rank < 1) or steps < 0:
-        raise ValueError(f"rank, steps: got {rank}, {steps}, expected >= 1 and >= 0")
+    if (rank is not None and not 1 <= rank <= n * r) or steps < 0:
+        raise ValueError(
+            f"rank, steps: got {rank}, {steps}, expected 1 to {n * r} (the pool) and at least 0"
+        )
     if units not in ("factors", "spectral") or norm not in ("l2", "max"):
         raise ValueError(f"units, norm: got {units!r}, {norm!r}, expected factors or spectral, "
                          "l2 or max")  # fmt: skip
     if units == "spectral":
         bank = spectral(bank)
         r = bank.u.shape[-1]
+    there = present(weights)
+    number = jnp.maximum(jnp.sum(there), 1.0)  # adapters that are not of weight 0
     if rank is not None and rank >= n * r:
-        return concat(bank, weights * n)
+        return concat(bank, weights * number)
     a, b = bank.u.mT.reshape(n * r, d_in), bank.v.reshape(n * r, -1)
     w = jnp.repeat(weights, r)
     live = (jnp.any(a != 0, axis=1) & jnp.any(b != 0, axis=1)).astype(a.dtype)
+    live = live * jnp.repeat(there, r)
     k = min(r if rank is None else rank, n * r)
     own = clusters(a, b, live, k, steps)
     pool, size = jnp.concatenate([a, b], axis=1), jnp.abs(w)[:, None]
@@ -77,16 +95,26 @@ def lego(
     if reweight:
         length = _dot("kj,kq->jq", own * size, _length(pool, norm)) / _safe(mass)
         centre = centre * length / _safe(_length(centre, norm))
-    gain = _dot("kj,kq->jq", own, n * w[:, None]) / _safe(count)
+    gain = _dot("kj,kq->jq", own, number * w[:, None]) / _safe(count)
     if reweight:
         used = jnp.sum((count > 0).astype(a.dtype))
-        gain = gain * jnp.sqrt(jnp.sum(live) / _safe(n * used))
+        gain = gain * jnp.sqrt(jnp.sum(live) / _safe(number * used))
     return LowRank(centre[:, :d_in].T, (centre * gain)[:, d_in:])
 
 
-def lego_spectral(bank: LowRank, weights: Array, **options) -> LowRank:
-    """`lego` on the units of the singular value decomposition."""
-    return lego(bank, weights, units="spectral", **options)
+def lego_spectral(
+    bank: LowRank,
+    weights: Array,
+    *,
+    rank: int | None = None,
+    steps: int = 10,
+    reweight: bool = True,
+    norm: str = "l2",
+) -> LowRank:
+    """`lego` on the units of the SVD; Args, Returns and Raises are those of `lego`."""
+    return lego(
+        bank, weights, rank=rank, steps=steps, units="spectral", reweight=reweight, norm=norm
+    )
 
 
 def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:

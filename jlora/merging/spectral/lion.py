@@ -34,6 +34,7 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.exact.concat import concat
+from jlora.merging.signs import present
 
 
 def lion(
@@ -44,11 +45,23 @@ def lion(
     orthogonal: bool = False,
     floor: float = 1e-4,
 ) -> LowRank:
-    """The fusion of one site, of rank N R.
+    """The fusion of one site.
 
-    `floor` bounds the eigenvalues of G from below, where adapters are (nearly) parallel.
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], amplitudes of any sign; 0 leaves an adapter out.
+      inputs: [T, d_in], what norms are measured on; None: white noise, the norm of the delta.
+      orthogonal: make the normalised deltas orthogonal first; False, as in the paper.
+      floor: of the eigenvalues of G, where adapters are (nearly) parallel, > 0; 1e-4.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+
+    Raises:
+      ValueError: inputs of another shape.
     """
-    gram = features(bank, inputs)
+    there = present(weights).astype(bank.u.dtype)
+    gram = features(bank, inputs) * there[:, None] * there[None, :]
     norms, scale = _norms(gram)
     size = jnp.abs(weights)
     total = jnp.sum(size)
@@ -63,9 +76,11 @@ def lion(
     return concat(bank, _dot("n,nm->m", weights * mean, mixed) * scale)
 
 
-def lion_orthogonal(bank: LowRank, weights: Array, **options) -> LowRank:
-    """`lion` with the deltas made orthogonal."""
-    return lion(bank, weights, orthogonal=True, **options)
+def lion_orthogonal(
+    bank: LowRank, weights: Array, *, inputs: Array | None = None, floor: float = 1e-4
+) -> LowRank:
+    """`lion` with the deltas made orthogonal; Args, Returns and Raises are those of `lion`."""
+    return lion(bank, weights, orthogonal=True, inputs=inputs, floor=floor)
 
 
 def overlap(bank: LowRank, inputs: Array | None = None) -> Array:

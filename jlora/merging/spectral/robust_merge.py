@@ -4,7 +4,7 @@
 A_n, B_n   factors of adapter n, balanced and in a fixed gauge: [d_in, r], [r, d_out]
 m          mask of the `density` largest entries of a factor
 s_n        [r], for each direction: sum |A_n| / sum |A_n m|, at least its own `floor` quantile
-w_n        weights
+w_n        weights; the sign is first given to the adapter, and 0 leaves it out
 =========  ====================================================================================
 
 .. math::
@@ -30,15 +30,30 @@ from jax import Array, lax
 from jlora import algebra
 from jlora.algebra import LowRank
 from jlora.merging.engine.spectral_functions import dot, support
+from jlora.merging.signs import absorbed, present
 from jlora.merging.spectral.core_space import largest
 
 
 def robust_merge(
     bank: LowRank, weights: Array, *, density: float = 0.2, floor: float = 0.8
 ) -> LowRank:
-    """The merge of one site, of the rank of its adapters."""
+    """The merge of one site, of the rank of its adapters.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign; |w_n| multiplies both factors, as in the official code.
+      density: share of the entries of a factor that is kept, in (0, 1]; 0.2.
+      floor: quantile of an adapter's s_n that its smaller ones are raised to, in [0, 1); 0.8.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+
+    Raises:
+      ValueError: density or floor out of range.
+    """
     if not 0.0 <= floor < 1.0:
         raise ValueError(f"floor: got {floor}, expected 0 <= floor < 1")
+    bank, weights = absorbed(bank, weights)
     a, b, live = canonical(bank)
     count = jnp.sum(live, axis=1)  # [N], directions that are there
     cut = jax.vmap(lambda x, n: x * largest(x, density, n * x.size / live.shape[1]))
@@ -48,7 +63,7 @@ def robust_merge(
     s = jnp.where(some, total / jnp.where(some, kept, jnp.ones_like(kept)), live)
     rank = live.shape[1] - count + jnp.floor(count * floor)  # absent ones come first, as zeros
     least = jnp.take_along_axis(jnp.sort(s, axis=1), rank.astype(jnp.int32)[:, None], axis=1)
-    s = live * jnp.maximum(s, least)
+    s = live * jnp.maximum(s, least) * present(weights)[:, None]
     total = jnp.sum(s, axis=0)
     share = s / jnp.where(total > 0, total, jnp.ones_like(total))[None]
     v = jnp.sum((weights[:, None] * share)[..., None] * cut(b, count), axis=0)

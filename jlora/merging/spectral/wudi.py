@@ -2,7 +2,7 @@
 
 =======  =============================================================================
 C_n      core of adapter n (`core_space`) = X_n S_n Y_n^T, [p, q]
-w_n      weight of its loss, >= 0 (only their ratios matter)
+w_n      weight of its loss; a negative one subtracts C_n (only the ratios of |w_n| matter)
 =======  =============================================================================
 
 .. math::
@@ -26,11 +26,21 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.spectral_functions import dot, spectral, support
+from jlora.merging.signs import absorbed
 from jlora.merging.spectral.core_space import from_core, to_core
 
 
 def wudi(bank: LowRank, weights: Array) -> LowRank:
-    """The minimiser of the interference of one site."""
+    """The minimiser of the interference of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: [N], of any sign.
+
+    Returns:
+      u [d_in, k], v [k, d_out], k = min(p, q).
+    """
+    bank, weights = absorbed(bank, weights)
     core = to_core(bank)
     rows, targets = interference(core.cores, weights)
     inverse = spectral(_inverse, rows).T

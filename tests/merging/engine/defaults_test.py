@@ -27,10 +27,10 @@ from jlora.merging.spectral.lego import lego
 from jlora.merging.spectral.robust_merge import robust_merge
 
 DEFAULTS = [
-    (knots, {"rule": "ties", "density": 0.2, "strength": 1.0}),
-    (merge_core, {"rule": "ties", "density": 0.2, "strength": 1.0}),
+    (knots, {"rule": "ties", "density": 0.2, "scale": 1.0}),
+    (merge_core, {"rule": "ties", "density": 0.2, "scale": 1.0}),
     (iso_cts, {"common": 0.8}),
-    (cart, {"rank": None, "strength": 1.0}),
+    (cart, {"rank": None, "scale": 1.0}),
     (robust_merge, {"density": 0.2, "floor": 0.8}),
     (karcher, {"steps": 10}),
     (magnitude_rule, {"density": 0.2, "scale": 1.0}),

@@ -11,6 +11,7 @@ import jlora as jl
 from jlora import registry
 from jlora.algebra import LowRank
 from jlora.merging import METHODS, Merging
+from jlora.merging.engine import laws
 from jlora.merging.engine.laws import CHECKS, error, errors, laws_of
 from jlora.merging.engine.table import HELD, LAWS, ROWS
 from jlora.merging.exact.concat import concat
@@ -164,6 +165,27 @@ def test_mutation_a_scale_rounded_to_the_dtype_of_its_adapter_is_seen(world, mon
         check("dtypes", METHODS["concat"], world)
 
 
+def test_refusing_signs_is_a_law_kept_and_not_refusing_is_seen(world):
+    """A row that says it has no signs passes by its refusal alone."""
+    for law in ("minus_one", "signs", "bounded"):
+        check(law, Merging("double", unsigned, "", signed=False), world)
+        with pytest.raises(AssertionError, match=f"breaks {law}"):
+            check(law, Merging("double", by_the_sum if law == "bounded" else unsigned, ""), world)
+
+
+def test_mutation_a_bank_read_in_another_order_is_seen(world, monkeypatch):
+    real = laws.gather
+
+    def wrong(adapters, weights):
+        given = real(adapters, weights)
+        turned = jax.tree.map(lambda t: t[::-1], given.bank)
+        return given if isinstance(adapters, list) else given._replace(bank=turned)
+
+    monkeypatch.setattr(laws, "gather", wrong)
+    with pytest.raises(AssertionError, match="breaks bank"):
+        check("bank", METHODS["concat"], world)
+
+
 def everything(bank, weights):
     """A merge of all sites at once, by their common norm."""
     total = jnp.sqrt(sum(jnp.sum(u * u) for u, _ in bank.values()))
@@ -220,6 +242,21 @@ def forgetful():
     return double
 
 
+def unsigned(bank, weights):
+    """The sign is lost."""
+    return concat(bank, jnp.abs(weights))
+
+
+def by_the_sum(bank, weights):
+    """A mean whose divisor is the sum of the weights."""
+    return concat(bank, weights / jnp.sum(weights))
+
+
+def crowded(bank, weights):
+    """All adapters count, also those of weight 0."""
+    return concat(bank, weights + 0.01)
+
+
 def too_small(bank, weights, rank):
     return jnp.zeros(())
 
@@ -248,6 +285,10 @@ def narrow(bank, weights):
 
 DOUBLES = {
     "weight_one": Merging("double", twice, ""),
+    "minus_one": Merging("double", unsigned, ""),
+    "signs": Merging("double", by_the_sum, ""),
+    "absent": Merging("double", crowded, ""),
+    "bounded": Merging("double", by_the_sum, ""),
     "idempotent": Merging("double", shrunk, ""),
     "permutation": Merging("double", first, ""),
     "gauge": Merging("double", factor_space, ""),

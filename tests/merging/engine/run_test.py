@@ -87,7 +87,10 @@ def test_peak_memory_is_told_before_a_merge():
         (lambda a: ("ties2", a), "merge method: got 'ties2', expected one of"),
         (lambda a: ("slerp", a), "slerp: got 3 adapters, expected 2"),
         (lambda a: ("concat", a, [1.0]), "weights: got shape"),
-        (lambda a: ("slerp", a[:2], [1.0, -1.0]), "slerp: loha: got nan or inf; no such merge"),
+        (
+            lambda a: ("multislerp", [a[0]] * 2, [1.0, -1.0]),
+            "multislerp: loha: got nan or inf; no such merge",
+        ),
     ],
     ids=["name", "number", "weights", "no mean"],
 )

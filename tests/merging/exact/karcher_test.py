@@ -1,9 +1,11 @@
 """The Karcher mean: its iteration by numpy, and the equation it solves."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.algebra import LowRank
 from jlora.merging.exact.karcher import karcher
 from jlora.merging.exact.slerp import multislerp
 
@@ -73,6 +75,39 @@ def test_one_step_is_multislerp(make, dense):
     bank, w = make(), jnp.asarray(W, jnp.float32)
     got, want = dense(karcher(bank, w, steps=1)), dense(multislerp(bank, w))
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [karcher, multislerp])
+def test_zero_adapters_are_left_out_and_alone_give_zero(function, make, dense):
+    """One of three, all of three, a single one; and weights that are all zero."""
+    bank, w = make(), jnp.asarray(W, jnp.float32)
+    part = LowRank(bank.u.at[0].set(0.0), bank.v)
+    rest = LowRank(bank.u[1:], bank.v[1:])
+    got, want = dense(function(part, w)), dense(function(rest, w[1:]))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for n in (1, 3):
+        nothing = LowRank(jnp.zeros_like(bank.u[:n]), bank.v[:n])
+        assert np.abs(dense(function(nothing, w[:n]))).max() == 0
+    assert np.abs(dense(function(bank, jnp.zeros(3)))).max() == 0
+
+    def loss(b):
+        low = function(b, w)
+        return jnp.sum((low.u @ low.v) ** 2)
+
+    slopes = jax.grad(loss)(LowRank(jnp.zeros_like(bank.u), bank.v))
+    assert all(bool(jnp.isfinite(t).all()) for t in slopes)
+
+
+@pytest.mark.parametrize("function", [karcher, multislerp])
+def test_negative_weights_subtract(function, make, dense):
+    """-1 of one is minus it; of several, the mean with that adapter turned; never larger."""
+    bank, w = make(), jnp.asarray([0.5, -0.3, 0.2], jnp.float32)
+    one = LowRank(bank.u[:1], bank.v[:1])
+    np.testing.assert_allclose(dense(function(one, -jnp.ones(1))), -dense(bank)[0], atol=1e-5)
+    turned = LowRank(bank.u.at[1].multiply(-1.0), bank.v)
+    got = dense(function(bank, w))
+    np.testing.assert_allclose(got, dense(function(turned, jnp.abs(w))), atol=1e-5)
+    assert np.linalg.norm(got) <= np.linalg.norm(dense(bank), axis=(1, 2)).max() * (1 + 1e-5)
 
 
 def test_bad_steps(make):

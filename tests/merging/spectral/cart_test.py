@@ -11,23 +11,23 @@ W = np.array([0.5, 0.3, 0.2])
 W32 = jnp.asarray(W, jnp.float32)
 
 
-def by_numpy(deltas, w, k, strength):
+def by_numpy(deltas, w, k, scale):
     mean = np.einsum("n,nio->io", w, deltas)
     total = mean.copy()
     for d in deltas:
         x, s, y = np.linalg.svd(d - mean, full_matrices=False)
-        total += strength * (x[:, :k] * s[:k]) @ y[:k]
+        total += scale * (x[:, :k] * s[:k]) @ y[:k]
     return total
 
 
 def check(function, make, dense, **options):
     bank = make(d_in=9, d_out=8)
     k = options.get("rank") or 1  # 8 % of 8, rounded up
-    want = by_numpy(dense(bank), W, k, options.get("strength", 1.0))
+    want = by_numpy(dense(bank), W, k, options.get("scale", 1.0))
     np.testing.assert_allclose(dense(function(bank, W32, **options)), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 2, "strength": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "scale": 0.3}], ids=str)
 def test_value_by_numpy(options, make, dense):
     check(cart, make, dense, **options)
 
@@ -44,9 +44,9 @@ def test_mutation_the_mean_alone_is_another_merge(make, dense):
 
 
 def test_limits(make, dense):
-    """strength 0: the mean. Full rank, strength 1/N, equal weights: the mean again."""
+    """scale 0: the mean. Full rank, scale 1/N, equal weights: the mean again."""
     bank, third = make(), jnp.full(3, 1 / 3)
-    for w, options in ((W32, {"strength": 0.0}), (third, {"rank": 6, "strength": 1 / 3})):
+    for w, options in ((W32, {"scale": 0.0}), (third, {"rank": 6, "scale": 1 / 3})):
         want = dense(concat(bank, w))
         np.testing.assert_allclose(dense(cart(bank, w, **options)), want, atol=1e-5)
 

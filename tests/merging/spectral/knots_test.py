@@ -44,9 +44,7 @@ def test_the_sum_rule_is_the_exact_sum(make, dense):
     bank = make()
     want = np.einsum("n,nio->io", W, dense(bank))
     np.testing.assert_allclose(dense(knots(bank, W32, rule="sum")), want, atol=1e-5)
-    np.testing.assert_allclose(
-        dense(knots(bank, W32, rule="sum", strength=2.0)), 2 * want, atol=1e-5
-    )
+    np.testing.assert_allclose(dense(knots(bank, W32, rule="sum", scale=2.0)), 2 * want, atol=1e-5)
 
 
 def test_with_nothing_trimmed_it_is_idempotent(make, dense):
