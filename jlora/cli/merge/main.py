@@ -6,12 +6,14 @@ Deviates: nothing.
 
 import argparse
 import dataclasses
+import functools
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
+from jlora.merge_cli import dense, exact, factors
 from tqdm import tqdm
 
 from jlora import algebra
@@ -20,9 +22,10 @@ from jlora.cli.merge import config as configs
 from jlora.cli.merge import plan as plans
 from jlora.cli.merge import read, write
 from jlora.cli.merge.base import Base
+from jlora.core.adapter import Adapter
 from jlora.io import FormatError
-from jlora.merging.engine.inputs import gather, to_adapter
-from jlora.merging.engine.run import check_finite, lookup
+from jlora.merging.engine.inputs import Gathered, gather, to_adapter
+from jlora.merging.engine.run import check_finite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,16 +55,19 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
         data = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise configs.ConfigError(f"{path}: not YAML: {error}") from error
-    config = configs.parse(data, path.parent)
+    config = dense.settled(configs.parse(data, path.parent))
     target = out or config.out.path
     if target is None:
         raise configs.ConfigError("out.path: lacks; give it there or as --out")
     config = dataclasses.replace(config, out=dataclasses.replace(config.out, path=target))
-    row = lookup(config.method)
+    row = factors.row_of(config.method)
     if not dry:
         write.recover(target)
     write.check_free(target, overwrite)
     base = Base(config.base) if config.base else None
+    if dense.applies(config):
+        by_tensors(config, base, target, dry, overwrite)
+        return
     if config.out.format == "merged" and base is None:
         raise configs.ConfigError("base_model: lacks; merged weights need one")
     given = gather(read.adapters(config, base), None, missing=config.missing)
@@ -69,33 +75,70 @@ def run(path: Path, out: Path | None, dry: bool, overwrite: bool) -> None:
     if config.out.format == "merged" and base is not None:
         table = write.changed(base, given.sites, config.names)
     plan = plans.make(config, row, given)
+    whole = config.out.format == "merged" and plans.uncut(config, plan)
     if dry:
-        sizes = plans.memory(plan, given.bank, config.seed)
+        sizes = {} if whole else plans.memory(plan, given.bank, config.seed)
         if config.out.format == "merged" and base is not None:
             sizes["largest shard, while written"] = base.writing(table, config.out.dtype)
         print(plans.describe(config, plan, given, sizes))
+        if not whole:
+            print("\n".join(exact.lines(factored(config, plan, given, lambda n: None)[1])))
         return
-    made: Deltas = {}
     files = len(base.files) if config.out.format == "merged" and base else 1
     with tqdm(total=len(given.sites) + files, desc=row.name, file=sys.stderr) as bar:
-        for chunk in plan.chunks:
-            part = plans.run_chunk(plan, chunk, given.bank, config.seed)
-            if config.out.rank:
-                part = algebra.truncate(part, config.out.rank).deltas
-            made |= part
-            bar.update(len(chunk.paths))
-        adapter = to_adapter(made, given.sites)
-        check_finite(row.name, made)
+        if whole:
+            found, delta = {}, exact.reader(plan, given.bank, config.seed)
+            adapter = Adapter({}, {}, ())
+            bar.update(len(given.sites))
+        else:
+            made, found = factored(config, plan, given, bar.update)
+            adapter = to_adapter(made, given.sites)
+            check_finite(row.name, made)
+            delta = functools.partial(write.delta_of, adapter)
         with write.whole(target, overwrite) as new:
             if config.out.format == "merged" and base is not None:
-                write.merged(new, adapter, table, base, config.out.dtype, lambda: _step(bar))
+                change = write.adding(delta, table)
+                write.merged(new, change, table, base, config.out.dtype, lambda: _step(bar))
             elif config.out.format == "orbax":
                 write.orbax(new, adapter, config.out.dtype)
                 bar.update()
             else:
                 write.peft(new, adapter, config.names, base, config.out.dtype)
                 bar.update()
+            dense.notes(new, config, plans.groups(plan), errors=exact.data(found))
+    for line in exact.lines(found) if found else ():
+        print(line)
     print(f"{target}: {config.out.format}, {len(given.sites)} sites by {row.name}")
+
+
+def factored(
+    config: configs.Config, plan: plans.Plan, given: Gathered, done: Callable[[int], object]
+) -> tuple[Deltas, dict[str, exact.Error]]:
+    """The merged factors, cut to `out.rank`, and how far they are from the merge that they mean."""
+    made: Deltas = {}
+    found: dict[str, exact.Error] = {}
+    for chunk in plan.chunks:
+        whole = part = plans.run_chunk(plan, chunk, given.bank, config.seed)
+        if config.out.rank:
+            part = algebra.truncate(whole, config.out.rank).deltas
+        found |= exact.errors(plan, chunk, given.bank, whole, part, config.seed)
+        made |= part
+        done(len(chunk.paths))
+    return made, found
+
+
+def by_tensors(
+    config: configs.Config, base: Base | None, target: Path, dry: bool, overwrite: bool
+) -> None:
+    """A merge into merged weights, tensor by tensor, as mergekit has it."""
+    plan = dense.make(config, base)
+    if dry:
+        print(dense.describe(plan, config))
+        return
+    with tqdm(total=len(plan.inputs.donor.files), desc=config.method, file=sys.stderr) as bar:
+        with write.whole(target, overwrite) as new:
+            dense.write(new, plan, config, lambda: _step(bar))
+    print(f"{target}: merged, {len(plan.options)} tensors by {config.method}")
 
 
 def _step(bar: tqdm) -> None:

@@ -11,7 +11,7 @@ Deviates: nothing.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jlora.core.adapter import Adapter, Site
 from jlora.io import FormatError, NameMap, safetensors_file
 
 Changed = dict[str, tuple[Site, tuple[int, ...]]]  # tensor of the base -> slice of a site
+Change = Callable[[str, np.ndarray], np.ndarray]  # (tensor, its values, float32) -> new values
 
 
 @contextlib.contextmanager
@@ -94,17 +95,16 @@ def changed(base: Base, sites: Iterable[Site], names: NameMap) -> Changed:
 
 def merged(
     path: Path,
-    adapter: Adapter,
-    table: Changed,
+    change: Change,
+    table: Collection[str],
     base: Base,
     dtype: str | None,
     done: Callable[[], None],
 ) -> None:
-    """The base with the adapter merged into it, shard by shard; `done` is called after each.
+    """The base with the tensors of `table` changed, shard by shard; `done` is called after each.
 
-    `table` is that of `changed`. Weights are added in float32 and rounded once, to `dtype` or that
-    of the base; tensors that no site changes are as they were, or cast to `dtype` where they are
-    floating.
+    Weights are changed in float32 and rounded once, to `dtype` or that of the base; tensors that
+    are not changed are as they were, or cast to `dtype` where they are floating.
     """
     path.mkdir()
     for file in base.rest():
@@ -116,15 +116,28 @@ def merged(
             floating = jnp.issubdtype(old.dtype, jnp.floating)
             kind = np.dtype(jnp.dtype(dtype)) if dtype and floating else old.dtype
             if name in table:
-                site, index = table[name]
-                arrays = adapter.trainable[site.path]
-                scale = adapter.frozen[site.path]["scale"]
-                a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
-                old = old.astype(np.float32)
-                old += layout.to_torch(site, (float(scale[index]) * a) @ b)
+                old = change(name, old.astype(np.float32))
             out[name] = old.astype(kind, copy=False)
         safetensors_file.write(path / file, out, metadata)
         done()
+
+
+def adding(delta: Callable[[Site, tuple[int, ...]], np.ndarray], table: Changed) -> Change:
+    """The change that adds `delta` [d_in, d_out] of a slice of a site to its tensor, in place."""
+
+    def change(name: str, old: np.ndarray) -> np.ndarray:
+        site, index = table[name]
+        old += layout.to_torch(site, delta(site, index))
+        return old
+
+    return change
+
+
+def delta_of(adapter: Adapter, site: Site, index: tuple[int, ...]) -> np.ndarray:
+    """[d_in, d_out] of a slice of a site, of an adapter of LoRAs."""
+    arrays, scale = adapter.trainable[site.path], adapter.frozen[site.path]["scale"]
+    a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
+    return (float(scale[index]) * a) @ b
 
 
 def cast(adapter: Adapter, dtype: str | None) -> Adapter:

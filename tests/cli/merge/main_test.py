@@ -89,6 +89,7 @@ def test_peft_from_peft(job, capsys):
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "merge.json",
     ]
 
 
@@ -135,7 +136,7 @@ def test_merged_weights_shard_by_shard(dtype, job, sharded):
     status, out = job(base_model=str(sharded), out={"format": "merged", "dtype": dtype})
     assert status == 0
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        p.name for p in sharded.iterdir() if p.suffix != ".bin"
+        ["merge.json", *(p.name for p in sharded.iterdir() if p.suffix != ".bin")]
     )
     before, after = Base(sharded), Base(out)
     for name in before.where:
