@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.cli.merge import layout
+from jlora.cli.merge import layout, quantised
 from jlora.cli.merge.tied import Tied, tied
 from jlora.core.adapter import Site
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.inside import inside
-from jlora.merge_cli import quantised
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {name: safetensors_file.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}

@@ -22,39 +22,64 @@
 Sites are called `<module>/kernel`, and looked-up tables `<module>/embedding`; convolutions and
 tables are merged as matrices are, see `layout`. A base is needed to write merged weights, to
 convert adapters whose delta depends on the weight, and to read adapters other than LoRA, or with
-the base's table or head beside them. `weight` of no model means 1/N each; `normalize: true` among
-the `parameters` divides the weights of a site by their sum. A filter that no site is left for is
-an error.
+the base's table or head beside them. A filter that no site is left for is an error.
 
-Source: our reading of mergekit's format.
-Deviates: no slices, tokenizers or chat templates; names that are unknown are errors.
+A file of mergekit means what it means there (`mergekit.py`, `docs/merging.md`): a model may be a
+full checkpoint, `base+adapter`, or an id of the Hugging Face hub that is in the local cache; with
+one of them `out.format` is merged by default. Of its other keys these are read:
+
+    dtype: bfloat16                    # inputs are cast to it; the result's too, without out_dtype
+    out_dtype: float32                 # the same as out.dtype
+    tokenizer_source: base             # or union, or a model: where all tokenizers are equal
+    slices:                            # instead of models: layers that stay where they are
+      - sources: [{model: a, layer_range: [0, 32]}, {model: b, layer_range: [0, 32]}]
+
+`weight` of no model means 1/N each. `normalize` is a switch of mergekit's methods, as there; of
+the others it divides the weights of a site by their sum.
+
+Source: our reading of mergekit's format (0.1.5).
+Deviates: layers that move (frankenmerges), `modules`, `chat_template` and tokenizers that differ
+are refused by name; a gradient needs two layers to have an end.
 """
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jlora import io
+from jlora.cli.merge.values import ConfigError, keys
 from jlora.io import NameMap
-from jlora.io.names import near
 
 FORMATS = ("peft", "orbax", "merged")
 DTYPES = ("float32", "bfloat16", "float16")
+UNREAD = {
+    "modules": "models of several parts are merged part by part; give models or slices",
+    "chat_template": "the base's tokenizer files are kept as they are; edit the copy",
+}
+HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")  # of the Hugging Face hub: user/name@revision
 PLAIN = NameMap({r"(.+)/(?:kernel|embedding)": r"\1"})  # sites that are called as the torch modules
 NAMES = {"bert": io.bert, "llama": io.llama, "vit": io.vit, "vit4": io.vit4}
-LAYER = re.compile(r"(?:^|[./_])(\d+)(?=[./_]|$)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One adapter."""
+    """One adapter, or one full checkpoint."""
 
     path: Path
     parameters: Mapping[str, Any]
+    base: Path | None = None  # of `base+adapter`
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Consecutive layers with parameters of their own."""
+
+    start: int
+    stop: int
+    parameters: Mapping[str, Any]
+    sources: tuple[Mapping[str, Any], ...]  # parameters of every model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +87,7 @@ class Out:
     """What is written."""
 
     path: Path | None
-    format: str = "peft"
+    format: str | None = None  # None: merged where a model is a checkpoint or `+`, else peft
     rank: int | None = None  # cut to this rank
     dtype: str | None = None  # of the arrays; None: float32, or for merged weights the base's
 
@@ -79,86 +104,144 @@ class Config:
     missing: str
     seed: int
     out: Out
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong; the message names the key, got and expected."""
+    base_said: bool = False  # by `base_model`; otherwise it is that of `base+adapter`
+    dtype: str | None = None  # the inputs are cast to it
+    tokenizer: str | Path | None = None  # "base", "union" or a model
+    slices: tuple[Slice, ...] = ()
 
 
 def parse(data: Any, folder: Path = Path(".")) -> Config:
     """A configuration from what YAML gives; relative paths are those from `folder`."""
-    top = _keys(data, "the configuration", ("merge_method", "models"), (
-        "base_model", "parameters", "names", "prefix", "missing", "seed", "out",
+    if isinstance(data, Mapping):
+        for key in data.keys() & UNREAD.keys():
+            raise ConfigError(f"{key}: not supported: {UNREAD[key]}")
+    top = keys(data, "the configuration", ("merge_method",), (
+        "models", "slices", "base_model", "parameters", "names", "prefix", "missing", "seed", "out",
+        "dtype", "out_dtype", "tokenizer_source", "tokenizer",
     ))  # fmt: skip
-    if not isinstance(top["models"], list) or not top["models"]:
-        raise ConfigError(f"models: got {top['models']!r}, expected a list of at least one")
-    models = []
-    for k, entry in enumerate(top["models"]):
-        entry = _keys(entry, f"models[{k}]", ("model",), ("parameters",))
-        path = folder / _text(entry["model"], f"models[{k}].model")
-        models.append(Model(path, _parameters(entry.get("parameters"), f"models[{k}].parameters")))
-    out = _keys(top.get("out") or {}, "out", (), ("path", "format", "rank", "dtype"))
+    if ("models" in top) == ("slices" in top):
+        got = "both" if "models" in top else "neither"
+        raise ConfigError(f"models, slices: got {got}, expected one of them")
+    slices: tuple[Slice, ...] = ()
+    if "slices" in top:
+        models, slices = _sliced(top["slices"], folder)
+    else:
+        models = _models(top["models"], "models", folder)
+    out = keys(top.get("out") or {}, "out", (), ("path", "format", "rank", "dtype"))
     _one_of(out.get("format", "peft"), FORMATS, "out.format")
-    _one_of(out.get("dtype"), (None, *DTYPES), "out.dtype")
+    dtypes = {"dtype": top.get("dtype"), "out_dtype": top.get("out_dtype"),
+              "out.dtype": out.get("dtype")}  # fmt: skip
+    for where, value in dtypes.items():
+        _one_of(value, (None, *DTYPES), where)
+    if len({dtypes["out_dtype"], dtypes["out.dtype"]} - {None}) > 1:
+        raise ConfigError(f"out_dtype, out.dtype: got {dtypes['out_dtype']!r} and "
+                          f"{dtypes['out.dtype']!r}, expected one of them")  # fmt: skip
     _one_of(top.get("missing", "error"), ("error", "zero"), "missing")
     for where, value in (("out.rank", out.get("rank")), ("seed", top.get("seed", 0))):
         if value is not None and (type(value) is not int or value < (where == "out.rank")):
             raise ConfigError(f"{where}: got {value!r}, expected a whole number")
     base = top.get("base_model")
+    base = None if base is None else _place(base, "base_model", folder)
+    both = [m for m in models if m.base is not None]
+    for m in both:
+        if (base or both[0].base) != m.base:
+            raise ConfigError(f"models: got {m.path} on {m.base}, expected all adapters on one "
+                              f"base, {base or both[0].base}")  # fmt: skip
     return Config(
         _text(top["merge_method"], "merge_method"),
-        tuple(models),
-        None if base is None else folder / _text(base, "base_model"),
+        models,
+        base or (both[0].base if both else None),
         _parameters(top.get("parameters"), "parameters"),
         _names(top.get("names"), _text(top.get("prefix", ""), "prefix")),
         top.get("missing", "error"),
         top.get("seed", 0),
         Out(folder / _text(out["path"], "out.path") if "path" in out else None,
-            out.get("format", "peft"), out.get("rank"), out.get("dtype")),
+            out.get("format"), out.get("rank"),
+            dtypes["out.dtype"] or dtypes["out_dtype"] or dtypes["dtype"]),
+        base is not None,
+        dtypes["dtype"],
+        _tokenizer(top, folder),
+        slices,
     )  # fmt: skip
 
 
-def layer_of(path: str) -> int | None:
-    """The layer that a site's name says: its first number."""
-    found = LAYER.search(path)
-    return int(found[1]) if found else None
+def _models(value: Any, where: str, folder: Path, *more: str) -> tuple[Model, ...]:
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{where}: got {value!r}, expected a list of at least one")
+    models = []
+    for k, entry in enumerate(value):
+        entry = keys(entry, f"{where}[{k}]", ("model", *more), ("parameters",))
+        text = _text(entry["model"], f"{where}[{k}].model")
+        base, plus, adapter = text.rpartition("+")
+        if plus and not (folder / text).exists():
+            base, path = (_place(t, f"{where}[{k}].model", folder) for t in (base, adapter))
+        else:
+            base, path = None, _place(text, f"{where}[{k}].model", folder)
+        parameters = _parameters(entry.get("parameters"), f"{where}[{k}].parameters")
+        models.append(Model(path, parameters, base))
+    return tuple(models)
 
 
-def resolve(value: Any, where: str, path: str, place: float | None) -> Any:
-    """A parameter at a site: `value` as the configuration has it, `place` in 0..1 of its layer."""
-    if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
-        for entry in value:
-            entry = _keys(entry, where, ("value",), ("filter",))
-            if entry.get("filter") in (None, "*") or str(entry["filter"]) in path:
-                return resolve(entry["value"], where, path, place)
-        raise ConfigError(f"{where}: no filter matches the site {path}; add an entry without one")
-    if isinstance(value, list):
-        if not value or not all(_number(v) for v in value):
-            raise ConfigError(f"{where}: got {value!r}, expected numbers")
-        if place is None:
-            raise ConfigError(f"{where}: a gradient, but {path} has no layer; use a filter")
-        return float(np.interp(place * (len(value) - 1), range(len(value)), value))
-    return value
+def _sliced(value: Any, folder: Path) -> tuple[tuple[Model, ...], tuple[Slice, ...]]:
+    """The models of slices, and the slices, whose layers must stay where they are."""
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"slices: got {value!r}, expected a list of at least one")
+    models: tuple[Model, ...] = ()
+    slices, at = [], 0
+    for k, entry in enumerate(value):
+        where = f"slices[{k}]"
+        entry = keys(entry, where, ("sources",), ("parameters",))
+        found = _models(entry["sources"], f"{where}.sources", folder, "layer_range")
+        bare = tuple(dataclasses.replace(m, parameters={}) for m in found)
+        if models and bare != models:
+            raise ConfigError(f"{where}.sources: got other models than those of slices[0]; layers "
+                              "of one model in place of another's are not merged")  # fmt: skip
+        models, ranges = bare, {str(source["layer_range"]) for source in entry["sources"]}
+        span = entry["sources"][0]["layer_range"]
+        good = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+        if not good or span[0] != at or span[1] <= at or len(ranges) > 1:
+            raise ConfigError(f"{where}.sources.layer_range: got {', '.join(sorted(ranges))}, "
+                              f"expected [{at}, stop] of every model: layers that move are not "
+                              "merged (no frankenmerges)")  # fmt: skip
+        at = span[1]
+        own = _parameters(entry.get("parameters"), f"{where}.parameters")
+        slices.append(Slice(*span, own, tuple(m.parameters for m in found)))
+    return models, tuple(slices)
 
 
-def check_filters(value: Any, where: str, paths: Sequence[str]) -> None:
-    """Raises ConfigError for a filter of a parameter that no site is left for."""
-    if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
-        return
-    left = list(paths)
-    for entry in value:
-        entry = _keys(entry, where, ("value",), ("filter",))
-        word = entry.get("filter")
-        taken = [path for path in left if word in (None, "*") or str(word) in path]
-        if word not in (None, "*") and not taken:
-            why = "is part of no site's name (it is plain text, no regular expression)"
-            if any(str(word) in path for path in paths):
-                why = "has no site left: earlier entries took them"
-            raise ConfigError(
-                f"{where}: the filter {word!r} {why}; nearest: {near(str(word), paths)}"
+def _tokenizer(top: Mapping[str, Any], folder: Path) -> str | Path | None:
+    value = top.get("tokenizer_source")
+    if top.get("tokenizer") is not None:
+        if value is not None:
+            raise ConfigError("tokenizer, tokenizer_source: got both, expected one of them")
+        tokenizer = keys(top["tokenizer"], "tokenizer", (), ("source",))
+        value = tokenizer.get("source", "union")
+    if value in (None, "base", "union"):
+        return value
+    return _place(value, "tokenizer_source", folder)
+
+
+def _place(value: Any, where: str, folder: Path) -> Path:
+    """A path from `folder`, or where the local cache has a model of the hub."""
+    path = folder / _text(value, where)
+    return path if path.exists() or not HUB.fullmatch(value) else _cached(value) or path
+
+
+def _cached(name: str) -> Path | None:
+    """The folder of a model of the Hugging Face hub in the local cache; nothing is downloaded."""
+    try:
+        import huggingface_hub
+    except ImportError:  # it comes with transformers
+        return None
+    name, _, revision = name.partition("@")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, local_files_only=True
             )
-        check_filters(entry["value"], where, taken)
-        left = [path for path in left if path not in taken]
+        )
+    except (OSError, ValueError):  # not there; no name that the hub could have
+        return None
 
 
 def _parameters(value: Any, where: str) -> dict[str, Any]:
@@ -179,18 +262,6 @@ def _names(value: Any, prefix: str) -> NameMap:
     return named.replace(prefix=prefix + named.prefix)
 
 
-def _keys(data: Any, where: str, owed: tuple[str, ...], free: tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: got {data!r}, expected keys {owed + free}")
-    for key in owed:
-        if key not in data:
-            raise ConfigError(f"{where}: lacks {key!r}")
-    for key in data:
-        if key not in owed + free:
-            raise ConfigError(f"{where}: got key {key!r}, expected one of {owed + free}")
-    return dict(data)
-
-
 def _one_of(value: Any, allowed: tuple, where: str) -> None:
     if value not in allowed:
         raise ConfigError(f"{where}: got {value!r}, expected one of {allowed}")
@@ -200,7 +271,3 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: got {value!r}, expected text")
     return value
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from jlora import algebra
 from jlora.algebra import Deltas
+from jlora.cli.merge import cache, dense, documents, exact, factors, read, write
 from jlora.cli.merge import config as configs
 from jlora.cli.merge import plan as plans
-from jlora.cli.merge import read, write
 from jlora.cli.merge.base import Base
 from jlora.cli.merge.stopping import stoppable
+from jlora.core.adapter import Adapter
 from jlora.io import FormatError
-from jlora.merge_cli import cache, documents
-from jlora.merging.engine.inputs import gather, to_adapter
-from jlora.merging.engine.run import check_finite, lookup
+from jlora.merging.engine.inputs import Gathered, gather, to_adapter
+from jlora.merging.engine.run import check_finite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,18 +76,20 @@ def run(
     Raises:
       ConfigError, FormatError, ValueError: whatever is refused.
     """
-    config = configs.parse(documents.read(path), path.parent)
+    config = dense.settled(configs.parse(documents.read(path), path.parent))
     target = out or config.out.path
     if target is None:
         raise configs.ConfigError("out.path: lacks; give it there or as --out")
     aimed(target)
     config = dataclasses.replace(config, out=dataclasses.replace(config.out, path=target))
-    row = lookup(config.method)
+    row = factors.row_of(config.method)
     if not dry:
         write.recover(target)
     inputs = [path, *(m.path for m in config.models), *([config.base] if config.base else ())]
     write.check_free(target, overwrite, inputs)
     base = Base(config.base) if config.base else None
+    if dense.applies(config):
+        return by_tensors(config, base, target, dry, overwrite, inputs)
     if config.out.format == "merged" and base is None:
         raise configs.ConfigError("base_model: lacks; merged weights need one")
     given = gather(read.adapters(config, base), None, missing=config.missing)
@@ -97,32 +99,73 @@ def run(
         for name in table:
             base.written(name, config.out.dtype, table)  # refused before anything is merged
     plan = plans.make(config, row, given)
+    whole = config.out.format == "merged" and plans.uncut(config, plan)
     if dry:
-        sizes = plans.memory(plan, given.bank, config.seed)
+        sizes = {} if whole else plans.memory(plan, given.bank, config.seed)
         if config.out.format == "merged" and base is not None:
             sizes["largest shard, while written"] = base.writing(table, config.out.dtype)
-        return plans.describe(config, plan, given, sizes)
-    made: Deltas = {}
+        text = [plans.describe(config, plan, given, sizes)]
+        if not whole:
+            text += exact.lines(factored(config, plan, given, lambda n: None)[1])
+        return "\n".join(text)
     files = len(base.files) if config.out.format == "merged" and base else 1
     with tqdm(total=len(given.sites) + files, desc=row.name, file=sys.stderr) as bar:
-        for chunk in plan.chunks:
-            part = plans.run_chunk(plan, chunk, given.bank, config.seed)
-            if config.out.rank:
-                part = algebra.truncate(part, config.out.rank).deltas
-            made |= part
-            bar.update(len(chunk.paths))
-        adapter = to_adapter(made, given.sites)
-        check_finite(row.name, made)
+        if whole:
+            found, delta = {}, exact.reader(plan, given.bank, config.seed)
+            adapter = Adapter({}, {}, ())
+            bar.update(len(given.sites))
+        else:
+            made, found = factored(config, plan, given, bar.update)
+            adapter = to_adapter(made, given.sites)
+            check_finite(row.name, made)
+            delta = functools.partial(write.delta_of, adapter)
         with write.whole(target, overwrite, inputs) as new:
             if config.out.format == "merged" and base is not None:
-                write.merged(new, adapter, table, base, config.out.dtype, lambda: _step(bar))
+                change = write.adding(delta, table)
+                write.merged(new, change, table, base, config.out.dtype, lambda: _step(bar))
             elif config.out.format == "orbax":
                 write.orbax(new, adapter, config.out.dtype)
                 bar.update()
             else:
                 write.peft(new, adapter, config.names, base, config.out.dtype)
                 bar.update()
-    return f"{target}: {config.out.format}, {len(given.sites)} sites by {row.name}"
+            dense.notes(new, config, plans.groups(plan), errors=exact.data(found))
+    done = f"{target}: {config.out.format}, {len(given.sites)} sites by {row.name}"
+    return "\n".join([*(exact.lines(found) if found else ()), done])
+
+
+def factored(
+    config: configs.Config, plan: plans.Plan, given: Gathered, done: Callable[[int], object]
+) -> tuple[Deltas, dict[str, exact.Error]]:
+    """The merged factors, cut to `out.rank`, and how far they are from the merge that they mean."""
+    made: Deltas = {}
+    found: dict[str, exact.Error] = {}
+    for chunk in plan.chunks:
+        whole = part = plans.run_chunk(plan, chunk, given.bank, config.seed)
+        if config.out.rank:
+            part = algebra.truncate(whole, config.out.rank).deltas
+        found |= exact.errors(plan, chunk, given.bank, whole, part, config.seed)
+        made |= part
+        done(len(chunk.paths))
+    return made, found
+
+
+def by_tensors(
+    config: configs.Config,
+    base: Base | None,
+    target: Path,
+    dry: bool,
+    overwrite: bool,
+    inputs: Sequence[Path],
+) -> str:
+    """A merge into merged weights, tensor by tensor, as mergekit has it; what to tell."""
+    plan = dense.make(config, base)
+    if dry:
+        return dense.describe(plan, config)
+    with tqdm(total=len(plan.inputs.donor.files), desc=config.method, file=sys.stderr) as bar:
+        with write.whole(target, overwrite, inputs) as new:
+            dense.write(new, plan, config, lambda: _step(bar))
+    return f"{target}: merged, {len(plan.options)} tensors by {config.method}"
 
 
 def _step(bar: tqdm) -> None:

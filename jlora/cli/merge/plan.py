@@ -5,7 +5,8 @@ Deviates: nothing.
 """
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.algebra import Deltas
-from jlora.cli.merge.config import Config, ConfigError, check_filters, layer_of, resolve
+from jlora.cli.merge import factors, mergekit
+from jlora.cli.merge.config import Config
+from jlora.cli.merge.values import LAYER, ConfigError, check_filters, resolve
 from jlora.core.adapter import Site
 from jlora.merging.engine.inputs import Gathered
 from jlora.merging.engine.run import apply, memory_of
@@ -40,16 +43,30 @@ def make(config: Config, row: Merging, given: Gathered) -> Plan:
     number = len(config.models)
     if row.size not in (None, number):
         raise ConfigError(f"models: {row.name} takes {row.size}, got {number}")
+    if config.slices:
+        raise ConfigError("slices: got them, expected models: adapters that stay adapters have no "
+                          "layers of their own")  # fmt: skip
+    method = factors.method_of(config.method)
+    scopes = _parameters(config)
+    if method is not None:
+        mergekit.check_names(method, scopes[:1], scopes[1:])
     paths = [site.path for site in given.sites]
-    for where, parameters in _parameters(config):
+    for where, parameters in scopes:
+        if method is None:
+            factors.check_names(row, where, parameters)
         for name, value in parameters.items():
             check_filters(value, f"{where}.{name}", paths)
-    layers = [n for s in given.sites if not s.stack and (n := layer_of(s.path)) is not None]
-    last = max(layers, default=0)
+    lasts = _lasts(given.sites)
     weights, options = {}, {}
     for site in given.sites:
-        weights[site.path] = _weights(config, site, last)
-        options[site.path] = _options(config, site, last)
+        places = _places(site, lasts)
+        if method is None:
+            weights[site.path] = _weights(config, site, places)
+            options[site.path] = _options(config, site, places)
+        else:
+            found = _mergekits(method, row, config, site, places)
+            weights[site.path], options[site.path] = found
+    _ranks(config, row, given, options)
     if row.scope == "adapter":
         same = next(iter(options.values()))
         if any(o != same for o in options.values()):
@@ -83,6 +100,31 @@ def run_chunk(plan: Plan, chunk: Chunk, bank: Deltas, seed: int, jit: bool = Tru
         raise ConfigError(f"parameters: {plan.row.name}: {error}") from error
 
 
+def said(row: Merging, chunk: Chunk) -> dict[str, Any]:
+    """The options of a chunk, with the defaults that apply."""
+    return factors.options_of(row) | chunk.options
+
+
+def groups(plan: Plan) -> list[dict[str, Any]]:
+    """The sites of equal options together: how many, the first, and the options."""
+    return [{"sites": len(c.paths), "first": c.paths[0], "options": said(plan.row, c),
+             "weights": [plan.weights[c.paths[0]][n].tolist() for n in
+                         range(len(plan.weights[c.paths[0]]))]}
+            for c in plan.chunks]  # fmt: skip
+
+
+def rule_of(row: Merging) -> Callable[..., Any] | None:
+    """The function of a bank that gives an element-wise method by row blocks; None: it has none."""
+    module = sys.modules[row.function.__module__]
+    return getattr(row, "rule", None) or getattr(module, f"{row.function.__name__}_rule", None)
+
+
+def uncut(config: Config, plan: Plan) -> bool:
+    """Whether merged weights are those of the method itself: element-wise, and no rank is given."""
+    given = config.out.rank is not None or any("rank" in c.options for c in plan.chunks)
+    return rule_of(plan.row) is not None and not given
+
+
 def memory(plan: Plan, bank: Deltas, seed: int) -> dict[str, int]:
     """Bytes: of the adapters, of all results, and of the largest chunk while it runs (compiled)."""
     peak, results = 0, 0
@@ -106,24 +148,76 @@ def describe(config: Config, plan: Plan, given: Gathered, sizes: dict[str, int])
     for chunk in plan.chunks:
         u, v = given.bank[chunk.paths[0]][:2]
         shape = f"[{u.shape[-2]}, {v.shape[-1]}], rank {u.shape[-1]}"
-        told = ", ".join(f"{k}={v}" for k, v in chunk.options.items()) or "no options"
+        told = ", ".join(f"{k}={v}" for k, v in said(plan.row, chunk).items()) or "no options"
         lines.append(f"  {len(chunk.paths)} sites {shape}: {told}  ({chunk.paths[0]}, ...)")
     out = config.out
     cut = f", rank {out.rank} at most" if out.rank else ""
+    cut = ", no rank is cut" if out.format == "merged" and uncut(config, plan) else cut
     lines.append(f"out           {out.path} ({out.format}{cut}, {out.dtype or 'own dtype'})")
     lines += [f"memory        {name}: {size / 2**20:.2f} MiB" for name, size in sizes.items()]
     lines.append(f"peak memory   about {sum(sizes.values()) / 2**20:.2f} MiB")
     return "\n".join(lines)
 
 
-def _places(site: Site, last: int) -> list[float | None]:
-    """Where in 0..1 the slices of a site are, flattened."""
+def _lasts(sites: Sequence[Site]) -> dict[str, int]:
+    """The last layer of every stack of layers; sites of one stack are called alike up to it."""
+    last: dict[str, int] = {}
+    for site in sites:
+        found = LAYER.search(site.path)
+        if found and not site.stack:
+            stack = site.path[: found.start()]
+            last[stack] = max(last.get(stack, 0), int(found[1]))
+    return last
+
+
+def _places(site: Site, lasts: Mapping[str, int]) -> list[float]:
+    """Where in 0..1 the slices of a site are, flattened; 0 for what is in no layer."""
     if site.stack:
         first = site.stack[0]
         rest = math.prod(site.stack[1:])
-        return [k / max(first - 1, 1) for k in range(first) for _ in range(rest)]
-    layer = layer_of(site.path)
-    return [None if layer is None else layer / max(last, 1)]
+        return [k / (first - 1) if first > 1 else 1.0 for k in range(first) for _ in range(rest)]
+    found = LAYER.search(site.path)
+    if not found:
+        return [0.0]
+    last = lasts[site.path[: found.start()]]
+    return [int(found[1]) / last if last else 1.0]
+
+
+def _mergekits(
+    method: mergekit.Method, row: Merging, config: Config, site: Site, places: list[float]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """(weights [N, *stack], options) of a site by a method of mergekit."""
+    top, *each = _parameters(config)
+    scopes = [[own, top] for own in each]
+    rows = []
+    for place in places:
+        o = mergekit.resolved(method, [top], scopes, site.path, place)
+        rows.append(factors.translated(method, row, o, len(each), site.path))
+    if any(options != rows[0][1] for _, options in rows):
+        raise ConfigError(f"parameters: a gradient within the stacked site {site.path}; only "
+                          "weight may have one")  # fmt: skip
+    w = np.asarray([w for w, _ in rows], np.float64).T
+    return w.reshape(len(each), *site.stack), rows[0][1]
+
+
+def _ranks(
+    config: Config, row: Merging, given: Gathered, options: dict[str, dict[str, Any]]
+) -> None:
+    """Ranks beyond the full one of a site are that, there.
+
+    Raises ConfigError: a rank beyond the full one of every site.
+    """
+    full = {site.path: min(site.d_in, site.d_out) for site in given.sites}
+    most = max(full.values())
+    ranks = [("out.rank", config.out.rank)]
+    ranks += [("parameters.rank", o["rank"]) for o in options.values() if o.get("rank") is not None]
+    for where, rank in ranks:
+        if isinstance(rank, int) and rank > most:
+            raise ConfigError(f"{where}: got {rank}, expected {most} at most, the full rank of the "
+                              "largest site")  # fmt: skip
+    for path, o in options.items():
+        if isinstance(o.get("rank"), int) and o["rank"] > full[path]:
+            o["rank"] = full[path]
 
 
 def _parameters(config: Config) -> list[tuple[str, Mapping[str, Any]]]:
@@ -131,7 +225,7 @@ def _parameters(config: Config) -> list[tuple[str, Mapping[str, Any]]]:
     return [("parameters", config.parameters), *each]
 
 
-def _weights(config: Config, site: Site, last: int) -> np.ndarray:
+def _weights(config: Config, site: Site, places: list[float]) -> np.ndarray:
     n, rows = len(config.models), []
     have = ["weight" in m.parameters for m in config.models]
     if not any(have):
@@ -140,8 +234,7 @@ def _weights(config: Config, site: Site, last: int) -> np.ndarray:
         where = f"models[{k}].parameters.weight"
         if not have[k]:
             raise ConfigError(f"{where}: lacks; other models have one")
-        found = [resolve(model.parameters["weight"], where, site.path, p)
-                 for p in _places(site, last)]  # fmt: skip
+        found = [resolve(model.parameters["weight"], where, site.path, p) for p in places]
         if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
             raise ConfigError(f"{where}: got {found[0]!r}, expected a number")
         rows.append(np.reshape(np.asarray(found, np.float64), site.stack))
@@ -155,9 +248,9 @@ def _weights(config: Config, site: Site, last: int) -> np.ndarray:
     return w / total if normalise else w
 
 
-def _options(config: Config, site: Site, last: int) -> dict[str, Any]:
+def _options(config: Config, site: Site, places: list[float]) -> dict[str, Any]:
     def at(value: Any, where: str) -> Any:
-        found = {resolve(value, where, site.path, p) for p in _places(site, last)}
+        found = {resolve(value, where, site.path, p) for p in places}
         if len(found) > 1:
             raise ConfigError(f"{where}: a gradient within the stacked site {site.path}; only "
                               "weight may have one")  # fmt: skip

@@ -13,22 +13,22 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import io
-from jlora.cli.merge import layout
+from jlora.cli.merge import layout, replaceable
 from jlora.cli.merge.base import INDEX, Base
 from jlora.cli.merge.tied import concerned
 from jlora.core.adapter import Adapter, Site
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.inside import inside
-from jlora.merge_cli import replaceable
 
 Changed = dict[str, tuple[Site, tuple[int, ...]]]  # tensor of the base -> slice of a site
+Change = Callable[[str, np.ndarray], np.ndarray]  # (tensor, its values, float32) -> new values
 
 
 @contextlib.contextmanager
@@ -141,18 +141,18 @@ def changed(base: Base, sites: Iterable[Site], names: NameMap) -> Changed:
 
 def merged(
     path: Path,
-    adapter: Adapter,
-    table: Changed,
+    change: Change,
+    table: Collection[str],
     base: Base,
     dtype: str | None,
     done: Callable[[], None],
 ) -> None:
-    """The base with the adapter merged into it, shard by shard; `done` is called after each.
+    """The base with the tensors of `table` changed, shard by shard; `done` is called after each.
 
-    `table` is that of `changed`. Weights are added in float32 and rounded once, to `dtype` or that
-    of the base (for quantised weights: that of `config.json`). Tensors that no site changes are as
-    they were, bit by bit, or cast to `dtype` where they are floating and no part of a quantised
-    module; values that are NaN or infinite may be among them.
+    `table` names the tensors that `change` (name, values in float32) -> values is called for. They
+    are rounded once, to `dtype` or that of the base (for quantised weights: that of `config.json`).
+    Other tensors are as they were, bit by bit, or cast to `dtype` where they are floating and no
+    part of a quantised module; values that are NaN or infinite may be among them.
 
     Raises FormatError: a changed or cast tensor is not finite.
     """
@@ -169,12 +169,7 @@ def merged(
                 continue
             bad = 0  # of an old tensor that is only cast
             if name in table:
-                site, index = table[name]
-                arrays = adapter.trainable[site.path]
-                scale = adapter.frozen[site.path]["scale"]
-                a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
-                old = base.values(name, old)
-                old += layout.to_torch(site, (float(scale[index]) * a) @ b)
+                old = change(name, base.values(name, old))
             elif kind != old.dtype:
                 bad = safetensors_file.not_finite(old)
             if name in table or kind != old.dtype:
@@ -191,7 +186,7 @@ def merged(
         done()
 
 
-def _settle(path: Path, base: Base, table: Changed, dtype: str | None) -> None:
+def _settle(path: Path, base: Base, table: Collection[str], dtype: str | None) -> None:
     """Index and `config.json` of merged weights where modules are not quantised any longer."""
     written = {name: base.written(name, dtype, table) for name in base.where}
     if all(kind is not None for kind in written.values()):
@@ -218,6 +213,24 @@ def _settle(path: Path, base: Base, table: Changed, dtype: str | None) -> None:
 
 def _write_json(path: Path, data: object) -> None:
     safetensors_file.write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def adding(delta: Callable[[Site, tuple[int, ...]], np.ndarray], table: Changed) -> Change:
+    """The change that adds `delta` [d_in, d_out] of a slice of a site to its tensor, in place."""
+
+    def change(name: str, old: np.ndarray) -> np.ndarray:
+        site, index = table[name]
+        old += layout.to_torch(site, delta(site, index))
+        return old
+
+    return change
+
+
+def delta_of(adapter: Adapter, site: Site, index: tuple[int, ...]) -> np.ndarray:
+    """[d_in, d_out] of a slice of a site, of an adapter of LoRAs."""
+    arrays, scale = adapter.trainable[site.path], adapter.frozen[site.path]["scale"]
+    a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
+    return (float(scale[index]) * a) @ b
 
 
 def cast(adapter: Adapter, dtype: str | None) -> Adapter:

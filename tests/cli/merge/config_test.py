@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jlora.cli.merge.config import ConfigError, check_filters, layer_of, parse, resolve
+from jlora.cli.merge.config import parse
+from jlora.cli.merge.values import ConfigError, check_filters, layer_of, resolve
 from jlora.merging import METHODS
 
 SMALL = {"merge_method": "concat", "models": [{"model": "a"}, {"model": "/b"}]}
@@ -16,7 +17,7 @@ def test_defaults_and_relative_paths():
     config = parse(SMALL, Path("/here"))
     assert [str(m.path) for m in config.models] == ["/here/a", "/b"]
     assert (config.base, config.seed, config.missing) == (None, 0, "error")
-    assert (config.out.path, config.out.format, config.out.rank) == (None, "peft", None)
+    assert (config.out.path, config.out.format, config.out.rank) == (None, None, None)
     assert config.names.module("model.layers.3.q/kernel") == "model.layers.3.q"
 
 
@@ -68,7 +69,7 @@ def test_values_of_sites(value, path, place, want):
 BAD = {
     "no mapping": ("x", "the configuration: got 'x'"),
     "no method": ({"models": []}, "lacks 'merge_method'"),
-    "unknown key": ({**SMALL, "slices": []}, "got key 'slices', expected one of"),
+    "unknown key": ({**SMALL, "slice": []}, "got key 'slice', expected one of"),
     "no models": ({**SMALL, "models": []}, "expected a list of at least one"),
     "model key": ({**SMALL, "models": [{"model": "a", "weight": 1}]}, r"models\[0\]: got key"),
     "path": ({**SMALL, "models": [{"model": 3}]}, r"models\[0\].model: got 3, expected text"),

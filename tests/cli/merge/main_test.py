@@ -90,6 +90,7 @@ def test_peft_from_peft(job, capsys):
         "adapter_config.json",
         "adapter_model.safetensors",
         MARKER,
+        "merge.json",
     ]
 
 
@@ -136,7 +137,7 @@ def test_merged_weights_shard_by_shard(dtype, job, sharded):
     status, out = job(base_model=str(sharded), out={"format": "merged", "dtype": dtype})
     assert status == 0
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        [MARKER, *(p.name for p in sharded.iterdir() if p.suffix != ".bin")]
+        [MARKER, "merge.json", *(p.name for p in sharded.iterdir() if p.suffix != ".bin")]
     )
     before, after = Base(sharded), Base(out)
     for name in before.where:

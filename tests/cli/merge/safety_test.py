@@ -11,10 +11,9 @@ import pytest
 import yaml
 
 from jlora.cli.merge import main as command
-from jlora.cli.merge import write
+from jlora.cli.merge import replaceable, write
 from jlora.cli.merge.base import INDEX, MARKER, Base
 from jlora.io import FormatError, safetensors_file
-from jlora.merge_cli import replaceable
 
 GOLDEN = Path(__file__).parents[3] / "third_party/peft/llama"
 

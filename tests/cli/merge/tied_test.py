@@ -6,9 +6,9 @@ import logging
 import numpy as np
 import pytest
 import yaml
-from jlora.cli.merge.tied import ENCODERS, SEPARATE, TIED, tied
 
 from jlora.cli.merge import main as command
+from jlora.cli.merge.tied import ENCODERS, SEPARATE, TIED, tied
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -1,0 +1,130 @@
+"""Parameters as the configuration writes them, read at one site: numbers, gradients, filters.
+
+==========  ====================================================================================
+a number    the same everywhere
+a gradient  a list of numbers from the first layer to the last, interpolated; of true and false,
+            steps. What is in no layer takes the first
+filters     a list of {filter, value}; the first entry whose text is part of the name counts
+==========  ====================================================================================
+
+Source: our reading of mergekit's format (0.1.5).
+Deviates: a filter that is part of no name is an error.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.io.names import near
+
+Scope = tuple[str, Mapping[str, Any]]  # (where the parameters stand, they themselves)
+LAYER = re.compile(r"(?:^|[./_])(\d+)(?=[./_]|$)")
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong; the message names the key, got and expected."""
+
+
+def layer_of(path: str) -> int | None:
+    """The layer that a site's name says: its first number."""
+    found = LAYER.search(path)
+    return int(found[1]) if found else None
+
+
+def resolve(value: Any, where: str, path: str, place: float | None) -> Any:
+    """A parameter at a site: `value` as the configuration has it, `place` in 0..1 of its layer."""
+    found = _resolve(value, where, path, place)
+    if found is None:
+        raise ConfigError(f"{where}: no filter matches the site {path}; add an entry without one")
+    return found
+
+
+def first(
+    scopes: Sequence[Scope], key: str, path: str, place: float | None
+) -> tuple[str | None, Any]:
+    """(where, value) of a parameter at the nearest level that says it there, else (None, None)."""
+    for where, given in scopes:
+        if key in given:
+            value = _resolve(given[key], f"{where}.{key}", path, place)
+            if value is not None:
+                return f"{where}.{key}", value
+    return None, None
+
+
+def _resolve(value: Any, where: str, path: str, place: float | None) -> Any:
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+        for entry in value:
+            entry = keys(entry, where, ("value",), ("filter",))
+            if matches(entry.get("filter"), path):
+                return _resolve(entry["value"], where, path, place)
+        return None
+    if isinstance(value, list):
+        points, steps = [_written(v) for v in value], all(isinstance(v, bool) for v in value)
+        if not points or not (steps or all(_number(v) for v in points)):
+            raise ConfigError(f"{where}: got {value!r}, expected numbers")
+        if place is None:
+            raise ConfigError(f"{where}: a gradient, but {path} has no layer; use a filter")
+        if steps:
+            return points[int(place * (len(points) - 1))]
+        return float(np.interp(place * (len(points) - 1), range(len(points)), points))
+    return _written(value)
+
+
+def matches(word: Any, path: str) -> bool:
+    """Whether a filter is part of a site's name, or of its weight's in torch."""
+    return word in (None, "*") or str(word) in path or str(word) in _torch_name(path)
+
+
+def check_filters(value: Any, where: str, paths: Sequence[str]) -> None:
+    """Raises ConfigError for a filter of a parameter that no site is left for."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
+        return
+    left = list(paths)
+    for entry in value:
+        entry = keys(entry, where, ("value",), ("filter",))
+        word = entry.get("filter")
+        taken = [path for path in left if matches(word, path)]
+        if word not in (None, "*") and not taken:
+            why = "is part of no site's name (it is plain text, no regular expression)"
+            if any(matches(word, path) for path in paths):
+                why = "has no site left: earlier entries took them"
+            raise ConfigError(
+                f"{where}: the filter {word!r} {why}; nearest: {near(str(word), paths)}"
+            )
+        check_filters(entry["value"], where, taken)
+        left = [path for path in left if path not in taken]
+
+
+def keys(data: Any, where: str, owed: tuple[str, ...], free: tuple[str, ...]) -> dict[str, Any]:
+    """`data` as a dict of these keys. Raises ConfigError: others, or `owed` ones lack."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: got {data!r}, expected keys {owed + free}")
+    for key in owed:
+        if key not in data:
+            raise ConfigError(f"{where}: lacks {key!r}")
+    for key in data:
+        if key not in owed + free:
+            raise ConfigError(f"{where}: got key {key!r}, expected one of {owed + free}")
+    return dict(data)
+
+
+def _torch_name(path: str) -> str:
+    module, slash, _ = path.rpartition("/")
+    return f"{module}.weight" if slash else path
+
+
+def _written(value: Any) -> Any:
+    """YAML reads 1e-5, without a point, as text; mergekit as a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
