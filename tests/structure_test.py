@@ -27,7 +27,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "merge": {"core", "merge_cli"},
     "__init__": {"core", "io", "lapack", "merging", "methods", "serving"},
 }
-CORE = 1_510  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 2_300  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 220  # of one file of it
 
 
