@@ -82,6 +82,8 @@ class Site:
     dtype: Any  # of the leaf
     ops: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what consumes it
     flops: int = dataclasses.field(default=0, compare=False)  # of one call of the function
+    views: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # it is used through
+    refused: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what needs it merged
     group: str = ""  # key of the tensors shared with other sites, "" when there are none
     bound: Bound | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -176,6 +178,13 @@ class Method:
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
         """(u [d_in, R], v [R, d_out]) with merge(w, p) == w + u @ v; None when there are none."""
+        return None
+
+    def of_factors(self, u: jax.Array, v: jax.Array) -> Arrays | None:
+        """Arrays of this method whose `factors` are u [d_in, R] and v [R, d_out], or None.
+
+        For a part of a weight, on which `apply` does more than `factors` say (dropout, reports).
+        """
         return None
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:

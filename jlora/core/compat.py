@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import Tracer
 from jax.extend import core as jexc
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -74,6 +75,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jexc.Literal)
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a value stands for an array of a trace that is under way."""
+    return isinstance(value, Tracer)
+
+
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Runs one equation on other operands, as JAX's own evaluator does."""
     bound = eqn.primitive.get_bind_params(eqn.params)
@@ -99,11 +105,13 @@ def located(eqn: Any) -> Iterator[None]:
         yield
 
 
-def source(eqn: Any) -> str:
-    """`file:line (function)` of the user's line that made the equation."""
+def source(*eqns: Any) -> str:
+    """`file:line (function)` of the user's line that made the first equation that has one."""
     if _source_info is None:
         return "unknown line"
-    return _source_info.summarize(eqn.source_info) or "unknown line"
+    lines = (_source_info.summarize(eqn.source_info) for eqn in eqns)
+    unknown = ("", "unknown")
+    return next((line for line in lines if line not in unknown), "unknown line")
 
 
 def explicit(x: jax.Array) -> bool:

@@ -84,7 +84,7 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
 
     if groups > 1 or p["batch_group_count"] > 1:
         return _grouped(w, x, run, kernel, out, groups, p, back, aval)
-    shape = (*(aval.shape[k] for k in last[:-1]), w.site.d_in)
+    shape = (*(aval.shape[k] for k in last[:-1]), w.size("i"))
     patches = Patches(x, run, lambda x: out.join(run(x, w.view())), kernel, shape)
     y = transposed(out.split(applied(scope, w, patches, lambda x: x.own())), back)
     return [y.astype(aval.dtype)]

@@ -32,6 +32,9 @@ class Scope:
     reporting: bool = False  # whether the caller wants the side outputs
     uses: list | None = None  # where the abstract walk writes down who consumes what
     times: int = 1  # how often this scope runs
+    fixed: dict[int, Any] = dataclasses.field(default_factory=dict)  # there too: by id, what no
+    # argument of the function has a part in (but weights may have)
+    calls_of: tuple[Any, ...] = ()  # the equations whose bodies are being run, outermost first
     aux: dict[str, Any] = dataclasses.field(default_factory=dict)  # side outputs
     calls: dict[str, int] = dataclasses.field(default_factory=dict)  # reports so far, by path
     turns: dict[str, int] = dataclasses.field(default_factory=dict)  # uses so far, by path
@@ -78,10 +81,36 @@ class Scope:
             ctx["key"] = key_of(ctx["key"], f"{site.path}#{n}")
         return ctx
 
-    def note(self, w: Lazy, op: str, kinds: Mapping[str, Sequence[int]], flops: int) -> None:
-        """A use, in the abstract walk: the axes of `w` that are 'i' and 's'; others are 'o'."""
+    def note(
+        self, w: Lazy, op: str, kinds: Mapping[str, Sequence[int]], flops: int, refused: str = ""
+    ) -> None:
+        """A use, in the abstract walk: the axes of `w` that are 'i' and 's'; others are 'o'.
+
+        `refused`: the operation and its line, where it needs the merged weight.
+        """
         assert self.uses is not None
-        self.uses.append((w, op, kinds, flops * self.times))
+        self.uses.append((w, op, kinds, flops * self.times, refused))
+
+    def is_fixed(self, value: Any) -> bool:
+        """Whether the abstract walk knows that a value depends on weights and constants only."""
+        traced = compat.is_traced(value)
+        return isinstance(value, Lazy) or not traced or id(value) in self.fixed
+
+    def inherit(self, values: Sequence[Any], inside: Sequence[Any]) -> None:
+        """What is fixed outside of a body is so inside."""
+        if self.uses is not None:
+            pairs = zip(values, inside, strict=True)
+            self.fixed.update((id(i), i) for v, i in pairs if self.is_fixed(v))
+
+    def keep(self, values: Sequence[Any], out: Sequence[Any]) -> None:
+        if all(self.is_fixed(v) for v in values):
+            self.fixed.update((id(o), o) for o in out if not isinstance(o, Lazy))
+
+    def place(self, eqn: Any) -> str:
+        """An operation and its line, that of the call for a function that JAX traced earlier."""
+        if eqn is None:
+            return "returning it"
+        return f"'{eqn.primitive.name}' at {compat.source(eqn, *reversed(self.calls_of))}"
 
     def dense(self, value: Any, eqn: Any = None) -> Any:
         """`value`, merged if it is lazy; an error unless that is allowed or costs nothing."""
@@ -89,11 +118,12 @@ class Scope:
             return value
         if self.uses is not None:
             op = eqn.primitive.name if eqn else "return"
-            self.note(value, "gather of entries" if op == "gather" else op, {}, 0)
+            op = "gather of entries" if op == "gather" else op
+            self.note(value, op, {}, 0, self.place(eqn))
             return value.view()
         cheap = value.method is None or "i" not in value.site.kinds
         if not cheap and self.on_dense != "merge":
-            what = f"'{eqn.primitive.name}' at {compat.source(eqn)}" if eqn else "returning it"
+            what = self.place(eqn)
             raise DenseWeightError(
                 f"{value.site.path} {value.site.shape}: {what} needs the merged weight "
                 f"{value.shape}; {_way_out(value, eqn)}, leave it out of the adapter, or allow it "
@@ -124,7 +154,11 @@ def evaluate(scope: Scope, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
             if any(isinstance(v, Lazy) for v in values):
                 rule = scope.rules.get(eqn.primitive.name)
                 out = rule(scope, eqn, *values) if rule else None
-                values = [scope.dense(v, eqn) for v in values] if out is None else values
-            out = compat.bind(eqn, values) if out is None else out
+                if out is None and scope.uses is not None:
+                    out = scope.rules["any other"](scope, eqn, *values)
+            if out is None:
+                out = compat.bind(eqn, [scope.dense(v, eqn) for v in values])
+            if scope.uses is not None:
+                scope.keep(values, out)
         env.update(zip(eqn.outvars, out, strict=True))
     return [read(atom) for atom in jaxpr.outvars]

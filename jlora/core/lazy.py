@@ -23,7 +23,7 @@ class Atom(NamedTuple):
 
     kind: str  # 's', 'i', 'o'; '?' while the kinds are being found out
     size: int
-    axis: int  # the leaf's axis that it comes from
+    sources: tuple[tuple[str, int], ...]  # the axes of leaves, (path, axis), that it comes from
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +41,12 @@ class Lazy:
         metadata={"static": True}
     )  # atoms an axis
     casts: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+    views: tuple[tuple[str, frozenset], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )  # while the kinds are being found out: (operation, the axes of leaves that it changed)
+    leaves: tuple[tuple[Site, float], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )  # the same, of a value made from several leaves: (site, its share of the elements)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +66,14 @@ class Lazy:
     def of(self, kind: str) -> list[int]:
         """The atoms of a kind, in the order of the matrix."""
         return [a for a, atom in enumerate(self.atoms) if atom.kind == kind]
+
+    def size(self, kind: str) -> int:
+        """How many rows ('i'), columns ('o') or slices ('s') are in view."""
+        return math.prod(self.atoms[a].size for a in self.of(kind))
+
+    def sources(self, axis: int) -> tuple[tuple[str, int], ...]:
+        """The axes of leaves that an axis comes from."""
+        return tuple(dict.fromkeys(s for a in self.dims[axis] for s in self.atoms[a].sources))
 
     def stacks(self, axis: int) -> bool:
         """Whether an axis is made of stack atoms only."""
@@ -133,7 +147,7 @@ class Lazy:
         (a,) = atoms
         base = jax.tree.map(lambda t: take(t, axis), self.base)
         own = jax.tree.map(lambda t: take(t, self._stack_axis(a)), self.own)
-        cut = Atom("s", base.shape[axis], self.atoms[a].axis)
+        cut = self.atoms[a]._replace(size=base.shape[axis])
         return self.replace(base=base, own=own, atoms=(*self.atoms[:a], cut, *self.atoms[a + 1 :]))
 
     def _stack_axis(self, atom: int) -> int:
@@ -151,7 +165,7 @@ class Lazy:
         rest = self._without((a,), dims)((base, own))
         n = len(lead)
         return rest.replace(
-            atoms=tuple(Atom("s", size, self.atoms[a].axis) for size in lead) + rest.atoms,
+            atoms=tuple(Atom("s", size, self.atoms[a].sources) for size in lead) + rest.atoms,
             dims=tuple((k,) for k in range(n)) + tuple(tuple(b + n for b in d) for d in rest.dims),
         )
 
@@ -234,6 +248,7 @@ def merged(method: Method, w: jax.Array, own: Arrays, shared: Arrays, stack: int
 def leaf(w: Any, site: Site, method: Method | None, own: Arrays, shared: Arrays) -> Lazy:
     """A leaf of the parameters, nothing done to it yet."""
     atoms = tuple(
-        Atom(k, n, axis) for axis, (k, n) in enumerate(zip(site.kinds, site.shape, strict=True))
+        Atom(k, n, ((site.path, axis),))
+        for axis, (k, n) in enumerate(zip(site.kinds, site.shape, strict=True))
     )
     return Lazy(w, own, shared, site, method, atoms, tuple((a,) for a in range(len(atoms))))

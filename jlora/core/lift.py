@@ -123,8 +123,10 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
         it there.
 
     Returns:
-      A function of (params, adapter, *args, **kwargs). `adapter` may be empty ({} or None).
-      `ctx` is a dict of side inputs for the methods (`key` for dropout, token masks, ...).
+      A function of (params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs).
+      `adapter` may be empty ({} or None). `ctx` is a dict of side inputs for the methods (`key`
+      for dropout, token masks, ...). `fn` is called as fn(params, *args, **kwargs,
+      **model_kwargs): a keyword of its own that is called `ctx` goes into `model_kwargs`.
 
     Raises (when called):
       DenseWeightError: a weight cannot stay lazy; names path, primitive and source line.
@@ -134,8 +136,9 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
     if on_dense not in ("error", "merge"):
         raise ValueError(f"on_dense: got {on_dense!r}, expected 'error' or 'merge'")
 
-    def tuned(params, adapter, *args, ctx=None, **kwargs):
+    def tuned(params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs):
         adapter = _given(adapter)
+        kwargs = {**kwargs, **(model_kwargs or {})}
         leaves, _ = flatten(params)
         quantised = any(hasattr(v, "dequantize") for v in leaves.values())
         if not adapter.sites and not quantised:

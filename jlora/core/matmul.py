@@ -27,7 +27,7 @@ class Weight:
 
     def __init__(self, lazy: Lazy, own: Callable | None, x: Any):
         self._lazy, self._own, self._x = lazy, own, x
-        self.shape = (lazy.site.d_in, lazy.site.d_out)
+        self.shape = (lazy.size("i"), lazy.size("o"))
         self.dtype = lazy.dtype
 
     def __rmatmul__(self, x: Any) -> jax.Array:
@@ -129,7 +129,7 @@ def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.
     if not method.merges:
         return None
     ctx = scope.enter(w.site)
-    like = jax.ShapeDtypeStruct((*x.shape[:-1], w.site.d_in), x.dtype)
+    like = jax.ShapeDtypeStruct((*x.shape[:-1], w.size("i")), x.dtype)
 
     def forward(z):
         y = method.apply(z, Weight(w, None, z), p, ctx)
@@ -141,7 +141,7 @@ def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.
 def dot_general(scope: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
     """The rule of a matmul: either operand, any axes, weight axes in any order."""
     if isinstance(lhs, Lazy) and isinstance(rhs, Lazy):
-        return None
+        return None  # the rule of products in `views`
     left = isinstance(lhs, Lazy)
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     w, x, wx = (lhs, rhs, (lc, rc, lb, rb)) if left else (rhs, lhs, (rc, lc, rb, lb))

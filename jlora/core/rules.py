@@ -7,7 +7,6 @@ Source: our reading of JAX's primitives.
 Deviates: none.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.core import compat
+from jlora.core import combine, compat, views
 from jlora.core.conv import conv
 from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import Lazy
 from jlora.core.lookup import gather
 from jlora.core.matmul import dot_general
+from jlora.core.ragged import ragged_dot
 
 Rule = Callable[..., list[Any] | None]
 
@@ -55,18 +55,10 @@ def _transposed(w: Lazy, order: Sequence[int]) -> Lazy:
 
 
 def reshape(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
-    order = eqn.params.get("dimensions")  # of a transpose before it
-    w = w.opened() if order is None else _transposed(w, order)
+    order = eqn.params.get("dimensions") or range(w.ndim)
+    w = w.opened()
+    w = w.replace(base=lax.transpose(w.base, tuple(order)), dims=tuple(w.dims[k] for k in order))
     out = w.reshaped(eqn.params["new_sizes"])
-    return None if out is None else [out]
-
-
-def broadcast(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
-    """New axes of size one only."""
-    shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-    if math.prod(shape) != math.prod(w.shape) or tuple(sorted(kept)) != tuple(kept):
-        return None
-    out = w.opened().reshaped(shape)
     return None if out is None else [out]
 
 
@@ -74,67 +66,34 @@ def squeeze(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
     return [w.squeezed(eqn.params["dimensions"])]
 
 
-def slice_(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
-    p = eqn.params
-    strides = p["strides"] or (1,) * w.ndim
-    cuts = list(zip(p["start_indices"], p["limit_indices"], strides, strict=True))
-    for axis, (start, stop, step) in enumerate(cuts):
-        if (start, stop, step) == (0, w.shape[axis], 1):
-            continue
-        out = w.cut(axis, lambda t, k, c=(start, stop, step): lax.slice_in_dim(t, *c, axis=k))
-        if out is None:
+def dot(scope: Scope, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
+    """A matmul with a weight; of two weights, the smaller one is merged."""
+    if isinstance(lhs, Lazy) and isinstance(rhs, Lazy):
+        operands = combine.product(scope, eqn, lhs, rhs)
+        if operands is None:
             return None
-        w = out
-    return [w]
-
-
-def dynamic_slice(scope: Scope, eqn: Any, w: Lazy, *starts: Any) -> list[Any] | None:
-    if isinstance(w, Lazy) and not any(isinstance(s, Lazy) for s in starts):
-        for axis, size in enumerate(eqn.params["slice_sizes"]):
-            if size == w.shape[axis]:
-                continue
-            at = starts[axis]
-            out = w.cut(axis, lambda t, k, i=at, n=size: lax.dynamic_slice_in_dim(t, i, n, axis=k))
-            if out is None:
-                return None
-            w = out
-        return [w]
-    return None
-
-
-def split(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
-    axis, start, out = eqn.params["axis"], 0, []
-    for size in eqn.params["sizes"]:
-        c = (int(start), int(start + size))
-        part = w.cut(axis, lambda t, k, c=c: lax.slice_in_dim(t, *c, axis=k))
-        if part is None:
-            return None
-        out.append(part)
-        start += size
-    return out
-
-
-def unstack(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
-    """`q, k, v = w` since JAX 0.12: the slices along an axis, which goes."""
-    axis = eqn.params["axis"]
-    parts = [
-        w.cut(axis, lambda t, k, i=i: lax.slice_in_dim(t, i, i + 1, axis=k))
-        for i in range(w.shape[axis])
-    ]
-    return None if None in parts else [part.squeezed((axis,)) for part in parts if part]
+        lhs, rhs = operands
+    if not (isinstance(lhs, Lazy) or isinstance(rhs, Lazy)):
+        return compat.bind(eqn, (lhs, rhs))
+    return dot_general(scope, eqn, lhs, rhs)
 
 
 def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     """Inlined; the outer jit compiles it."""
-    return evaluate(scope, compat.called(eqn), values)
+    outside = scope.calls_of
+    scope.calls_of = (*outside, eqn)
+    out = evaluate(scope, compat.called(eqn), values)
+    scope.calls_of = outside
+    return out
 
 
 def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     template = scope.fork()
 
-    def body(*values):
+    def body(*inside):
         child = template.child()
-        return evaluate(child, eqn.params["jaxpr"], values), child.aux
+        child.inherit(values, inside)
+        return evaluate(child, eqn.params["jaxpr"], inside), child.aux
 
     policy, cse = eqn.params["policy"], eqn.params["prevent_cse"]
     out, aux = jax.checkpoint(body, policy=policy, prevent_cse=cse)(*values)
@@ -177,6 +136,7 @@ def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
         i, x = x
         child = template.child(i)
         x = [v if p is None else p[1](v) for v, p in zip(x, peeled, strict=True)]
+        child.inherit(xs, x)
         out = evaluate(child, s.body, [*consts, *carry.full(c), *x])
         ys = [None if k in handed else child.dense(v, eqn) for k, v in enumerate(out[s.carry :])]
         return [child.dense(out[k], eqn) for k in carry.free], (ys, child.aux)
@@ -189,14 +149,35 @@ def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
 
 
 def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
-    """Each branch reports what it has; what only another branch reports is zero."""
+    """Each branch reports what it has; what only another branch reports is zero.
+
+    Weights that every branch returns stay lazy where they are alike, else each branch merges its
+    own.
+    """
     templates = [scope.fork() for _ in eqn.params["branches"]]
+    walk = scope.uses is not None
+
+    def evaluated(template, branch, inside):
+        child = template.child()
+        child.inherit(values, inside)
+        return child, evaluate(child, branch, inside)
+
+    found = []  # of each branch: its outputs, and whether each is fixed; only to look at
+    for template, branch in zip(templates, eqn.params["branches"], strict=True):
+
+        def look(*inside, template=template, branch=branch):
+            child, out = evaluated(template, branch, inside)
+            found.append([(v, child.is_fixed(v)) for v in out])
+
+        jax.eval_shape(look, *values)
+    same = [combine.one_of(outs, walk) for outs in zip(*found, strict=True)]
 
     def body(template, branch):
-        def run(*values):
-            child = template.child()
-            out = [child.dense(v, eqn) for v in evaluate(child, branch, values)]
-            return out, child.aux
+        def run(*inside):
+            child, out = evaluated(template, branch, inside)
+            return [combine.returned(child, eqn, v, s) for v, s in zip(out, same, strict=True)], (
+                child.aux
+            )
 
         return run
 
@@ -215,6 +196,9 @@ def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
     out, aux = lax.switch(index, [padded(run) for run in bodies], *values)
     for k, template in enumerate(templates):
         scope.join(template, {} if k else aux)
+    if walk:
+        pairs = zip(out, same, strict=True)
+        out = [combine.together(s, v, "cond", ()) if s else v for v, s in pairs]
     return out
 
 
@@ -252,15 +236,27 @@ RULES: dict[str, Rule] = {
     "stop_gradient": stop_gradient,
     "transpose": transpose,
     "reshape": reshape,
-    "broadcast_in_dim": broadcast,
+    "broadcast_in_dim": views.broadcast,
     "squeeze": squeeze,
-    "slice": slice_,
-    "dynamic_slice": dynamic_slice,
-    "split": split,
-    "unstack": unstack,
+    "slice": views.slice_,
+    "dynamic_slice": views.dynamic_slice,
+    "split": views.split,
+    "unstack": views.unstack,
+    "pad": views.pad,
+    "rev": views.reverse,
+    "tile": views.tile,
+    "neg": views.negative,
+    "mul": views.multiply,
+    "div": views.divide,
+    **dict.fromkeys(("add", "add_any", "sub"), combine.add),
+    "concatenate": combine.concatenate,
+    "stack": combine.stack,
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), views.identity),
     "gather": gather,
-    "dot_general": dot_general,
+    "dot_general": dot,
     "conv_general_dilated": conv,
+    **dict.fromkeys(("ragged_dot", "ragged_dot_general"), ragged_dot),
+    "any other": combine.unknown,
     "scan": scan,
     "cond": cond,
     "while": while_,

@@ -1,5 +1,7 @@
 """The abstract walk: kinds and FLOPs against hand counts, patterns, errors."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,12 +81,18 @@ def test_nothing_runs():
 
 
 def test_a_weight_that_lift_would_refuse_shows_why():
-    table = jl.sites(lambda p, x: x @ (p["w"] * 2), {"w": leaf(3, 4)}, leaf(2, 3))
-    assert table["w"].ops == ("mul",)
+    table = jl.sites(lambda p, x: jnp.sum(p["w"]) * x, {"w": leaf(3, 4)}, leaf(2, 3))
+    assert table["w"].ops == ("reduce_sum",)
 
 
-def test_a_part_of_a_weight_is_no_site():
+def test_a_part_of_a_weight_is_a_site():
     table = jl.sites(lambda p, x: x @ p["w"][:, 1:3], {"w": leaf(3, 4)}, leaf(2, 3))
+    assert (table["w"].kinds, table["w"].ops, table["w"].views) == ("io", ("dot",), ("slice",))
+    assert table["w"].flops == 2 * 2 * 3 * 2 and "dot (slice)" in str(table)
+
+
+def test_an_axis_of_two_roles_is_no_site():
+    table = jl.sites(lambda p, x: x @ (p["w"] + p["w"].T), {"w": leaf(3, 3)}, leaf(2, 3))
     assert table["w"].ops == ("dot of a part",)
     with pytest.raises(ValueError, match=r"consumes whole: \['w \(dot of a part\)'\]"):
         table.select({"w": jl.LoRA()})
@@ -135,3 +143,119 @@ def test_bad_patterns(methods, message):
 def test_all_linear_without_linear_layers():
     with pytest.raises(ValueError, match=r"'all-linear'.*matches no site"):
         jl.sites(lambda p, i: p["e"][i], {"e": leaf(3, 4)}, IDS).select({"all-linear": jl.LoRA()})
+
+
+def test_keywords_of_the_model_may_have_any_name():
+    def fn(p, x, *, key, params, fn, ctx, adapter, methods):
+        return x @ p["w"] * (key + params + fn + ctx + adapter + methods)
+
+    own: dict[str, Any] = {"key": 1.0, "params": 2.0, "fn": 3.0, "adapter": 4.0}
+    rest = {"ctx": 5.0, "methods": 6.0}
+    params, x = {"w": leaf(3, 4)}, leaf(2, 3)
+    table = jl.sites(fn, params, x, **own, **rest)
+    assert table["w"].ops == ("dot",)
+    adapter = jl.init(
+        jax.random.key(0), fn, params, x, methods={"w": jl.LoRA(2)}, model_kwargs=rest, **own
+    )
+    y = jl.lift(fn)(params, adapter, x, model_kwargs=rest, **own)
+    np.testing.assert_allclose(y, fn(params, x, **own, **rest))
+    np.testing.assert_allclose(jl.lift(fn)(params, {}, x, model_kwargs=rest, **own), y)
+
+
+MASK = np.arange(12).reshape(3, 4) % 2 > 0
+
+
+@jax.custom_vjp
+def product(w, x):
+    return x @ w
+
+
+product.defvjp(lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T))
+
+HIDDEN = {  # name -> (function of (w, x), what the message says)
+    "masked": (lambda w, x: x @ jnp.where(MASK, w, 0.0), r"w \(3, 4\): dot after select_n.*sites"),
+    "quantised": (lambda w, x: x @ (jnp.round(w * 8) / 8), r"dot after round"),
+    "normalised": (
+        lambda w, x: x @ (w / jnp.sqrt(jnp.sum(w**2, axis=0, keepdims=True))),
+        r"'reduce_sum' at .*sites_test",
+    ),
+    "masked in a scan": (
+        lambda w, x: lax.scan(lambda h, m: (h, x @ (w * m)), x, jnp.stack([MASK * 1.0] * 2))[1],
+        r"dot after mul",
+    ),
+    "its own gradient": (
+        product,
+        r"custom_vjp_call; needs the merged weight for 'custom_vjp_call'",
+    ),
+    "two roles": (lambda w, x: x @ (w @ w.T) @ (w + 1) @ w.T, None),
+    "sum with its transpose": (
+        lambda w, x: x @ (w[:, :3] + w[:, :3].T),
+        "has two roles",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_all_linear_names_what_it_would_leave_out(name):
+    use, message = HIDDEN[name]
+    params = {"v": leaf(3, 3), "w": leaf(3, 4)}
+
+    def fn(p, x):
+        return use(p["w"], x @ p["v"])
+
+    methods = {"all-linear": jl.LoRA(2)}
+    if message is None:
+        assert len(jl.init(jax.random.key(0), fn, params, leaf(2, 3), methods=methods).sites) == 2
+        return
+    with pytest.raises(ValueError, match=f"(?s)cannot adapt all weights:\n  .*{message}"):
+        jl.init(jax.random.key(0), fn, params, leaf(2, 3), methods=methods)
+    rest = jl.init(jax.random.key(0), fn, params, leaf(2, 3), methods={"^w": None, **methods})
+    assert [s.path for s, _ in rest.sites] == ["v"]
+
+
+@pytest.mark.parametrize("name", ["masked", "quantised", "normalised", "masked in a scan"])
+def test_merging_works_from_init_on(name):
+    use, _ = HIDDEN[name]
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)}
+    x = leaf(2, 3)
+
+    def fn(p, x):
+        return use(p["w"], x)
+
+    methods = {"all-linear": jl.LoRA(2)}
+    adapter = jl.init(jax.random.key(0), fn, params, x, methods=methods, on_dense="merge")
+    assert adapter.sites[0][0].kinds == "io"
+    adapter = adapter.replace(trainable=jax.tree.map(lambda t: t + 0.3, adapter.trainable))
+    y = jl.lift(fn, on_dense="merge")(params, adapter, x)
+    np.testing.assert_allclose(y, fn(jl.merge(params, adapter), x), rtol=1e-5)
+    assert np.abs(y - fn(params, x)).max() > 0.01
+    with pytest.raises(jl.DenseWeightError):
+        jl.lift(fn)(params, adapter, x)
+
+
+def test_values_that_are_no_weights_do_not_stop_all_linear():
+    """Biases, gains, positions, class tokens and tables beside a matmul."""
+    params = {
+        "w": leaf(4, 4), "bias": leaf(2, 2), "positions": leaf(3, 4), "token": leaf(1, 4),
+        "table": leaf(5, 4),
+    }  # fmt: skip
+
+    def fn(p, x):
+        h = jnp.concatenate([p["token"], x + p["positions"][1:]], axis=0)
+        h = (h @ p["w"]).reshape(3, 2, 2) * p["bias"][None] + p["bias"][None]
+        return h.reshape(3, 4) @ p["table"].T, p["table"][jnp.array([0, 1])]
+
+    adapter = jl.init(jax.random.key(0), fn, params, leaf(2, 4), methods={"all-linear": jl.LoRA(2)})
+    assert [s.path for s, _ in adapter.sites] == ["w"]
+
+
+def test_a_pattern_without_a_site_lists_what_the_function_uses():
+    with pytest.raises(ValueError) as error:
+        chosen({"layer/quary": jl.LoRA()})
+    text = str(error.value)
+    assert "\n  layers/query/kernel (3, 6, 2, 3): dot\n" in text
+    assert "\n  scale (6,): mul; needs the merged weight for 'mul' at " in text
+    with pytest.raises(ValueError, match="uses no floating array of params"):
+        jl.sites(lambda p, x: x, {"w": leaf(3, 4)}, leaf(2)).select({"w": jl.LoRA()})
+    with pytest.raises(ValueError, match=r"'heads' of None matches no site"):
+        chosen({"heads": None, "all-linear": jl.LoRA()})

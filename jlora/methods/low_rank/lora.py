@@ -79,6 +79,9 @@ class LoRA(Method):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         return p["a"], p["b"] * p["scale"].astype(p["b"].dtype)
 
+    def of_factors(self, u: jax.Array, v: jax.Array) -> Arrays:
+        return {"a": u, "b": v, "scale": jnp.ones((), jnp.float32)}
+
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> jax.Array:
         y = x @ w
         if self.dropout and "key" in ctx:

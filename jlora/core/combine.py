@@ -1,0 +1,283 @@
+"""One value made from several weights: a sum, a concatenation, a stack, a product.
+
+Side by side, the deltas keep their own ranks; the model's own matmul stays one:
+
+.. math:: [W_1 + u_1 v_1,\\; W_2 + u_2 v_2] = [W_1, W_2]
+   + [u_1, u_2] \\begin{pmatrix} v_1 & 0 \\\\ 0 & v_2 \\end{pmatrix}
+
+Cost: the thin product has the sum of the ranks. Weights stacked alike (one method and shape) keep
+their methods, which cost nothing more. A product of two weights merges the smaller one.
+
+Reference: none; follows from linearity.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.core import compat
+from jlora.core.adapter import Site
+from jlora.core.grid import Grid, delta, reads_context, rebuilt
+from jlora.core.lazy import Atom, Lazy
+from jlora.core.views import merged_where_exact
+
+
+def add(scope: Any, eqn: Any, a: Any, b: Any) -> list[Any] | None:
+    """A sum or difference of weights, or of a weight and an array of its shape."""
+    return combined(scope, eqn, (a, b), "add")
+
+
+def concatenate(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
+    """Along rows, columns or a stack; what is no adapted weight has a delta of zero."""
+    return combined(scope, eqn, values, "concatenate", eqn.params["dimension"])
+
+
+def stack(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
+    """A new stack axis: every slice keeps its own adapter."""
+    axis = eqn.params["axis"]
+
+    def expanded(v):
+        shape = (*v.shape[:axis], 1, *v.shape[axis:])
+        return v.opened().reshaped(shape) if isinstance(v, Lazy) else jnp.reshape(v, shape)
+
+    return combined(scope, eqn, [expanded(v) for v in values], "concatenate", axis)
+
+
+def combined(
+    scope: Any, eqn: Any, values: Sequence[Any], name: str, axis: int | None = None
+) -> list[Any] | None:
+    """Weights and arrays added or, with `axis`, laid side by side along an existing axis."""
+
+    def run(arrays):
+        if axis is None:
+            return compat.bind(eqn, arrays)
+        return [lax.concatenate([jnp.asarray(t) for t in arrays], axis)]
+
+    shape = eqn.outvars[0].aval.shape
+    if axis is None and any(isinstance(v, Lazy) and v.shape != shape for v in values):
+        return None
+    if scope.uses is not None:
+        if not all(scope.is_fixed(v) for v in values):
+            return None
+        lazy = [v for v in values if isinstance(v, Lazy)]
+        base = run([v.view() if isinstance(v, Lazy) else v for v in values])[0]
+        return [together(lazy, base, name, range(len(shape)) if axis is None else (axis,))]
+    values = [
+        v if isinstance(v, Lazy) and v.method is not None and "i" in v.site.kinds
+        else scope.dense(v, eqn)
+        for v in values
+    ]  # fmt: skip
+    lazy = [v for v in values if isinstance(v, Lazy)]
+    if axis is not None and len(lazy) == len(values):
+        joined = _stacked(lazy, axis)
+        if joined is not None:
+            return [joined]
+    readers = [v for v in lazy if reads_context(scope, v)]
+    if readers and any(v.method != readers[0].method for v in lazy):
+        return None
+    deltas = [delta(scope, v) if isinstance(v, Lazy) else v for v in values]
+    if any(d is None for d in deltas):
+        return None
+    bases: list[Any] = [
+        v.view() if isinstance(d, Grid) else d for d, v in zip(deltas, values, strict=True)
+    ]
+    base = run(bases)[0]
+    grids = _aligned(deltas)
+    if grids is None:
+        return None
+    if all(g is None for g in grids):
+        return [base]
+    if axis is None and eqn.primitive.name == "sub" and grids[1] is not None:
+        grids[1] = grids[1]._replace(v=-grids[1].v)
+    grid = _sum(grids) if axis is None else _side_by_side(grids, bases, axis)
+    first = lazy[0].replace(site=_joint(lazy))
+    return [rebuilt(scope, first, base, grid)]
+
+
+def together(ws: Sequence[Lazy], base: jax.Array, name: str, axes: Any) -> Lazy:
+    """In the abstract walk: a value made from several leaves."""
+    atoms, dims = [], []
+    for k in range(base.ndim):
+        sources = tuple(dict.fromkeys(s for w in ws for s in w.sources(k)))
+        if sources or base.shape[k] > 1:
+            kinds = {w.atoms[a].kind for w in ws for a in w.dims[k]}
+            dims.append((len(atoms),))
+            atoms.append(Atom("s" if kinds == {"s"} else "?", base.shape[k], sources))
+        else:
+            dims.append(())
+    changed = frozenset(s for k in axes for w in ws for s in w.sources(k))
+    views = dict.fromkeys(view for w in ws for view in w.views)
+    leaves = [
+        (site, share * math.prod(w.shape) / base.size)
+        for w in ws
+        for site, share in (w.leaves or ((w.site, 1.0),))
+    ]
+    return ws[0].replace(
+        base=base, casts=(), atoms=tuple(atoms), dims=tuple(dims),
+        views=(*views, (name, changed)), leaves=tuple(leaves),
+    )  # fmt: skip
+
+
+def unknown(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
+    """In the abstract walk: any other operation that leaves a weight its shape and axes.
+
+    A matmul that follows tells what the axes are, so that the weight can be named, or merged.
+    """
+    shape = eqn.outvars[0].aval.shape
+    ws = [v for v in values if isinstance(v, Lazy) and v.shape == shape]
+    if not ws or len(eqn.outvars) != 1 or not all(scope.is_fixed(v) for v in values):
+        return None
+    rest = [v if any(v is w for w in ws) else scope.dense(v, eqn) for v in values]
+    (base,) = compat.bind(eqn, [v.view() if isinstance(v, Lazy) else v for v in rest])
+    return [together(ws, base, "!" + scope.place(eqn), range(len(shape)))]
+
+
+def _joint(ws: Sequence[Lazy]) -> Site:
+    """A name for a value made from several weights."""
+    path = "+".join(dict.fromkeys(w.site.path for w in ws))
+    return dataclasses.replace(ws[0].site, path=path)
+
+
+def alike(ws: Sequence[Lazy], axis: int | None = None, branches: bool = False) -> bool:
+    """Whether weights differ in their arrays only, and in their size along a stack axis.
+
+    Arrays that sites share are the same, or of `branches` of one form.
+    """
+
+    def form(w):
+        free = w.dims[axis] if axis is not None else ()
+        shared = {k: (t.shape, t.dtype) if branches else id(t) for k, t in w.shared.items()}
+        atoms = [(a.kind, None if k in free else a.size) for k, a in enumerate(w.atoms)]
+        own = {k: (t.dtype, t.shape[len(w.of("s")) :]) for k, t in w.own.items()}
+        base = (w.base.dtype, w.base.ndim)
+        return w.method, atoms, w.dims, own, base, w.casts, shared
+
+    return all(not hasattr(w.base, "dequantize") and form(w) == form(ws[0]) for w in ws)
+
+
+def one_of(found: Sequence[tuple[Any, bool]], walk: bool) -> Any:
+    """What the outputs of branches, of which one is chosen, have in common, if they are weights.
+
+    In the abstract walk a list of them, else the name and atoms of a weight that may be any of
+    them. None if they are not all weights, or are not alike.
+    """
+    ws = [v for v, _ in found if isinstance(v, Lazy)]
+    if walk:
+        return ws if ws and all(fixed for _, fixed in found) else None
+    adapted = all(w.method is not None and "i" in w.site.kinds for w in ws)
+    if len(ws) < len(found) or not adapted or not alike(ws, branches=True):
+        return None
+    atoms = tuple(a._replace(sources=()) for a in ws[0].atoms)
+    return {"site": dataclasses.replace(_joint(ws), group=""), "atoms": atoms}
+
+
+def returned(scope: Any, eqn: Any, value: Any, same: Any) -> Any:
+    """What a branch returns for an output; `same` is what `one_of` found."""
+    if not isinstance(value, Lazy):
+        return value
+    if scope.uses is not None:
+        return value.view() if same else scope.dense(value, eqn)
+    if same is not None:
+        return value.replace(**same)
+    dense = merged_where_exact(scope, eqn, value)
+    return scope.dense(value, eqn) if dense is None else dense
+
+
+def _stacked(ws: Sequence[Lazy], axis: int) -> Lazy | None:
+    """Alike weights laid along a stack axis; any method."""
+    if not alike(ws, axis) or not (ws[0].stacks(axis) or not ws[0].dims[axis]):
+        return None
+    if len(ws[0].dims[axis]) > 1:
+        return None
+    if not ws[0].dims[axis]:
+        ws = [_with_slice(w, axis) for w in ws]
+    (atom,) = ws[0].dims[axis]
+    at = ws[0].of("s").index(atom)
+    base = lax.concatenate([w.base for w in ws], axis)
+    own = jax.tree.map(lambda *t: lax.concatenate(t, at), *(w.own for w in ws))
+    atoms = list(ws[0].atoms)
+    atoms[atom] = Atom("s", base.shape[axis], ())
+    return ws[0].replace(base=base, own=own, atoms=tuple(atoms), site=_joint(ws))
+
+
+def _with_slice(w: Lazy, axis: int) -> Lazy:
+    """An axis of size one as a stack of one slice."""
+    dims = [tuple(a + 1 for a in dim) for dim in w.dims]
+    dims[axis] = (0,)
+    own = jax.tree.map(lambda t: t[None], w.own)
+    return w.replace(own=own, atoms=(Atom("s", 1, ()), *w.atoms), dims=tuple(dims))
+
+
+def _aligned(deltas: Sequence[Any]) -> list[Any] | None:
+    """The grids (None for arrays) with the same kinds of axes; None if they differ."""
+    grids = [d if isinstance(d, Grid) else None for d in deltas]
+    kinds = next((g.kinds for g in grids if g is not None), ())
+
+    def fits(g):
+        return all(not (a and b) or a == b for a, b in zip(g.kinds, kinds, strict=True))
+
+    out = [g if g is None or fits(g) else g.swapped() for g in grids]
+    return out if all(g is None or fits(g) for g in out) else None
+
+
+def _sum(grids: Sequence[Grid | None]) -> Grid:
+    found = [g for g in grids if g is not None]
+    kinds = tuple(
+        next((k for k in ks if k), "") for ks in zip(*(g.kinds for g in found), strict=True)
+    )
+    return Grid(kinds, _cat([g.u for g in found], -1), _cat([g.v for g in found], -1))
+
+
+def _side_by_side(grids: Sequence[Grid | None], bases: Sequence[jax.Array], axis: int) -> Grid:
+    """Each delta in its own part of the axis: with its own ranks, or as slices of a stack."""
+    found = [g for g in grids if g is not None]
+    kind = next((g.kinds[axis] for g in found if g.kinds[axis]), "s")
+    sizes = [t.shape[axis] for t in bases]
+    if kind != "s":
+        ends = [(sum(sizes[:k]), sum(sizes[k + 1 :])) for k in range(len(sizes))]
+        placed = [
+            None if g is None else g.along(axis, functools.partial(_padded, by=by))
+            for g, by in zip(grids, ends, strict=True)
+        ]
+        return _sum(placed)
+    rank, like = max(g.u.shape[-1] for g in found), found[0]
+
+    def slices(part):
+        def one(g, n):
+            t = (g or like)[part]
+            t = jnp.zeros((*t.shape[:axis], n, *t.shape[axis + 1 :]), t.dtype) if g is None else t
+            return _padded(t, t.ndim - 1, (0, rank - t.shape[-1]))
+
+        return _cat([one(g, n) for g, n in zip(grids, sizes, strict=True)], axis)
+
+    kinds = (*like.kinds[:axis], "s", *like.kinds[axis + 1 :])
+    return Grid(kinds, slices(1), slices(2))
+
+
+def _padded(t: jax.Array, axis: int, by: tuple[int, int]) -> jax.Array:
+    return jnp.pad(t, [by if k == axis else (0, 0) for k in range(t.ndim)])
+
+
+def _cat(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    dtype = functools.reduce(jnp.promote_types, (t.dtype for t in arrays))
+    return jnp.concatenate([t.astype(dtype) for t in arrays], axis)
+
+
+def product(scope: Any, eqn: Any, lhs: Lazy, rhs: Lazy) -> tuple[Any, Any] | None:
+    """Two weights multiplied: the operands with the smaller one merged."""
+    if scope.uses is not None:
+        (lc, _), (lb, _) = eqn.params["dimension_numbers"]
+        free = [k for k in range(lhs.ndim) if k not in (*lc, *lb)]
+        scope.note(lhs, "product", {"i": free, "s": lb}, 0)
+        return lhs.view(), rhs
+    left = lhs.view().size <= rhs.view().size
+    small = merged_where_exact(scope, eqn, lhs if left else rhs)
+    if small is None:
+        return None
+    return (small, rhs) if left else (lhs, small)
