@@ -42,7 +42,7 @@ BROKEN = [
     ("robust_merge", "robust_merge", "live * jnp.maximum(s, least) *", "live *",
      "robust_merge.value_by_numpy", D),
     # --- elements ---
-    ("task_arithmetic", "task_arithmetic", "weights * scale", "weights",
+    ("task_arithmetic", "task_arithmetic", "normalize) * scale", "normalize)",
      "task_arithmetic.value", ()),
     ("ties", "election", "tally >= 0", "tally < 0", "ties.value", ({},)),
     ("ties", "threshold", ">= threshold[:, None, None]", "< threshold[:, None, None]", "ties.value",
