@@ -7,7 +7,7 @@ its file and its test file, and editing nothing else.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Kind = Literal["mechanism", "composition", "recipe", "analysis", "component"]
 KINDS: tuple[Kind, ...] = ("mechanism", "composition", "recipe", "analysis", "component")
@@ -33,6 +33,8 @@ class System:
       examples: tiny instances for the contract suite (adaptation methods).
       breaks: a law of the contract suite -> the reason why this system breaks it.
     """
+
+    suite: ClassVar[tuple[str, ...]] = ()  # test files that run every system of the kind
 
     name: str
     paper: str
@@ -67,6 +69,7 @@ class Placed:
     def tests(self) -> tuple[str, ...]:
         """All test files of the system, relative to the repository."""
         mirrored = f"tests/{self.module.removeprefix('jlora.').replace('.', '/')}_test.py"
+        suite = ("tests/contract_test.py",) if self.family == "methods" else self.system.suite
         if "" in self.system.tests:
-            return tuple(t for t in self.system.tests if t)
-        return (mirrored, *self.system.tests)
+            mirrored = ""
+        return tuple(t for t in (mirrored, *self.system.tests, *suite) if t)

@@ -27,7 +27,7 @@ jit           jitted is eager
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,8 @@ class Aggregation(System):
       exact: whether D is claimed to be the exact weighted average.
       shared: the factor that all clients have in common: "", "u", or "uv" (a trained core between).
     """
+
+    suite: ClassVar[tuple[str, ...]] = ("tests/contracts/aggregation_test.py",)
 
     aggregate: Aggregate
     exact: bool = False

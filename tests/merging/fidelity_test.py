@@ -37,7 +37,7 @@ def whole(name, path, **more):
 
 def check(name, options, more):
     got = certified(name, ADAPTERS, W, **options, **more)
-    made, squares = jl.core.algebra.deltas(got.adapter), []
+    made, squares = jl.algebra.deltas(got.adapter), []
     for path in SHAPES:
         m = whole(name, path, options={k: v for k, v in options.items() if k != "rank"}, **more)
         gap = np.linalg.norm(m - np.asarray(made[path].u @ made[path].v), axis=(-2, -1))
@@ -88,7 +88,7 @@ def test_a_rank_beyond_a_site_is_full_there_and_reported():
     assert got.ranks == {"wide": 4, "small": 4}
     got = certified("truncated", ADAPTERS, W, rank=10)
     assert got.ranks == {"wide": 4, "small": 4}, "N R directions exist"
-    low = jl.core.algebra.deltas(merge("magnitude", ADAPTERS, W, density=1.0, rank=10))
+    low = jl.algebra.deltas(merge("magnitude", ADAPTERS, W, density=1.0, rank=10))
     assert [low[p].u.shape[-1] for p in SHAPES] == [10, 6]
 
 

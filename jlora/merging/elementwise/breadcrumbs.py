@@ -30,6 +30,7 @@ from jax import Array
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, shared, summed, voted
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
 
 
@@ -142,3 +143,35 @@ def _band(low: Array, high: Array, d: Array, numbers: Array) -> Array:
     x = jnp.abs(d)
     inside = threshold.above(x, low) & ~threshold.above(x, high)
     return jnp.where(inside, d, jnp.zeros_like(d))
+
+
+SYSTEMS = (
+    Merging(
+        name="breadcrumbs",
+        paper="Davari 2023, 2312.06795",
+        symbol="breadcrumbs",
+        function=breadcrumbs,
+        loop="map",
+        options={"density": 0.5},
+        rule=breadcrumbs_rule,
+        breaks={
+            "weight_one": "small elements are trimmed",
+            "idempotent": "small elements are trimmed",
+        },
+        evidence="dense numpy value, limits, the paper's claim in small; law suite",
+    ),
+    Merging(
+        name="breadcrumbs_ties",
+        paper="Davari 2023, 2312.06795",
+        symbol="breadcrumbs_ties",
+        function=breadcrumbs_ties,
+        loop="map",
+        options={"density": 0.5},
+        rule=breadcrumbs_ties_rule,
+        breaks={
+            "weight_one": "small elements are trimmed",
+            "idempotent": "small elements are trimmed",
+        },
+        evidence="dense numpy value, limits, the paper's claim in small; law suite",
+    ),
+)

@@ -28,6 +28,7 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.election import signed, spread, weighted
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, factor, partial
 
 
@@ -83,3 +84,15 @@ def _agreed(
 def task_masks(d: Array, total: Array, sharpness: float) -> Array:
     """The elements that each task uses, [N, b, d_out] int32."""
     return (jnp.abs(d) >= sharpness * jnp.abs(total[None] - d)).astype(jnp.int32)
+
+
+SYSTEM = Merging(
+    name="consensus",
+    paper="Wang 2024, 2405.07813",
+    symbol="consensus",
+    function=consensus,
+    loop="map",
+    options={"least": 1},
+    rule=consensus_rule,
+    evidence="dense numpy value, limits, the paper's claim in small; law suite",
+)

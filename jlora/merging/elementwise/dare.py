@@ -33,6 +33,7 @@ from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import STEPS, dropped
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
 
 
@@ -136,3 +137,37 @@ def shares(density: Any, adapters: int) -> Array:
     if p.shape not in {(), (adapters,)} or not ((p >= 1 / STEPS) & (p <= 1)).all():
         raise ValueError(f"density: got {density}, expected in [2^-16, 1], one or {adapters}")
     return jnp.broadcast_to(jnp.asarray(p), (adapters,))
+
+
+SYSTEMS = (
+    Merging(
+        name="dare_linear",
+        paper="Yu 2023, 2311.03099",
+        symbol="dare_linear",
+        function=dare_linear,
+        randomised=True,
+        loop="map",
+        options={"density": 0.5},
+        rule=dare_linear_rule,
+        breaks={
+            "weight_one": "elements are dropped at random",
+            "idempotent": "elements are dropped at random",
+        },
+        evidence="dense numpy value, limits, the paper's claim in small; law suite",
+    ),
+    Merging(
+        name="dare_ties",
+        paper="Yu 2023, 2311.03099",
+        symbol="dare_ties",
+        function=dare_ties,
+        randomised=True,
+        loop="map",
+        options={"density": 0.5},
+        rule=dare_ties_rule,
+        breaks={
+            "weight_one": "elements are dropped at random",
+            "idempotent": "elements are dropped at random",
+        },
+        evidence="dense numpy value, limits, the paper's claim in small; law suite",
+    ),
+)

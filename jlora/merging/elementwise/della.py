@@ -33,6 +33,7 @@ from jax import Array, lax
 from jlora.algebra import LowRank
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import dropped
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, flip, partial
 
 
@@ -138,3 +139,39 @@ def _by_rank(keys: Array, d: Array, numbers: Array, *, density: float, epsilon: 
     order = jnp.argsort(lax.stop_gradient(jnp.abs(d)), axis=-1)
     place = jnp.argsort(order, axis=-1).astype(jnp.float32) / max(d.shape[-1] - 1, 1)
     return dropped(d, density - epsilon + 2.0 * epsilon * place, keys, numbers)
+
+
+SYSTEMS = (
+    Merging(
+        name="della",
+        paper="Deep 2024, 2406.11617",
+        symbol="della",
+        function=della,
+        randomised=True,
+        loop="map",
+        options={"density": 0.5},
+        rule=della_rule,
+        by_outputs=True,
+        breaks={
+            "weight_one": "elements are dropped at random",
+            "idempotent": "elements are dropped at random",
+        },
+        evidence="dense numpy value, limits, the paper's claim in small; law suite",
+    ),
+    Merging(
+        name="della_linear",
+        paper="Deep 2024, 2406.11617",
+        symbol="della_linear",
+        function=della_linear,
+        randomised=True,
+        loop="map",
+        options={"density": 0.5},
+        rule=della_linear_rule,
+        by_outputs=True,
+        breaks={
+            "weight_one": "elements are dropped at random",
+            "idempotent": "elements are dropped at random",
+        },
+        evidence="dense numpy value, limits, the paper's claim in small; law suite",
+    ),
+)

@@ -24,6 +24,7 @@ from jax import Array
 from jlora.algebra import LowRank
 from jlora.merging.elementwise.ties import trimmed
 from jlora.merging.engine.election import shared, summed
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, factor, partial
 
 
@@ -63,3 +64,19 @@ def magnitude_rule(
 ) -> Rule:  # fmt: skip
     """M by row blocks; the arguments are those of `magnitude`, `block` the rows of a `Solver`."""
     return partial(summed, trimmed(bank, density, block), shared(weights, normalize), scale)
+
+
+SYSTEM = Merging(
+    name="magnitude",
+    paper="Yadav 2023, 2306.01708 (trimming alone)",
+    symbol="magnitude",
+    function=magnitude,
+    loop="map",
+    options={"density": 0.5},
+    rule=magnitude_rule,
+    breaks={
+        "weight_one": "small elements are trimmed",
+        "idempotent": "small elements are trimmed",
+    },
+    evidence="dense numpy value, limits, the paper's claim in small; law suite",
+)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import present
 
@@ -67,3 +68,15 @@ def ratio(bank: LowRank, there: Array | None = None, *, outputs: bool = False) -
     below = 1.0 + (n - 1) * pairs
     fine = jnp.abs(below) >= 1e-6
     return jnp.where(fine, n * pairs / jnp.where(fine, below, jnp.ones_like(below)), 0.0)
+
+
+SYSTEM = Merging(
+    name="model_stock",
+    paper="Jang 2024, 2403.19522",
+    symbol="model_stock",
+    function=model_stock,
+    breaks={
+        "signs": "the ratio is that of the adapters as they were trained",
+    },
+    evidence="dense numpy value, limits, the paper's claim in small; law suite",
+)

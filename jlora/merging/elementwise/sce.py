@@ -33,6 +33,7 @@ from jax import Array
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import majority, signed, spread
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, fold, partial
 
 
@@ -123,3 +124,19 @@ def _varied(t: Array, weights: Array, d: Array, numbers: Array) -> Array:
 def _all(weights: Array, d: Array, numbers: Array) -> Array:
     """Deltas with the signs of their weights, those of weight 0 zero."""
     return jnp.where(spread(weights, d) == 0, jnp.zeros_like(d), signed(d, weights))
+
+
+SYSTEM = Merging(
+    name="sce",
+    paper="Wan 2024, 2408.07990",
+    symbol="sce",
+    function=sce,
+    loop="map",
+    options={"density": 0.5},
+    rule=sce_rule,
+    breaks={
+        "weight_one": "elements that do not vary are not selected",
+        "idempotent": "elements that do not vary are not selected",
+    },
+    evidence="dense numpy value, limits, the paper's claim in small; law suite",
+)

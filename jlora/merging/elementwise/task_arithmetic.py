@@ -19,7 +19,8 @@ from jax import Array
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.election import shared
-from jlora.merging.exact.concat import concat
+from jlora.merging.engine.record import Merging
+from jlora.merging.exact.concat import concat, concat_error
 
 
 def task_arithmetic(
@@ -37,3 +38,14 @@ def task_arithmetic(
       u [d_in, N R], v [N R, d_out].
     """
     return concat(bank, shared(weights, normalize) * scale)
+
+
+SYSTEM = Merging(
+    name="task_arithmetic",
+    paper="Ilharco 2022, 2212.04089",
+    symbol="task_arithmetic",
+    function=task_arithmetic,
+    certificate=concat_error,
+    tight=True,
+    evidence="numpy value; negation and analogy; law suite",
+)

@@ -27,6 +27,7 @@ from jax import Array
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, voted
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
 
 
@@ -83,3 +84,19 @@ def trimmed(bank: LowRank, density: Any, block: int | None = None) -> Sparsify:
 
 def _largest(t: Array, d: Array, numbers: Array) -> Array:
     return jnp.where(threshold.above(jnp.abs(d), t), d, jnp.zeros_like(d))
+
+
+SYSTEM = Merging(
+    name="ties",
+    paper="Yadav 2023, 2306.01708",
+    symbol="ties",
+    function=ties,
+    loop="map",
+    options={"density": 0.5},
+    rule=ties_rule,
+    breaks={
+        "weight_one": "small elements are trimmed",
+        "idempotent": "small elements are trimmed",
+    },
+    evidence="dense numpy value, limits, the paper's claim in small; law suite",
+)

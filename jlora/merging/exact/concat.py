@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 
 
 def concat(bank: LowRank, weights: Array) -> LowRank:
@@ -30,3 +31,14 @@ def concat(bank: LowRank, weights: Array) -> LowRank:
 def concat_error(bank: LowRank, weights: Array) -> Array:
     """Its certificate: zero, []."""
     return jnp.zeros((), bank.u.dtype)
+
+
+SYSTEM = Merging(
+    name="concat",
+    paper="Prabhakar 2024, 2410.13025; Wang 2024, 2409.05976",
+    symbol="concat",
+    function=concat,
+    certificate=concat_error,
+    tight=True,
+    evidence="numpy value; law suite",
+)

@@ -26,6 +26,7 @@ Deviates: deltas are the vectors, no base is added; a fixed number of steps inst
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.exact.slerp import mean_direction
 from jlora.merging.signs import absorbed
@@ -49,3 +50,12 @@ def karcher(bank: LowRank, weights: Array, *, steps: int = 10) -> LowRank:
         raise ValueError(f"steps: got {steps}, expected at least 1")
     bank, weights = absorbed(bank, weights)
     return concat(bank, mean_direction(bank, weights, steps))
+
+
+SYSTEM = Merging(
+    name="karcher",
+    paper="Goddard 2024, 2403.13257 (mergekit)",
+    symbol="karcher",
+    function=karcher,
+    evidence="stationarity of the mean; law suite",
+)

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import absorbed
@@ -158,3 +159,30 @@ def _pair(aa: Array, bb: Array, ab: Array, t: Array) -> Array:
     t = jnp.broadcast_to(t, cos.shape)
     first = jnp.where(near, 1 - t, jnp.sin((1 - t) * angle) / sin)
     return jnp.stack([first, jnp.where(near, t, jnp.sin(t * angle) / sin)])
+
+
+SYSTEMS = (
+    Merging(
+        name="slerp",
+        paper="Goddard 2024, 2403.13257 (mergekit)",
+        symbol="slerp",
+        function=slerp,
+        size=2,
+        evidence="numpy value; law suite",
+    ),
+    Merging(
+        name="nuslerp",
+        paper="Goddard 2024, 2403.13257 (mergekit)",
+        symbol="nuslerp",
+        function=nuslerp,
+        size=2,
+        evidence="numpy value; law suite",
+    ),
+    Merging(
+        name="multislerp",
+        paper="Goddard 2024, 2403.13257 (mergekit)",
+        symbol="multislerp",
+        function=multislerp,
+        evidence="numpy value; law suite",
+    ),
+)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, top_basis
 from jlora.merging.spectral.core_space import to_core
 
@@ -66,3 +67,15 @@ def truncation_error(bank: LowRank, weights: Array, *, rank: int, keep: Any = No
     s = jnp.linalg.svd(dot("n,npq->pq", weights, core.cores), compute_uv=False)
     kept = rank if keep is None else jnp.minimum(keep, rank)
     return jnp.sqrt(jnp.sum(jnp.where(jnp.arange(s.shape[0]) < kept, 0.0, s) ** 2))
+
+
+SYSTEM = Merging(
+    name="truncated",
+    paper="Eckart 1936 (textbook)",
+    symbol="truncated",
+    function=truncated,
+    options={"rank": 4},
+    certificate=truncation_error,
+    tight=True,
+    evidence="exact error against dense SVD; vmapped over weights and rank",
+)

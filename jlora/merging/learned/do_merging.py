@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import without_absent
 
@@ -133,3 +134,28 @@ def _gram(x: Array) -> Array:
 
 def _dot(spec: str, *xs: Array) -> Array:
     return jnp.einsum(spec, *xs, precision=jax.lax.Precision.HIGHEST)
+
+
+SYSTEMS = (
+    Merging(
+        name="do_merging",
+        paper="Zheng 2025, 2505.15875",
+        symbol="do_merging",
+        function=do_merging,
+        breaks={
+            "idempotent": "equal adapters overlap, and are pushed apart",
+        },
+        evidence="descent and decoupling by dense numpy; a loud adapter keeps no direction",
+        rows=(47,),
+        claim="do_merging",
+    ),
+    Merging(
+        name="do_decoupled",
+        paper="Zheng 2025, 2505.15875",
+        symbol="decoupled",
+        function=decoupled,
+        evidence="numpy value; the direction does not see the scale of an adapter",
+        rows=(47,),
+        claim="do_merging",
+    ),
+)

@@ -32,6 +32,7 @@ from jax import Array, lax
 from jlora.algebra import LowRank
 from jlora.core.adapter import Adapter
 from jlora.merging.engine.inputs import gather
+from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.learned import cma
 from jlora.merging.learned.coefficients import Learned, Loss, learn, mixed, penalised
@@ -105,6 +106,17 @@ def _space(space: str) -> Callable:
 
 
 SYSTEMS = (
+    Merging(
+        name="factor_mix",
+        paper="Huang 2023, 2307.13269",
+        symbol="factor_mix",
+        function=factor_mix,
+        signed=False,
+        breaks={
+            "gauge": "factors are summed as they are written",
+        },
+        evidence="numpy value; law suite",
+    ),
     System(
         name="LoraHub",
         paper="Huang 2023, 2307.13269",

@@ -35,6 +35,7 @@ from jax import Array, lax
 
 from jlora.algebra import LowRank
 from jlora.merging.elementwise.dare import shares
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.threshold import kept
 from jlora.merging.exact.concat import concat
 
@@ -146,3 +147,95 @@ def _mask(keys: Array, side: int, density: float, like: Array) -> Array:
         return jax.random.bernoulli(jax.random.fold_in(key, side), share, like.shape[1:])
 
     return jax.vmap(one)(keys).astype(like.dtype)
+
+
+SYSTEMS = (
+    Merging(
+        name="peft_linear",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_linear",
+        function=peft_linear,
+        kind="composition",
+        breaks={
+            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
+            "gauge": "the factors are merged as they are written",
+        },
+        evidence="PEFT's bits on its own models; numpy value",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_cat",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_cat",
+        function=peft_cat,
+        kind="composition",
+        evidence="PEFT's bits on its own models; numpy value",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_magnitude_prune",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_magnitude_prune",
+        function=peft_magnitude_prune,
+        kind="composition",
+        options={"density": 0.5},
+        breaks={
+            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
+            "gauge": "the factors are merged as they are written",
+            "weight_one": "small elements are trimmed",
+        },
+        evidence="PEFT's bits on its own models; numpy value",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_ties",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_ties",
+        function=peft_ties,
+        kind="composition",
+        options={"density": 0.5},
+        breaks={
+            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
+            "gauge": "the factors are merged as they are written",
+            "weight_one": "small elements are trimmed",
+            "signs": "PEFT's vote does not see weights",
+            "absent": "PEFT's vote does not see weights",
+        },
+        evidence="PEFT's bits on its own models; numpy value",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_dare_linear",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_dare_linear",
+        function=peft_dare_linear,
+        kind="composition",
+        randomised=True,
+        options={"density": 0.5},
+        breaks={
+            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
+            "gauge": "the factors are merged as they are written",
+            "weight_one": "elements are dropped at random",
+        },
+        evidence="PEFT's bits on its own models; numpy value",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_dare_ties",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_dare_ties",
+        function=peft_dare_ties,
+        kind="composition",
+        randomised=True,
+        options={"density": 0.5},
+        breaks={
+            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
+            "gauge": "the factors are merged as they are written",
+            "weight_one": "elements are dropped at random",
+            "signs": "PEFT's vote does not see weights",
+            "absent": "PEFT's vote does not see weights",
+        },
+        evidence="PEFT's bits on its own models; numpy value",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+)

@@ -34,6 +34,7 @@ from jlora.algebra import LowRank
 from jlora.merging.elementwise.dare import dropping
 from jlora.merging.elementwise.ties import trimmed
 from jlora.merging.engine.election import spread, weighted
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.streamed import Rule, Solver, factor
 from jlora.merging.exact.truncated import truncated, truncation_error
 from jlora.merging.peft.factors import VOTES
@@ -115,3 +116,95 @@ def _drop(bank: LowRank, density: float, keys: Array, masks: Array | None) -> An
         return dropping(bank, density, keys)
     p = jnp.asarray(density, bank.u.dtype)
     return lambda d, numbers: d * masks[:, numbers] / p
+
+
+SYSTEMS = (
+    Merging(
+        name="peft_svd",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_svd",
+        function=peft_svd,
+        kind="composition",
+        loop="map",
+        certificate=peft_svd_error,
+        tight=True,
+        evidence="PEFT's product on its own models",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_magnitude_prune_svd",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_magnitude_prune_svd",
+        function=peft_magnitude_prune_svd,
+        kind="composition",
+        loop="map",
+        options={"density": 0.5},
+        breaks={
+            "weight_one": "small elements are trimmed",
+            "idempotent": "small elements are trimmed",
+            "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
+            "is left out",
+        },
+        evidence="PEFT's product on its own models",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_ties_svd",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_ties_svd",
+        function=peft_ties_svd,
+        kind="composition",
+        loop="map",
+        options={"density": 0.5},
+        breaks={
+            "weight_one": "small elements are trimmed",
+            "idempotent": "PEFT divides by the number of adapters that agree: N copies of weight "
+            "1/N give 1/N of one",
+            "signs": "PEFT's vote does not see weights",
+            "absent": "PEFT's vote does not see weights",
+            "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
+            "is left out",
+        },
+        evidence="PEFT's product on its own models",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_dare_linear_svd",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_dare_linear_svd",
+        function=peft_dare_linear_svd,
+        kind="composition",
+        randomised=True,
+        loop="map",
+        options={"density": 0.5},
+        breaks={
+            "weight_one": "elements are dropped at random",
+            "idempotent": "elements are dropped at random",
+            "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
+            "is left out",
+        },
+        evidence="PEFT's product on its own models",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+    Merging(
+        name="peft_dare_ties_svd",
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol="peft_dare_ties_svd",
+        function=peft_dare_ties_svd,
+        kind="composition",
+        randomised=True,
+        loop="map",
+        options={"density": 0.5},
+        breaks={
+            "weight_one": "elements are dropped at random",
+            "idempotent": "PEFT divides by the number of adapters that agree: N copies of weight "
+            "1/N give 1/N of one",
+            "signs": "PEFT's vote does not see weights",
+            "absent": "PEFT's vote does not see weights",
+            "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
+            "is left out",
+        },
+        evidence="PEFT's product on its own models",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    ),
+)

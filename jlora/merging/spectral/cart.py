@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, spectral
 from jlora.merging.signs import absorbed, present
 from jlora.merging.spectral.core_space import from_core, to_core
@@ -63,3 +64,13 @@ def cart(
 
 def _cut(k: int, s: Array) -> Array:
     return s * (jnp.arange(s.shape[0]) < k).astype(s.dtype)
+
+
+SYSTEM = Merging(
+    name="cart",
+    paper="Choi 2024, 2412.12153",
+    symbol="cart",
+    function=cart,
+    options={"rank": 2, "scale": 0.5},
+    evidence="numpy value; law suite",
+)

@@ -34,6 +34,7 @@ from jax import Array, lax
 
 from jlora import algebra
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import basis, dot
 from jlora.merging.signs import without_absent
 
@@ -135,3 +136,18 @@ def _singular(x: Array) -> Array:
     """Left singular vectors [d, p] of x [d, n], through the QR."""
     q, r = jnp.linalg.qr(x)
     return q @ jnp.linalg.svd(r, full_matrices=False)[0]
+
+
+SYSTEM = Merging(
+    name="core_space",
+    paper="Panariello 2025; Yadav 2023, 2306.01708",
+    symbol="merge_core",
+    function=merge_core,
+    options={"density": 0.2},
+    breaks={
+        "weight_one": "small entries are trimmed",
+        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
+        "exact)",
+    },
+    evidence="numpy value; law suite",
+)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, polar, spectral, support, top_pair
 from jlora.merging.spectral.core_space import from_core, to_core
 
@@ -80,3 +81,29 @@ def _mean(s: Array) -> Array:
 
 def _flat(s: Array) -> Array:
     return support(s, s.shape[0]) * _mean(s)
+
+
+SYSTEMS = (
+    Merging(
+        name="iso_c",
+        paper="Marczak 2025, 2502.04959",
+        symbol="iso_c",
+        function=iso_c,
+        breaks={
+            "weight_one": "the spectrum is flattened",
+            "idempotent": "the spectrum is flattened",
+        },
+        evidence="numpy value; law suite",
+    ),
+    Merging(
+        name="iso_cts",
+        paper="Marczak 2025, 2502.04959",
+        symbol="iso_cts",
+        function=iso_cts,
+        breaks={
+            "weight_one": "the spectrum is flattened",
+            "idempotent": "the spectrum is flattened",
+        },
+        evidence="numpy value; law suite",
+    ),
+)

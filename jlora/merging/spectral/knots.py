@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot
 from jlora.merging.signs import without_absent
 from jlora.merging.spectral.core_space import entrywise, to_core
@@ -63,3 +64,19 @@ def knots(
     y = lax.stop_gradient(dot("kq,qo->ko", y, core.right))
     z = dot("nir,nro,ko->nik", bank.u, bank.v, y)
     return LowRank(scale * entrywise(z, weights, rule, density), y)
+
+
+SYSTEM = Merging(
+    name="knots",
+    paper="Stoica 2024, 2410.19735",
+    symbol="knots",
+    function=knots,
+    options={"density": 0.2},
+    breaks={
+        "weight_one": "small entries are trimmed",
+        "idempotent": "small entries are trimmed",
+        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
+        "exact)",
+    },
+    evidence="numpy value; law suite",
+)

@@ -36,6 +36,7 @@ from jax import Array, lax
 
 from jlora import algebra
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import present
 
@@ -182,3 +183,36 @@ def _safe(x: Array) -> Array:
 
 def _dot(spec: str, x: Array, y: Array) -> Array:
     return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+SYSTEMS = (
+    Merging(
+        name="lego",
+        paper="Zhao 2024, 2409.16167",
+        symbol="lego",
+        function=lego,
+        capped=False,
+        breaks={
+            "gauge": "units are columns of the factors as they are written",
+            "signs": "units are clustered as they are: minus one is not the mirror image of it",
+        },
+        evidence="loops by numpy; shuffled copies are one adapter; K = pool is the sum",
+        rows=(48,),
+        claim="lego",
+    ),
+    Merging(
+        name="lego_spectral",
+        paper="Zhao 2024, 2409.16167",
+        symbol="lego_spectral",
+        function=lego_spectral,
+        capped=False,
+        breaks={
+            "gradient": "singular vectors of equal (padded: zero) singular values",
+            "difference": "singular vectors of equal (padded: zero) singular values",
+            "signs": "units are clustered as they are: minus one is not the mirror image of it",
+        },
+        evidence="as lego, on units without gauge",
+        rows=(48,),
+        claim="lego",
+    ),
+)

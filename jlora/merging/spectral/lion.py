@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import present
 
@@ -114,3 +115,28 @@ def _norms(gram: Array) -> tuple[Array, Array]:
 
 def _dot(spec: str, *xs: Array) -> Array:
     return jnp.einsum(spec, *xs, precision=jax.lax.Precision.HIGHEST)
+
+
+SYSTEMS = (
+    Merging(
+        name="lion",
+        paper="Zhang 2025, 2507.05678",
+        symbol="lion",
+        function=lion,
+        evidence="norms and overlaps by numpy; a weak adapter is heard",
+        rows=(50,),
+        missing="the amplitude token and the static-camera adapter; a claim on video",
+    ),
+    Merging(
+        name="lion_orthogonal",
+        paper="Zhang 2025, 2507.05678",
+        symbol="lion_orthogonal",
+        function=lion_orthogonal,
+        breaks={
+            "idempotent": "equal adapters have no orthogonal frame",
+        },
+        evidence="frame by numpy; linear in each amplitude alone",
+        rows=(50,),
+        missing="a claim on video",
+    ),
+)

@@ -29,6 +29,7 @@ from jax import Array, lax
 
 from jlora import algebra
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, support
 from jlora.merging.signs import absorbed, present
 from jlora.merging.spectral.core_space import largest
@@ -83,3 +84,19 @@ def canonical(bank: LowRank) -> tuple[Array, Array, Array]:
     v = v * (live * jnp.sign(top[:, 0]) / root)[:, :, None]
     a, b = dot("nir,nro,nko->nik", *bank, v), dot("nik,nir,nro->nko", u, *bank)
     return a, b, live
+
+
+SYSTEM = Merging(
+    name="robust_merge",
+    paper="Zeng 2025, 2502.17159",
+    symbol="robust_merge",
+    function=robust_merge,
+    options={"density": 0.5},
+    breaks={
+        "weight_one": "small entries are trimmed",
+        "idempotent": "the second factor is averaged: N copies give 1/N of one",
+        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
+        "exact)",
+    },
+    evidence="numpy value; law suite",
+)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, polar, top_pair
 from jlora.merging.signs import present
 from jlora.merging.spectral.core_space import from_core, to_core
@@ -58,3 +59,15 @@ def tsv(bank: LowRank, weights: Array, *, rank: int | None = None) -> LowRank:
     x = polar(jnp.moveaxis(x, 0, 1).reshape(p, n * k)).reshape(p, n, k)
     y = polar(y.reshape(n * k, q)).reshape(n, k, q)
     return from_core(core, dot("n,pnk,nkl,nlq->pq", weights, x, b, y))
+
+
+SYSTEM = Merging(
+    name="tsv",
+    paper="Gargiulo 2025, 2412.00081",
+    symbol="tsv",
+    function=tsv,
+    breaks={
+        "idempotent": "equal directions are made orthogonal: N copies give 1/N of one",
+    },
+    evidence="numpy value; law suite",
+)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora.algebra import LowRank
+from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, spectral, support
 from jlora.merging.signs import absorbed
 from jlora.merging.spectral.core_space import from_core, to_core
@@ -61,3 +62,16 @@ def interference(cores: Array, weights: Array) -> tuple[Array, Array]:
 def _inverse(s: Array) -> Array:
     live = support(s, 4 * s.shape[0])
     return live / jnp.where(live > 0, s, jnp.ones_like(s))
+
+
+SYSTEM = Merging(
+    name="wudi",
+    paper="Cheng 2025, 2503.08099",
+    symbol="wudi",
+    function=wudi,
+    atol=0.001,
+    breaks={
+        "bounded": "opposite demands on nearly the same inputs have a large exact answer",
+    },
+    evidence="minimum of its loss against least squares; law suite",
+)

@@ -13,7 +13,8 @@ from jlora.algebra import LowRank
 from jlora.merging import METHODS, Merging
 from jlora.merging.engine import laws
 from jlora.merging.engine.laws import CHECKS, error, errors, laws_of
-from jlora.merging.engine.table import HELD, LAWS, ROWS
+from jlora.merging.engine.record import HELD, LAWS
+from jlora.merging.engine.table import ROWS
 from jlora.merging.exact.concat import concat
 from jlora.merging.exact.truncated import truncated
 

@@ -117,7 +117,7 @@ def test_bound_and_penalty():
 def test_mutation_a_mix_that_ignores_the_coefficients(monkeypatch):
     monkeypatch.setattr(
         file, "mixed", lambda g, c, fn=None: jl.merging.to_adapter(
-            jl.core.algebra.combine(g.bank, g.weights), g.sites))  # fmt: skip
+            jl.algebra.combine(g.bank, g.weights), g.sites))  # fmt: skip
     with pytest.raises(AssertionError):
         test_gradient_by_finite_differences_and_by_dense_merging()
 

@@ -1,4 +1,4 @@
-"""The elementwise rows through `merge`: slices, options, keys that belong to adapters and sites."""
+"""Element-wise merges through `merge`: slices, options, keys that belong to adapters and sites."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ import jlora as jl
 from jlora.merging import METHODS, gather, merge
 from jlora.merging.elementwise.dare import dare_ties
 from jlora.merging.elementwise.ties import ties
-from jlora.merging.engine import elementwise_rows as elementwise
 from jlora.merging.engine.inputs import keys_of
 from jlora.merging.engine.streamed import Solver
 
@@ -17,7 +16,7 @@ KEY = jax.random.key(5)
 
 
 def product(adapter, path):
-    low = jl.core.algebra.deltas(adapter)[path]
+    low = jl.algebra.deltas(adapter)[path]
     return np.asarray(low.u @ low.v)
 
 
@@ -28,11 +27,10 @@ def pair(adapters):
             for a in adapters[:2]]  # fmt: skip
 
 
-def test_rows():
-    names = [row["name"] for row in elementwise.ROWS]
-    assert len(set(names)) == len(names) == 23 and set(names) <= set(METHODS)
-    streamed = {row["name"] for row in elementwise.ROWS if row.get("loop") == "map"}
-    assert {"ties", "dare_linear", "della", "consensus", "peft_ties_svd"} <= streamed
+def test_methods_that_run_slice_by_slice_say_so():
+    mapped = {name for name, row in METHODS.items() if row.loop == "map"}
+    assert {"ties", "dare_linear", "della", "consensus", "peft_ties_svd"} <= mapped
+    assert not {"concat", "truncated", "slerp"} & mapped
 
 
 def test_every_slice_of_a_stack_is_merged_alone(pair):
