@@ -20,6 +20,3 @@ from jlora.merging.engine.table import METHODS as METHODS
 from jlora.merging.engine.table import Merging as Merging
 from jlora.merging.fidelity import Merged as Merged
 from jlora.merging.fidelity import certified as certified
-from jlora.retrieval.banks import cluster as cluster
-from jlora.retrieval.banks import duplicates as duplicates
-from jlora.retrieval.banks import retrieve as retrieve
