@@ -30,7 +30,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.core.adapter import wide
+from jlora.numerics import einsum
 from jlora.system import System
 
 FRESH = 3**-0.5  # norm of a column of LoRA's initial `a`, uniform in +-1/sqrt(d_in)
@@ -210,7 +212,10 @@ def _inner(x: Delta, y: Delta) -> Array:  # [*stack]
     if isinstance(x, Kron) and isinstance(y, Kron) and x.a.shape == y.a.shape:
         return jnp.sum(x.a * y.a, axis=(-2, -1)) * _inner(LowRank(*x[1:]), LowRank(*y[1:]))
     (u1, v1), (u2, v2) = low_rank(x), low_rank(y)
-    left, right = _dot("...ir,...is->...rs", u1, u2), _dot("...ro,...so->...rs", v1, v2)
+    left, right = (
+        einsum("...ir,...is->...rs", u1, u2),
+        einsum("...ro,...so->...rs", v1, v2),
+    )
     return jnp.sum(left * right, axis=(-2, -1))
 
 
@@ -225,7 +230,7 @@ def svd(x: Any) -> dict[str, SVD]:
 def singular_values(x: Any) -> dict[str, Array]:
     """{path: [*stack, k]}, descending; the core alone, no singular vectors."""
     cores = {path: _core(low_rank(d))[1] for path, d in deltas(x).items()}
-    return {path: jnp.linalg.svd(core, compute_uv=False) for path, core in cores.items()}
+    return {path: numerics.svd(core, compute_uv=False) for path, core in cores.items()}
 
 
 def truncate(x: Any, rank: int) -> Truncated:
@@ -272,14 +277,18 @@ def principal_angles(x: Any, y: Any) -> dict[str, tuple[Array, Array]]:
 
 
 def _core(x: LowRank) -> tuple[Array, Array, Array]:
-    (qu, ru), (qv, rv) = jnp.linalg.qr(x.u), jnp.linalg.qr(x.v.mT)
-    return qu, _dot("...ir,...jr->...ij", ru, rv), qv
+    (qu, ru), (qv, rv) = numerics.qr(x.u), numerics.qr(x.v.mT)
+    return qu, einsum("...ir,...jr->...ij", ru, rv), qv
 
 
 def _svd(x: Delta) -> SVD:
     qu, core, qv = _core(low_rank(x))
-    u, s, v = jnp.linalg.svd(core, full_matrices=False)
-    return SVD(_dot("...ik,...kr->...ir", qu, u), s, _dot("...rk,...ok->...ro", v, qv))
+    u, s, v = numerics.svd(core)
+    return SVD(
+        einsum("...ik,...kr->...ir", qu, u),
+        s,
+        einsum("...rk,...ok->...ro", v, qv),
+    )
 
 
 def _spaces(x: SVD) -> tuple[Array, Array]:
@@ -291,8 +300,8 @@ def _spaces(x: SVD) -> tuple[Array, Array]:
 def _angles(p: Array, q: Array) -> Array:
     if p.shape[-1] < q.shape[-1]:
         p, q = q, p
-    y, c, z = jnp.linalg.svd(_dot("...ir,...is->...rs", p, q), full_matrices=False)
-    gap = _dot("...is,...ks->...ik", q, z) - _dot("...ir,...rk->...ik", p, y * c[..., None, :])
+    y, c, z = numerics.svd(einsum("...ir,...is->...rs", p, q))
+    gap = einsum("...is,...ks->...ik", q, z) - einsum("...ir,...rk->...ik", p, y * c[..., None, :])
     sine = jnp.clip(jnp.linalg.norm(gap, axis=-2), 0.0, 1.0)
     return jnp.where(c > 0.7, jnp.arcsin(sine), jnp.arccos(jnp.clip(c, 0.0, 1.0)))
 
@@ -319,10 +328,6 @@ def _wide(x: Array) -> Array:
 def _dtype(*trees: Any) -> jnp.dtype:
     found = [t.dtype for t in jax.tree.leaves(trees)]
     return max(found, key=lambda d: d.itemsize, default=jnp.dtype(jnp.float32))
-
-
-def _dot(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)
 
 
 def _ratio(x: Array, y: Array) -> Array:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.algebra import LowRank
 from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import weighted
@@ -45,7 +46,7 @@ def bases(gradient: Array, rank: int, *, eta: float = 1.0) -> Bases:
     """
     if not 1 <= rank <= min(gradient.shape):
         raise ValueError(f"rank: got {rank}, expected in 1..{min(gradient.shape)}")
-    u, s, v = jnp.linalg.svd(-eta * jnp.sign(gradient), full_matrices=False)
+    u, s, v = numerics.svd(-eta * jnp.sign(gradient))
     return Bases(u[:, :rank], jnp.diag(s[:rank]), v[:rank])
 
 

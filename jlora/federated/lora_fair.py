@@ -29,9 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.algebra import LowRank
 from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import fedavg
+from jlora.numerics import einsum
 
 
 def lora_fair(
@@ -52,18 +54,18 @@ def lora_fair(
     if penalty < 0 or steps < 1:
         raise ValueError(f"penalty, steps: got {penalty}, {steps}, expected >= 0 and >= 1")
     u, v = fedavg(bank, weights)
-    gram = _dot("ir,is->rs", u, u)
-    cross = _dot("ir,nis->nrs", u, bank.u) * weights.astype(u.dtype)[:, None, None]
-    target = _dot("nrs,nso->ro", cross, bank.v)  # u^T D
+    gram = einsum("ir,is->rs", u, u)
+    cross = einsum("ir,nis->nrs", u, bank.u) * weights.astype(u.dtype)[:, None, None]
+    target = einsum("nrs,nso->ro", cross, bank.v)  # u^T D
     if similarity == "fro":
         eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-        c = jnp.linalg.solve(gram + penalty * eye, target - _dot("rs,so->ro", gram, v))
+        c = numerics.solve(gram + penalty * eye, target - einsum("rs,so->ro", gram, v))
         return LowRank(u, v + c)
     size, step = _exact_norm(bank, weights), rate * jnp.sum(v * v)
 
     def distance(c: Array) -> Array:
         y = v + c
-        own = jnp.sqrt(jnp.sum(y * _dot("rs,so->ro", gram, y)) + _tiny(v))
+        own = jnp.sqrt(jnp.sum(y * einsum("rs,so->ro", gram, y)) + _tiny(v))
         return 1.0 - jnp.sum(target * y) / (own * size + _tiny(v))
 
     def descend(c: Array, _: None) -> tuple[Array, None]:
@@ -83,17 +85,16 @@ def _shrink(z: Array, by: Array) -> Array:
 def _exact_norm(bank: LowRank, weights: Array) -> Array:
     """|sum p_k u_k v_k|, scalar."""
     p = weights.astype(bank.u.dtype)
-    left, right = _dot("nir,mis->nmrs", bank.u, bank.u), _dot("nro,mso->nmrs", bank.v, bank.v)
+    left, right = (
+        einsum("nir,mis->nmrs", bank.u, bank.u),
+        einsum("nro,mso->nmrs", bank.v, bank.v),
+    )
     squared = jnp.einsum("nmrs,nmrs,n,m->", left, right, p, p, precision=lax.Precision.HIGHEST)
     return jnp.sqrt(jnp.maximum(squared, 0.0) + _tiny(bank.u))
 
 
 def _tiny(x: Array) -> Array:
     return jnp.asarray(jnp.finfo(x.dtype).tiny, x.dtype)
-
-
-def _dot(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)
 
 
 SYSTEM = Aggregation(

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jlora import algebra
+from jlora import algebra, numerics
 from jlora.algebra import LowRank
 from jlora.core.adapter import Adapter, Arrays, Method, Site, fold
 from jlora.core.bank import one_adapter
@@ -184,8 +184,8 @@ def _dense(w: Any, own: Arrays, shared: Arrays, site: Site, method: Method, rank
         after = merged(method, m, arrays, shared, 0)
         d = after - m.astype(after.dtype)
         if rank is None:
-            return jnp.linalg.svd(d, compute_uv=False)
-        u, s, v = jnp.linalg.svd(d, full_matrices=False)
+            return numerics.svd(d, compute_uv=False)
+        u, s, v = numerics.svd(d)
         return u[:, :rank], s, v[:rank]
 
     return lax.map(one, flat)

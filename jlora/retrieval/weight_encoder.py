@@ -37,6 +37,7 @@ from jax import Array
 
 from jlora import algebra
 from jlora.core.adapter import Arrays, Site, key_of
+from jlora.numerics import matmul
 from jlora.system import System
 
 
@@ -89,8 +90,8 @@ def tokens(params: dict[str, Any], adapter: Any, kind: Callable[[str], str] = ki
     deltas, rows = algebra.deltas(adapter), []
     for path in sorted(deltas):
         u, v = algebra.low_rank(deltas[path])
-        seen = _dot(_dot(params["probes"][path].astype(u.dtype), u), v)
-        rows.append(_dot(_norm(seen), params["project"][kind(path)]).reshape(-1, _width(params)))
+        seen = matmul(matmul(params["probes"][path].astype(u.dtype), u), v)
+        rows.append(matmul(_norm(seen), params["project"][kind(path)]).reshape(-1, _width(params)))
     return jnp.concatenate(rows)
 
 
@@ -105,17 +106,17 @@ def encode(
     if width % heads:
         raise ValueError(f"heads: got {heads}, expected a divisor of the width {width}")
     x = jnp.concatenate([params["special"], tokens(params, adapter, kind)])
-    q, k, v = jnp.split(_dot(_norm(x), params["qkv"]), 3, axis=-1)
+    q, k, v = jnp.split(matmul(_norm(x), params["qkv"]), 3, axis=-1)
     q, k, v = (t.reshape(-1, heads, width // heads).swapaxes(0, 1) for t in (q, k, v))
-    scores = jax.nn.softmax(_dot(q, k.mT) / math.sqrt(width // heads), axis=-1)
-    x = x + _dot(_dot(scores, v).swapaxes(0, 1).reshape(-1, width), params["mix"])
-    x = x + _dot(jax.nn.gelu(_dot(_norm(x), params["up"])), params["down"])
-    return _unit(_dot(_norm(x[:1]), params["head"]))[0]
+    scores = jax.nn.softmax(matmul(q, k.mT) / math.sqrt(width // heads), axis=-1)
+    x = x + matmul(matmul(scores, v).swapaxes(0, 1).reshape(-1, width), params["mix"])
+    x = x + matmul(jax.nn.gelu(matmul(_norm(x), params["up"])), params["down"])
+    return _unit(matmul(_norm(x[:1]), params["head"]))[0]
 
 
 def contrastive(z: Array, t: Array, *, temperature: float = 0.07) -> Array:
     """InfoNCE between embeddings of adapters z [N, out] and of their texts t [N, out]; scalar."""
-    logits = _dot(z, _unit(t).mT) / temperature
+    logits = matmul(z, _unit(t).mT) / temperature
     both = [jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=a))) for a in (0, 1)]
     return -(both[0] + both[1]) / 2
 
@@ -127,7 +128,7 @@ def retrieve(z: Array, query: Array, k: int) -> tuple[Array, Array]:
     """
     if not 1 <= k <= z.shape[0]:
         raise ValueError(f"k: got {k}, expected in 1..{z.shape[0]}")
-    cosines, ids = jax.lax.top_k(_dot(z, _unit(query[None]).mT)[:, 0], k)
+    cosines, ids = jax.lax.top_k(matmul(z, _unit(query[None]).mT)[:, 0], k)
     return ids, cosines
 
 
@@ -143,10 +144,6 @@ def _norm(x: Array) -> Array:
 
 def _unit(x: Array) -> Array:
     return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
-
-
-def _dot(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 SYSTEM = System(

@@ -36,11 +36,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from jlora import numerics
 from jlora.algebra import FRESH
 from jlora.core.adapter import Adapter
 from jlora.methods.low_rank.lora import LoRA
+from jlora.numerics import matmul
 from jlora.system import System
 
 MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2}  # field of an optax state -> power
@@ -128,7 +130,7 @@ def project(state: Any, maps: dict[str, Maps], trainable: Any) -> Any:
 
 def _project(t: dict[str, Array], maps: Maps, power: int) -> dict[str, Array]:
     into, onto = (m**power for m in maps)
-    a, b = _dot(t["a"], onto.mT), _dot(into.mT, t["b"])
+    a, b = matmul(t["a"], onto.mT), matmul(into.mT, t["b"])
     return {"a": a.astype(t["a"].dtype), "b": b.astype(t["b"].dtype)}
 
 
@@ -159,22 +161,22 @@ def _pair(a: Array, b: Array, rank: Any, width: int) -> tuple[Array, Array, Maps
     Columns of a' that the delta does not need are directions that singular vectors leave free.
     """
     full = a.shape[-1]
-    (qa, ra), (qb, rb) = jnp.linalg.qr(_pad(a)), jnp.linalg.qr(_pad(b.mT))
-    u, s, vt = jnp.linalg.svd(_dot(ra, rb.mT), full_matrices=False)
+    (qa, ra), (qb, rb) = numerics.qr(_pad(a)), numerics.qr(_pad(b.mT))
+    u, s, vt = numerics.svd(matmul(ra, rb.mT))
     kept = jnp.broadcast_to(jnp.arange(full) < rank, s.shape)
     lost = jnp.sqrt(jnp.sum(jnp.where(kept, 0.0, s) ** 2, axis=-1))
     live = kept & (s > jnp.finfo(s.dtype).eps * full * s[..., :1])  # not noise
     root = jnp.where(live, jnp.sqrt(jnp.where(live, s, 1.0)), 0.0)[..., None, :]
     over = jnp.where(live, 1.0 / jnp.sqrt(jnp.where(live, s, 1.0)), 0.0)[..., None, :]
-    into = (_dot(rb.mT, vt.mT) * over)[..., :width]
-    onto = (_dot(ra.mT, u) * over).mT[..., :width, :]
+    into = (matmul(rb.mT, vt.mT) * over)[..., :width]
+    onto = (matmul(ra.mT, u) * over).mT[..., :width, :]
     spare = (kept & ~live).astype(s.dtype)[..., None, :] * FRESH
-    columns = _dot(qa, u)[..., : a.shape[-2], :]
+    columns = matmul(qa, u)[..., : a.shape[-2], :]
     unit = _units(columns) * spare
     back = jnp.pad(unit, [(0, 0)] * (unit.ndim - 2) + [(0, qa.shape[-2] - a.shape[-2]), (0, 0)])
-    into = into + _dot(jnp.linalg.pinv(ra), _dot(qa.mT, back))[..., :width]
+    into = into + matmul(jnp.linalg.pinv(ra), matmul(qa.mT, back))[..., :width]
     new_a = (columns * root + unit)[..., :width]
-    new_b = (_dot(qb, vt.mT) * root).mT[..., :width, : b.shape[-1]]
+    new_b = (matmul(qb, vt.mT) * root).mT[..., :width, : b.shape[-1]]
     return new_a.astype(a.dtype), new_b.astype(b.dtype), Maps(into, onto), lost
 
 
@@ -192,10 +194,6 @@ def _pad(x: Array) -> Array:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     more = max(0, x.shape[-1] - x.shape[-2])
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
-
-
-def _dot(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y.astype(x.dtype), precision=lax.Precision.HIGHEST)
 
 
 SYSTEM = System(

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jlora import numerics
 from jlora.generation.baselines.soup import matmul
 from jlora.system import System
 
@@ -162,7 +163,7 @@ def effective_rank(gram: Float[Array, "n n"], centred: bool = True) -> Float[Arr
     if centred:
         centre = jnp.eye(n, dtype=gram.dtype) - 1.0 / n
         gram = matmul(matmul(centre, gram), centre)
-    singular = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))
+    singular = jnp.sqrt(jnp.maximum(numerics.eigvalsh(gram), 0))
     p = singular / jnp.sum(singular)
     return jnp.exp(-jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0)))
 

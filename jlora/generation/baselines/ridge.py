@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from jlora import numerics
 from jlora.generation.baselines import soup
 from jlora.generation.baselines.soup import matmul
 from jlora.system import System
@@ -94,7 +95,7 @@ def _spectrum(kernel_matrix):
     """Eigenvalues [n] of HKH and its eigenvectors, centred [n, n]: once a kernel."""
     n = kernel_matrix.shape[0]
     centre = jnp.eye(n, dtype=kernel_matrix.dtype) - 1.0 / n
-    values, vectors = jnp.linalg.eigh(matmul(matmul(centre, kernel_matrix), centre))
+    values, vectors = numerics.eigh(matmul(matmul(centre, kernel_matrix), centre))
     # HKH is positive semi-definite: what is below zero is rounding.
     return jnp.maximum(values, 0), matmul(centre, vectors)
 
@@ -136,7 +137,7 @@ def predict(kernel: Kernel, state: Ridge, values: PyTree, query: Float[Array, "m
 def residual_map(p: Float[Array, "n n"], groups: Int[Array, "n"]) -> Float[Array, "n n"]:
     """R [n, n]: ``R @ Y`` are the leave-one-task-out residuals; at least two tasks."""
     same = (groups[:, None] == groups[None, :]).astype(p.dtype)
-    return jnp.linalg.solve(p * same, p)
+    return numerics.solve(p * same, p)
 
 
 def leave_out_weights(state: Ridge, groups: Int[Array, "n"]) -> Float[Array, "n n"]:

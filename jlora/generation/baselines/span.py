@@ -19,6 +19,7 @@ Deviates: nothing to deviate from.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jlora import numerics
 from jlora.generation.baselines import soup
 from jlora.generation.baselines.soup import matmul
 from jlora.system import System
@@ -53,7 +54,7 @@ def affine_weights(
     if not 0 <= keep <= n - 1:
         raise ValueError(f"span: components {components}, expected 0..{n - 1}")
     centre = jnp.eye(n, dtype=gram.dtype) - 1.0 / n
-    values, vectors = jnp.linalg.eigh(matmul(matmul(centre, gram), centre))  # ascending
+    values, vectors = numerics.eigh(matmul(matmul(centre, gram), centre))  # ascending
     leading = jnp.arange(n) >= n - keep
     used = leading & (values > tolerance * values[-1])
     inverse = jnp.where(used, 1 / jnp.where(used, values, 1), 0)

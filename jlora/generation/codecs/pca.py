@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jlora import numerics
 from jlora.generation.tokens.normalise import check_finite
 from jlora.system import System
 
@@ -129,16 +130,16 @@ def fit(
 
 
 def _svd(x: Array, kept: int) -> tuple[Array, Array]:
-    _, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    _, s, vt = numerics.svd(x)
     return s, vt[:, :kept]
 
 
 def _gram(x: Array, kept: int) -> tuple[Array, Array]:
     # Eigenvectors of X X^T mix the rows of X; a QR then makes the basis orthonormal to rounding.
-    values, u = jnp.linalg.eigh(jnp.einsum("gnd,gmd->gnm", x, x, precision=_PRECISE))
+    values, u = numerics.eigh(jnp.einsum("gnd,gmd->gnm", x, x, precision=_PRECISE))
     u = u[:, :, ::-1][:, :, :kept]
     rows = jnp.einsum("gnl,gnd->gld", u, x, precision=_PRECISE)
-    q, _ = jnp.linalg.qr(rows.swapaxes(1, 2))
+    q, _ = numerics.qr(rows.swapaxes(1, 2))
     s = jnp.sqrt(jnp.maximum(values[:, ::-1], jnp.zeros_like(values)))
     return s[:, : min(x.shape[1:])], q.swapaxes(1, 2)
 

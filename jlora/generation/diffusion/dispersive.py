@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jlora import numerics
 from jlora.system import System
 
 LOSSES = ("infonce_l2", "infonce_cos", "hinge", "covariance", "none")
@@ -112,7 +113,7 @@ def effective_rank(hidden: Float[Array, "B ..."]) -> Float[Array, ""]:
     1 for a line, up to B - 1; 0/0 (nan) where all rows are equal. Roy and Vetterli 2007.
     """
     gram = centred_gram(hidden.reshape(hidden.shape[0], -1))
-    share = jnp.maximum(jnp.linalg.eigvalsh(gram), 0.0) / jnp.trace(gram)
+    share = jnp.maximum(numerics.eigvalsh(gram), 0.0) / jnp.trace(gram)
     return jnp.exp(jnp.sum(jax.scipy.special.entr(share)))
 
 

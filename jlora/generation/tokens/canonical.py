@@ -30,15 +30,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jlora import numerics
+from jlora.numerics import matmul
 from jlora.system import System
 
 Tree = Mapping[str, Mapping[str, Array]]
 KINDS = ("none", "balanced_svd", "procrustes", "frozen_A")
-
-
-def _dot(x: Array, y: Array) -> Array:
-    # Full precision on every backend: a canonical form is computed once and must keep the delta.
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def balanced_svd(
@@ -54,11 +51,11 @@ def balanced_svd(
         (a', b') of the same shapes and dtype; columns beyond the rank of a b are zero.
     """
     rank = a.shape[1]
-    q_a, r_a = jnp.linalg.qr(a)
-    q_b, r_b = jnp.linalg.qr(b.T)
-    u, s, vt = jnp.linalg.svd(_dot(r_a, r_b.T), full_matrices=False)
+    q_a, r_a = numerics.qr(a)
+    q_b, r_b = numerics.qr(b.T)
+    u, s, vt = numerics.svd(matmul(r_a, r_b.T))
     root = jnp.sqrt(s)
-    left, right = _dot(q_a, u), _dot(vt, q_b.T)
+    left, right = matmul(q_a, u), matmul(vt, q_b.T)
     peak = jnp.take_along_axis(left, jnp.argmax(jnp.abs(left), axis=0)[None], axis=0)[0]
     sign = jnp.where(peak < 0, -jnp.ones_like(root), jnp.ones_like(root))
     pad = rank - s.shape[0]  # r > min(d_in, d_out): fewer directions than columns
@@ -86,9 +83,9 @@ def procrustes(
     """
     a, b = balanced_svd(a, b)
     a_ref, b_ref = balanced_svd(a_ref, b_ref)
-    p, _, qt = jnp.linalg.svd(_dot(a.T, a_ref) + _dot(b, b_ref.T))
-    turn = _dot(p, qt)
-    return _dot(a, turn), _dot(turn.T, b)
+    p, _, qt = numerics.svd(matmul(a.T, a_ref) + matmul(b, b_ref.T))
+    turn = matmul(p, qt)
+    return matmul(a, turn), matmul(turn.T, b)
 
 
 def _over_stack(fn, *args: Array):

@@ -29,7 +29,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora import algebra
+from jlora import algebra, numerics
 from jlora.algebra import Deltas, LowRank
 from jlora.core.adapter import Adapter, Site
 from jlora.merging.engine.inputs import gather, to_adapter
@@ -175,10 +175,10 @@ def gauge(row: Merging, world: World) -> Errors:
 
     def turned(k: int, low: LowRank) -> LowRank:
         shape = (*low.u.shape[:-2], low.u.shape[-1], low.u.shape[-1])
-        g, _ = jnp.linalg.qr(jax.random.normal(jax.random.fold_in(world.key, k), shape))
+        g, _ = numerics.qr(jax.random.normal(jax.random.fold_in(world.key, k), shape))
         grow = jnp.linspace(0.5, 2.0, shape[-1])
         g = (g * grow.reshape(*[1] * (g.ndim - 1), -1)).astype(low.u.dtype)
-        return LowRank(low.u @ g, jnp.linalg.inv(g) @ low.v)
+        return LowRank(low.u @ g, numerics.inv(g) @ low.v)
 
     bank = {p: turned(k, low) for k, (p, low) in enumerate(world.bank.items())}  # type: ignore[arg-type]
     return _gap(_merge(row, world, bank), _merge(row, world))

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.system import System
 
 dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -44,14 +45,14 @@ def support(s: Array, size: int) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def spectral(f: Callable[..., Array], c: Array, *args: Any) -> Array:
     """X f(S, *args) Y^T of c [p, q]; `f` static, [k] -> [k]; float `args` may be traced."""
-    x, s, y = jnp.linalg.svd(c, full_matrices=False)
+    x, s, y = numerics.svd(c)
     return dot("ik,k,kj->ij", x, f(s, *args), y)
 
 
 @spectral.defjvp
 def _spectral_jvp(f, primals, tangents):
     (c, *args), (dc, *dargs) = primals, tangents
-    x, s, y = jnp.linalg.svd(c, full_matrices=False)
+    x, s, y = numerics.svd(c)
     fs, dargs_f = jax.jvp(lambda *a: f(s, *a), tuple(args), tuple(dargs)) if args else (
         f(s),
         jnp.zeros_like(s),
@@ -77,16 +78,16 @@ def _spectral_jvp(f, primals, tangents):
 @jax.custom_jvp
 def basis(u: Array) -> Array:
     """Orthonormal columns [d, p] whose span holds that of u [d, n], p = min(d, n)."""
-    return jnp.linalg.qr(u)[0]
+    return numerics.qr(u)[0]
 
 
 @basis.defjvp
 def _basis_jvp(primals, tangents):
     (u,), (du,) = primals, tangents
-    q, r = jnp.linalg.qr(u)
+    q, r = numerics.qr(u)
     if q.shape[0] == q.shape[1]:
         return q, jnp.zeros_like(q)
-    x, s, y = jnp.linalg.svd(r, full_matrices=False)
+    x, s, y = numerics.svd(r)
     live = support(s, max(u.shape))
     inverse = live / jnp.where(live > 0, s, jnp.ones_like(s))
     step = dot("dn,kn,k,pk->dp", du, y, inverse, x)  # du R^+
@@ -100,7 +101,7 @@ def top_basis(rank: int, live: bool, c: Array, keep: Any) -> tuple[Array, Array]
     `rank` <= min(p, q). Both are zero after the first `keep` [], and with `live` also where a
     value is noise. The derivative of y is that of the span of what is left.
     """
-    _, s, y = jnp.linalg.svd(c, full_matrices=False)
+    _, s, y = numerics.svd(c)
     kept = _kept(rank, live, c, s, keep)[:rank]
     return y[:rank] * kept[:, None], s[:rank] * kept
 
@@ -108,7 +109,7 @@ def top_basis(rank: int, live: bool, c: Array, keep: Any) -> tuple[Array, Array]
 @top_basis.defjvp
 def _top_basis_jvp(rank, live, primals, tangents):
     (c, keep), dc = primals, tangents[0]
-    x, s, y = jnp.linalg.svd(c, full_matrices=False)
+    x, s, y = numerics.svd(c)
     kept = _kept(rank, live, c, s, keep)
     a = dot("ik,ij,lj->kl", x, dc, y)
     near = jnp.sqrt(jnp.finfo(s.dtype).eps) * 1e-2 * jnp.max(s)

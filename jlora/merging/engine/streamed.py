@@ -36,7 +36,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.algebra import LowRank
+from jlora.numerics import matmul
 
 Rule = Callable[[Array, Array], Array]  # ([N, b, d_out], [b] int32) -> [b, d_out]
 Sparsify = Callable[[Array, Array], Array]  # the same arguments -> [N, b, d_out]
@@ -183,13 +185,13 @@ def factor(
     for k in range(solver.power + 1 if width < full else 1):
         q = _basis(right(_basis(left(q)) if k else q))
     b = left(q).T  # q.T @ M
-    core = jnp.linalg.qr(lax.stop_gradient(b).T, mode="r").T  # b = core @ (orthonormal rows)
-    x, s, _ = jnp.linalg.svd(core)
-    u, v = _mul(q, x[:, :rank]), _mul(x[:, :rank].T, b)
+    core = numerics.qr(lax.stop_gradient(b).T, mode="r").T  # b = core @ (orthonormal rows)
+    x, s, _ = numerics.svd(core)
+    u, v = matmul(q, x[:, :rank]), matmul(x[:, :rank].T, b)
     there = s[:rank] > full * jnp.finfo(s.dtype).eps * s[0]
     inverse = jnp.where(there, 1.0 / jnp.where(there, s[:rank], 1.0), 0.0)
     turn = right(lax.stop_gradient(v).T * jnp.square(inverse)[None])  # M V^+, which is u
-    return LowRank(u + _slope_of(turn - _mul(u, _mul(u.T, turn))), v)
+    return LowRank(u + _slope_of(turn - matmul(u, matmul(u.T, turn))), v)
 
 
 def certified(
@@ -209,7 +211,7 @@ def distance(
 
     def step(carry: Any, d: Array, numbers: Array, along: Any) -> Any:
         m = rule(d, numbers)
-        gap = m - _mul(along[0], low.v)
+        gap = m - matmul(along[0], low.v)
         return carry + jnp.stack([jnp.sum(gap * gap), jnp.sum(m * m)])
 
     total = fold(bank, step, jnp.zeros(2, bank.u.dtype), block, low.u)
@@ -225,10 +227,10 @@ def _products(bank: LowRank, rule: Rule, solver: Solver) -> tuple[Any, Any]:
     """The functions g -> M g and q -> M^T q."""
     if solver.stores(bank.u.shape[1], bank.v.shape[-1], bank.u.dtype):
         m = dense(bank, rule, block=solver.block)
-        return lambda g: _mul(m, g), lambda q: _mul(m.T, q)
+        return lambda g: matmul(m, g), lambda q: matmul(m.T, q)
 
     def right(g: Array) -> Array:
-        return rows_of(bank, rule, lambda m: _mul(m, g), solver.block)
+        return rows_of(bank, rule, lambda m: matmul(m, g), solver.block)
 
     return right, lambda q: _left(bank, rule, q, solver.block)
 
@@ -243,14 +245,14 @@ _slope_of.defjvp(lambda primals, tangents: (jnp.zeros_like(primals[0]), tangents
 
 
 def _basis(y: Array) -> Array:
-    return lax.stop_gradient(jnp.linalg.qr(y)[0])
+    return lax.stop_gradient(numerics.qr(y)[0])
 
 
 def _left(bank: LowRank, rule: Rule, q: Array, block: int | None) -> Array:
     """M^T q [d_out, k]."""
 
     def step(carry: Array, d: Array, numbers: Array, along: Any) -> Array:
-        return carry + _mul(rule(d, numbers).T, along[0])
+        return carry + matmul(rule(d, numbers).T, along[0])
 
     shape = (bank.v.shape[-1], q.shape[-1])
     return fold(bank, step, jnp.zeros(shape, bank.u.dtype), block, q)
@@ -274,7 +276,3 @@ def _blocked(bank: LowRank, block: int | None, rows: tuple[Array, ...]) -> tuple
     u = cut(jnp.moveaxis(bank.u, 1, 0)).swapaxes(1, 2)
     numbers = jnp.arange(count * b, dtype=jnp.int32).reshape(count, b)
     return u, numbers, *map(cut, rows)
-
-
-def _mul(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)

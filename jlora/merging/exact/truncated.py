@@ -26,6 +26,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, top_basis
@@ -64,7 +65,7 @@ def truncated(bank: LowRank, weights: Array, *, rank: int, keep: Any = None) -> 
 def truncation_error(bank: LowRank, weights: Array, *, rank: int, keep: Any = None) -> Array:
     """The Frobenius norm of what `truncated` cuts off, []; exact."""
     core = to_core(bank)
-    s = jnp.linalg.svd(dot("n,npq->pq", weights, core.cores), compute_uv=False)
+    s = numerics.svd(dot("n,npq->pq", weights, core.cores), compute_uv=False)
     kept = rank if keep is None else jnp.minimum(keep, rank)
     return jnp.sqrt(jnp.sum(jnp.where(jnp.arange(s.shape[0]) < kept, 0.0, s) ** 2))
 

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.system import System
 
 
@@ -82,7 +83,7 @@ def minimise(
 
     def generation(state, at):
         mean, s, c, ps, pc, best, value = state
-        values, vectors = jnp.linalg.eigh(c)
+        values, vectors = numerics.eigh(c)
         root = jnp.sqrt(jnp.maximum(values, 1e-12))[None, :]
         z = jax.random.normal(jax.random.fold_in(key, at), (size, n), start.dtype)
         y = z * root @ vectors.T

@@ -30,7 +30,6 @@ depends on their basis); one side after the other; all lengths relative to the b
 0 takes an adapter out; a row that is zero in an adapter has direction 0.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -38,6 +37,7 @@ from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import without_absent
+from jlora.numerics import einsum
 
 
 def do_merging(
@@ -68,13 +68,13 @@ def do_merging(
 
 def decoupled(bank: LowRank, weights: Array) -> LowRank:
     """Magnitudes averaged, directions summed."""
-    squared = jnp.sum(_dot("nir,nrs->nis", bank.u, _gram(bank.v.mT)) * bank.u, axis=-1)
+    squared = jnp.sum(einsum("nir,nrs->nis", bank.u, _gram(bank.v.mT)) * bank.u, axis=-1)
     live = squared > 0
     m = jnp.where(live, jnp.sqrt(jnp.where(live, squared, jnp.ones_like(squared))), 0.0)
     size = jnp.abs(weights)
     total = jnp.sum(size)
     share = size / jnp.where(total > 0, total, jnp.ones_like(total))
-    merged = _dot("n,ni->i", share, m)
+    merged = einsum("n,ni->i", share, m)
     u = bank.u * jnp.where(live, merged[None, :] / jnp.where(live, m, 1.0), 0.0)[..., None]
     return concat(LowRank(u, bank.v), weights)
 
@@ -99,8 +99,8 @@ def overlap(bank: LowRank) -> tuple[Array, Array]:
 
 
 def _crossed(x: Array, metric: Array) -> Array:
-    k = _dot("nir,mis->nmrs", x, x)
-    squares = _dot("nmrs,mst->nmrt", k, metric) * _dot("npr,nmpt->nmrt", metric, k)
+    k = einsum("nir,mis->nmrs", x, x)
+    squares = einsum("nmrs,mst->nmrt", k, metric) * einsum("npr,nmpt->nmrt", metric, k)
     apart = 1.0 - jnp.eye(x.shape[0], dtype=x.dtype)
     return jnp.sum(jnp.sum(squares, axis=(2, 3)) * apart) / 2
 
@@ -114,26 +114,22 @@ def _apart(x: Array, metric: Array, steps: int, rate: float, gamma: float) -> Ar
     wide = jnp.moveaxis(x, 0, 1).reshape(d, n * r)
     size = jnp.sum(_gram(x) * metric)  # sum of |W_n|^2: no step can overshoot
     scale = 1.0 / jnp.where(size > 0, size, jnp.ones_like(size))
-    k = _dot("dp,dq->pq", wide, wide) * scale
+    k = einsum("dp,dq->pq", wide, wide) * scale
     block = jnp.kron(jnp.eye(n, dtype=x.dtype), jnp.ones((r, r), x.dtype))
     m = jnp.tile(metric.reshape(n * r, r), (1, n)) * block
     eye = jnp.eye(n * r, dtype=x.dtype)
 
     def step(c: Array, _: None) -> tuple[Array, None]:
-        between = _dot("pa,pq,qb->ab", c, k, c) * (1.0 - block)
-        slope = _dot("pa,ab,bc->pc", c, m, between) + gamma * (c - eye)
+        between = einsum("pa,pq,qb->ab", c, k, c) * (1.0 - block)
+        slope = einsum("pa,ab,bc->pc", c, m, between) + gamma * (c - eye)
         return c - rate * slope, None
 
     c = lax.scan(step, eye, None, length=steps)[0]
-    return jnp.moveaxis(_dot("dp,pq->dq", wide, c).reshape(d, n, r), 1, 0)
+    return jnp.moveaxis(einsum("dp,pq->dq", wide, c).reshape(d, n, r), 1, 0)
 
 
 def _gram(x: Array) -> Array:
-    return _dot("nir,nis->nrs", x, x)
-
-
-def _dot(spec: str, *xs: Array) -> Array:
-    return jnp.einsum(spec, *xs, precision=jax.lax.Precision.HIGHEST)
+    return einsum("nir,nis->nrs", x, x)
 
 
 SYSTEMS = (

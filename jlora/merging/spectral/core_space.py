@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora import algebra
+from jlora import algebra, numerics
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import basis, dot
@@ -134,8 +134,8 @@ def _columns(u: Array) -> Array:
 
 def _singular(x: Array) -> Array:
     """Left singular vectors [d, p] of x [d, n], through the QR."""
-    q, r = jnp.linalg.qr(x)
-    return q @ jnp.linalg.svd(r, full_matrices=False)[0]
+    q, r = numerics.qr(x)
+    return q @ numerics.svd(r)[0]
 
 
 SYSTEM = Merging(

@@ -24,9 +24,9 @@ Weights are ours. Gradients hold the basis fixed.
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora import numerics
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot
@@ -60,7 +60,7 @@ def knots(
     """
     core = to_core(without_absent(bank, weights))
     n, p, q = core.cores.shape
-    y = jnp.linalg.svd(core.cores.reshape(n * p, q), full_matrices=False)[2]
+    y = numerics.svd(core.cores.reshape(n * p, q))[2]
     y = lax.stop_gradient(dot("kq,qo->ko", y, core.right))
     z = dot("nir,nro,ko->nik", bank.u, bank.v, y)
     return LowRank(scale * entrywise(z, weights, rule, density), y)

@@ -39,6 +39,7 @@ from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import present
+from jlora.numerics import einsum
 
 
 def lego(
@@ -90,13 +91,13 @@ def lego(
     k = min(r if rank is None else rank, n * r)
     own = clusters(a, b, live, k, steps)
     pool, size = jnp.concatenate([a, b], axis=1), jnp.abs(w)[:, None]
-    mass = _dot("kj,kq->jq", own, size)
-    centre = _dot("kj,kd->jd", own * size, pool) / _safe(mass)
+    mass = einsum("kj,kq->jq", own, size)
+    centre = einsum("kj,kd->jd", own * size, pool) / _safe(mass)
     count = jnp.sum(own, axis=0)[:, None]
     if reweight:
-        length = _dot("kj,kq->jq", own * size, _length(pool, norm)) / _safe(mass)
+        length = einsum("kj,kq->jq", own * size, _length(pool, norm)) / _safe(mass)
         centre = centre * length / _safe(_length(centre, norm))
-    gain = _dot("kj,kq->jq", own, number * w[:, None]) / _safe(count)
+    gain = einsum("kj,kq->jq", own, number * w[:, None]) / _safe(count)
     if reweight:
         used = jnp.sum((count > 0).astype(a.dtype))
         gain = gain * jnp.sqrt(jnp.sum(live) / _safe(number * used))
@@ -129,11 +130,14 @@ def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
     size = jnp.sum(a * a, axis=1) * jnp.sum(b * b, axis=1)
     size = size / _safe(jnp.max(size))  # at most 1
     x = jnp.concatenate([t / _safe(_length(t, "l2")) for t in (a, b)], axis=1)
-    gram, p = _dot("kd,ld->kl", x, x), x.shape[0]  # centres are weighted units: nothing else needed
+    gram, p = (
+        einsum("kd,ld->kl", x, x),
+        x.shape[0],
+    )  # centres are weighted units: nothing else needed
     order = 1e-4 * jnp.arange(k, dtype=x.dtype)[None, :] / k
 
     def distances(c: Array) -> Array:  # of units to centres c [K, P], squared, [P, K]
-        mixed = _dot("jk,kl->jl", c, gram)
+        mixed = einsum("jk,kl->jl", c, gram)
         own = jnp.sum(mixed * c, axis=1)
         return jnp.diagonal(gram)[:, None] - 2 * mixed.T + own[None, :]
 
@@ -179,10 +183,6 @@ def _length(x: Array, norm: str) -> Array:
 
 def _safe(x: Array) -> Array:
     return jnp.where(x > 0, x, jnp.ones_like(x))
-
-
-def _dot(spec: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(spec, x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 SYSTEMS = (

@@ -28,14 +28,15 @@ Deviates: `orthogonal` is not in the paper. Its token for the amplitude, inside 
 video transformer, is not here. A zero delta adds nothing.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jlora import numerics
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 from jlora.merging.exact.concat import concat
 from jlora.merging.signs import present
+from jlora.numerics import einsum
 
 
 def lion(
@@ -71,10 +72,10 @@ def lion(
         return concat(bank, weights * mean * scale)
     cosines = gram * scale[:, None] * scale[None, :]
     cosines = cosines + jnp.diag(jnp.where(norms > 0, 0.0, jnp.ones_like(norms)))
-    values, vectors = jnp.linalg.eigh(cosines)
+    values, vectors = numerics.eigh(cosines)
     root = vectors / jnp.sqrt(jnp.maximum(values, floor))[None, :]
-    mixed = _dot("nk,mk->nm", root, vectors)
-    return concat(bank, _dot("n,nm->m", weights * mean, mixed) * scale)
+    mixed = einsum("nk,mk->nm", root, vectors)
+    return concat(bank, einsum("n,nm->m", weights * mean, mixed) * scale)
 
 
 def lion_orthogonal(
@@ -100,8 +101,11 @@ def features(bank: LowRank, inputs: Array | None = None) -> Array:
     if inputs is not None:
         if inputs.ndim != 2 or inputs.shape[1] != u.shape[1]:
             raise ValueError(f"inputs: got shape {inputs.shape}, expected (T, {u.shape[1]})")
-        u = _dot("ti,nir->ntr", inputs.astype(u.dtype), u)
-    left, right = _dot("nir,mis->nmrs", u, u), _dot("nro,mso->nmrs", bank.v, bank.v)
+        u = einsum("ti,nir->ntr", inputs.astype(u.dtype), u)
+    left, right = (
+        einsum("nir,mis->nmrs", u, u),
+        einsum("nro,mso->nmrs", bank.v, bank.v),
+    )
     return jnp.sum(left * right, axis=(-2, -1))
 
 
@@ -111,10 +115,6 @@ def _norms(gram: Array) -> tuple[Array, Array]:
     live = squared > 0
     norms = jnp.sqrt(jnp.where(live, squared, jnp.ones_like(squared)))
     return jnp.where(live, norms, 0.0), jnp.where(live, 1.0 / norms, 0.0)
-
-
-def _dot(spec: str, *xs: Array) -> Array:
-    return jnp.einsum(spec, *xs, precision=jax.lax.Precision.HIGHEST)
 
 
 SYSTEMS = (

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora import numerics
 from jlora.core.adapter import Arrays, Method, Site, low_rank
 from jlora.core.checks import check_whole
 from jlora.system import System
@@ -35,13 +36,13 @@ def randomized_svd(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Approximate top `rank` of the SVD of w [m, n]: u [m, rank], s [rank], vt [rank, n]."""
     size = min(rank + 10, *w.shape)
-    q = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], size), w.dtype))[0]
+    q = numerics.qr(w @ jax.random.normal(key, (w.shape[1], size), w.dtype))[0]
 
     def power(_: int, q: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
+        return numerics.qr(w @ numerics.qr(w.T @ q)[0])[0]
 
     q = jax.lax.fori_loop(0, niter, power, q)
-    u, s, vt = jnp.linalg.svd(q.T @ w, full_matrices=False)
+    u, s, vt = numerics.svd(q.T @ w)
     return (q @ u)[:, :rank], s[:rank], vt[:rank]
 
 
@@ -69,7 +70,7 @@ class PiSSA(Method):
             raise ValueError(f"{site.path}: PiSSA rank expected in 1..{limit}, got {self.rank}")
         w, scale = site.weight(), self.alpha / self.rank
         if self.niter is None:
-            u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+            u, s, vt = numerics.svd(w)
         else:
             u, s, vt = randomized_svd(key, w, self.rank, self.niter)
         root = jnp.sqrt(s[: self.rank] / scale)

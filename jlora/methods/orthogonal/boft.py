@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import numerics
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.system import System
 
@@ -79,7 +80,7 @@ class BOFT(Method):
         """R of `r`, both [stages, d_in / block, block, block]."""
         skew = (p["r"] - p["r"].mT) / 2
         eye = jnp.broadcast_to(jnp.eye(self.block, dtype=skew.dtype), skew.shape)
-        return jnp.linalg.solve(eye + skew, eye - skew)
+        return numerics.solve(eye + skew, eye - skew)
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
         """M_{m-1} ... M_0 W diag(s), [d_in, d_out]."""

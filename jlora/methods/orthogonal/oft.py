@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import numerics
 from jlora.core.adapter import Arrays, Method, Site
 from jlora.system import System
 
@@ -66,7 +67,7 @@ class OFT(Method):
         q = upper - upper.mT
         eye = jnp.broadcast_to(jnp.eye(n, dtype=q.dtype), q.shape)
         if self.terms is None:
-            return jnp.linalg.solve(eye - q, eye + q)
+            return numerics.solve(eye - q, eye + q)
         total, power = eye, q
         for _ in range(self.terms - 2):
             total, power = total + 2 * power, jnp.matmul(power, q, precision="highest")
