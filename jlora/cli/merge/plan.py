@@ -19,7 +19,7 @@ from jlora.cli.merge.config import Config
 from jlora.cli.merge.values import LAYER, ConfigError, check_filters, resolve
 from jlora.core.adapter import Site
 from jlora.merging.engine.inputs import Gathered
-from jlora.merging.engine.run import apply, memory_of
+from jlora.merging.engine.run import apply, checked, largest_rank, memory_of
 from jlora.merging.engine.table import Merging
 
 
@@ -93,11 +93,11 @@ def run_chunk(plan: Plan, chunk: Chunk, bank: Deltas, seed: int, jit: bool = Tru
         weights = jnp.asarray(first.reshape(first.shape[0], -1)[:, 0], jnp.float32)
     key = jax.random.key(seed) if plan.row.randomised else None
     try:
-        return apply(plan.row, part, weights, key=key, jit=jit, **chunk.options)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise ConfigError(f"parameters: {plan.row.name}: {error}") from error
+        checked(plan.row, part, weights, key, chunk.options)
+    except ValueError as error:
+        raise ConfigError(f"parameters: {error}") from error
+    full = largest_rank(bank)  # of all sites: a rank may be full at those of this chunk
+    return apply(plan.row, part, weights, key=key, jit=jit, full=full, **chunk.options)
 
 
 def said(row: Merging, chunk: Chunk) -> dict[str, Any]:
