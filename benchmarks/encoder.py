@@ -88,7 +88,7 @@ def adapter(config: encoder.EncoderConfig, params: Any, method: Any = None, seed
     fresh = jl.init(keys[0], apply(config), params, ids, ids == 0, methods={SITES: method})
 
     def drawn(path, t):
-        key = jl.core.adapter.key_of(keys[1], jax.tree_util.keystr(path))
+        key = jl.core.init.key_of(keys[1], jax.tree_util.keystr(path))
         return 0.02 * jax.random.normal(key, t.shape, t.dtype) if path[-1].key == "b" else t
 
     trainable = jax.tree_util.tree_map_with_path(drawn, fresh.trainable)

@@ -29,12 +29,11 @@ from jlora import io as io
 from jlora import merging as merging
 from jlora import retrieval as retrieval
 from jlora.core.adapter import Adapter as Adapter
-from jlora.core.adapter import Method as Method
-from jlora.core.adapter import Site as Site
-from jlora.core.adapter import pick as pick
 from jlora.core.adapter import stack as stack
 from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.lift import lift as lift
+from jlora.core.method import Method as Method
+from jlora.core.site import Site as Site
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
 from jlora.merge import delta as delta
@@ -93,7 +92,6 @@ __all__ = [
     "lift",
     "merge",
     "merging",
-    "pick",
     "quantize",
     "retrieval",
     "rows",

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora import numerics
-from jlora.core.adapter import wide
+from jlora.core.site import at_least_float32
 from jlora.numerics import einsum
 from jlora.system import System
 
@@ -322,7 +322,7 @@ def _flat(x: Array) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    return x if x.dtype == wide(x.dtype) else x.astype(wide(x.dtype))
+    return x if x.dtype == at_least_float32(x.dtype) else x.astype(at_least_float32(x.dtype))
 
 
 def _dtype(*trees: Any) -> jnp.dtype:

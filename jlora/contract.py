@@ -20,10 +20,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jlora.core.adapter import Adapter, Method, stack
+from jlora.core.adapter import Adapter, stack
 from jlora.core.evaluate import DenseWeightError
 from jlora.core.lift import lift
 from jlora.core.merge import merge
+from jlora.core.method import Method
 from jlora.core.sites import init
 from jlora.io import NameMap, load_peft, save_peft
 from jlora.io.peft.tables import table_of

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora.core.adapter import Adapter, Method, Site
+from jlora.core.adapter import Adapter
 from jlora.core.lift import path_string
+from jlora.core.method import Method
+from jlora.core.site import Site
 
 
 def specs(

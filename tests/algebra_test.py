@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jlora import algebra as al
-from jlora.core.adapter import Adapter, Method, Site
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Site
 
 STACK, D_IN, D_OUT = (2,), 12, 8
 

@@ -12,7 +12,7 @@ import pytest
 import jlora.methods
 from jlora import registry
 from jlora.contract import LAWS
-from jlora.core.adapter import Method
+from jlora.core.method import Method
 from jlora.merging.engine.table import LAWS as MERGING_LAWS
 from jlora.system import Placed, System
 

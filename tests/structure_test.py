@@ -39,8 +39,8 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_110  # lines of code, all of core/ together; docs/core.md says what they do
-FILE = 235  # of one file of it
+CORE = 2_150  # lines of code, all of core/ together; docs/core.md says what they do
+FILE = 220  # of one file of it
 
 
 def imported(source):

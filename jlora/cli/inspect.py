@@ -26,8 +26,9 @@ from jlora import algebra, io
 from jlora.cli import files
 from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
-from jlora.core.adapter import Adapter, Method
+from jlora.core.adapter import Adapter
 from jlora.core.merge import delta
+from jlora.core.method import Method
 from jlora.io import FormatError
 from jlora.merging.convert import factored
 

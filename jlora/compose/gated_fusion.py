@@ -27,7 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jlora.core.adapter import Adapter, Arrays, Method, key_of
+from jlora.core.adapter import Adapter
+from jlora.core.init import key_of
+from jlora.core.method import Method
+from jlora.core.site import Arrays
 from jlora.merging.engine.inputs import gather
 from jlora.system import System
 

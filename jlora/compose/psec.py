@@ -33,7 +33,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jlora.core.adapter import Adapter, Arrays, Method
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Arrays
 from jlora.merging.engine.inputs import gather
 from jlora.system import System
 

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
-from jlora.core.adapter import Site
 from jlora.core.grid import Grid, delta, reads_context, rebuilt
 from jlora.core.lazy import Atom, Lazy
+from jlora.core.site import Site
 from jlora.core.views import merged_where_exact
 
 

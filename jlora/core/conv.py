@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
-from jlora.core.adapter import Site, inverse, transposed
 from jlora.core.lazy import Lazy
 from jlora.core.matmul import Join, Operand, applied
+from jlora.core.site import Site, inverse_permutation, transposed
 
 
 def window(site: Site) -> tuple[int, int, int]:
@@ -71,7 +71,7 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
     options = {k: v for k, v in p.items() if k != "dimension_numbers"}
     groups = p["feature_group_count"]
     last = [*(k for k in range(aval.ndim) if k != spec.out_spec[1]), spec.out_spec[1]]
-    back = inverse(last)
+    back = inverse_permutation(last)
 
     def run(x, kernel):
         y = lax.conv_general_dilated(x, kernel, dimension_numbers=spec, **options)
@@ -80,7 +80,7 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
     def kernel(m):  # [d_in, k] -> the model's layout with k output features
         axes = [*wi, wo]
         m = jnp.moveaxis(inner.split(m.T), 0, -1)
-        return transposed(m.astype(x.dtype), inverse(axes))
+        return transposed(m.astype(x.dtype), inverse_permutation(axes))
 
     if groups > 1 or p["batch_group_count"] > 1:
         return _grouped(w, x, run, kernel, out, groups, p, back, aval)

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 
 from jlora.core import compat
-from jlora.core.adapter import Site, key_of
+from jlora.core.init import key_of
 from jlora.core.lazy import Lazy
+from jlora.core.site import Site
 
 
 class DenseWeightError(ValueError):

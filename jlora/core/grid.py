@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.lazy import Atom, Lazy, leaf
 from jlora.core.matmul import Weight
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 
 
 @dataclasses.dataclass(frozen=True)

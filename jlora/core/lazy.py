@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Arrays, Method, Site, fold, inverse, transposed, unfold, wide
+from jlora.core.method import Method
+from jlora.core.site import (
+    Arrays,
+    Site,
+    at_least_float32,
+    fold,
+    inverse_permutation,
+    transposed,
+    unfold,
+)
 
 
 class Atom(NamedTuple):
@@ -103,7 +112,9 @@ class Lazy:
         """The base as [*stack, d_in, d_out], in the dtype it is stored in."""
         order = [a for d in self.dims for a in d]
         w = self.opened().base.reshape([self.atoms[a].size for a in order])
-        return fold(transposed(w, inverse(order)), "".join(atom.kind for atom in self.atoms))
+        return fold(
+            transposed(w, inverse_permutation(order)), "".join(atom.kind for atom in self.atoms)
+        )
 
     def prepared(self) -> Arrays:
         """The arrays of the method, prepared for it; of a weight without stack axes."""
@@ -229,7 +240,7 @@ class Lazy:
 
 def merged(method: Method, w: jax.Array, own: Arrays, shared: Arrays, stack: int) -> jax.Array:
     """method.merge over `stack` leading axes of `w` and `own`, in at least float32."""
-    dtype = wide(w.dtype)
+    dtype = at_least_float32(w.dtype)
 
     def cast(t):
         floating = jnp.issubdtype(t.dtype, jnp.floating)

@@ -18,11 +18,12 @@ from typing import Any
 import jax
 
 from jlora.core import compat
-from jlora.core.adapter import Adapter, Site
+from jlora.core.adapter import Adapter
 from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import leaf
 from jlora.core.rules import RULES
+from jlora.core.site import Site
 
 
 def flatten(params: Any) -> tuple[dict[str, Any], Any]:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
-from jlora.core.adapter import inverse, transposed
 from jlora.core.lazy import Lazy
 from jlora.core.matmul import Join, Operand, applied
+from jlora.core.site import inverse_permutation, transposed
 
 
 class Rows(Operand):
@@ -130,7 +130,7 @@ def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
 
     rows = Rows(ids, own, (*ids.shape[:-1], w.shape[axis]), w.dtype, options)
     y = out.split(found.settle(applied(scope, w, rows, lambda x: x.own())))
-    y = transposed(y, inverse(order))
+    y = transposed(y, inverse_permutation(order))
     y = y if found.kept is None else jnp.expand_dims(y, found.kept)
     return [y.astype(aval.dtype)]
 

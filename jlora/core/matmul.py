@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
-from jlora.core.adapter import inverse, low_rank, transposed, wide
 from jlora.core.lazy import Lazy, merged
+from jlora.core.method import low_rank
+from jlora.core.site import at_least_float32, inverse_permutation, transposed
 
 
 class Weight:
@@ -39,7 +40,7 @@ class Weight:
     def dense(self) -> jax.Array:
         """The base matrix [d_in, d_out], in at least float32."""
         m = self._lazy.matrix()
-        return m.astype(wide(m.dtype))
+        return m.astype(at_least_float32(m.dtype))
 
     def merged(self, method: Any, p: Mapping[str, jax.Array]) -> jax.Array:
         """merge(w, p) [d_in, d_out] in the dtype that the model multiplies with."""
@@ -90,16 +91,16 @@ class Join:
         lead = x.shape[: x.ndim - len(self.shape)]
         if self.atoms != sorted(self.atoms):
             x = x.reshape(*lead, *self._sizes)
-            x = transposed(x, self._after(lead, inverse(self.atoms)))
+            x = transposed(x, self._after(lead, inverse_permutation(self.atoms)))
         return x.reshape(*lead, math.prod(self._sizes))
 
     def split(self, y: jax.Array) -> jax.Array:
         """[..., d] -> [..., *shape]."""
         lead = y.shape[:-1]
         if self.atoms != sorted(self.atoms):
-            order = inverse(self.atoms)
+            order = inverse_permutation(self.atoms)
             y = y.reshape(*lead, *(self._sizes[k] for k in order))
-            y = transposed(y, self._after(lead, inverse(order)))
+            y = transposed(y, self._after(lead, inverse_permutation(order)))
         return y.reshape(*lead, *self.shape)
 
     @staticmethod
@@ -191,7 +192,7 @@ def _product(scope, w, x, dims, left, options):
     else:
         return None
     order = [*xf, *xc]
-    back = inverse(order)
+    back = inverse_permutation(order)
     n = len(wf)
 
     def own(x2):

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 
-from jlora.core.adapter import Adapter, Method, Site, fold, wide
+from jlora.core.adapter import Adapter
 from jlora.core.lazy import leaf, merged
 from jlora.core.lift import check, flatten, is_array
+from jlora.core.method import Method
+from jlora.core.site import Site, at_least_float32, fold
 
 
 def merge(params: Any, adapter: Adapter) -> Any:
@@ -44,4 +46,4 @@ def delta(params: Any, adapter: Adapter) -> dict[str, jax.Array]:
 def _delta(w: Any, site: Site, method: Method, own: Any, shared: Any) -> jax.Array:
     m = fold(w.dequantize() if hasattr(w, "dequantize") else w, site.kinds)
     after = merged(method, m, own, shared, len(site.stack))
-    return after - m.astype(wide(m.dtype))
+    return after - m.astype(at_least_float32(m.dtype))

@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Adapter, Method, Site, initialise
+from jlora.core.adapter import Adapter
 from jlora.core.evaluate import Scope, evaluate
+from jlora.core.init import initialise
 from jlora.core.lazy import Lazy, leaf
 from jlora.core.lift import flatten, is_array, traced
+from jlora.core.method import Method
 from jlora.core.rules import RULES
+from jlora.core.site import Site
 
 MATMULS = ("gather", "dot", "conv", "ragged_dot", "product")
 

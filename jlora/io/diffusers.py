@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.core.adapter import Adapter, Site
+from jlora.core.adapter import Adapter
 from jlora.core.bank import one_adapter
+from jlora.core.site import Site
 from jlora.io import fused, safetensors_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.kohya import modules as kohya_modules

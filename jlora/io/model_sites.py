@@ -15,8 +15,8 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from jlora.core.adapter import Site
 from jlora.core.lift import flatten
+from jlora.core.site import Site
 from jlora.core.sites import Sites
 from jlora.io.names import NameMap
 

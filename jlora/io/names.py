@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from jlora.core.adapter import Site
+from jlora.core.site import Site
 
 INDICES = "ijkl"
 BRACKETS = re.compile(r"(.*)\[([^\[\]]+?)(\.T)?\]")

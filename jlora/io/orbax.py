@@ -25,7 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora import methods
-from jlora.core.adapter import Adapter, Method, Site
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Site
 from jlora.io.errors import FormatError
 
 VERSION = 1

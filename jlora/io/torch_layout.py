@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jlora.core.adapter import Site
+from jlora.core.site import Site
 
 
 def is_conv(site: Site) -> bool:

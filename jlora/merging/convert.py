@@ -34,10 +34,12 @@ from jax import Array, lax
 
 from jlora import algebra, numerics
 from jlora.algebra import LowRank
-from jlora.core.adapter import Adapter, Arrays, Method, Site, fold
+from jlora.core.adapter import Adapter
 from jlora.core.bank import one_adapter
 from jlora.core.lazy import merged
 from jlora.core.lift import check, flatten, is_array
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site, fold
 from jlora.merging.engine.inputs import to_adapter
 from jlora.system import System
 

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jlora import algebra
-from jlora.core.adapter import Arrays, Site, key_of
+from jlora.core.init import key_of
+from jlora.core.site import Arrays, Site
 from jlora.numerics import matmul
 from jlora.system import System
 

@@ -39,7 +39,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core import compat
-from jlora.core.adapter import Adapter, Arrays, Method, wide
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Arrays, at_least_float32
 from jlora.system import System
 
 GROUP, INDEX = "served rows", "index"  # group of sites that share nothing else; its array
@@ -92,7 +94,7 @@ def spread(h: jax.Array, v: jax.Array) -> jax.Array:
     if compat.explicit(h):
         return compat.matmul(h, v, thin=True)
     v = jax.lax.optimization_barrier(v)  # its scale is multiplied in once, not for every token
-    dtype, row = wide(h.dtype), (*[1] * (h.ndim - 1), v.shape[1])
+    dtype, row = at_least_float32(h.dtype), (*[1] * (h.ndim - 1), v.shape[1])
     rows = (v[k].astype(dtype).reshape(row) for k in range(v.shape[0]))
     parts = (h[..., k, None].astype(dtype) * r for k, r in enumerate(rows))
     return functools.reduce(operator.add, parts).astype(h.dtype)

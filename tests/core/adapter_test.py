@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.core.adapter import fold, initialise, unfold
+from jlora.core.init import initialise
+from jlora.core.site import fold, unfold
 from jlora.io.names import NameMap
 
 
@@ -110,7 +111,7 @@ def test_a_bank_holds_adapters_of_other_alpha_and_rank():
     assert bank.sites[0][1].rank == 3
     w = {"w": leaf(3, 4, 5)}
     for k, one in enumerate((a, b)):
-        merged = jax.jit(lambda i: jl.merge(w, jl.pick(bank, i)))(k)
+        merged = jax.jit(lambda i: jl.merge(w, bank[i]))(k)
         np.testing.assert_allclose(merged["w"], jl.merge(w, one)["w"], rtol=1e-6, atol=1e-6)
 
 
@@ -138,7 +139,7 @@ def test_one_adapter_is_told_from_a_bank(method):
     assert (one.bank_shape, bank.bank_shape) == ((), (2,))
     assert jl.stack([bank] * 3).bank_shape == (3, 2)
     assert jax.vmap(lambda a: jnp.zeros(len(a.bank_shape)))(bank).shape == (2, 0)
-    for use in (lambda: one[0], lambda: len(one), lambda: list(one), lambda: jl.pick(one, 0)):
+    for use in (lambda: one[0], lambda: len(one), lambda: list(one), lambda: one[-1]):
         with pytest.raises(TypeError, match="got one adapter of 1 sites, expected a bank"):
             use()
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.core.adapter import unfold
+from jlora.core.site import unfold
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.peft import lora as peft_lora
 from tests.io.shared import error

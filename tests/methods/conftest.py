@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.core.adapter import initialise
+from jlora.core.init import initialise
 
 
 class Bench:

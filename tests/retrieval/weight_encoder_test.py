@@ -9,7 +9,7 @@ import pytest
 import jlora as jl
 from jlora.algebra import LowRank
 from jlora.compose.gated_fusion import fuse, gated
-from jlora.core.adapter import Site
+from jlora.core.site import Site
 from jlora.retrieval import weight_encoder as file
 from jlora.retrieval.weight_encoder import contrastive, encode, init_encoder, retrieve, tokens
 

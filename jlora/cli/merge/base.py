@@ -18,7 +18,7 @@ import numpy as np
 
 from jlora.cli.merge import layout, quantised
 from jlora.cli.merge.tied import Tied, tied
-from jlora.core.adapter import Site
+from jlora.core.site import Site
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.inside import inside
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from jlora.algebra import Deltas, LowRank
 from jlora.cli.merge.plan import Chunk, Plan, rule_of
-from jlora.core.adapter import Site
+from jlora.core.site import Site
 from jlora.merging.engine import streamed
 from jlora.merging.engine.inputs import keys_of
 from jlora.merging.engine.run import bound

@@ -17,7 +17,7 @@ from jlora.algebra import Deltas
 from jlora.cli.merge import factors, mergekit
 from jlora.cli.merge.config import Config
 from jlora.cli.merge.values import LAYER, ConfigError, check_filters, resolve
-from jlora.core.adapter import Site
+from jlora.core.site import Site
 from jlora.merging.engine.inputs import Gathered
 from jlora.merging.engine.run import apply, checked, largest_rank, memory_of
 from jlora.merging.engine.table import Merging

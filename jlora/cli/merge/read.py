@@ -17,7 +17,9 @@ from jlora import io
 from jlora.cli.merge.base import Base
 from jlora.cli.merge.config import Config, ConfigError
 from jlora.cli.merge.layout import site_of
-from jlora.core.adapter import Adapter, Method, Site, unfold
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Site, unfold
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG, WEIGHTS

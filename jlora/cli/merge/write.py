@@ -23,7 +23,8 @@ from jlora import io
 from jlora.cli.merge import layout, replaceable
 from jlora.cli.merge.base import INDEX, Base
 from jlora.cli.merge.tied import concerned
-from jlora.core.adapter import Adapter, Site
+from jlora.core.adapter import Adapter
+from jlora.core.site import Site
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.inside import inside
 

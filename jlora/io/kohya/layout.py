@@ -34,8 +34,8 @@ import dataclasses
 
 import numpy as np
 
-from jlora.core.adapter import Site
 from jlora.core.conv import window
+from jlora.core.site import Site
 from jlora.io import torch_layout
 from jlora.io.peft.table import Arrays, want_shape
 

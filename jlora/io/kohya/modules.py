@@ -34,8 +34,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora.core.adapter import Method, Site
 from jlora.core.conv import window
+from jlora.core.method import Method
+from jlora.core.site import Site
 from jlora.io.kohya.layout import (
     CORED_LAYOUTS,
     CORES,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.core.adapter import Site
+from jlora.core.site import Site
 from jlora.io import torch_layout
 from jlora.io.peft.table import (
     Arrays,

@@ -37,8 +37,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.core.adapter import Site
 from jlora.core.conv import window
+from jlora.core.site import Site
 from jlora.io import torch_layout
 from jlora.io.kohya import layout as lycoris_layout
 from jlora.io.kohya.layout import (

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.core.adapter import Adapter, Method, Site
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Site
 from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
 from jlora.io.names import near

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Site
 from jlora.core.lift import path_string
+from jlora.core.site import Site
 from jlora.io.errors import FormatError
 
 FIELD = "layer_replication"

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlora.core.adapter import Method, Site
+from jlora.core.method import Method
+from jlora.core.site import Site
 
 Arrays = dict[str, np.ndarray]
 Fields = dict[str, Any]

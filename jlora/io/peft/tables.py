@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jlora.core.adapter import Method
+from jlora.core.method import Method
 from jlora.io.peft.lora import ADALORA, DORA, HIRA, LORA
 from jlora.io.peft.lycoris import LOHA, LOKR
 from jlora.io.peft.table import Table

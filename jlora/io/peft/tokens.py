@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from jlora.core.adapter import Adapter, Site
+from jlora.core.adapter import Adapter
+from jlora.core.site import Site
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
 from jlora.io.peft.read import ROOT, Modules, stacked

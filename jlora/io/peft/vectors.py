@@ -22,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.core.adapter import Adapter, Method, Site
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Site
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap, near
 from jlora.io.peft.read import ROOT, stacked

@@ -29,7 +29,10 @@ from jax import Array, lax
 
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
-from jlora.core.adapter import Adapter, Method, Site, key_of
+from jlora.core.adapter import Adapter
+from jlora.core.init import key_of
+from jlora.core.method import Method
+from jlora.core.site import Site
 from jlora.methods.low_rank.lora import LoRA
 
 

@@ -31,7 +31,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora import algebra, numerics
 from jlora.algebra import Deltas, LowRank
-from jlora.core.adapter import Adapter, Site
+from jlora.core.adapter import Adapter
+from jlora.core.site import Site
 from jlora.merging.engine.inputs import gather, to_adapter
 from jlora.merging.engine.run import apply, bound, checked
 from jlora.merging.engine.table import Merging

@@ -37,8 +37,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.conv import window
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 from jlora.methods.decomposed.dora import column_norms, gain, row_norms
 from jlora.methods.kronecker.lokr import LoKr
 from jlora.methods.low_rank.loha import LoHa

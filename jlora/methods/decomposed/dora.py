@@ -42,8 +42,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.core.adapter import Arrays, Method, Site, low_rank
 from jlora.core.checks import check_whole
+from jlora.core.method import Method, low_rank
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 LOST = 1 / 16  # of its terms: a smaller sum is computed again

@@ -42,9 +42,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora import algebra
-from jlora.core.adapter import Arrays, Method, Site, low_rank
 from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
+from jlora.core.method import Method, low_rank
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 

@@ -28,8 +28,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Adapter, Arrays, Method, Site
+from jlora.core.adapter import Adapter
 from jlora.core.checks import check_whole
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 STD, TINY = 0.02, 1e-5

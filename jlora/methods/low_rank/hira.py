@@ -25,8 +25,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.checks import check_whole
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora import numerics
-from jlora.core.adapter import Arrays, Method, Site, low_rank
 from jlora.core.checks import check_whole
+from jlora.core.method import Method, low_rank
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 

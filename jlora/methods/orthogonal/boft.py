@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import numerics
-from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 

@@ -19,7 +19,8 @@ from typing import ClassVar
 
 import jax
 
-from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Arrays, Method, Site
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 from jlora.system import System
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Arrays, Method, Site
 from jlora.core.matmul import Weight
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Site
 from jlora.methods.low_rank.lora import LoRA
 from jlora.system import System
 

@@ -17,7 +17,7 @@ from jlora.cli.merge import layout
 from jlora.cli.merge import main as command
 from jlora.cli.merge.base import Base
 from jlora.cli.merge.config import PLAIN
-from jlora.core.adapter import unfold
+from jlora.core.site import unfold
 from jlora.io import safetensors_file, torch_layout
 
 peft = pytest.importorskip("peft")

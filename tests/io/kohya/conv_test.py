@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.core.adapter import unfold
+from jlora.core.site import unfold
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.kohya import layout as lycoris_layout
 from jlora.io.kohya import modules as kohya_modules

@@ -11,7 +11,7 @@ from jax import lax
 
 import jlora as jl
 from jlora import algebra
-from jlora.core.adapter import unfold
+from jlora.core.site import unfold
 from jlora.io import FormatError, NameMap, safetensors_file
 from jlora.io.kohya import layout as lycoris_layout
 from jlora.io.peft import lycoris as peft_lycoris

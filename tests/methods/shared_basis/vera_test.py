@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.core.adapter import initialise
+from jlora.core.init import initialise
 from jlora.methods.shared_basis.vera import VeRA
 
 

@@ -1,0 +1,66 @@
+"""A fresh adapter for sites that are known: every method's `init`, mapped over stack axes.
+
+The key of a site depends on its path alone, so adding a site changes no other.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.adapter import Adapter
+from jlora.core.method import Method
+from jlora.core.site import Arrays, Bound, Site
+
+
+def key_of(key: jax.Array, text: str) -> jax.Array:
+    """A key for a name, the same in every run and for every set of names."""
+    return jax.random.fold_in(key, zlib.crc32(text.encode()))
+
+
+def initialise(
+    key: jax.Array, sites: Sequence[tuple[Site, Method]], weights: Mapping[str, Any]
+) -> Adapter:
+    """A fresh adapter for `sites`. The leaves of `weights` [*leaf] are read only where needed."""
+    trainable: dict[str, Arrays] = {}
+    frozen: dict[str, Arrays] = {}
+    shared: dict[str, tuple[Method, tuple[Site, ...], Arrays]] = {}
+    for group in dict.fromkeys(site.group for site, _ in sites):
+        members = tuple(site for site, _ in sites if site.group == group)
+        method = next(m for s, m in sites if s.group == group)
+        t, f = method.shared(key_of(key, group), members)
+        shared[group] = (method, members, {**f, **t})
+        for part, arrays in ((trainable, t), (frozen, f)):
+            if arrays:
+                part[group] = dict(arrays)
+    done = []
+    for site, method in sorted(sites, key=lambda sm: sm[0].path):
+        _, members, common = shared[site.group]
+        t, f = _init_site(key_of(key, site.path), site, method, weights, members, common)
+        trainable[site.path], frozen[site.path] = dict(t), dict(f)
+        done.append((dataclasses.replace(site, group=site.group if common else ""), method))
+    return Adapter(trainable, frozen, tuple(done))
+
+
+def _init_site(key, site, method, weights, members, common):
+    w = weights[site.path]
+    w = w.dequantize() if hasattr(w, "dequantize") else w
+    w = None if isinstance(w, jax.ShapeDtypeStruct) else w
+
+    def one(key, row, w):
+        return method.init(key, site.slice(Bound(w, row, common, members)))
+
+    if not site.stack:
+        return one(key, 0, w)
+    n, axes = math.prod(site.stack), [k for k, c in enumerate(site.kinds) if c == "s"]
+    if w is not None:
+        w = jnp.moveaxis(w, axes, range(len(axes))).reshape(n, *site.slice().shape)
+    rows = jnp.arange(n, dtype=jnp.int32)
+    made = jax.vmap(one, in_axes=(0, 0, None if w is None else 0))(
+        jax.random.split(key, n), rows, w
+    )
+    return jax.tree.map(lambda t: t.reshape(*site.stack, *t.shape[1:]), made)

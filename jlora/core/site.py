@@ -1,0 +1,135 @@
+"""A site: one weight that an adapter may change, and its matrix [d_in, d_out].
+
+A leaf of the parameters has axes of three kinds: 's' (a stack of equal layers), 'i' (inputs) and
+'o' (outputs). `fold` shows it as matrices [*stack, d_in, d_out], `unfold` goes back.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Arrays = dict[str, jax.Array]
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """`dtype`, but at least float32."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def widened(p: Arrays) -> Arrays:
+    """`p` with its floating arrays in one dtype, the widest of theirs and float32; exact."""
+    floating = {k: t for k, t in p.items() if jnp.issubdtype(t.dtype, jnp.floating)}
+    dtypes = [jnp.dtype(at_least_float32(t.dtype)) for t in floating.values()]
+    dtype = max(dtypes, key=lambda d: d.itemsize, default=None)
+    return p | {k: t.astype(dtype) for k, t in floating.items() if t.dtype != dtype}
+
+
+def transposed(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    return x if list(order) == sorted(order) else jnp.transpose(x, list(order))
+
+
+def inverse_permutation(order: Sequence[int]) -> list[int]:
+    """The permutation that undoes `order`."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _order(kinds: str) -> list[int]:
+    return [k for kind in "sio" for k, c in enumerate(kinds) if c == kind]
+
+
+def fold(w: jax.Array, kinds: str) -> jax.Array:
+    """A leaf as [*stack, d_in, d_out]: stack axes first, the others flattened in their order."""
+    size = {kind: [w.shape[k] for k, c in enumerate(kinds) if c == kind] for kind in "sio"}
+    w = transposed(w, _order(kinds))
+    return w.reshape(*size["s"], math.prod(size["i"]), math.prod(size["o"]))
+
+
+def unfold(m: jax.Array, kinds: str, shape: Sequence[int]) -> jax.Array:
+    """The inverse_permutation of `fold`."""
+    order = _order(kinds)
+    return transposed(m.reshape([shape[k] for k in order]), inverse_permutation(order))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What `init` may look at while it runs; never stored."""
+
+    weight: jax.Array | None  # the leaf of this slice, in the model's own layout
+    row: jax.Array | int  # flat index of this slice in the stack, int32
+    shared: Arrays  # the tensors that `Method.shared` made
+    siblings: tuple["Site", ...]  # all sites of the same method
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One weight that an adapter may change. Hashable; equality is path, layout and dtype."""
+
+    path: str  # "layers/attention/query/kernel"
+    shape: tuple[int, ...]  # of the leaf
+    kinds: str  # one char an axis of the leaf: 's' stack, 'i' in, 'o' out
+    dtype: Any  # of the leaf
+    ops: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what consumes it
+    flops: int = dataclasses.field(default=0, compare=False)  # of one call of the function
+    views: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # it is used through
+    refused: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what needs it merged
+    group: str = ""  # key of the tensors shared with other sites, "" when there are none
+    bound: Bound | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def _size(self, kind: str) -> tuple[int, ...]:
+        return tuple(n for n, c in zip(self.shape, self.kinds, strict=True) if c == kind)
+
+    @property
+    def d_in(self) -> int:
+        return math.prod(self._size("i"))
+
+    @property
+    def d_out(self) -> int:
+        return math.prod(self._size("o"))
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self._size("s")
+
+    @property
+    def param_dtype(self) -> Any:
+        """The dtype of an adapter's own arrays: the base's, at least float32."""
+        return at_least_float32(self.dtype)
+
+    @property
+    def row(self) -> jax.Array | int:
+        return self._bound.row
+
+    @property
+    def shared(self) -> Arrays:
+        return self._bound.shared
+
+    @property
+    def siblings(self) -> tuple["Site", ...]:
+        return self._bound.siblings
+
+    @property
+    def _bound(self) -> Bound:
+        if self.bound is None:
+            raise ValueError(f"{self.path}: only a site given to Method.init knows its weight")
+        return self.bound
+
+    def weight(self) -> jax.Array:
+        """The matrix [d_in, d_out] of this slice, in `param_dtype`; only inside `Method.init`."""
+        w = self._bound.weight
+        if w is None:
+            raise ValueError(f"{self.path}: this method reads the weight; got an abstract one")
+        return fold(w, self.kinds).astype(self.param_dtype)
+
+    def given(self, w: Any, shared: Arrays, siblings: tuple["Site", ...]) -> "Site":
+        """What `Method.init` is given of the first slice, whose weight is `w`."""
+        return self.slice(Bound(w, 0, shared, siblings))
+
+    def slice(self, bound: Bound | None = None) -> "Site":
+        """The site without its stack axes."""
+        keep = [k for k, c in enumerate(self.kinds) if c != "s"]
+        shape, kinds = tuple(self.shape[k] for k in keep), "".join(self.kinds[k] for k in keep)
+        return dataclasses.replace(self, shape=shape, kinds=kinds, bound=bound)
