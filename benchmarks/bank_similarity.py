@@ -8,8 +8,6 @@ one core, CPU time:
 
 ``ratio_vs_dense`` is peer time / jlora time, ``memory_vs_dense`` the same of the peak memory of a
 call; ``difference`` is the largest between the two matrices of cosines.
-
-Source: our reading. Deviates: -.
 """
 
 from typing import Any

@@ -12,8 +12,6 @@ r"""What DoRA costs over LoRA, in jlora and in PEFT: train steps on MiniLM-L6.
 LoRA's output times a trained gain and no norms (`Gain`) in our place, which DoRA cannot pass but by
 noise, and ``ratio_vs_peft``, PEFT's DoRA time / jlora's. jlora takes the column norms in closed
 form from the factors, PEFT makes the dense product in every step.
-
-Source: our reading. Deviates: -.
 """
 
 import dataclasses

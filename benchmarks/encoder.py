@@ -12,8 +12,6 @@ the adapter and the head.
 
 Shapes: ``ids`` int32 ``[b, t]``, ``mask`` bool ``[b, t]``, ``labels`` int32 ``[b]``. The weights
 are those of MiniLM-L6 (a pinned package), or with ``quick`` random ones of a tiny shape.
-
-Source: our reading. Deviates: -.
 """
 
 import tempfile
@@ -147,7 +145,7 @@ def plain(config: encoder.EncoderConfig) -> Callable[..., jax.Array]:
 
 
 def factored(config: encoder.EncoderConfig) -> Callable[..., jax.Array]:
-    """Hand-written: the factors of query and value travel beside the weights through the scan."""
+    """Hand-written: the factors of query and value travel with the weights through the scan."""
 
     def forward(params, adapter, ids, mask):
         low = {name: _factors(adapter, name) for name in ("query", "value")}

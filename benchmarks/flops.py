@@ -5,16 +5,14 @@ a loop once). With T tokens, over the dense weights and over the adapted ones,
 
 .. math:: u = \sum 2 T d_{in} d_{out}, \qquad v = \sum 2 T r (d_{in} + d_{out}),
 
-a step owes 2u + 3v: forward and input gradient of the frozen weights; forward, input and weight
-gradient of the factors. The attention products (``attention``, three times their forward) come on
-top for everybody. ``over_bound`` = FLOPs / (2u + 3v + attention) - 1, to be at most 0.05: what is
-left are the element-wise operations, and what it lacks is the input gradient of the first layer,
-which nobody needs. ``merge_over_bound`` is the same of merging inside the loss, ``hand_over_bound``
-of hand-written factors; ``dense_weight_gradients`` counts products of the step whose result has
-the shape of an adapted weight (0: no dense gradient). Temporary memory of the scanned step:
-``xla_temp_mib``.
-
-Source: our reading. Deviates: -.
+a step must provide 2u + 3v: forward and input gradient of the frozen weights; forward, input and
+weight gradient of the factors. The attention products (``attention``, three times their forward)
+come on top for everybody. ``over_bound`` = FLOPs / (2u + 3v + attention) - 1, to be at most 0.05:
+what is left are the element-wise operations, and what it lacks is the input gradient of the first
+layer, which nobody needs. ``merge_over_bound`` is the same of merging inside the loss,
+``hand_over_bound`` of hand-written factors; ``dense_weight_gradients`` counts products of the step
+whose result has the shape of an adapted weight (0: no dense gradient). ``xla_temp_mib``: temporary
+memory of the scanned step.
 """
 
 from typing import Any

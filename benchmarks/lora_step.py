@@ -4,16 +4,14 @@ r"""LoRA train step on MiniLM-L6: jlora, hand-written JAX, merge-in-loss JAX, to
 the top: ``ratio_vs_peft``, ``ratio_vs_hand``, ``ratio_vs_merge`` (peer time / jlora time),
 ``memory_vs_hand``, ``memory_vs_merge`` (peer / jlora, XLA's temporary memory of the step).
 
-The bare products of the two stacks are measured beside it: ``matmul_ratio`` is torch's time for the
-step's dense products over XLA's. Where it is far from 1 (torch's MKL takes a slow path on CPUs of
-other makers) ``ratio_vs_peft`` says more about the two matrix libraries than about adapters;
+The bare products of the two stacks are measured alongside it: ``matmul_ratio`` is torch's time for
+the step's dense products over XLA's. Where it is far from 1 (torch's MKL takes a slow path on CPUs
+of other makers) ``ratio_vs_peft`` says more about the two matrix libraries than about adapters;
 ``ratio_vs_peft_equal_matmul`` therefore gives torch XLA's time for those products:
 
 .. math:: (t_{\mathrm{peft}} - m_{\mathrm{torch}} + m_{\mathrm{xla}}) / t_{\mathrm{jlora}}
 
 ``transient_mib`` is the peak resident memory of a step above what is held between steps.
-
-Source: our reading. Deviates: -.
 """
 
 from typing import Any

@@ -11,8 +11,6 @@ of ONE adapter on all tokens, where every product has its largest form.
 ``base_copies`` is the number of times the base lies in the arguments of the step at once, by XLA's
 analysis: (arguments - bank - optimizer - batches) / base. ``temp_over_sequential`` is the
 temporary memory of 16 at once over that of one.
-
-Source: our reading. Deviates: -.
 """
 
 from typing import Any

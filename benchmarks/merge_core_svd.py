@@ -9,8 +9,6 @@ r"""The weighted sum of 8 adapters of rank 16 on 2048 x 2048, cut to rank 16: co
 
 ``ratio_vs_*`` is peer time / jlora time. ``error_vs_dense`` are the distances of the results to
 that of ``dense``, relative; ``transient_mib`` the peak memory of a call.
-
-Source: our reading. Deviates: -.
 """
 
 from typing import Any

@@ -6,8 +6,6 @@ donated: both write into the weights they are given, and leave a model without a
 ``ratio_vs_peft_new``: the same against ``jl.merge`` that leaves its parameters and makes new ones.
 ``ratio_vs_peft_eager``: the same against ``jl.merge`` outside of ``jit``.
 ``save_ratio_vs_peft``: PEFT's ``save_pretrained`` / ``jl.io.save_peft``, the same files.
-
-Source: our reading. Deviates: -.
 """
 
 import copy

@@ -5,8 +5,6 @@ r"""What a merge costs as the number of adapters T and their rank r grow.
 sum, over T at r = 16 and over r at T = 8. ``exponent`` is the slope :math:`p` of
 :math:`t \propto T^p` (or :math:`r^p`) between the last two points. The plot is
 ``docs/results/merge_scaling.svg`` (not with ``--quick``).
-
-Source: our reading. Deviates: -.
 """
 
 import math

@@ -25,7 +25,7 @@ merge into new weights can pass.
 memory of a call (jlora's counts as ``xla_temp_mib`` at least); ``large`` is one site of
 2048 x 2048. ``agreement`` compares results of TIES.
 
-Source: our reading of the public interfaces. Deviates: -.
+Reference: the public interfaces. Deviates: nothing.
 """
 
 import functools

@@ -8,7 +8,7 @@ with entries of :math:`v` small, as those of a trained LoRA's ``b`` are. ``Peft`
 adapters of a ``PeftModel``; a merge is `add_weighted_adapter`, and the merged adapter is deleted
 before the next.
 
-Source: our reading of the public interfaces. Deviates: -.
+Reference: the public interfaces. Deviates: nothing.
 """
 
 import warnings

@@ -13,8 +13,6 @@ cases, at the top:
   over the whole batch and no lookup: what no mixed batch can pass but by noise;
 - ``overhead_ratio_at_best``: PEFT's overhead over that;
 - ``recompiles``: compilations while ids, adapters and the whole bank are exchanged.
-
-Source: our reading. Deviates: -.
 """
 
 from collections.abc import Iterable

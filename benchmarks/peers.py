@@ -4,7 +4,7 @@ Adapters go over as PEFT directories, so that both stacks compute the same funct
 checks that they do before anything is timed. Attention is torch's fused kernel (``sdpa``), dropout
 is off, the optimizer is torch's Adam.
 
-Source: our reading of the public interfaces. Deviates: -.
+Reference: the public interfaces. Deviates: nothing.
 """
 
 import tempfile

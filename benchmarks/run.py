@@ -5,10 +5,8 @@ Every object of figures goes to ``docs/results/benchmarks.json``, the table to
 ``docs/benchmarks.md`` between its markers; with ``--only`` the others keep their last figures.
 ``--quick`` writes nothing. ``--render`` makes the table again from the kept figures.
 
-A row is one figure, its aim, and whether it is met: by CPU time on one core, and beside it by wall
-time on two. The last line of stdout is one JSON object ``{row: [figure, met]}``.
-
-Source: our reading. Deviates: -.
+A row is one figure, its aim, and whether it is met: by CPU time on one core, and alongside it by
+wall time on two. The last line of stdout is one JSON object ``{row: [figure, met]}``.
 """
 
 import argparse

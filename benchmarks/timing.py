@@ -20,8 +20,6 @@ taking it again, page by page, is a tenth of a step. ``--plain-malloc`` measures
 Progress goes to stderr; the last line of stdout is one JSON
 object. ``--quick`` takes tiny shapes, one thread and two repetitions: it shows that a benchmark
 runs, no more.
-
-Source: our reading. Deviates: -.
 """
 
 import argparse

@@ -8,8 +8,6 @@ layers unrolled. Per case, for ``trace`` (to StableHLO), ``compile`` and both (`
 
 At the top: ``lifted_over_plain``, the largest ``total`` of all cases, and ``lifted_trace_ms``.
 JAX's caches are cleared before every repetition; the first one does not count.
-
-Source: our reading. Deviates: -.
 """
 
 from collections.abc import Callable

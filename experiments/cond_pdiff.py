@@ -30,7 +30,9 @@ from experiments.workdir import Stage, StageError, explain_failed_write, read_js
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
 STAGE = flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
-HASTY = flags.DEFINE_bool("hasty", False, "compile in less time, run slower: for tiny runs")
+FAST_COMPILE = flags.DEFINE_bool(
+    "fast_compile", False, "compile in less time, run slower: for tiny runs"
+)
 CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
 config_lib.define_flags()
 
@@ -141,11 +143,11 @@ class _Timer:
         write_json(self.times.path, known)
 
 
-def compile_settings(workdir: Path, hasty: bool) -> None:
+def compile_settings(workdir: Path, fast: bool) -> None:
     """Compiled programs are kept in the workdir, so that a resumed run does not compile again."""
     import jax
 
-    if hasty:
+    if fast:
         fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast}"
     if not jax.config.jax_compilation_cache_dir:
@@ -185,7 +187,7 @@ def main(argv: list[str]) -> None:
             )
         config_lib.check_folders(config)
         workdir.mkdir(parents=True, exist_ok=True)
-        compile_settings(workdir, HASTY.value)
+        compile_settings(workdir, FAST_COMPILE.value)
         if config.task_dir and set(STAGE.value) <= {"sample", "evaluate"}:
             from experiments.stages import user_tasks
 

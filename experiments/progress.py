@@ -42,7 +42,7 @@ class Progress:
         self.writer = None if finished else SummaryWriter(str(folder))
 
     def step(self, count: int, **shown: float) -> None:
-        """Advance by `count` and show figures beside the bar."""
+        """Advance by `count` and show figures alongside the bar."""
         self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
         self.bar.update(count)
 

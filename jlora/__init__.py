@@ -1,6 +1,6 @@
 """jlora: low-rank adapters in JAX.
 
-An adapter is a PyTree beside the parameters. Merging it into them is its meaning; `lift` runs it
+An adapter is a PyTree alongside the parameters. Merging it into them is its meaning; `lift` runs it
 without ever merging. A tour, with ``import jlora as jl``:
 
 ====================================  =============================================================

@@ -4,7 +4,7 @@ One small model, a scan over two layers of two kernels [8, 12] and [12, 8], is a
 gradients of the lifted, merged and unrolled model come from one compilation. The registry names
 the laws that a method breaks by its nature; a further trial of a law is `LAWS["L4"](Case(method))`.
 
-Source: our reading of what an adapter owes.
+Reference: what an adapter must provide.
 Deviates: nothing.
 """
 
@@ -45,7 +45,7 @@ NAMES = NameMap(
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.016, "float16": 0.002}
 
 # Compile time is most of the run time: no effort is spent on code that runs once.
-HASTY = {"xla_backend_optimization_level": 0}
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def block(h: Any, k: Any) -> Any:
@@ -103,7 +103,7 @@ class Case:
         method: Method,
         lift: Callable = lift,
         merge: Callable = merge,
-        options: Mapping[str, Any] = HASTY,
+        options: Mapping[str, Any] = FAST_COMPILE,
     ) -> None:
         self.method, self.lift, self.merge = method, lift, merge
         self.jit = functools.partial(jax.jit, compiler_options=dict(options))

@@ -12,7 +12,6 @@ s      `scale` float32 [..., n / block, 1]
 Stacks are sliced while quantised, so inside a scan one layer at a time is made dense.
 
 Paper: Dettmers et al. 2023, QLoRA, arXiv:2305.14314 (a quantised frozen base under an adapter).
-Source: our reading.
 Deviates: uniform levels and one level of scales, where the paper has NF4 and doubly quantised ones.
 """
 

@@ -7,7 +7,7 @@ fsdp axes too.
 
 Source: our reading (measured: an adapter that inherits the fsdp axis adds an all-gather and a
 collective-permute a site).
-Deviates: none.
+Deviates: nothing.
 """
 
 from collections.abc import Sequence

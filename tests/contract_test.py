@@ -14,7 +14,7 @@ import pytest
 
 import jlora as jl
 from jlora import registry
-from jlora.contract import HASTY, LAWS, Case, check, filed
+from jlora.contract import FAST_COMPILE, LAWS, Case, check, filed
 from jlora.methods import LoRA
 
 EXAMPLES = {
@@ -34,11 +34,11 @@ TRIALS = [
 
 def options():
     """The compiler's, with what saves most of its time where this release knows it."""
-    quick = {**HASTY, "xla_cpu_use_fusion_emitters": False}
+    quick = {**FAST_COMPILE, "xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda x: x + 1, compiler_options=quick)(1.0)
     except Exception:  # the type of the error differs between releases
-        return HASTY
+        return FAST_COMPILE
     return quick
 
 

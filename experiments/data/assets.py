@@ -14,8 +14,6 @@ asks that checked archive for its metadata, which is the only code of a package 
 
 Raises ``AssetError`` (what is wrong, and what to do) for a missing package, a wrong hash, a
 truncated archive, an unsafe member path and a full disk.
-
-Source: our reading. Deviates: -.
 """
 
 import dataclasses

@@ -9,8 +9,6 @@
 So no text is twice in a corpus, and what a model reads is what was compared. ``Corpus.units``
 holds what the split is a hash of: the first ten words of the normalised text, so that a text and a
 shorter cut of it in another corpus share a split, or the document the text was cut from.
-
-Source: our reading. Deviates: -.
 """
 
 import dataclasses

@@ -6,8 +6,6 @@ instance ``train.jsonl`` and ``validation.jsonl`` or parquet files). GLUE's test
 so its validation split is our test split and a part of train, chosen by hash of the text, our
 validation split; a train text that is also in the test split is dropped. Sentence pairs become one
 text around ``[SEP]``. MNLI gives its three label pairs; STS-B is a regression and is not offered.
-
-Source: our reading. Deviates: -.
 """
 
 import dataclasses

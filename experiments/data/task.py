@@ -1,7 +1,4 @@
-"""What a task is: two described classes, and where their texts come from.
-
-Source: our reading. Deviates: -.
-"""
+"""What a task is: two described classes, and where their texts come from."""
 
 import dataclasses
 import hashlib

@@ -2,8 +2,6 @@
 
 A text's split depends on the text alone (``task.split_of`` of its corpus' unit), so it is the same
 in every task; classes are cut to equal size in an order that depends on the texts alone.
-
-Source: our reading. Deviates: -.
 """
 
 import functools

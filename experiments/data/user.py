@@ -11,8 +11,6 @@ and ``paraphrases`` (two lists of other wordings) are optional. ``train.jsonl`` 
 one text a class when the adapter is to be generated, not trained.
 
 Everything is checked before anything is used; ``TaskFolderError`` names file, line and remedy.
-
-Source: our reading. Deviates: -.
 """
 
 import json

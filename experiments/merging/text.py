@@ -7,8 +7,6 @@ Trains LoRA adapters of MiniLM-L6 on eight tasks of eight corpora (three seeds, 
 right: see `cells`. Finished cells are kept in the workdir; the same command goes on
 where it was. `--docs` writes the table, the plot and the figures into a folder of documents;
 `--quick` does all of it on a random encoder and made-up sentences. The last line is JSON.
-
-Source: our reading. Deviates: -.
 """
 
 from __future__ import annotations

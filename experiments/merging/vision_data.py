@@ -15,8 +15,6 @@ photograph.
 Licences: mnist MIT; Google's emoji Apache-2.0, Twitter's CC BY 4.0; the fonts' own, all free.
 
 Errors: ``AssetError`` where a package cannot be had; ``ValueError`` for a class without items.
-
-Source: our reading. Deviates: -.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 Rows of all tasks are one table ``found = (images [n, N, side, side, 3], label [n, N], Heads)``.
 R runs train in one program, vmapped over their adapters; the base is shared.
-
-Source: our reading. Deviates: -.
 """
 
 from __future__ import annotations

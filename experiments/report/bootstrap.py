@@ -8,7 +8,6 @@ resamples of
     \frac{\sum_{t\in s^*} x_t}{\sum_{t\in s^*} y_t}.
 
 Paper: Efron, Bootstrap methods, 1979.
-Source: our reading.
 Deviates: tasks are resampled as exchangeable; sub-tasks that share labels are not independent, so
 true uncertainty is somewhat larger than these intervals.
 """

@@ -1,7 +1,7 @@
 """Stage `evaluate`: every adapter on its task's test rows, and the audits in delta space.
 
 Figures are means over all samples and seeds, never the best of n. Work is kept per task, so a
-killed evaluation goes on where it was.
+killed evaluation resumes where it stopped.
 """
 
 from __future__ import annotations

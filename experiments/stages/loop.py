@@ -48,7 +48,7 @@ def train(
 ) -> tuple[PyTree, dict[str, list[float]]]:
     """Run `steps` steps of `step(state, data, key) -> (state, metrics)`.
 
-    Returns the last state and each metric as a list, one number a step. Raises FloatingPointError
+    Returns the last state and each metric as a list, one number per step. Raises FloatingPointError
     naming the step when the metric "loss" is not finite.
     """
     done, curves = 0, {}

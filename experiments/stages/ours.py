@@ -96,7 +96,7 @@ def step_of(value: Callable, opt: optax.GradientTransformation) -> Callable:
 
 
 def diffusion_value(config: Config) -> Callable:
-    """Loss 1 as `value(params, data, key)`, with the Dispersive Loss beside it if asked for."""
+    """Loss 1 as `value(params, data, key)`, with the Dispersive Loss alongside it if asked for."""
     goal, model = objective(config), dit.bind(network(config))
 
     def value(params: PyTree, data: Fixed, key: jax.Array) -> tuple[jax.Array, dict]:

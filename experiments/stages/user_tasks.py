@@ -3,7 +3,7 @@
 
 Each task gets `--samples` adapters generated from its descriptions and K training examples a class
 (no training), saved as Orbax and PEFT under `<workdir>/user/<task>/` and scored on all texts of its
-test split beside the base model, the baselines, and an adapter trained on its training texts.
+test split alongside the base model, the baselines, and an adapter trained on its training texts.
 """
 
 from __future__ import annotations

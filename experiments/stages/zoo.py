@@ -1,7 +1,7 @@
 """Stage `zoo`: LoRA adapters of many tasks and seeds, trained at once over one frozen base.
 
 A run is one (task, seed); chunks of `zoo_chunk` runs are trained together (`zoo_training`) and
-kept one by one, so a killed stage goes on where it was.
+kept one by one, so a killed stage resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Runs are a vmapped axis, sharded over all devices when their number divides the chunk: the base's
 matmuls see all runs' rows as one batch, only the adapter's own products are per run. A chunk of
 runs is checkpointed every `zoo_segment` steps and its rows are drawn from (seed, run, step), so a
-killed run goes on where it was and ends bitwise the same.
+killed run resumes where it stopped and ends bitwise the same.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ A bank of N adapters is an adapter whose arrays have one more leading axis, [N, 
 Nothing is stored that says so (under `jax.vmap` the same object is one adapter): the number of axes
 of a site's arrays does.
 
-Source: ours.
-Deviates: none.
+Deviates: nothing.
 """
 
 import math

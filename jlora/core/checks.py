@@ -1,7 +1,6 @@
 """What a hyper-parameter may be.
 
-Source: ours.
-Deviates: none.
+Deviates: nothing.
 """
 
 from typing import Any

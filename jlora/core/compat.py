@@ -3,8 +3,8 @@
 Everything version-dependent is a small function here; the rest of the core sees plain values. (One
 fault of some releases has a file of its own, `jlora.lapack`.)
 
-Source: jax's own evaluator of jaxprs, over the releases 0.8 - 0.12 (our reading).
-Deviates: none.
+Source: jax's own evaluator of jaxprs, over the releases 0.8 - 0.12.
+Deviates: nothing.
 """
 
 import contextlib

@@ -3,8 +3,7 @@
 The matrix is [window * channels in, channels out]; multiplying the patches with a thin matrix is
 the same convolution with fewer channels out.
 
-Source: our reading.
-Deviates: none.
+Deviates: nothing.
 """
 
 import math

@@ -4,8 +4,7 @@ The axes of a leaf are its first *atoms*. Reshapes split atoms, views permute an
 and scans take stack atoms away; so the matrix [d_in, d_out] can always be recovered:
 atoms of kind 'i' in their order are d_in, atoms of kind 'o' are d_out.
 
-Source: our reading.
-Deviates: none.
+Deviates: nothing.
 """
 
 import dataclasses

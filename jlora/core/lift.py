@@ -7,8 +7,7 @@ its part:
 
 .. math:: \\mathrm{lift}(f)(\\theta, \\phi, x) = f(\\mathrm{merge}(\\theta, \\phi), x)
 
-Source: our reading.
-Deviates: none.
+Deviates: nothing.
 """
 
 import difflib

@@ -3,8 +3,7 @@
 A row number stands for the row; the method multiplies it with its own thin matrices by looking up
 in them. A gather along a stack axis only chooses slices.
 
-Source: our reading.
-Deviates: none.
+Deviates: nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -105,7 +104,7 @@ def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
     if found is None or len(w.dims[found.axis]) != 1:
         return None
     axis, kind = found.axis, w.atoms[w.dims[found.axis][0]].kind
-    layer = jnp.ndim(ids) == 1 and scope.times > 1  # one slice a step of a loop, not a row
+    layer = jnp.ndim(ids) == 1 and scope.times > 1  # one slice per step of a loop, not a row
     if kind == "s" or (kind == "?" and (w.ndim > 2 or layer)):
         return _select(w, ids, found, eqn)
     if scope.uses is not None:

@@ -3,8 +3,7 @@
 Each hands the method an `x` whose last axis is d_in (or something that stands for it) and a `w`
 that runs the model's own operation, and puts the answer back into the model's layout.
 
-Source: our reading.
-Deviates: none.
+Deviates: nothing.
 """
 
 import math

@@ -4,8 +4,7 @@ Each adapted leaf is seen as matrices [d_in, d_out], one a stack slice, and repl
 `method.merge` of them, computed in at least float32 and cast to the leaf's dtype once. The
 parameters given are not touched, and all other leaves are the same objects in the result.
 
-Source: our reading.
-Deviates: none.
+Deviates: nothing.
 """
 
 from typing import Any

@@ -22,9 +22,9 @@ from jlora.core.site import Arrays, Site, widened
 class Method:
     """Base of all methods: a frozen dataclass of hyper-parameters with functions of ONE matrix.
 
-    The core maps them over stack axes. A method owes `init` and either `factors` or `merge`;
-    `apply` is a fast path. Hyper-parameters that live on as data (alpha, as `scale`) are declared
-    `dataclasses.field(compare=False)`, so that adapters that differ in them still stack.
+    The core maps them over stack axes. A method must provide `init` and either `factors` or
+    `merge`; `apply` is a fast path. Hyper-parameters that live on as data (alpha, as `scale`) are
+    declared `dataclasses.field(compare=False)`, so that adapters that differ in them still stack.
     """
 
     rank_axes: ClassVar[Mapping[str, int]] = {}  # name -> rank axis from the end; padded by `stack`
@@ -86,7 +86,8 @@ class Method:
 
 @jax.custom_jvp
 def add_low_rank(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
-    """w + u @ v; thin factors as a sum of outer products, one pass over w and no product beside it.
+    """w + u @ v; thin factors as a sum of outer products, one pass over w and no product alongside
+    it.
 
     XLA fuses the sum; on a CPU at rank 8: a sixth of the time in place, half into new arrays.
     """

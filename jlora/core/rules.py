@@ -1,10 +1,10 @@
-"""A rule a primitive: how lazy weights pass through it.
+"""One rule per primitive: how lazy weights pass through it.
 
 A rule takes (scope, equation, *values) and returns the equation's outputs, or None when the
 weights have to be merged for it.
 
-Source: our reading of JAX's primitives.
-Deviates: none.
+Reference: JAX's primitives.
+Deviates: nothing.
 """
 
 from collections.abc import Callable, Sequence

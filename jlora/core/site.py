@@ -70,7 +70,7 @@ class Site:
 
     path: str  # "layers/attention/query/kernel"
     shape: tuple[int, ...]  # of the leaf
-    kinds: str  # one char an axis of the leaf: 's' stack, 'i' in, 'o' out
+    kinds: str  # one character per axis of the leaf: 's' stack, 'i' in, 'o' out
     dtype: Any  # of the leaf
     ops: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what consumes it
     flops: int = dataclasses.field(default=0, compare=False)  # of one call of the function

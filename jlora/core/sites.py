@@ -3,8 +3,7 @@
 The function is traced with every leaf lazy and its axes unknown; the matmul that uses a leaf tells
 which axes are contracted ('i'), mapped or scanned over ('s') and left ('o'). Nothing runs.
 
-Source: our reading.
-Deviates: none.
+Deviates: nothing.
 """
 
 import dataclasses
@@ -215,7 +214,7 @@ class _Use(NamedTuple):
     """One use of a leaf."""
 
     op: str  # what consumes it
-    kinds: str | None  # one char an axis of the leaf; None where an axis has two roles
+    kinds: str | None  # one character per axis of the leaf; None where an axis has two roles
     views: tuple[str, ...]  # that change its rows or columns
     refused: tuple[str, ...]  # what needs it merged, with lines
     after: bool  # whether that comes before `op`
@@ -292,7 +291,7 @@ def init(
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Adapter:
-    """A fresh adapter beside `params` for the sites that the patterns of `methods` select.
+    """A fresh adapter alongside `params` for the sites that the patterns of `methods` select.
 
     `on_dense`: "merge" also adapts weights that an operation needs merged before the matmul (masks,
     quantisation); `lift` is then called with the same.

@@ -4,7 +4,7 @@ The sites and methods of an adapter are part of the type of its argument. They a
 as in an Orbax checkpoint; only methods of `jlora.methods` are read back, by name.
 
 Source: ours; the form is that of `jlora.io.orbax`.
-Deviates: none.
+Deviates: nothing.
 """
 
 import json

@@ -1,10 +1,9 @@
 """The one place where a file name that a file holds becomes a path: it stays inside its folder.
 
-The names of shards in an index, of members in an archive, of files in a manifest come from
-strangers. Joined as they are, ``/etc/x``, ``../x``, ``C:\\x`` or ``link/x`` (a symbolic link to
-elsewhere) name files outside of the folder, which would be read, or overwritten.
+The names of shards in an index, of members in an archive, of files in a manifest are untrusted.
+Joined as they are, ``/etc/x``, ``../x``, ``C:\\x`` or ``link/x`` (a symbolic link to elsewhere)
+name files outside of the folder, which would be read, or overwritten.
 
-Source: our reading.
 Deviates: the last part of a name may be a symbolic link to a file elsewhere, where it is read: the
 cache of Hugging Face consists of such links. Writing replaces links, and never follows them.
 """

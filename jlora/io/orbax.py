@@ -1,4 +1,4 @@
-"""Adapters and banks as Orbax checkpoints, with what they are written beside the arrays.
+"""Adapters and banks as Orbax checkpoints, with what they are written alongside the arrays.
 
 A checkpoint is a directory that Orbax commits by renaming it: it is there whole or not at all. It
 holds every array (sharded ones by their shards) and a JSON description: sites, methods with their

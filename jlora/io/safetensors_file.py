@@ -1,4 +1,4 @@
-"""Strict reading and atomic, deterministic writing of safetensors files from strangers.
+"""Strict reading and atomic, deterministic writing of safetensors files from untrusted sources.
 
 The `safetensors` package parses the format; this file adds what it leaves open: limits, duplicate
 keys, holes, wrong sizes, weights that are not finite, and pickles under another name. A file is
@@ -219,7 +219,7 @@ def _regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a temporary file beside `path` and renames it: readers see the old or the new one."""
+    """Writes a temporary file next to `path` and renames it: readers see the old or the new one."""
     folder, name = os.path.split(os.fspath(path))
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
     try:

@@ -15,8 +15,8 @@ A window of one point is none: a file of such a convolution (SD 1.5's `proj_in`)
 matrix (SD 2's), and the other way round, see `pointwise`.
 
 Source: peft 0.21.2, its files.
-Deviates: none. Grouped convolutions are not told from others by their site: PEFT's second factor of
-them is smaller, so their files are refused, here and there.
+Deviates: nothing. Grouped convolutions are not told from others by their site: PEFT's second
+factor of them is smaller, so their files are refused, here and there.
 """
 
 from __future__ import annotations

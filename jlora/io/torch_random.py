@@ -3,7 +3,7 @@
 .. math::
     u = (\\mathrm{mt19937}() \\bmod 2^{24}) \\, 2^{-24}, \\qquad x = \\mathrm{fma}(u, b - a, a)
 
-Source: our reading of what torch 2.13 returns on x86-64 (fused multiply-add, float32).
+Reference: what torch 2.13 returns on x86-64 (fused multiply-add, float32).
 Deviates: nothing that was seen; builds of torch without fused multiply-add differ in the last bit.
 """
 

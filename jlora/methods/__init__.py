@@ -1,4 +1,4 @@
-"""Parameterisations: one file a method, each a frozen dataclass of pure functions of one matrix."""
+"""Parameterisations: one file per method, each a frozen dataclass of pure functions of a matrix."""
 
 from jlora.methods.decomposed.decomposed import Decomposed as Decomposed
 from jlora.methods.decomposed.dora import DoRA as DoRA

@@ -15,7 +15,7 @@ Errors: ``ValueError`` naming the tensor, got and expected, for tensors that are
 (other than those named by ``ignore``), misshapen, of another dtype or not finite; ``ValueError``
 naming the field for a config that this encoder does not implement.
 
-Source: our reading of the published BERT checkpoints.
+Reference: the published BERT checkpoints.
 Deviates: no.
 """
 

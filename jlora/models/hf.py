@@ -13,7 +13,7 @@ Errors: ``ValueError`` with path, name, got and expected for a field that is mis
 implemented; for tensors that are missing, surplus, there twice, misshapen, of another dtype than
 float32, float16 and bfloat16, or not finite.
 
-Source: our reading of published checkpoints.
+Reference: published checkpoints.
 Deviates: no.
 """
 

@@ -2,7 +2,7 @@ r"""The three element-wise hot spots of a transformer layer, each with a hand-wr
 
 Automatic differentiation of these functions is correct but keeps several arrays of activation size
 alive between the forward and the backward pass. The rules below keep the least: one array for
-``gelu``, one array and one number a row for ``layer_norm``, the probabilities for ``softmax``.
+``gelu``, one array and one number per row for ``layer_norm``, the probabilities for ``softmax``.
 They are ``custom_jvp``, not ``custom_vjp``: every rule is linear in the tangent, so JAX transposes
 it, and reverse mode, forward mode, higher order and ``vmap`` all work.
 
@@ -81,7 +81,7 @@ def _layer_norm_jvp(eps, primals, tangents):
     if not isinstance(dx, SymbolicZero):
         wide = dx.astype(jnp.float32)
         along = jnp.mean(wide * unit, axis=-1, keepdims=True)
-        # rstd first, scale last: the factors kept for the backward pass are then a number a row
+        # rstd first, scale last: the factors kept for the backward pass are then a number per row
         # and a vector, never their product of activation size.
         inner = rstd * (wide - jnp.mean(wide, axis=-1, keepdims=True) - unit * along)
         terms.append(inner * _row(scale, x.ndim))

@@ -1,4 +1,4 @@
-"""Texts to fixed-length token arrays, by the fast tokenizer stored beside a checkpoint.
+"""Texts to fixed-length token arrays, by the fast tokenizer stored alongside a checkpoint.
 
 ``tokenizer(directory)`` reads ``tokenizer.json``. ``encode_batch(texts, length)`` gives ``ids``
 int32 ``[n, t]`` and ``mask`` bool ``[n, t]`` (True = a token), ``t == length``: longer texts are

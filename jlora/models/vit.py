@@ -25,7 +25,7 @@ Errors: ``ValueError`` for images of another shape, a width that the heads do no
 that the patches do not; for a config that this model does not implement (field, got, expected), and
 for tensors that are missing, surplus (other than heads and pooler), misshapen or not finite.
 
-Source: paper, Dosovitskiy et al. 2021 (arXiv:2010.11929); our reading of the published checkpoints.
+Source: paper, Dosovitskiy et al. 2021 (arXiv:2010.11929) of the published checkpoints.
 Deviates: no dropout, no pooler; no interpolation of positions.
 """
 

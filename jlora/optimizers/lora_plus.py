@@ -14,7 +14,7 @@ included: ``optax.chain(optax.adamw(1e-4), lora_plus(16.0))`` on `adapter.traina
 
 Paper: Hayou et al. 2024, arXiv:2402.12354.
 Source: paper (lambda = 16 is its default).
-Deviates: the rates of looked-up tables are not set apart, as the official code does.
+Deviates: the rates of embedding tables are not set apart, as the official code does.
 """
 
 from collections.abc import Collection

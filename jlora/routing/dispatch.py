@@ -17,7 +17,7 @@ back-end     cost a token                        good for
 ``ragged`` cannot be vmapped over x alone (JAX's `ragged_dot` lacks that rule): flatten the tokens
 or take another back-end there.
 
-Source: our reading of the sparse-dispatch literature; `jax.lax.ragged_dot`.
+Reference: the sparse-dispatch literature; `jax.lax.ragged_dot`.
 Deviates: nothing; all three drop no token.
 """
 

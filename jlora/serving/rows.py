@@ -24,7 +24,6 @@ not, JAX clamps what is outside.
 
 Paper: the idea of one batch over many adapters is of Punica (arXiv:2310.18547) and S-LoRA
 (arXiv:2311.03285).
-Source: our reading.
 Deviates: no kernel of our own: a gather, batched thin products, a sum that XLA fuses (`spread`).
 """
 
@@ -89,7 +88,8 @@ def spread(h: jax.Array, v: jax.Array) -> jax.Array:
     """h [..., R] @ v [R, n] as a sum of R outer products; where it is differentiated, a product.
 
     XLA fuses the sum with the one it goes into: one pass over that, and no batch of small products
-    beside it (half of their time on one core, and cores share it). A gradient wants the products.
+    alongside it (half of their time on one core, and cores share it). A gradient wants the
+    products.
     """
     if compat.explicit(h):
         return compat.matmul(h, v, thin=True)

@@ -234,7 +234,7 @@ def test_merging_works_from_init_on(name):
 
 
 def test_values_that_are_no_weights_do_not_stop_all_linear():
-    """Biases, gains, positions, class tokens and tables beside a matmul."""
+    """Biases, gains, positions, class tokens and tables alongside a matmul."""
     params = {
         "w": leaf(4, 4), "bias": leaf(2, 2), "positions": leaf(3, 4), "token": leaf(1, 4),
         "table": leaf(5, 4),

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the reader of PEFT's directories, by atheris (libFuzzer).
 
-Run by a developer, where atheris is installed beside the test extras; not part of CI:
+Run by a developer, where atheris is installed alongside the test extras; not part of CI:
 
     python tests/golden/fuzz_peft.py [-max_total_time=180] [libFuzzer's other options] [corpus]
 

@@ -1,6 +1,6 @@
 """Writes third_party/bitsandbytes: a tiny Llama that bitsandbytes has quantised to LLM.int8.
 
-Needs bitsandbytes, which the tests do not: `pip install bitsandbytes==0.50.2` beside the test
+Needs bitsandbytes, which the tests do not: `pip install bitsandbytes==0.50.2` alongside the test
 dependencies, then `python tests/golden/make_bitsandbytes.py`.
 """
 

@@ -5,10 +5,11 @@ Run by a developer where torch, peft and diffusers are installed:
     PYTHONHASHSEED=0 python tests/golden/make_diffusers.py [--out third_party/diffusers]
 
 One tiny random U-Net. A file an adapter, written by `save_lora_weights` with or without its
-metadata, or by `save_lora_adapter`; beside it what a U-Net into which diffusers has loaded the file
-computes and what each module adds to its weight, or, with magnitudes, the weight it has then. The
-weights of the modules are in `base.safetensors`. METADATA says versions, command and the sha256 of
-every file, which change from run to run: safetensors writes the header's two entries in any order.
+metadata, or by `save_lora_adapter`; alongside it what a U-Net into which diffusers has loaded the
+file computes and what each module adds to its weight, or, with magnitudes, the weight it has then.
+The weights of the modules are in `base.safetensors`. METADATA says versions, command and the
+sha256 of every file, which change from run to run: safetensors writes the header's two entries in
+any order.
 """
 
 from __future__ import annotations

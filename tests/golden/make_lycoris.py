@@ -5,8 +5,8 @@ Run by a developer where torch and lycoris-lora are installed:
     python tests/golden/make_lycoris.py [--out third_party/lycoris]
 
 One tiny random model, its weights, inputs and output in `base.safetensors`; a file an adapter, with
-its output [4, 8] beside it. In `conv` the same of a model with convolutions, its output [2, 10],
-and beside the output the delta of every module that LyCORIS's layer adds to its weight. METADATA
+its output [4, 8] alongside it. In `conv` the same of a model with convolutions, its output [2, 10],
+and alongside the output the delta of every module that LyCORIS's layer adds to its weight. METADATA
 says versions, command and the sha256 of every file.
 """
 

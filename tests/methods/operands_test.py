@@ -11,7 +11,7 @@ import pytest
 
 import jlora as jl
 from jlora import registry
-from jlora.contract import HASTY, close
+from jlora.contract import FAST_COMPILE, close
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -64,7 +64,7 @@ def check(method, name):
         lifted = step(lambda a: jl.lift(model)(PARAMS, a, ctx=CTX[where]))(trainable)
         return lifted, step(lambda a: model(jl.merge(PARAMS, a)))(trainable)
 
-    close(*jax.jit(both, compiler_options=HASTY)(adapter.trainable))
+    close(*jax.jit(both, compiler_options=FAST_COMPILE)(adapter.trainable))
 
 
 METHODS = {k: s.examples[0] for k, s in registry.methods().items() if "L3" not in s.breaks}

@@ -4,8 +4,6 @@ The sentence is part of a task's condition; the other wordings serve the control
 same class in different words. Nothing here was made from the texts themselves.
 
 ``LABELS[corpus][label]`` is a ``Label``; ``REST`` describes "any other label" of a corpus.
-
-Source: our reading. Deviates: -.
 """
 
 from experiments.data.descriptions.genres import GENRES

@@ -1,7 +1,4 @@
-"""Kinds of prose and ages of speech.
-
-Source: our reading. Deviates: -.
-"""
+"""Kinds of prose and ages of speech."""
 
 from experiments.data.descriptions.label import Label
 

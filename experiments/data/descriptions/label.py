@@ -1,7 +1,4 @@
-"""The human words for one label.
-
-Source: our reading. Deviates: -.
-"""
+"""The human words for one label."""
 
 from typing import NamedTuple
 

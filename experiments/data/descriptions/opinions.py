@@ -1,7 +1,4 @@
-"""Opinions, authors and purposes: reviews, tweets, editorials, mail.
-
-Source: our reading. Deviates: -.
-"""
+"""Opinions, authors and purposes: reviews, tweets, editorials, mail."""
 
 from experiments.data.descriptions.label import Label
 

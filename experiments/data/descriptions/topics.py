@@ -1,7 +1,4 @@
-"""Subjects: newsgroups and newswire.
-
-Source: our reading. Deviates: -.
-"""
+"""Subjects: newsgroups and newswire."""
 
 from experiments.data.descriptions.label import Label
 

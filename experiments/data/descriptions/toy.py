@@ -1,7 +1,4 @@
-"""Labels of the made-up corpora.
-
-Source: our reading. Deviates: -.
-"""
+"""Labels of the made-up corpora."""
 
 from experiments.data.descriptions.label import Label
 

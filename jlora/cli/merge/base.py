@@ -24,7 +24,7 @@ from jlora.io.inside import inside
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {name: safetensors_file.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
-MARKER = "jlora_merge.json"  # beside what the command writes; see `write`
+MARKER = "jlora_merge.json"  # alongside what the command writes; see `write`
 
 
 class Base:
@@ -65,8 +65,8 @@ class Base:
     def params(self, tables: Collection[str] = ()) -> dict[str, dict[str, Any]]:
         """Module -> the site of its weight (of 2 to 5 axes), and its bias where there is one.
 
-        `tables`: the modules whose weight is a looked-up table. Codes of quantised weights count as
-        float32, which is what their values are read as.
+        `tables`: the modules whose weight is an embedding table. Codes of quantised weights count
+        as float32, which is what their values are read as.
         """
         found: dict[str, dict[str, Any]] = {}
         for name, (shape, dtype) in self.shapes.items():

@@ -19,10 +19,10 @@
     seed: 0                            # of randomised methods
     out: {path: merged, format: peft, rank: 8, dtype: float32}    # format: peft, orbax or merged
 
-Sites are called `<module>/kernel`, and looked-up tables `<module>/embedding`; convolutions and
+Sites are called `<module>/kernel`, and embedding tables `<module>/embedding`; convolutions and
 tables are merged as matrices are, see `layout`. A base is needed to write merged weights, to
 convert adapters whose delta depends on the weight, and to read adapters other than LoRA, or with
-the base's table or head beside them. A filter that no site is left for is an error.
+the base's table or head alongside them. A filter that no site is left for is an error.
 
 A file of mergekit means what it means there (`mergekit.py`, `docs/merging.md`): a model may be a
 full checkpoint, `base+adapter`, or an id of the Hugging Face hub that is in the local cache; with
@@ -37,7 +37,7 @@ one of them `out.format` is merged by default. Of its other keys these are read:
 `weight` of no model means 1/N each. `normalize` is a switch of mergekit's methods, as there; of
 the others it divides the weights of a site by their sum.
 
-Source: our reading of mergekit's format (0.1.5).
+Reference: mergekit's format (0.1.5).
 Deviates: layers that move (frankenmerges), `modules`, `chat_template` and tokenizers that differ
 are refused by name; a gradient needs two layers to have an end.
 """

@@ -149,7 +149,7 @@ def write(path: Path, plan: Plan, config: Config, done: Callable[[], None]) -> N
 
 
 def notes(path: Path, config: Config, parameters: Any, **more: Any) -> None:
-    """What was merged, by which parameters, defaults included, as JSON beside the result."""
+    """What was merged, by which parameters, defaults included, as JSON alongside the result."""
     data = {
         "merge_method": config.method,
         "models": [str(m.path) for m in config.models],

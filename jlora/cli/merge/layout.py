@@ -4,7 +4,7 @@
 module          weight in torch           site                     matrix [d_in, d_out]
 ==============  ========================  =======================  =============================
 linear          [out, in]                 `kernel` [in, out]       [in, out]
-looked-up table [rows, dim]               `embedding`, the same    [rows, dim]
+embedding table [rows, dim]               `embedding`, the same    [rows, dim]
 convolution     [out, in, *window]        `kernel`                 [window * in, out]
                                           [*window, in, out]
 ==============  ========================  =======================  =============================

@@ -1,6 +1,5 @@
 """`python -m jlora.merge --config merge.yaml`: read, plan, merge, write.
 
-Source: our reading.
 Deviates: nothing.
 """
 

@@ -4,7 +4,7 @@
 space          what is merged: "delta", task vectors W_n - B, or "weights", the W_n themselves;
                "either": task vectors where a base is given
 base           whether the base is "required", "optional" or an "input" like the others
-least, most    how many models beside the base there may be
+least, most    how many models alongside the base there may be
 =============  =================================================================================
 
 A parameter is one value for the merge, or (`each`) one for every model, as there; a filter that

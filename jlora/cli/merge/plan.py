@@ -1,6 +1,5 @@
 """What a merge will do: weights and options of every site, chunks of equal ones, memory.
 
-Source: our reading.
 Deviates: nothing.
 """
 

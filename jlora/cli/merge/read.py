@@ -1,6 +1,5 @@
 """Adapters from files on the sites of one base, and what of them needs the base's weights.
 
-Source: our reading.
 Deviates: nothing.
 """
 
@@ -155,7 +154,7 @@ def factors(path: Path, names: NameMap) -> Shapes:
 
 
 def is_table(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the tensors of a module are those of a looked-up table."""
+    """Whether the tensors of a module are those of an embedding table."""
     return bool({FIRST[1], SECOND[1], ROWS} & shapes.keys())
 
 
@@ -179,9 +178,9 @@ def inferred(path: Path, shapes: Shapes) -> dict[str, Site]:
 def load(path: Path, names: NameMap, where: Any, base: Base | None) -> Adapter:
     """The adapter of a PEFT directory.
 
-    PEFT writes the weights of adapted tables and heads beside some adapters; they must be those of
-    the base. Raises ConfigError or FormatError: they are not, or cannot be compared; the base keeps
-    matrices as [in, out].
+    PEFT writes the weights of adapted tables and heads alongside some adapters; they must be those
+    of the base. Raises ConfigError or FormatError: they are not, or cannot be compared; the base
+    keeps matrices as [in, out].
     """
     if base and peft_config.read(path / CONFIG).get("fan_in_fan_out") is True:
         raise ConfigError(

@@ -4,7 +4,6 @@ A folder is recognised by `MARKER` inside it, which lists what was written. A fo
 with other files besides (notes, a repository, an adapter that was trained on top), a link, and any
 folder in which an input of the merge lies are left alone.
 
-Source: our reading.
 Deviates: nothing.
 """
 

@@ -5,7 +5,6 @@ the interpreter ends: a segmentation fault, or seconds of waiting for a compilat
 runs in a thread of its own, the main thread only waits, and its handler cleans up and leaves the
 process without unwinding anything.
 
-Source: our reading.
 Deviates: nothing.
 """
 

@@ -80,7 +80,7 @@ vibevoice video_llama_3 video_llava vipllava xcodec2 xlstm
 """.split())  # fmt: skip
 
 
-# Masked language models: their output layer has weights of its own beside the table.
+# Masked language models: their output layer has weights of its own alongside the table.
 ENCODERS = frozenset("""
 albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra
 ernie esm esmc eurobert flaubert fnet funnel gte ibert jina_embeddings_v3 layoutlm longformer

@@ -7,7 +7,7 @@ a gradient  a list of numbers from the first layer to the last, interpolated; of
 filters     a list of {filter, value}; the first entry whose text is part of the name counts
 ==========  ====================================================================================
 
-Source: our reading of mergekit's format (0.1.5).
+Reference: mergekit's format (0.1.5).
 Deviates: a filter that is part of no name is an error.
 """
 
@@ -102,7 +102,7 @@ def check_filters(value: Any, where: str, paths: Sequence[str]) -> None:
 
 
 def keys(data: Any, where: str, owed: tuple[str, ...], free: tuple[str, ...]) -> dict[str, Any]:
-    """`data` as a dict of these keys. Raises ConfigError: others, or `owed` ones lack."""
+    """`data` as a dict of these keys. Raises ConfigError: others, or `owed` ones are missing."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: got {data!r}, expected keys {owed + free}")
     for key in owed:

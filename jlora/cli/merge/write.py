@@ -1,11 +1,10 @@
 """The result in files: whole, or not there at all.
 
-Everything is written into a hidden directory beside the target, which is renamed when it is
+Everything is written into a hidden directory alongside the target, which is renamed when it is
 complete, and removed when anything goes wrong. A run that is killed outright leaves the target as
 it was; the next run removes the hidden directory, and puts back what was about to be replaced.
 `replaceable` says what may be replaced.
 
-Source: our reading.
 Deviates: nothing.
 """
 
@@ -62,7 +61,7 @@ def whole(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[
 
 
 def abandon(path: Path) -> None:
-    """What was there before is at `path` again, unless the result is; nothing is beside it.
+    """What was there before is at `path` again, unless the result is; nothing is alongside it.
 
     Safe while another thread is still in `whole`: first the hidden directory gets another name, so
     that nothing of it can become the result any longer.

@@ -13,7 +13,6 @@ different seeds. In float32 distances resolve to about 1e-3 of the norm (square 
 
 Paper: Zeng et al., Generative modeling of weights: generalization or memorization?, 2025 (IoU of
 wrong predictions, distance to the nearest training point); Roy and Vetterli, 2007 (effective rank).
-Source: our reading.
 Deviates: distances are between deltas, not flattened factors.
 """
 
@@ -141,7 +140,7 @@ def affine_residual(
     cross: Float[Array, "m n"],
     squared_x: Float[Array, "m"],
 ) -> Float[Array, "m"]:
-    """Distance to the affine hull over distance to the mean: 0 inside the hull, 1 beside it.
+    """Distance to the affine hull over distance to the mean: 0 inside the hull, 1 alongside it.
 
     Args:
       weights: [m, n] of the projections, from ``span.affine_weights(gram, cross)``.

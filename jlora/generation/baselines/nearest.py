@@ -11,7 +11,6 @@ entries for ``soup.combine``. Where a task has several adapters let the entries 
 multiply: ``nearest(...) @ soup.task_weights(...)`` is the soup of the nearest task.
 
 Paper: none; the retrieval baselines of the weight-generation literature (SG-LoRA's weighted soup).
-Source: our reading.
 Deviates: the temperature is not a free choice: ``choose_temperature`` takes the one with the least
 leave-one-task-out error on the training tasks.
 """

@@ -110,7 +110,7 @@ def fit(kernel: Kernel, conditions: Float[Array, "n E"], penalty: float) -> Ridg
 
     Args:
       kernel: the kernel (static).
-      conditions: [n, E], one row a training adapter (or task soup).
+      conditions: [n, E], one row per training adapter (or task soup).
       penalty: absolute ridge penalty, > 0.
 
     Returns:

@@ -15,7 +15,6 @@ of adapter n. Three ways to form the sum, by what the adapters share:
 * ``delta_soups``: the best rank-k approximation of that exact sum, with its error.
 
 Paper: Wortsman et al., Model soups, 2022 (the averaging).
-Source: our reading.
 Deviates: soups there average full weights, here deltas.
 """
 

@@ -12,7 +12,6 @@ Symbols: :math:`G` is ``gram`` [n, n], :math:`c_m` is ``cross`` [m, n], :math:`H
 with :math:`(\cdot)_k^+` the pseudo-inverse on the k leading eigenvectors. Rows of ``w`` sum to one.
 
 Paper: none (least squares).
-Source: our reading.
 Deviates: nothing to deviate from.
 """
 

@@ -11,7 +11,6 @@ differentiable: it may sit inside a task loss.
 States are PyTrees whose hyper-parameters are static, so they pass through jit; `template` gives the
 structure, shapes and dtypes of a state to restore a checkpoint into.
 
-Source: our reading.
 Deviates: nothing.
 """
 

@@ -64,7 +64,7 @@ class ConvAEConfig:
     input_noise: float = 1e-3  # share of noise in the input
     latent_noise: float = 0.1  # share of noise in the latent
     standardise: bool = True  # latents to unit scale; False: raw tanh outputs as in the paper
-    steps: int = 10_000  # training steps (the paper's batch is its whole zoo: one step an epoch)
+    steps: int = 10_000  # training steps (the paper's batch is its whole zoo: one step per epoch)
     batch: int = 256  # adapters a step
     chunk: int = 100  # steps in one jitted scan
     learning_rate: float = 1e-3  # AdamW

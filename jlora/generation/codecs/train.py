@@ -3,7 +3,6 @@ r"""The training loop of the autoencoder codecs: jitted scans over chunks of ste
 Step s draws its minibatch and its noise from fold_in(key, s), so a run that is resumed from any
 saved `TrainState` takes the steps an undisturbed one would have taken.
 
-Source: our reading.
 Deviates: nothing.
 """
 

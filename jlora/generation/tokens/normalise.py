@@ -34,7 +34,7 @@ MODES = ("site_rms", "coordinate", "task")
 
 
 class Normaliser(NamedTuple):
-    """Statistics. Global modes have [T, D] arrays, mode "task" has [K, T, D], a row a task id."""
+    """Statistics. Global modes have [T, D] arrays, mode "task" has [K, T, D], a row per task id."""
 
     mean: Array  # [T, D] or [K, T, D]
     scale: Array  # [T, 1] (site_rms), [T, D] (coordinate) or [K, T, D] (task)
@@ -107,7 +107,7 @@ def _moments(x: Array) -> tuple[Array, Array]:
 
 
 def apply(norm: Normaliser, x: Float[Array, "T D"], task: Array | int | None = None) -> Array:
-    """Normalised tokens [T, D] of one adapter; `task` (an id) is owed by mode "task" only."""
+    """Normalised tokens [T, D] of one adapter; `task` (an id) is required by mode "task" only."""
     mean, scale = _rows(norm, task)
     return (x - mean) / scale
 

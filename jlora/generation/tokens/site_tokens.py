@@ -12,8 +12,8 @@ are used: `detokenise(spec, tokenise(spec, tree))` is the tree, bitwise.
 
 Everything is written for one adapter; `jax.vmap(partial(tokenise, spec))` does a bank.
 
-Source: our reading (one token a site as in Weight2Token, arXiv 2603.15990).
-Deviates: factors enter whole; that paper splits them into one token a singular direction.
+Source: our reading (one token per site as in Weight2Token, arXiv 2603.15990).
+Deviates: factors enter whole; that paper splits them into one token per singular direction.
 """
 
 import dataclasses

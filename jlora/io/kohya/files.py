@@ -45,7 +45,8 @@ def load_kohya(
       params_or_sites: as for `load_peft`.
       layout: as for `load_peft`.
       prefix: ``lora_unet``, ``lora_te``, ``lora_te1``, ``lora_te2``, ``lycoris``, ...
-      others: what to do with keys of other prefixes (the text encoder beside the U-Net): "refuse"
+      others: what to do with keys of other prefixes (the text encoder alongside the U-Net):
+      "refuse"
         the file or "leave" them.
 
     Raises:

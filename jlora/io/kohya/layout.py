@@ -25,7 +25,7 @@ LoKr, with a core   lokr_w2_a [R, o2],                   b2 [R, o2],
 (hada_w2_a, hada_w2_b and hada_t2 are as the first three.) A core's first axis meets the outputs.
 
 Source: LyCORIS 4.1 and peft 0.21.2, their files.
-Deviates: none.
+Deviates: nothing.
 """
 
 from __future__ import annotations

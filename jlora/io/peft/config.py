@@ -4,10 +4,10 @@ The rules of PEFT 0.21.2, stated without any method: a field has one value for t
 pattern field may override it for some modules. A field that jlora knows nothing of must be neutral
 (null, false, empty), else the file is refused: nothing that changes the maths is dropped.
 
-Patterns come from strangers, so every regular expression runs against a deadline.
+Patterns come from untrusted sources, so every regular expression runs against a deadline.
 
 Source: peft 0.21.2, read for its behaviour (`check_target_module_exists`, `get_pattern_key`).
-Deviates: none.
+Deviates: nothing.
 """
 
 from __future__ import annotations

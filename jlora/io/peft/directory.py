@@ -69,7 +69,7 @@ def save_peft(
 
     Args:
       path: the directory; made if missing, its two files replaced.
-      adapter: one adapter, no bank; all sites of one method that PEFT knows, and beside LoRA and
+      adapter: one adapter, no bank; all sites of one method that PEFT knows, and alongside LoRA and
         DoRA tables of which some rows are trained (`TrainableTokens`). Biases (`BitFit`) and norms
         (`LNTuning`) may be trained next to a method with `bias` and `modules_to_save`.
       names: from site paths to torch modules.
@@ -252,7 +252,7 @@ def _scale(reader: peft_config.Reader, module: str, _: Any, rank: int) -> float:
 
 
 def _tables(tensors: Mapping[str, Any], modules: Modules) -> set[str]:
-    """The sites that the file takes for looked-up tables."""
+    """The sites that the file takes for embedding tables."""
     ends = (*(f".{suffix}" for suffix in TABLE), peft_tokens.SUFFIX)
     found = {
         key.removeprefix(ROOT).removesuffix(e) for key in tensors for e in ends if key.endswith(e)

@@ -1,4 +1,4 @@
-"""PEFT tables of the LoRA family: LoRA with its looked-up tables, DoRA, HiRA, AdaLoRA."""
+"""PEFT tables of the LoRA family: LoRA with its embedding tables, DoRA, HiRA, AdaLoRA."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jlora.methods.low_rank.hira import HiRA
 from jlora.methods.low_rank.lora import LoRA
 
 MATRIX = ("lora_A.weight", "lora_B.weight")
-TABLE = ("lora_embedding_A", "lora_embedding_B")  # a looked-up table [rows, d_out]
+TABLE = ("lora_embedding_A", "lora_embedding_B")  # an embedding table [rows, d_out]
 MAGNITUDE = "lora_magnitude_vector"
 FREE = {
     "arrow_config": None,

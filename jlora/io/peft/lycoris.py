@@ -28,7 +28,7 @@ a one-dimensional convolution ends in an axis of one (with LoKr and rank 1, torc
 compute PEFT's product of it).
 
 Source: peft 0.21.2, its files and read for its behaviour.
-Deviates: none.
+Deviates: nothing.
 """
 
 from __future__ import annotations

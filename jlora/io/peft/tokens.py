@@ -1,4 +1,4 @@
-"""LoRA with `trainable_token_indices`: rows of tables that PEFT trains beside the matrices.
+"""LoRA with `trainable_token_indices`: rows of tables that PEFT trains alongside the matrices.
 
 The rows lie under ``<module>.token_adapter.trainable_tokens_delta`` [n, d_out] (new rows, in spite
 of the name), their numbers in the config: a list for the one table, or ``{module: [..]}``.
@@ -105,7 +105,7 @@ def split(adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays, dict[str, 
     """(the adapter without its rows, their tensors by key, their numbers by module or None).
 
     Raises:
-      ValueError: rows of a weight that is no looked-up table of its own.
+      ValueError: rows of a weight that is no embedding table of its own.
     """
     kept = tuple((s, m) for s, m in adapter.sites if not isinstance(m, TrainableTokens))
     if not kept or len(kept) == len(adapter.sites):

@@ -10,11 +10,11 @@ biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
                                             PREFIX_TUNING PROMPT_TUNING P_TUNING
-a model beside the model                    SHADOW
+a model alongside the model                    SHADOW
 ==========================================  ===================================================
 
 Source: peft 0.21.2, read for its behaviour.
-Deviates: none.
+Deviates: nothing.
 """
 
 from __future__ import annotations

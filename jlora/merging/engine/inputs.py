@@ -14,7 +14,6 @@ over all of them, `to_adapter` writes a plain LoRA adapter. Sites of one shape r
 A randomised merge gets one key for each (site, slice, adapter), so that neither sharding nor the
 order of sites changes its result.
 
-Source: our reading.
 Deviates: nothing.
 """
 

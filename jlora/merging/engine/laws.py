@@ -15,7 +15,6 @@ d, h   a random direction; a step, in float64
 not small where it is broken; infinite where something is not finite. Deltas are compared densely:
 this is for tests on tiny banks.
 
-Source: our reading.
 Deviates: nothing.
 """
 
@@ -40,7 +39,7 @@ from jlora.methods.low_rank.lora import LoRA
 
 Errors = dict[str, float]  # path -> error
 STEP = 1e-7  # of central differences in float64: few elements are so near to a kink
-SLACK = 10  # of gradients in float32, beside deltas in float32
+SLACK = 10  # of gradients in float32, alongside deltas in float32
 
 
 class World(NamedTuple):
@@ -104,7 +103,7 @@ def signs(row: Merging, world: World) -> Errors:
 
 
 def absent(row: Merging, world: World) -> Errors:
-    """One adapter beside others of weight 0, whatever those are; and all of weight 0, against 0."""
+    """One adapter with others of weight 0, whatever those are; and all of weight 0, against 0."""
     n = world.weights.shape[0]
     nothing = _dense(_merge(row, world, weights=np.zeros(n)))
     out = {p: float(np.sqrt((d**2).sum())) for p, d in nothing.items()}

@@ -9,7 +9,6 @@ p        keep probability, rounded to a multiple of 2^-16
 
 Row i of adapter n is drawn from `fold_in(keys[n], i)`: the same in any block, on any device.
 
-Source: our reading.
 Deviates: one word of random bits serves two columns; p is rounded, and so is the rescaling, so
 that the mean is exact.
 """

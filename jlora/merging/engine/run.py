@@ -2,7 +2,6 @@
 
 .. math:: (\\Delta_1, w_1), ..., (\\Delta_N, w_N) \\;\\mapsto\\; \\Delta
 
-Source: our reading.
 Deviates: nothing.
 """
 

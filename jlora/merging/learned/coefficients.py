@@ -15,7 +15,6 @@ a weight: dL/dc_n is read off thin products. What is learned is a few numbers, f
 Shapes: batches are PyTrees with a leading axis of steps; `values` [steps].
 
 Paper: AdaMerging, Yang et al. 2023, arXiv:2310.02575 (coefficients by gradient).
-Source: our reading.
 Deviates: nothing.
 """
 
@@ -80,7 +79,7 @@ def learn(
     bound: float | None = None,
     fn: Callable = concat,
 ) -> Learned:
-    """Adam on the coefficients, one step a batch; jitted by the caller, or run as it is.
+    """Adam on the coefficients, one step per batch; jitted by the caller, or run as it is.
 
     `start` is [N] or {path: [N, *stack]}; with `bound` the coefficients are projected to
     [-bound, bound] after each step.

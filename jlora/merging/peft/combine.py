@@ -15,7 +15,7 @@ for adapters of different scale, its result) are not PEFT's; these are.
 Raises ValueError for methods other than LoRA, ranks that differ (PEFT refuses them too), an
 unknown kind, weights of the wrong number.
 
-Source: our reading of PEFT 0.21.2.
+Reference: PEFT 0.21.2.
 Deviates: PEFT's result keeps `use_rslora` and then scales by sqrt(r); here the scale is 1.
 """
 

@@ -22,7 +22,7 @@ Shapes: bank u [N, d_in, r], v [N, r, d_out]; weights [N]; result u [d_in, r], v
 
 Raises ValueError for a density outside (0, 1], an unknown vote, neither keys nor masks.
 
-Source: our reading of `add_weighted_adapter` of PEFT 0.21.2; tested on its models.
+Reference: `add_weighted_adapter` of PEFT 0.21.2; tested on its models.
 Deviates: of elements equal to the threshold all are kept. torch adds the last few elements of
 banks of 8 and more in another order: there the last bit may differ.
 """

@@ -20,7 +20,7 @@ Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result u [d_in, rank]
 
 Raises ValueError for a density outside (0, 1], an unknown vote, a rank out of range.
 
-Source: our reading of `add_weighted_adapter` of PEFT 0.21.2; tested on its models.
+Reference: `add_weighted_adapter` of PEFT 0.21.2; tested on its models.
 Deviates: equal to PEFT's product, not its bits (another SVD; signs of singular vectors are free),
 so `svd_clamp`, which depends on those signs, is not offered. `density` 1 prunes nothing.
 """

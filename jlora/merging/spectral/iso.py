@@ -63,7 +63,7 @@ def iso_cts(bank: LowRank, weights: Array, *, common: float = 0.8) -> LowRank:
 def _directions(c: Array, rank: int, of: Array) -> tuple[Array, Array, Array]:
     """Paired leading directions of c [N, p, q]: x [N, p, rank], y [N, rank, q], s [N, rank].
 
-    Those that are noise beside `of` [N, p, q], what c is a part of, are zero.
+    Those that are noise alongside `of` [N, p, q], what c is a part of, are zero.
     """
     if not rank:
         return c[:, :, :0], c[:, :0], c[:, 0, :0]

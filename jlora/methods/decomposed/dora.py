@@ -11,10 +11,11 @@ gradient (section 4.3 of the paper). V is never formed; its norms are
 .. math::
     \\|V\\|_c^2 = \\|W\\|_c^2 + 2 s \\, 1^T (A^T W \\odot B) + s^2 \\, 1^T (A^T A B \\odot B)
 
-which costs 2 r d_in d_out a step beside the 2 T d_in d_out of the matmul, and no memory. Where the
-sum is below a sixteenth of its terms, because W and s A B nearly cancel in a column (or the columns
-of A do in A B), it has lost digits: such columns are measured on V itself, block by block of rows,
-in a loop that takes no step where there are none. A norm is then off by what rounding V costs,
+which costs 2 r d_in d_out a step alongside the 2 T d_in d_out of the matmul, and no memory. Where
+the sum is below a sixteenth of its terms, because W and s A B nearly cancel in a column (or the
+columns of A do in A B), it has lost digits: such columns are measured on V itself, block by block
+of rows, in a loop that takes no step where there are none. A norm is then off by what rounding V
+costs,
 
 .. math:: \\epsilon \\, (\\|W\\|_c + \\|s |A| |B|\\|_c)
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation: a trained product of two thin matrices beside a frozen weight.
+"""Low-rank adaptation: a trained product of two thin matrices alongside a frozen weight.
 
 =========  ===========================================================
 x, y       activations [..., d_in], [..., d_out]

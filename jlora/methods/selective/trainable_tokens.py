@@ -1,4 +1,4 @@
-"""Trainable tokens: some rows of a looked-up table are trained, the others stay.
+"""Trainable tokens: some rows of an embedding table are trained, the others stay.
 
 Symbols: ids i_1, ..., i_n -> `ids`; new rows v -> `rows` [n, d_out]; e_k: the k-th unit vector.
 

@@ -128,7 +128,7 @@ def test_a_kernel_of_groups_is_a_kernel_of_the_channels_of_one(files):
 
 
 def test_rows_that_are_trained_become_rows_of_the_merged_table(tmp_path):
-    """PEFT's `trainable_token_indices` beside LoRA: 0.5 of the way to each new row."""
+    """PEFT's `trainable_token_indices` alongside LoRA: 0.5 of the way to each new row."""
     shutil.copytree(GOLDEN / "base", tmp_path / "base")
     folder = GOLDEN / "lora_tokens"
     status, out = run(tmp_path, (folder,), weight=0.5)

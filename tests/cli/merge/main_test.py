@@ -64,7 +64,7 @@ def check_sum(got, weights, models=("lora", "lora_rslora")):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """The base in three shards and an index, with a tokenizer and a pickle beside them."""
+    """The base in three shards and an index, with a tokenizer and a pickle alongside them."""
     tensors, meta = safetensors_file.read(GOLDEN / "base/model.safetensors")
     folder = tmp_path / "base"
     folder.mkdir()
@@ -347,7 +347,7 @@ def test_interrupted_writing_leaves_nothing(error, tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failure_leaves_nothing_half_written(overwrite, job, sharded, monkeypatch):
-    """The second shard cannot be written: the target is as it was, and nothing is beside it."""
+    """The second shard cannot be written: the target is as it was, and nothing is alongside it."""
     flags = ("--overwrite",) if overwrite else ()
     if overwrite:
         job()

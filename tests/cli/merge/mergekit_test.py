@@ -38,7 +38,7 @@ class Masks:
 
 @pytest.fixture
 def job(tmp_path):
-    """job(data, *flags) runs a configuration beside the models; returns (status, target)."""
+    """job(data, *flags) runs a configuration alongside the models; returns (status, target)."""
     for folder in (GOLDEN / "models").iterdir():
         (tmp_path / folder.name).symlink_to(folder)
 

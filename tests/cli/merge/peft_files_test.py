@@ -1,4 +1,4 @@
-"""What the real PEFT writes beside factors, and of groups, through the command and on torch."""
+"""What the real PEFT writes alongside factors, and of groups, through the command and on torch."""
 
 import copy
 import json

@@ -104,7 +104,7 @@ def test_shards_that_keep_scales_apart_and_their_index(tmp_path):
 
 
 def test_dora_reads_the_length_of_the_true_columns(tmp_path):
-    """Into an adapter and into weights, beside the formula in float64."""
+    """Into an adapter and into weights, alongside the formula in float64."""
     folder = ROOT / "peft/llama/dora"
     tensors = safetensors_file.read(folder / "adapter_model.safetensors")[0]
     name = next(n for n in tensors if n.endswith("lora_magnitude_vector"))

@@ -1,4 +1,4 @@
-"""A merge that is stopped: its exit status, one line, the target as it was, nothing beside it."""
+"""A merge that is stopped: its exit status, one line, the target as it was, nothing next to it."""
 
 import os
 import shutil

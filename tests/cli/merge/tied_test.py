@@ -1,4 +1,4 @@
-"""Tied tables: the defaults of the real transformers, and real models merged beside PEFT's."""
+"""Tied tables: the defaults of the real transformers, and real models merged alongside PEFT's."""
 
 import json
 import logging

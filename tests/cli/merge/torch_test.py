@@ -240,7 +240,7 @@ def test_iso_c_by_the_svd_of_torchs_weights(world, job):
 
 
 def test_types_that_need_the_base(world, job, tmp_path):
-    """DoRA (of the table as well) and LoHa beside LoRA, against PEFT's own merge of each."""
+    """DoRA (of the table as well) and LoHa alongside LoRA, against PEFT's own merge of each."""
     targets = list(MODULES)
     configs = {
         "dora": peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=targets),
@@ -280,7 +280,7 @@ def test_doras_of_a_table_go_back_to_peft_bitwise(world, tmp_path):
 
 @pytest.mark.parametrize("flax", [True, False])
 def test_orbax_checkpoints_keep_the_layout_of_their_model(flax, world, job, tmp_path):
-    """Kernels [*window, in, out] or [out, in, *window] in the checkpoint; a PEFT one beside it."""
+    """Kernels [*window, in, out] or [out, in, *window] in the checkpoint; a PEFT one too."""
     sites = []
     for m in MODULES:
         site = layout.site_of(

@@ -1,4 +1,4 @@
-"""Rows of a table that PEFT trains beside LoRA: its golden adapter, and what is refused."""
+"""Rows of a table that PEFT trains alongside LoRA: its golden adapter, and what is refused."""
 
 import json
 import shutil

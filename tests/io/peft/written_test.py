@@ -119,7 +119,7 @@ def test_a_saved_module(golden, tmp_path):
 
 
 def test_a_saved_norm_and_all_biases(golden, tmp_path):
-    """A module that is saved whole, bias and all, beside biases of others."""
+    """A module that is saved whole, bias and all, alongside biases of others."""
     model, rng = golden["bert"], np.random.default_rng(2)
     params, extras = with_biases(model.params, rng, None)
     scale = rng.normal(size=16).astype(np.float32)

@@ -46,7 +46,7 @@ def test_every_slice_of_a_stack_is_merged_alone(pair):
 
 
 def check_keys(pair, fold):
-    """The key of a mask is that of (site, slice, adapter), whatever else is merged beside it."""
+    """The key of a mask is that of (site, slice, adapter), whatever else is merged alongside it."""
     merged = merge("dare_ties", pair, [0.6, 0.4], key=KEY, density=0.4)
     bank = gather(pair, [0.6, 0.4]).bank["stacked"]
     keys = fold(KEY, "stacked", 2, 2)

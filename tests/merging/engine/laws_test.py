@@ -18,7 +18,7 @@ from jlora.merging.engine.table import ROWS
 from jlora.merging.exact.concat import concat
 from jlora.merging.exact.truncated import truncated
 
-TYPES = {  # beside those of `conftest.TYPES`; those that need the weight are made LoRA first
+TYPES = {  # alongside those of `conftest.TYPES`; those that need the weight are made LoRA first
     "vera": jl.VeRA(4),
     "pissa": jl.PiSSA(2),
     "adalora": jl.AdaLoRA(4),
