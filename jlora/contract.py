@@ -187,7 +187,7 @@ def identity(case: Case) -> None:
     close(case.everything(case.fresh)["lifted"][0][1], scanned(case.params, case.x), 1e-6)
 
 
-def definition(case: Case) -> None:
+def lifted_equals_merged(case: Case) -> None:
     """lifted and merged agree in value and gradient"""
     assert case.merges, "there is no merged weight"
     for value in case.values:
@@ -212,19 +212,19 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                 yield from _equations(inner)
 
 
-def banked(case: Case) -> None:
+def vmap_equals_loop(case: Case) -> None:
     """vmap over a bank is the loop over it"""
     got = case.jit(jax.vmap(case.step(case.forward)))(stack(case.noisy))
     close(got, jax.tree.map(lambda *t: jnp.stack(t), *[v["lifted"] for v in case.values]))
 
 
-def unstacked(case: Case) -> None:
+def scanned_equals_unrolled(case: Case) -> None:
     """scanned and unrolled layers agree"""
     for value in case.values:
         close(value["lifted"], value["unrolled"])
 
 
-def untouched(case: Case) -> None:
+def base_unmodified(case: Case) -> None:
     """base arrays stay the same objects"""
     before = jax.tree.map(lambda t: (t, np.array(t)), case.params)
     assert case.values
@@ -236,7 +236,7 @@ def untouched(case: Case) -> None:
     assert all(jax.tree.leaves(held)), held
 
 
-def filed(case: Case, load: Callable = load_peft) -> None:
+def peft_round_trip(case: Case, load: Callable = load_peft) -> None:
     """PEFT files give the same bits back, or are refused"""
     adapter, name = case.noisy[1], type(case.method).__name__
     with tempfile.TemporaryDirectory() as folder:
@@ -282,7 +282,7 @@ def _sharded_on(case: Case, kind: Any, layout: Any) -> None:
     close(y, case.values[0]["lifted"][0][1])
 
 
-def outspoken(case: Case) -> None:
+def errors_name_the_site(case: Case) -> None:
     """what cannot be done is an error that names it"""
 
     def bent(params, x):
@@ -318,7 +318,7 @@ def compiled_once(case: Case) -> None:
     assert case.everything._cache_size() == 1  # type: ignore[attr-defined]
 
 
-def typed(case: Case) -> None:
+def dtypes_kept(case: Case) -> None:
     """dtypes are kept, float32 adapters on bfloat16 bases"""
     start = functools.partial(init, jax.random.key(0), scanned, methods={case.pattern: case.method})
     for base in (jnp.float32, jnp.bfloat16):
@@ -383,7 +383,7 @@ def _stored(adapter: Adapter, dtype: str) -> Adapter:
     return Adapter(kept(adapter.trainable), kept(adapter.frozen), ((site, method),))
 
 
-def trained(case: Case) -> None:
+def gradients_nonzero(case: Case) -> None:
     """every declared trainable has a gradient"""
     _, start = case.everything(case.fresh)["lifted"]
     assert any(np.any(g) for g in jax.tree.leaves(start)), "a fresh adapter cannot learn"
@@ -398,17 +398,17 @@ def trained(case: Case) -> None:
 LAWS: dict[str, Callable[[Case], None]] = {
     "L1": empty,
     "L2": identity,
-    "L3": definition,
+    "L3": lifted_equals_merged,
     "L4": factored,
-    "L5": banked,
-    "L6": unstacked,
-    "L7": untouched,
-    "L8": filed,
+    "L5": vmap_equals_loop,
+    "L6": scanned_equals_unrolled,
+    "L7": base_unmodified,
+    "L8": peft_round_trip,
     "L9": sharded,
-    "L10": outspoken,
+    "L10": errors_name_the_site,
     "L11": compiled_once,
-    "L12": typed,
-    "L13": trained,
+    "L12": dtypes_kept,
+    "L13": gradients_nonzero,
     "L14": precise,
 }
 

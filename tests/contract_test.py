@@ -14,7 +14,7 @@ import pytest
 
 import jlora as jl
 from jlora import registry
-from jlora.contract import FAST_COMPILE, LAWS, Case, check, filed
+from jlora.contract import FAST_COMPILE, LAWS, Case, check, peft_round_trip
 from jlora.methods import LoRA
 
 EXAMPLES = {
@@ -180,7 +180,7 @@ def test_mutation_a_file_that_changes_a_bit_is_seen(cases):
         return jax.tree.map(halve, jl.io.load_peft(*args))
 
     with pytest.raises(AssertionError):
-        filed(cases("LoRA"), load=rounds)
+        peft_round_trip(cases("LoRA"), load=rounds)
 
 
 def test_check_names_the_law_and_leaves_out_what_is_excused():
