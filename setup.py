@@ -34,6 +34,7 @@ TEST = [
     "datasets>=4.0",
     "diffusers==0.42.1; python_version < '3.12'",
     "equinox>=0.13",
+    "flatbuffers>=24.3",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
     "lycoris-lora==4.1.3; python_version < '3.12'",

@@ -76,9 +76,8 @@ def test_sites_of_all_are_enough_whatever_the_base_is_called(tmp_path):
 @pytest.mark.parametrize(
     "name, text",
     [
-        ("linear", "use concat"),
         ("svd", "truncated"),
-        ("tie", "use ties"),
+        ("tie", "ties"),
         ("dare_tie", "dare_ties"),
     ],
 )

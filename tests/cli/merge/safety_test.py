@@ -216,7 +216,13 @@ def test_an_output_inside_the_base_leaves_the_base_as_it_is(tmp_path):
     inner = {n: h for n, h in state(tmp_path / "base").items() if not n.startswith("merged")}
     assert inner == before
     names = {p.name for p in (tmp_path / "base/merged").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", MARKER}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "merge.json",
+        "model.safetensors",
+        MARKER,
+    }
 
 
 def test_the_marker_is_not_handed_on_by_a_base_that_the_command_wrote(tmp_path):
