@@ -73,6 +73,11 @@ def projected(params: Any, x: Any) -> Any:
     return jnp.einsum("bti,lio->btlo", x, params["up"].astype(x.dtype))
 
 
+def scaled(params: Any, x: Any) -> Any:
+    """The gains of both layers alone, in the dtype of x: [b, t, 8] -> [b, t, 2, 12]."""
+    return x[..., :1, None] * params["gain"].astype(x.dtype)[None, None]
+
+
 def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 3, jnp.float32)
 
@@ -336,24 +341,25 @@ def dtypes_kept(case: Case) -> None:
 def precise(case: Case) -> None:
     """whatever dtypes base, adapter and activation have, it is what float64 merges"""
     kinds = list(ROUNDING)
+    name, model = ("gain", scaled) if type(case.method).vectors else ("up", projected)
     # nine trials, in which every pair of dtypes occurs
     trials = [(b, a, kinds[(i + j) % 3]) for i, b in enumerate(kinds) for j, a in enumerate(kinds)]
     if not case.merges:  # what a router chooses may depend on how the activation is rounded
         trials = [(base, kept, "float32") for base, kept, _ in trials]
 
     def run(base, adapter, x):
-        y = case.forward(adapter, x, base, projected)
-        return y, case.merge(base, adapter)["up"] if case.merges else ()
+        y = case.forward(adapter, x, base, model)
+        return y, case.merge(base, adapter)[name] if case.merges else ()
 
     def definition(base, adapter, x):
         if not case.merges:
             return run(base, adapter, x)
         merged = case.merge(base, adapter)
-        return projected(merged, x), merged["up"]
+        return model(merged, x), merged[name]
 
-    adapters = {d: _stored(case.noisy[1], d) for d in kinds}
-    bases, xs = ({d: t.astype(d) for d in kinds} for t in (case.params["layers"]["up"], case.x))
-    given = [({"up": bases[base]}, adapters[kept], xs[kind]) for base, kept, kind in trials]
+    adapters = {d: _stored(case.noisy[1], name, d) for d in kinds}
+    bases, xs = ({d: t.astype(d) for d in kinds} for t in (case.params["layers"][name], case.x))
+    given = [({name: bases[base]}, adapters[kept], xs[kind]) for base, kept, kind in trials]
     found = case.jit(lambda given: [run(*each) for each in given])(given)
     with jax.enable_x64(True):
         one = case.jit(definition)
@@ -361,19 +367,22 @@ def precise(case: Case) -> None:
     for trial, (y, merged), (want, total) in zip(trials, found, exact, strict=True):
         what = "base {}, adapter {}, activation {}".format(*trial)
         assert y.dtype == trial[2], what
-        close(y, want, ROUNDING[trial[2]], what)
+        tol = ROUNDING[trial[2]]
+        if name == "gain":  # the model is given the merged vector, in the dtype of its leaf
+            tol = max(tol, ROUNDING[trial[0]])
+        close(y, want, tol, what)
         if case.merges:
             assert merged.dtype == trial[0], what
             close(merged, total, ROUNDING[trial[0]] / 2, what)
 
 
-def _stored(adapter: Adapter, dtype: str) -> Adapter:
-    """Of the kernels `up`, as from a file of `dtype`: the scale is float32, all else in `dtype`."""
-    ((site, method),) = (row for row in adapter.sites if row[0].path == "layers/up")
-    site = dataclasses.replace(site, path="up", dtype=jnp.dtype(dtype))
+def _stored(adapter: Adapter, name: str, dtype: str) -> Adapter:
+    """Of one site, as from a file of `dtype`: the scale is float32, all else in `dtype`."""
+    ((site, method),) = (row for row in adapter.sites if row[0].path == f"layers/{name}")
+    site = dataclasses.replace(site, path=name, dtype=jnp.dtype(dtype))
 
     def kept(part: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        names = {"layers/up": "up", site.group: site.group}
+        names = {f"layers/{name}": name, site.group: site.group}
         named = {names[path]: arrays for path, arrays in part.items() if path in names}
         return {
             path: {k: t if k == "scale" else cast(t, dtype) for k, t in arrays.items()}

@@ -60,3 +60,9 @@ def inv(a: Array) -> Array:
     """The inverse of [..., n, n]."""
     lapack.ensure()
     return jnp.linalg.inv(a)
+
+
+def pinv(a: Array) -> Array:
+    """The pseudo-inverse of [..., n, m]."""
+    lapack.ensure()
+    return jnp.linalg.pinv(a)

@@ -174,7 +174,7 @@ def _pair(a: Array, b: Array, rank: Any, width: int) -> tuple[Array, Array, Maps
     columns = matmul(qa, u)[..., : a.shape[-2], :]
     unit = _units(columns) * spare
     back = jnp.pad(unit, [(0, 0)] * (unit.ndim - 2) + [(0, qa.shape[-2] - a.shape[-2]), (0, 0)])
-    into = into + matmul(jnp.linalg.pinv(ra), matmul(qa.mT, back))[..., :width]
+    into = into + matmul(numerics.pinv(ra), matmul(qa.mT, back))[..., :width]
     new_a = (columns * root + unit)[..., :width]
     new_b = (matmul(qb, vt.mT) * root).mT[..., :width, : b.shape[-1]]
     return new_a.astype(a.dtype), new_b.astype(b.dtype), Maps(into, onto), lost

@@ -29,7 +29,7 @@ def heads(p, x):
 
 
 def wrong_order(monkeypatch):
-    monkeypatch.setattr(matmul, "inverse", lambda order: list(range(len(order))))
+    monkeypatch.setattr(matmul, "inverse_permutation", lambda order: list(range(len(order))))
 
 
 def wrong_slice(monkeypatch):

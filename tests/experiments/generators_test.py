@@ -10,7 +10,7 @@ import pytest
 import jlora as jl
 from experiments.config import Config
 from experiments.progress import Progress
-from experiments.stages import codec, conditions, ours, world, zoo
+from experiments.stages import codec, conditions, ours, world, zoo, zoo_training
 from jlora.generation.diffusion import dit
 
 SMALL = Config(
@@ -66,7 +66,7 @@ def test_tokens_keep_the_deltas_of_the_zoo(kind, tmp_path):
     config = dataclasses.replace(SMALL, canonical=kind, alpha=8.0)  # scale 2: must be folded in
     made = world.build(config, tmp_path, None)
     runs = zoo.plan(made)
-    fresh = zoo.start_points(made, runs)
+    fresh = zoo_training.start_points(made, runs)
     noise = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), fresh
     )

@@ -37,7 +37,7 @@ BROKEN = [
     (f"{F}.fed_sb", "jnp.sign(gradient)", "gradient", "fed_sb.fed_sb_bases_cores_and_average", ()),
     ("jlora.schedules.squeeze", "m**power", "m",
      "squeeze.second_moments_are_those_of_independent_entries", ()),
-    ("jlora.schedules.squeeze", "matmul(ra.mT, u) * over", "_dot(ra.mT, u) * root",
+    ("jlora.schedules.squeeze", "matmul(ra.mT, u) * over", "matmul(ra.mT, u) * root",
      "squeeze.error_is_the_tail_of_the_spectrum", ("w",)),
     ("jlora.schedules.squeeze", "(target - source) * done", "(target - source)",
      "squeeze.schedule", ()),
