@@ -20,6 +20,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
     "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "algebra", "core", "routing", "system"},
+    "inits": {"core", "contracts", "methods", "system"},
     "optimizers": {"core", "system"},
     "serving": {"core", "system"},
     "generation": {"numerics", "core", "algebra", "system"},

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jlora.contracts.distance import gap, same_bits
 from jlora.system import System
 
 LAWS = (
@@ -115,20 +116,6 @@ def dense_weights(routes: Routes) -> np.ndarray:
     return rows
 
 
-def _gap(a: Any, b: Any) -> float:
-    """The largest difference of two trees, relative to each array of `b`."""
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return float("inf")
-    worst = 0.0
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
-        if x.shape != y.shape:
-            return float("inf")
-        gap = np.max(np.abs(x - y), initial=0.0) / (np.max(np.abs(y), initial=0.0) or 1.0)
-        worst = max(worst, float(gap)) if np.isfinite(gap) else float("inf")
-    return worst
-
-
 def weights(record: Router, at: World) -> float:
     """How negative a weight is, or how far the weights of a token are from their sum."""
     routes, _ = record.route(at.logits[0], at.state, True, None)
@@ -157,7 +144,7 @@ def load(record: Router, at: World) -> float:
         routes, _ = record.route(at.logits[0], at.state, True, mask)
         real = np.asarray(routes.ids)[slice(None) if mask is None else np.asarray(mask)]
         counts = np.bincount(real.ravel(), minlength=at.logits.shape[-1])
-        worst = max(worst, _gap(routes.load, counts / real.size))
+        worst = max(worst, gap(routes.load, counts / real.size))
     return worst
 
 
@@ -169,7 +156,7 @@ def experts(record: Router, at: World) -> float:
     routes, state = record.route(at.logits[0], at.state, True, None)
     got = (dense_weights(turned), turned.balance, turned.load, after)
     want = (reorder(dense_weights(routes)), routes.balance, reorder(routes.load))
-    return _gap(got, (*want, jax.tree.map(reorder, state)))
+    return gap(got, (*want, jax.tree.map(reorder, state)))
 
 
 def tokens(record: Router, at: World) -> float:
@@ -177,7 +164,7 @@ def tokens(record: Router, at: World) -> float:
     turned, after = record.route(at.logits[0, ::-1], at.state, True, None)
     routes, state = record.route(at.logits[0], at.state, True, None)
     got = (dense_weights(turned)[::-1], turned.balance, turned.load, after)
-    return _gap(got, (dense_weights(routes), routes.balance, routes.load, state))
+    return gap(got, (dense_weights(routes), routes.balance, routes.load, state))
 
 
 def padded(record: Router, at: World) -> float:
@@ -190,7 +177,7 @@ def padded(record: Router, at: World) -> float:
     if not all(np.isfinite(np.asarray(t)).all() for t in jax.tree.leaves(none)):
         return float("inf")
     got = (dense_weights(masked)[real], masked.balance, masked.load, after)
-    return _gap(got, (dense_weights(ragged), ragged.balance, ragged.load, state))
+    return gap(got, (dense_weights(ragged), ragged.balance, ragged.load, state))
 
 
 def scan(record: Router, at: World) -> float:
@@ -202,21 +189,19 @@ def scan(record: Router, at: World) -> float:
         logits, state = given
         return done, record.route(logits, state, True, None)
 
+    worst = 0.0
     _, scanned = jax.lax.scan(layer, None, (at.logits, states))
     for k in layers:
         one = record.route(at.logits[k], jax.tree.map(lambda t: t[k], states), True, None)  # noqa: B023
-        gap = _gap(jax.tree.map(lambda t: t[k], scanned), one)  # noqa: B023
-        if not gap <= 1e-5:
-            return gap
-    return 0.0
+        found = gap(jax.tree.map(lambda t: t[k], scanned), one)  # noqa: B023
+        worst = max(worst, found)
+    return worst
 
 
 def inference(record: Router, at: World) -> float:
     """0, or infinity where a bit of the state changes."""
     _, after = record.route(at.logits[0], at.state, False, None)
-    bits = lambda tree: [(t.dtype, np.asarray(t).tobytes()) for t in jax.tree.leaves(tree)]  # noqa: E731
-    same = jax.tree.structure(after) == jax.tree.structure(at.state)
-    return 0.0 if same and bits(after) == bits(at.state) else float("inf")
+    return 0.0 if same_bits(after, at.state) else float("inf")
 
 
 def gradient(record: Router, at: World) -> float:
@@ -236,7 +221,7 @@ def jit(record: Router, at: World) -> float:
     """Jitted against eager, in training and not."""
     compiled = jax.jit(record.route, static_argnums=2)
     return max(
-        _gap(
+        gap(
             compiled(at.logits[0], at.state, train, at.mask),
             record.route(at.logits[0], at.state, train, at.mask),
         )
