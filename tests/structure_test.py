@@ -16,9 +16,11 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "quantized": set(),
     "sharding": {"core"},
     "models": {"core"},
-    "routing": {"core", "system"},
     "algebra": {"numerics", "core", "system"},
+    "contracts": {"algebra", "core", "system"},  # of systems in any room above
+    "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "algebra", "core", "routing", "system"},
+    "inits": {"core", "contracts", "methods", "system"},
     "optimizers": {"core", "system"},
     "serving": {"core", "system"},
     "generation": {"numerics", "core", "algebra", "system"},
@@ -26,7 +28,6 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "merging": {"numerics", "core", "algebra", "methods", "system"},  # merges give LoRA adapters
     "retrieval": {"numerics", "core", "algebra", "merging", "system"},
     "compose": {"numerics", "core", "algebra", "merging", "system"},
-    "contracts": {"algebra", "core", "routing", "system"},
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
     "io": {"core", "methods"},
     "contract": {"core", "io", "sharding"},

@@ -17,21 +17,12 @@ Source: paper (balance loss), generalised from k = 1 by dividing the counts by T
 Deviates: nothing. Softmax over the chosen logits equals softmax over all, then renormalised.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora.system import System
-
-
-class Routes(NamedTuple):
-    """Where every token goes."""
-
-    ids: jax.Array  # [..., k] int32, the chosen experts, best first
-    weights: jax.Array  # [..., k], positive, sum to 1
-    balance: jax.Array  # [], the balance loss
-    load: jax.Array  # [E], share of the choices, sums to 1
+from jlora.contracts.router import Route, Router, Routes
 
 
 def top_k(logits: jax.Array, k: int) -> Routes:
@@ -45,6 +36,44 @@ def top_k(logits: jax.Array, k: int) -> Routes:
         raise ValueError(f"top_k: expected in 1..{experts}, got {k}")
     best, ids = jax.lax.top_k(logits, k)
     return Routes(ids, jax.nn.softmax(best, axis=-1), *_balance(logits, ids))
+
+
+def router(k: int) -> Route:
+    """`top_k` as a router of the contract, for batches with padding; it remembers nothing.
+
+    Args:
+      k: how many experts a token goes to, 1..E.
+
+    Returns:
+      A function of (logits [..., E]; state (); whether to train; mask [...] or None), whose balance
+      loss and load leave out the tokens that the mask says are padding. All zero without any token.
+    """
+
+    def route(
+        logits: jax.Array, state: Any, train: bool, mask: jax.Array | None = None
+    ) -> tuple[Routes, Any]:
+        routes = top_k(logits, k)
+        if mask is not None:
+            balance, load = _masked_balance(logits, routes.ids, mask)
+            routes = routes._replace(balance=balance, load=load)
+        return routes, state
+
+    return route
+
+
+def _masked_balance(
+    logits: jax.Array, ids: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_balance` of the tokens where mask [...] is True."""
+    experts, dtype, tokens = logits.shape[-1], logits.dtype, tuple(range(logits.ndim - 1))
+    real = mask.astype(dtype)[..., None]
+    count = jnp.maximum(jnp.sum(real), jnp.ones((), dtype))
+    # a padded token may hold anything: what is not finite must not meet the zero of its mask
+    logits = jnp.where(mask[..., None], logits, jnp.zeros((), dtype))
+    mean = jnp.sum(jax.nn.softmax(logits, axis=-1) * real, axis=tokens) / count
+    chosen = jnp.mean(jax.nn.one_hot(ids, experts, dtype=dtype), axis=-2)
+    load = jnp.sum(chosen * real, axis=tokens) / count
+    return experts * jnp.sum(load * mean), load
 
 
 def _balance(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,10 +90,12 @@ def dense_weights(ids: jax.Array, weights: jax.Array, experts: int) -> jax.Array
     return jnp.sum(hot * weights[..., None], axis=-2)
 
 
-SYSTEM = System(
+SYSTEM = Router(
     name="Top-k router with balance loss",
     paper="Fedus 2021, 2101.03961",
     symbol="top_k",
     evidence="identities and landmarks of the loss; mutation check",
     kind="component",
+    init_state=lambda experts: (),
+    route=router(2),
 )

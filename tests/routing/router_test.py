@@ -43,3 +43,18 @@ def test_mutation_a_balance_without_e_is_seen(monkeypatch):
     monkeypatch.setattr(router, "_balance", lambda t, i: (good(t, i)[0] / 4, good(t, i)[1]))
     with pytest.raises(AssertionError):
         test_balance_is_one_when_even_and_e_when_collapsed()
+
+
+def test_padding_counts_neither_in_the_balance_nor_in_the_load():
+    """Against numpy in float64; logits of any shape, padding that is not finite."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(2, 6, 5)).astype(np.float32)
+    mask = rng.random((2, 6)) < 0.6
+    padded = np.where(mask[..., None], logits, np.nan)
+    routes, state = router.router(2)(jnp.asarray(padded), (), True, jnp.asarray(mask))
+    real = logits[mask].astype(np.float64)
+    soft = np.exp(real) / np.exp(real).sum(-1, keepdims=True)
+    load = np.bincount(np.argsort(-real)[:, :2].ravel(), minlength=5) / (2 * len(real))
+    np.testing.assert_allclose(routes.load, load, rtol=1e-6)
+    np.testing.assert_allclose(routes.balance, 5 * np.sum(load * soft.mean(0)), rtol=1e-5)
+    assert state == ()

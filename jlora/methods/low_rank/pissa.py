@@ -47,6 +47,26 @@ def randomized_svd(
     return (q @ u)[:, :rank], s[:rank], vt[:rank]
 
 
+def principal(
+    key: jax.Array, w: jax.Array, rank: int, scale: Any, niter: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Factors of the principal part of a weight, the singular values split evenly.
+
+    Args:
+      key: of the randomised SVD; not used without `niter`.
+      w: the weight, [d_in, d_out].
+      rank: how many singular directions, r.
+      scale: what the product of the factors is multiplied with, [] or a float.
+      niter: power iterations of the randomised SVD; None: the exact one.
+
+    Returns:
+      a [d_in, r] and b [r, d_out] with scale a b the best approximation of w of rank r.
+    """
+    u, s, vt = numerics.svd(w) if niter is None else randomized_svd(key, w, rank, niter)
+    root = jnp.sqrt(s[:rank] / scale)
+    return u[:, :rank] * root[None, :], root[:, None] * vt[:rank]
+
+
 @dataclasses.dataclass(frozen=True)
 class PiSSA(Method):
     """Principal-component LoRA; `niter` None takes the exact SVD.
@@ -70,12 +90,7 @@ class PiSSA(Method):
         if not 1 <= self.rank <= limit:
             raise ValueError(f"{site.path}: PiSSA rank expected in 1..{limit}, got {self.rank}")
         w, scale = site.weight(), self.alpha / self.rank
-        if self.niter is None:
-            u, s, vt = numerics.svd(w)
-        else:
-            u, s, vt = randomized_svd(key, w, self.rank, self.niter)
-        root = jnp.sqrt(s[: self.rank] / scale)
-        a, b = u[:, : self.rank] * root[None, :], root[:, None] * vt[: self.rank]
+        a, b = principal(key, w, self.rank, scale, self.niter)
         return {"a": a, "b": b}, {"a0": a, "b0": b, "scale": jnp.asarray(scale, w.dtype)}
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
