@@ -1,6 +1,10 @@
 """No batched factorisation that a CPU kernel would divide between the threads it waits for."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +14,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import lapack
 
+
+def symmetric(x):
+    """Element by element: a batched product may be rounded in another way than a single one."""
+    square = x[..., : x.shape[-1], :]
+    return square + jnp.swapaxes(square, -1, -2) + 30.0 * jnp.eye(x.shape[-1])[None, None]
+
+
 CASES = {
     "qr": (jnp.linalg.qr, r"lapack_sgeqrf"),
     "svd": (lambda x: jnp.linalg.svd(x, full_matrices=False), r"lapack_sgesdd"),
-    "eigh": (lambda x: jnp.linalg.eigh(jnp.swapaxes(x, -1, -2) @ x), r"lapack_ssyevd"),
-    "cholesky": (
-        lambda x: jnp.linalg.cholesky(
-            jnp.einsum("...ab,...ac->...bc", x, x) + jnp.eye(x.shape[-1])[None, None]
-        ),
-        r"lapack_spotrf",
-    ),
+    "eigh": (lambda x: jnp.linalg.eigh(symmetric(x)), r"lapack_ssyevd"),
+    "cholesky": (lambda x: jnp.linalg.cholesky(symmetric(x)), r"lapack_spotrf"),
 }
 
 pytestmark = pytest.mark.skipif(
     not lapack.concerned(), reason="this jaxlib's kernels do not divide a batch"
 )
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    """As after jlora's first factorisation."""
+    lapack.ensure()
 
 
 @pytest.fixture
@@ -107,3 +119,24 @@ def test_releases():
 
 def test_installed_once():
     assert lapack.install() == []
+
+
+LAZY = """
+import sys, jax, jax.numpy as jnp
+from jax._src.interpreters import mlir
+from jax._src.lax import linalg
+rule = lambda: mlir._platform_specific_lowerings["cpu"][linalg.svd_p].rule
+before = rule()
+import jlora as jl
+assert rule() is before, "the import changes JAX"
+jl.numerics.svd(jnp.ones((2, 2)))
+print(rule() is not before)
+"""
+
+
+@pytest.mark.parametrize(("switch", "changed"), [("1", "True"), ("0", "False")])
+def test_nothing_happens_before_the_first_factorisation_and_it_can_be_switched_off(switch, changed):
+    env = {**os.environ, "JLORA_LAPACK": switch, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", LAZY], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == changed

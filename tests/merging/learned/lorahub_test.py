@@ -73,7 +73,7 @@ def test_factor_space_is_flat_where_the_paper_starts():
 @pytest.mark.parametrize("space", ["factors", "deltas"])
 def test_five_examples_of_a_composed_task(space):
     """The paper's claim in small: better than the base, any one adapter, and their average."""
-    fn = factor_mix if space == "factors" else jl.merging.concat.concat
+    fn = factor_mix if space == "factors" else jl.merging.exact.concat.concat
     gathered = gather(ADAPTERS)
     truth = jl.merge(PARAMS, mixed(gathered, TRUE, fn))
     unseen = leaf(200, 6, seed=7)
