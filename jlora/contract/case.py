@@ -1,0 +1,172 @@
+"""What the laws of a method are tried on: a small model with a method, compiled once.
+
+The model is a scan over two layers of two kernels [8, 12] and [12, 8]; methods of vectors adapt a
+gain and a bias instead. Values and gradients of the lifted, merged and unrolled model come from
+one compilation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.core.adapter import Adapter
+from jlora.core.lift import lift
+from jlora.core.merge import merge
+from jlora.core.method import Method
+from jlora.core.sites import init
+from jlora.io import NameMap
+
+PATTERN = "layers/(up|down)"
+SHAPES = {"up": (8, 12), "down": (12, 8)}
+VECTORS = "layers/(gain|bias)"  # what methods of vectors adapt, in a model that has these two
+NAMES = NameMap(
+    {
+        r"layers/(up|down)": r"layer.{i}.\1",
+        r"layers/gain": "layer.{i}.norm[weight]",
+        r"layers/bias": "layer.{i}.norm[bias]",
+    }
+)
+
+# Of a dtype, how far a value may be from float64's, relative to the largest: some roundings.
+ROUNDING = {"float32": 1e-5, "bfloat16": 0.016, "float16": 0.002}
+
+# Compile time is most of the run time: no effort is spent on code that runs once.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+def block(h: Any, k: Any) -> Any:
+    inner = jnp.tanh(h @ k["up"])
+    if "gain" in k:
+        inner = inner * k["gain"][None, None] + k["bias"][None, None]
+    return h + inner @ k["down"]
+
+
+def scanned(params: Any, x: Any) -> Any:
+    """The model: x [b, t, 8] -> [b, t, 8]."""
+    h, _ = jax.lax.scan(lambda h, k: (block(h, k), None), x, params["layers"])
+    return h @ params["head"]
+
+
+def unrolled(params: Any, x: Any) -> Any:
+    """The same without scan."""
+    for i in range(2):
+        x = block(x, {name: w[i] for name, w in params["layers"].items()})
+    return x @ params["head"]
+
+
+def projected(params: Any, x: Any) -> Any:
+    """The kernels of both layers alone, in the dtype of x: [b, t, 8] -> [b, t, 2, 12]."""
+    return jnp.einsum("bti,lio->btlo", x, params["up"].astype(x.dtype))
+
+
+def scaled(params: Any, x: Any) -> Any:
+    """The gains of both layers alone, in the dtype of x: [b, t, 8] -> [b, t, 2, 12]."""
+    return x[..., :1, None] * params["gain"].astype(x.dtype)[None, None]
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 3, jnp.float32)
+
+
+def close(got: Any, want: Any, tol: float = 1e-4, what: str = "") -> None:
+    """Equal up to rounding, relative to the largest entry of each leaf."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        np.testing.assert_allclose(g, w, rtol=0, atol=tol * (1e-3 + np.abs(w).max()), err_msg=what)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """With the floating arrays of a tree in `dtype`."""
+    floating = lambda t: jnp.issubdtype(t.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda t: t.astype(dtype) if floating(t) else t, tree)
+
+
+class Case:
+    """One method on the model; what several laws need is computed once.
+
+    `lift` and `merge` can be replaced, to see the laws about the library itself fail; `options`
+    are the compiler's.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        lift: Callable = lift,
+        merge: Callable = merge,
+        options: Mapping[str, Any] = FAST_COMPILE,
+    ) -> None:
+        self.method, self.lift, self.merge = method, lift, merge
+        self.jit = functools.partial(jax.jit, compiler_options=dict(options))
+        self.x, self.target = draw(0, 4, 5, 8), draw(1, 4, 5, 8)
+        self.ctx = {"tokens": draw(2, 4, 5) > 0}
+        layers = {name: draw(10 + k, 2, *s) for k, (name, s) in enumerate(SHAPES.items())}
+        self.pattern = PATTERN
+        if type(method).vectors:
+            self.pattern = VECTORS
+            layers |= {"gain": 1 + draw(12, 2, 12), "bias": draw(13, 2, 12)}
+        self.params = {"layers": layers, "head": draw(20, 8, 8)}
+
+    def adapter(self, seed: int, noise: float, method: Method | None = None) -> Adapter:
+        """A fresh adapter, every trainable moved by `noise` times a normal number."""
+        methods = {self.pattern: method or self.method}
+        made = init(jax.random.key(seed), scanned, self.params, self.x, methods=methods)
+        rng = np.random.default_rng(seed)
+
+        def move(t: jax.Array) -> jax.Array:
+            return t + jnp.asarray(noise * rng.normal(size=t.shape), t.dtype)
+
+        return made.replace(trainable=jax.tree.map(move, made.trainable))
+
+    def forward(self, adapter: Any, x: Any = None, params: Any = None, model: Any = scanned) -> Any:
+        x = self.x if x is None else x
+        params = self.params if params is None else params
+        return self.lift(model)(params, adapter, x, ctx=self.ctx)
+
+    def step(self, run: Callable) -> Callable:
+        """adapter -> ((loss, y), gradients of the trainables) of `run(adapter) -> y`."""
+
+        def loss(trainable, adapter):
+            y = run(adapter.replace(trainable=trainable))
+            return jnp.mean((y - self.target) ** 2), y
+
+        return lambda adapter: jax.value_and_grad(loss, has_aux=True)(adapter.trainable, adapter)
+
+    @functools.cached_property
+    def fresh(self) -> Adapter:
+        return self.adapter(0, 0.0)
+
+    @functools.cached_property
+    def noisy(self) -> tuple[Adapter, Adapter]:
+        """Two adapters, of another alpha where there is one."""
+        other = {"alpha": 5.0} if hasattr(self.method, "alpha") else {}
+        return self.adapter(1, 0.3), self.adapter(2, 0.3, dataclasses.replace(self.method, **other))
+
+    @functools.cached_property
+    def merges(self) -> bool:
+        try:
+            jax.eval_shape(lambda a: self.merge(self.params, a), self.fresh)
+        except NotImplementedError:
+            return False
+        return True
+
+    @functools.cached_property
+    def everything(self) -> Callable:
+        def run(adapter):
+            out = {"lifted": self.step(self.forward)(adapter)}
+            out["unrolled"] = self.step(lambda a: self.forward(a, model=unrolled))(adapter)
+            if self.merges:
+                merged = self.step(lambda a: scanned(self.merge(self.params, a), self.x))
+                out["merged"] = merged(adapter)
+            return out
+
+        return self.jit(run)
+
+    @functools.cached_property
+    def values(self) -> list[Any]:
+        return [self.everything(a) for a in self.noisy]
