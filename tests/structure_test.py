@@ -20,6 +20,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "algebra": {"numerics", "core", "system"},
     "methods": {"numerics", "algebra", "core", "routing", "system"},
     "contracts": {"algebra", "core", "routing", "system"},
+    "penalties": {"contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "system"},
     "serving": {"core", "system"},
     "generation": {"numerics", "core", "algebra", "system"},
