@@ -26,7 +26,7 @@ def check(placed):
     assert system.paper and system.evidence
     for test in placed.tests:
         assert (ROOT / test).is_file(), f"{system.name}: {test}"
-    if placed.family in ("methods", "merging"):  # other records know the laws of their kind
+    if placed.family in ("merging", "methods"):  # the other records check their own
         assert set(system.breaks) <= set(MERGING_LAWS if placed.family == "merging" else LAWS)
     assert set(system.rows) <= set(range(1, 98))
     if placed.family == "methods":

@@ -16,10 +16,10 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "quantized": set(),
     "sharding": {"core"},
     "models": {"core"},
-    "routing": {"core", "system"},
     "algebra": {"numerics", "core", "system"},
+    "contracts": {"algebra", "core", "system"},  # of systems in any room above
+    "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "algebra", "core", "routing", "system"},
-    "contracts": {"algebra", "core", "routing", "system"},
     "penalties": {"contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "system"},
     "serving": {"core", "system"},

@@ -14,7 +14,7 @@ to be independent of the gauge moves D alike from every pair of factors of one d
 
 .. math:: (A, B) \to (A G, G^{-1} B) \quad\Rightarrow\quad D_{t+1} \text{ is the same.}
 
-Laws, each an error relative to the norm of the updates (of the change of D for `gauge`):
+Laws, each an error relative to the updates (to the change of D for `gauge`), 0 where it holds:
 
 ==========  ================================================================================
 restore     the state is a PyTree of arrays, of a form that stays, which Orbax restores bitwise
@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora.contracts.distance import gap, same_bits
 from jlora.core.site import Arrays
 from jlora.system import System
 
@@ -166,18 +167,6 @@ def _run(record: Optimizer, at: World) -> Tree:
     return steps(rule.update, rule.init(at.trainable), at)[0]
 
 
-def _gap(got: Any, want: Any) -> float:
-    """Largest over the leaves: norm of the difference by that of `want`; infinity if not finite."""
-    if jax.tree.structure(got) != jax.tree.structure(want):
-        return float("inf")
-    worst = 0.0
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
-        gap = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
-        worst = max(worst, float(gap) if np.isfinite(gap) else float("inf"))
-    return worst
-
-
 def restore(record: Optimizer, at: World) -> float:
     """0, or infinity where the state is not what Orbax gives back, or changes its form."""
     # slow to import, and an optimizer does not need it
@@ -197,11 +186,7 @@ def restore(record: Optimizer, at: World) -> float:
         writer.wait_until_finished()
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, kept)
         back = writer.restore(Path(folder) / "state", like)
-    same = jax.tree.structure(back) == jax.tree.structure(kept) and all(
-        np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(kept), strict=True)
-    )
-    return 0.0 if same else float("inf")
+    return 0.0 if same_bits(back, kept) else float("inf")
 
 
 def masked(record: Optimizer, at: World) -> float:
@@ -214,7 +199,7 @@ def masked(record: Optimizer, at: World) -> float:
     size, want_size = (sum(np.size(t) for t in jax.tree.leaves(s)) for s in (state, want_state))
     if size != want_size or any(np.any(np.asarray(t) != 0) for t in updates[other].values()):
         return float("inf")
-    return _gap({path: updates[path]}, want)
+    return gap({path: updates[path]}, want)
 
 
 def zero(record: Optimizer, at: World) -> float:
@@ -246,7 +231,7 @@ def jit(record: Optimizer, at: World) -> float:
     """Jitted against eager, some steps."""
     rule = _made(record)
     compiled = steps(jax.jit(rule.update), rule.init(at.trainable), at)[0]
-    return _gap(compiled, _run(record, at))
+    return gap(compiled, _run(record, at))
 
 
 def names(record: Optimizer, at: World) -> float:
@@ -255,7 +240,7 @@ def names(record: Optimizer, at: World) -> float:
     called = {first: "z", second: "y"}
     renamed = _each(at, lambda part: {called[p]: part[p] for p in part})
     found = _run(record, renamed)
-    return _gap({p: found[called[p]] for p in called}, _run(record, at))
+    return gap({p: found[called[p]] for p in called}, _run(record, at))
 
 
 def gauge(record: Optimizer, at: World) -> float:
@@ -274,7 +259,7 @@ def gauge(record: Optimizer, at: World) -> float:
         _, _, end = steps(rule.update, rule.init(start.trainable), start)
         pair = deltas(end.trainable, at.frozen), deltas(start.trainable, at.frozen)
         moved.append(jax.tree.map(jnp.subtract, *pair))
-    return _gap(moved[1], moved[0])
+    return gap(moved[1], moved[0])
 
 
 def _slices(at: World, count: int = 2) -> tuple[World, list[World]]:
@@ -287,7 +272,7 @@ def stack(record: Optimizer, at: World) -> float:
     """Sites of two layers, against optimizers of one layer."""
     layers, each = _slices(at)
     want = jax.tree.map(lambda *t: jnp.stack(t), *(_run(record, w) for w in each))
-    return _gap(_run(record, layers), want)
+    return gap(_run(record, layers), want)
 
 
 def bank(record: Optimizer, at: World) -> float:
@@ -300,7 +285,7 @@ def bank(record: Optimizer, at: World) -> float:
         return jax.vmap(one)(updates, state, params, frozen)
 
     found = steps(mapped, jax.vmap(rule.init)(both.trainable), both)[0]
-    return _gap(found, jax.tree.map(lambda *t: jnp.stack(t), *(_run(record, w) for w in each)))
+    return gap(found, jax.tree.map(lambda *t: jnp.stack(t), *(_run(record, w) for w in each)))
 
 
 CHECKS: Mapping[str, Callable[[Optimizer, World], float]] = {

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora.contracts.distance import gap, same_bits
 from jlora.core.adapter import Adapter
 from jlora.core.init import initialise
 from jlora.core.site import Arrays, Site
@@ -173,36 +174,13 @@ def _final(record: Schedule, at: World) -> Masks:
     return masks
 
 
-def _gap(got: Any, want: Any) -> float:
-    """Largest over the leaves: norm of the difference by that of `want`."""
-    if jax.tree.structure(got) != jax.tree.structure(want):
-        return float("inf")
-    worst = 0.0
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
-        if x.shape != y.shape:
-            return float("inf")
-        worst = max(worst, float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)))
-    return worst
-
-
-def _same(got: Any, want: Any) -> bool:
-    """Whether two trees are equal, bit for bit."""
-    return jax.tree.structure(got) == jax.tree.structure(want) and all(
-        np.asarray(x).dtype == np.asarray(y).dtype
-        and np.asarray(x).shape == np.asarray(y).shape
-        and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    )
-
-
 def shrunk(record: Schedule, at: World) -> float:
     """Masked against shrunk: deltas, and gradients of the kept ranks."""
     masks = _final(record, at)
     masked = record.mask(at.adapter, masks)
     small, _ = record.shrink(at.adapter, at.moments, masks)
     slopes = take(gradients(masked), masked, masks)
-    return max(_gap(deltas(small), deltas(masked)), _gap(gradients(small), slopes))
+    return max(gap(deltas(small), deltas(masked)), gap(gradients(small), slopes))
 
 
 def moments(record: Schedule, at: World) -> float:
@@ -211,7 +189,7 @@ def moments(record: Schedule, at: World) -> float:
     _, found = record.shrink(at.adapter, at.moments, masks)
     adam = at.moments[0]
     want = adam._replace(mu=take(adam.mu, at.adapter, masks), nu=take(adam.nu, at.adapter, masks))
-    return 0.0 if _same(found, (want, *at.moments[1:])) else float("inf")
+    return 0.0 if same_bits(found, (want, *at.moments[1:])) else float("inf")
 
 
 def revive(record: Schedule, at: World) -> float:
@@ -262,7 +240,7 @@ def jit(record: Schedule, at: World) -> float:
             return float("inf")
         if len(traced) - before != (step == 0):
             return float("inf")
-        worst = max(worst, _gap(found, run(*args)))
+        worst = max(worst, gap(found, run(*args)))
     return worst
 
 
@@ -280,7 +258,7 @@ def resume(record: Schedule, at: World) -> float:
         state = jax.tree.unflatten(form, [jnp.asarray(np.array(t)) for t in leaves])
         for g in at.gradients[k:]:
             state = record.observe(state, at.adapter, g)
-        if not _same((state, record.masks(state, jnp.int32(record.length))), want):
+        if not same_bits((state, record.masks(state, jnp.int32(record.length))), want):
             return float("inf")
     return 0.0
 
