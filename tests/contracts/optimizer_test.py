@@ -160,6 +160,12 @@ def test_mutation_a_broken_record_fails_its_law(law):
     assert error(law, dataclasses.replace(GOOD, make=BROKEN[law]), world()) > TOLERANCE
 
 
+def test_a_state_that_grows_is_seen():
+    """All of it arrays, one more with every step."""
+    growing = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (g, (*s, g)))
+    assert error("restore", dataclasses.replace(GOOD, make=lambda: growing), world()) > TOLERANCE
+
+
 def test_a_law_that_does_not_exist_cannot_be_broken():
     with pytest.raises(ValueError, match="breaks: got 'luck', expected one of"):
         dataclasses.replace(GOOD, breaks={"luck": "?"})
