@@ -21,10 +21,11 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "algebra", "core", "routing", "system"},
     "inits": {"core", "contracts", "methods", "system"},
-    "optimizers": {"core", "system"},
+    "penalties": {"contracts", "core", "methods", "system"},
+    "optimizers": {"contracts", "core", "system"},
     "serving": {"core", "system"},
     "generation": {"numerics", "core", "algebra", "system"},
-    "schedules": {"numerics", "core", "algebra", "methods", "system"},
+    "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
     "merging": {"numerics", "core", "algebra", "methods", "system"},  # merges give LoRA adapters
     "retrieval": {"numerics", "core", "algebra", "merging", "system"},
     "compose": {"numerics", "core", "algebra", "merging", "system"},

@@ -17,13 +17,14 @@ import yaml
 
 from jlora import io
 from jlora.cli.merge import read as merge_read
-from jlora.cli.merge.base import Base, header
+from jlora.cli.merge.base import Base
 from jlora.cli.merge.config import NAMES, PLAIN
 from jlora.cli.merge.layout import site_of
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
 from jlora.io import FormatError, NameMap
 from jlora.io.peft.directory import CONFIG
+from jlora.io.safetensors_file import header
 
 Format = Literal["peft", "orbax", "kohya", "diffusers"]
 FORMATS: tuple[Format, ...] = get_args(Format)

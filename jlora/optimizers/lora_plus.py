@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora.system import System
+from jlora.contracts.optimizer import Optimizer
 
 
 def lora_plus(ratio: float = 16.0, names: Collection[str] = ("b",)) -> optax.GradientTransformation:
@@ -63,9 +63,10 @@ def lora_plus(ratio: float = 16.0, names: Collection[str] = ("b",)) -> optax.Gra
     return optax.GradientTransformation(init, update)
 
 
-SYSTEM = System(
+SYSTEM = Optimizer(
     name="LoRA+",
     paper="Hayou 2024, 2402.12354",
     symbol="lora_plus",
     evidence="one step by numpy; two learning rates of optax; half the steps of one rate",
+    make=lambda: optax.chain(optax.adam(0.01), lora_plus(16.0)),
 )

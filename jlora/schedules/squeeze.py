@@ -32,6 +32,7 @@ with the rank), so learning rates keep their meaning.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -40,10 +41,10 @@ from jax import Array
 
 from jlora import numerics
 from jlora.algebra import FRESH
+from jlora.contracts.schedule import Schedule
 from jlora.core.adapter import Adapter
 from jlora.methods.low_rank.lora import LoRA
 from jlora.numerics import matmul
-from jlora.system import System
 
 MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2}  # field of an optax state -> power
 
@@ -196,11 +197,47 @@ def _pad(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
 
 
-SYSTEM = System(
+def first_ranks(state: dict[str, Array], rank: Any) -> dict[str, Array]:
+    """Masks that keep the first `rank` ranks, as `anneal` orders them, of arrays [*stack, R]."""
+    return {p: jnp.broadcast_to(jnp.arange(m.shape[-1]) < rank, m.shape) for p, m in state.items()}
+
+
+def _all_ranks(adapter: Adapter) -> dict[str, Array]:
+    """The state of the schedule: a mask per site that keeps all ranks."""
+    rows = adapter.trainable.items()
+    return {p: jnp.ones((*t["a"].shape[:-2], t["a"].shape[-1]), bool) for p, t in rows}
+
+
+def _kept(masks: dict[str, Array]) -> Array:
+    """How many ranks masks keep, int32 []: as many at every site."""
+    first = next(iter(masks.values()))
+    return jnp.sum(first.reshape(-1, first.shape[-1])[0])
+
+
+def _shrink(adapter: Adapter, state: Any, masks: dict[str, Array]) -> tuple[Adapter, Any]:
+    """Adapter and optax state with the kept ranks alone."""
+    found = squeeze(adapter, int(_kept(masks)))
+    return found.adapter, project(state, found.maps, adapter.trainable)
+
+
+_falling = functools.partial(schedule, start=1, stop=4, source=4, target=2)
+
+SYSTEM = Schedule(
     name="LoRA-Squeeze",
     paper="Vulić 2026, 2602.10993",
     symbol="squeeze",
     evidence="tail by dense SVD; moments by gradients and simulation; annealed beats cut",
     rows=(40,),
     missing="real tasks; other methods than LoRA",
+    examples=(LoRA(rank=4, alpha=2.0),),
+    breaks={
+        "moments": "factors are rotated into singular vectors, and moments are projected with them",
+        "revive": "dropped ranks are zero in both factors, a fixed point: the rank only falls",
+    },
+    start=_all_ranks,
+    masks=lambda state, step: first_ranks(state, _falling(step)),
+    mask=lambda adapter, masks: anneal(adapter, _kept(masks)).adapter,
+    shrink=_shrink,
+    budget=lambda adapter, step: len(adapter.sites) * int(_falling(step)),
+    length=4,
 )

@@ -9,16 +9,15 @@ s          `scale`: alpha / (r + 1e-5)
 
 .. math:: W' = W + s\\, A \\, \\mathrm{diag}(e) \\, B
 
-One direction is switched off by one number, e_k = 0, and can come back; a penalty keeps A and B
-near orthogonal, so that e tells which directions matter:
-
-.. math:: \\Omega = \\lVert A^T A - I \\rVert_F^2 + \\lVert B B^T - I \\rVert_F^2
+One direction is switched off by one number, e_k = 0, and can come back; a penalty
+(`jlora.penalties.orthogonality`) keeps A and B near orthogonal, so that e tells which directions
+matter.
 
 Init: A, B ~ N(0, 0.02^2) and e = 0, hence the identity.
 
 Paper: Zhang et al. 2023, arXiv:2303.10512.
 Source: paper; init, scale and its 1e-5 as PEFT 0.21.
-Deviates: this is the parameterisation and its penalty; who gets which rank is another matter.
+Deviates: this is the parameterisation; who gets which rank is another matter.
 """
 
 import dataclasses
@@ -28,7 +27,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.core.adapter import Adapter
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, Site
@@ -65,24 +63,11 @@ class AdaLoRA(Method):
         return p["a"] * e[None, :], p["b"]
 
 
-def orthogonality(adapter: Adapter) -> jax.Array:
-    """The mean over its AdaLoRA matrices of Omega, float32 []; zero where there is none."""
-    total, count = jnp.zeros((), jnp.float32), 0
-    for site, method in adapter.sites:
-        if not isinstance(method, AdaLoRA):
-            continue
-        a, b = (adapter.trainable[site.path][k].astype(jnp.float32) for k in ("a", "b"))
-        eye = jnp.broadcast_to(jnp.eye(a.shape[-1]), (*a.shape[:-2], a.shape[-1], a.shape[-1]))
-        total += jnp.sum((a.mT @ a - eye) ** 2) + jnp.sum((b @ b.mT - eye) ** 2)
-        count += 2 * (a.size // (a.shape[-2] * a.shape[-1]))
-    return total / max(count, 1)
-
-
 SYSTEM = System(
     name="AdaLoRA",
     paper="Zhang 2023, 2303.10512",
     symbol="AdaLoRA",
-    evidence="one number switches a direction, penalty by numpy; outputs of torch PEFT to 1e-5",
+    evidence="one number switches a direction; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/parity_test.py",),
     examples=(AdaLoRA(rank=2),),
 )

@@ -1,0 +1,273 @@
+r"""Schedules of ranks: which ranks of which site count at a step, and what becomes of the others.
+
+=========  =====================================================================================
+m          masks, path of a site -> bool [R]: which of its ranks are kept
+=========  =====================================================================================
+
+A system gives functions of a state of its own, a PyTree of arrays:
+
+- ``start(adapter) -> state`` and ``observe(state, adapter, gradients) -> state``, once a step;
+- ``masks(state, step) -> m``, under jit: shapes stay, values change;
+- ``mask(adapter, m) -> adapter`` of the same shapes, in which dropped ranks add nothing to a delta;
+- ``shrink(adapter, optimizer_state, m) -> (adapter, optimizer_state)`` between two phases: smaller
+  arrays, for masks that are numbers;
+- ``budget(adapter, step) -> int``: how many ranks all sites may keep together.
+
+Laws, each an error, relative where it compares arrays, 0 where it holds:
+
+=========  =====================================================================================
+shrunk     masked and shrunk adapters have the same deltas, and kept ranks the same gradients
+moments    shrinking keeps the optimizer's moments of kept ranks, bit for bit
+revive     a dropped rank has a gradient that is not zero on one factor, so it can come back
+budget     no step keeps more ranks than its budget
+jit        jitted is eager, and masks of other steps compile nothing new
+resume     from the state of any step, what follows is what followed, bit for bit
+=========  =====================================================================================
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jlora.contracts.distance import gap, same_bits
+from jlora.core.adapter import Adapter
+from jlora.core.init import initialise
+from jlora.core.site import Arrays, Site
+from jlora.system import System
+
+LAWS = ("shrunk", "moments", "revive", "budget", "jit", "resume")
+
+Masks = dict[str, jax.Array]  # path -> bool [R]
+Tree = dict[str, Arrays]  # path -> name -> array
+
+
+def unchanged(state: Any, adapter: Adapter, gradients: Tree) -> Any:
+    """The `observe` of a schedule that looks at nothing."""
+    del adapter, gradients
+    return state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule(System):
+    """The record of a schedule; `examples` are the adaptation methods, of rank R, it is tried on.
+
+    Attributes:
+      start: adapter -> state.
+      masks: (state, step int32 []) -> masks.
+      mask: (adapter, masks) -> adapter of the same shapes.
+      shrink: (adapter, optax state of its trainable, masks) -> both with the kept ranks alone.
+      budget: (adapter, step) -> ranks that all sites may keep together.
+      length: steps after which nothing changes any more; some ranks are dropped by then.
+      observe: (state, adapter, gradients like its trainable) -> state.
+    """
+
+    suite: ClassVar[tuple[str, ...]] = ("tests/contracts/schedule_test.py",)
+
+    start: Callable[[Adapter], Any]
+    masks: Callable[[Any, Any], Masks]
+    mask: Callable[[Adapter, Masks], Adapter]
+    shrink: Callable[[Adapter, Any, Masks], tuple[Adapter, Any]]
+    budget: Callable[[Adapter, int], int]
+    length: int
+    observe: Callable[[Any, Adapter, Tree], Any] = unchanged
+
+    def __post_init__(self):
+        System.__post_init__(self)
+        for law in self.breaks.keys() - set(LAWS):
+            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
+        if not self.examples:
+            raise ValueError(f"{self.name}: examples: got none, expected adaptation methods")
+
+
+class World(NamedTuple):
+    """What the laws are measured on: an adapter of two sites, in training."""
+
+    adapter: Adapter  # all arrays not zero
+    moments: Any  # state of `optax.adam` after the gradients
+    gradients: tuple[Tree, ...]  # one per step of the schedule
+
+
+def world(record: Schedule, seed: int = 0, example: int = 0) -> World:
+    """Random factors of two sites, 7 x 5, and a random gradient per step."""
+    rng, paths = np.random.default_rng(seed), ("down", "up")
+    sites = [
+        (Site(p, (7, 5), "io", np.dtype("float32"), ("dot",)), record.examples[example])
+        for p in paths
+    ]
+    weights = {p: jnp.asarray(rng.normal(size=(7, 5)), jnp.float32) for p in paths}
+    fresh = initialise(jax.random.key(seed), sites, weights)
+    draw = lambda t: jnp.asarray(rng.normal(size=t.shape), t.dtype)  # noqa: E731
+    adapter = fresh.replace(trainable=jax.tree.map(draw, fresh.trainable))
+    stream = tuple(jax.tree.map(draw, fresh.trainable) for _ in range(record.length))
+    rule = optax.adam(0.01)
+    moments = rule.init(adapter.trainable)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        for g in stream[:2]:
+            _, moments = rule.update(g, moments, adapter.trainable)
+    return World(adapter, moments, stream)
+
+
+def error(law: str, record: Schedule, at: World) -> float:
+    """The error of a law; 0 where it holds, infinity where something is not finite."""
+    found = CHECKS[law](record, at)
+    return found if np.isfinite(found) else float("inf")
+
+
+def deltas(adapter: Adapter) -> dict[str, jax.Array]:
+    """The change of every weight [d_in, d_out], of methods that have factors."""
+    out = {}
+    for site, method in adapter.sites:
+        p = method.prepare({**adapter.frozen[site.path], **adapter.trainable[site.path]})
+        factors = method.factors(p)
+        if factors is None:
+            raise ValueError(f"{site.path}: got {method}, expected a method with factors")
+        out[site.path] = factors[0] @ factors[1]
+    return out
+
+
+def gradients(adapter: Adapter) -> Tree:
+    """Of a loss of the deltas that is not linear in them."""
+
+    def loss(trainable: Tree) -> jax.Array:
+        found = deltas(adapter.replace(trainable=trainable))
+        return sum((jnp.sum(jnp.sin(d + 0.3)) for d in found.values()), jnp.zeros(()))
+
+    return jax.grad(loss)(adapter.trainable)
+
+
+def take(tree: Tree, adapter: Adapter, masks: Masks) -> dict[str, dict[str, np.ndarray]]:
+    """The kept ranks of a tree like `adapter.trainable`, by the rank axes of the methods."""
+    out: dict[str, dict[str, np.ndarray]] = {}
+    for site, method in adapter.sites:
+        kept = np.flatnonzero(np.asarray(masks[site.path]))
+        arrays = {name: np.asarray(t) for name, t in tree[site.path].items()}
+        axes = method.rank_axes
+        out[site.path] = {
+            name: np.take(t, kept, axes[name]) if name in axes else t for name, t in arrays.items()
+        }
+    return out
+
+
+def _observed(record: Schedule, at: World) -> Any:
+    """The state after all steps."""
+    state = record.start(at.adapter)
+    for g in at.gradients:
+        state = record.observe(state, at.adapter, g)
+    return state
+
+
+def _final(record: Schedule, at: World) -> Masks:
+    """Masks after all steps.
+
+    Raises:
+      ValueError: no rank is dropped, or none is kept, so that laws would say nothing.
+    """
+    masks = record.masks(_observed(record, at), jnp.int32(record.length))
+    kept = np.concatenate([np.asarray(m) for m in masks.values()])
+    if kept.dtype != bool or kept.all() or not kept.any():
+        raise ValueError(f"{record.name}: got masks {kept}, expected some True and some False")
+    return masks
+
+
+def shrunk(record: Schedule, at: World) -> float:
+    """Masked against shrunk: deltas, and gradients of the kept ranks."""
+    masks = _final(record, at)
+    masked = record.mask(at.adapter, masks)
+    small, _ = record.shrink(at.adapter, at.moments, masks)
+    slopes = take(gradients(masked), masked, masks)
+    return max(gap(deltas(small), deltas(masked)), gap(gradients(small), slopes))
+
+
+def moments(record: Schedule, at: World) -> float:
+    """0, or infinity where the moments of kept ranks, or the count of steps, are others."""
+    masks = _final(record, at)
+    _, found = record.shrink(at.adapter, at.moments, masks)
+    adam = at.moments[0]
+    want = adam._replace(mu=take(adam.mu, at.adapter, masks), nu=take(adam.nu, at.adapter, masks))
+    return 0.0 if same_bits(found, (want, *at.moments[1:])) else float("inf")
+
+
+def revive(record: Schedule, at: World) -> float:
+    """0, or infinity where no factor of a dropped rank has a gradient."""
+    masks = _final(record, at)
+    masked = record.mask(at.adapter, masks)
+    slopes = take(gradients(masked), masked, {p: ~m for p, m in masks.items()})
+    for site, method in masked.sites:
+        sizes = [
+            np.abs(np.moveaxis(t, method.rank_axes[name], 0)).reshape(t.shape[axis], -1).sum(1)
+            for name, t in slopes[site.path].items()
+            if (axis := method.rank_axes.get(name)) is not None
+        ]
+        if not (np.sum(sizes, axis=0) > 0).all():
+            return float("inf")
+    return 0.0
+
+
+def budget(record: Schedule, at: World) -> float:
+    """The largest number of ranks by which a step exceeds its budget."""
+    state, excess = record.start(at.adapter), 0
+    for step, g in enumerate((*at.gradients, at.gradients[-1])):
+        masks = record.masks(state, jnp.int32(step))
+        kept = sum(int(np.asarray(m).sum()) for m in masks.values())
+        excess = max(excess, kept - int(record.budget(at.adapter, step)))
+        state = record.observe(state, at.adapter, g)
+    return float(excess)
+
+
+def jit(record: Schedule, at: World) -> float:
+    """Jitted against eager at three steps; infinity where it compiles twice, or not at all."""
+    traced = []
+
+    def run(state: Any, adapter: Adapter, g: Tree, step: Any) -> tuple[Any, Masks, Any]:
+        traced.append(step)
+        state = record.observe(state, adapter, g)
+        masks = record.masks(state, step)
+        return state, masks, deltas(record.mask(adapter, masks))
+
+    compiled, worst = jax.jit(run), 0.0
+    state = record.start(at.adapter)
+    for step in (0, record.length // 2, record.length):
+        args = (state, at.adapter, at.gradients[0], jnp.int32(step))
+        before = len(traced)
+        try:
+            found = compiled(*args)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+            return float("inf")
+        if len(traced) - before != (step == 0):
+            return float("inf")
+        worst = max(worst, gap(found, run(*args)))
+    return worst
+
+
+def resume(record: Schedule, at: World) -> float:
+    """0, or infinity where a run that is resumed at some step differs from the whole one."""
+    steps = range(record.length)
+    states = [record.start(at.adapter)]
+    if not all(isinstance(t, jax.Array) for t in jax.tree.leaves(states)):
+        return float("inf")
+    for k in steps:
+        states.append(record.observe(states[-1], at.adapter, at.gradients[k]))
+    want = states[-1], record.masks(states[-1], jnp.int32(record.length))
+    for k in steps:
+        leaves, form = jax.tree.flatten(states[k])
+        state = jax.tree.unflatten(form, [jnp.asarray(np.array(t)) for t in leaves])
+        for g in at.gradients[k:]:
+            state = record.observe(state, at.adapter, g)
+        if not same_bits((state, record.masks(state, jnp.int32(record.length))), want):
+            return float("inf")
+    return 0.0
+
+
+CHECKS: Mapping[str, Callable[[Schedule, World], float]] = {
+    "shrunk": shrunk,
+    "moments": moments,
+    "revive": revive,
+    "budget": budget,
+    "jit": jit,
+    "resume": resume,
+}
