@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> str:
         "diffusers": "transformer" if args.component is None else args.component,
     }.get(args.to, "")
     model, task = args.base_model_name or model, args.task_type or task
-    with whole(target, args.overwrite) as new:
+    folder = args.to in ("peft", "orbax")
+    with (whole if folder else files.whole_file)(target, args.overwrite) as new:
         try:
             files.write(new, args.to, adapter, names, extras=extras, start=written,
                         base_model_name=model, task_type=task)  # fmt: skip

@@ -6,8 +6,10 @@ model. They come from, in this order: an Orbax checkpoint that holds them (`like
 directory of the base model, or the shapes of the LoRA factors in the file itself.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -54,7 +56,7 @@ def detect(path: Path) -> Format:
         return "peft" if (path / CONFIG).is_file() else "orbax"
     if not path.is_file():
         raise FormatError(path, "no such file or directory")
-    keys = [name for name, _, _ in header(path)]
+    keys = list(header(path))
     if any(key.endswith((KOHYA_DOWN, ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")) for key in keys):
         return "kohya"
     if any(key.endswith(DIFFUSERS_DOWN) for key in keys):
@@ -75,7 +77,7 @@ def start_of(path: Path, kind: Format, given: str | None) -> str:
     """
     if given is not None or kind in ("peft", "orbax"):
         return given or ""
-    heads = [name.partition(".")[0] for name, _, _ in header(path)]
+    heads = [name.partition(".")[0] for name in header(path)]
     if kind == "kohya":
         found = {next((p for p in PREFIXES if h.startswith(f"{p}_")), h) for h in heads}
         flag = "--prefix"
@@ -129,12 +131,12 @@ def inferred(path: Path, kind: Format, start: str) -> list[Site]:
       FormatError: no LoRA factors below `start`.
     """
     down, up = (KOHYA_DOWN, KOHYA_UP) if kind == "kohya" else (DIFFUSERS_DOWN, DIFFUSERS_UP)
-    shapes = {name: shape for name, shape, _ in header(path)}
+    shapes = {name: shape for name, (shape, _) in header(path).items()}
     sites = []
     for name, shape in shapes.items():
         if name.endswith(down) and name.startswith(start):
             module = name.removesuffix(down)
-            first, second = shape, shapes.get(module + up, ())
+            first, second = shape, shapes.get(module + up)
             if second:
                 full = (second[0], *first[1:])
                 sites.append(site_of(module.removeprefix(start), full, jnp.dtype("float32")))
@@ -212,6 +214,32 @@ def write(
         io.save_kohya(path, adapter, names, start)
     else:
         io.save_diffusers(path, adapter, names, start)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` at the end; nothing is left of a failure.
+
+    Args:
+      path: the target.
+      overwrite: whether a file that is there may be replaced.
+
+    Raises:
+      FormatError: something is there that may not be replaced: without `overwrite` anything, else a
+        folder or a link.
+    """
+    if os.path.lexists(path):
+        if not overwrite:
+            raise FormatError(path, "exists already; --overwrite replaces it")
+        if path.is_symlink() or not path.is_file():
+            raise FormatError(path, "got a folder or a link, expected a file to replace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.partial")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def base_name(path: Path) -> tuple[str | None, str | None]:

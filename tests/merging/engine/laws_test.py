@@ -13,10 +13,17 @@ from jlora.algebra import LowRank
 from jlora.merging import METHODS, Merging
 from jlora.merging.engine import laws
 from jlora.merging.engine.laws import CHECKS, error, errors, laws_of
-from jlora.merging.engine.record import HELD, LAWS
+from jlora.merging.engine.record import HELD, LAWS, Merging
 from jlora.merging.engine.table import ROWS
 from jlora.merging.exact.concat import concat
 from jlora.merging.exact.truncated import truncated
+
+
+def double(function, **fields):
+    """A method that is not in the table."""
+    text = {"name": "double", "paper": "-", "symbol": "-", "evidence": "-"}
+    return Merging(**{**text, **fields}, function=function)
+
 
 TYPES = {  # alongside those of `conftest.TYPES`; those that need the weight are made LoRA first
     "vera": jl.VeRA(4),
@@ -91,7 +98,7 @@ def test_every_type_is_there(world):
     used = {type(m).__name__ for m in TYPES.values()} | {"LoRA", "LoHa", "LoKr"}
     other = {"Experts", "TokenMask", "TrainableTokens"}  # no merge; rows of a table, not a delta
     assert used | other == set(registry.methods())
-    per_site = errors("weight_one", Merging("double", twice, ""), world)
+    per_site = errors("weight_one", double(twice), world)
     assert per_site.keys() == world.bank.keys()
     np.testing.assert_allclose(list(per_site.values()), 1 / np.sqrt(3), atol=0.5)
 
@@ -105,7 +112,7 @@ def test_mutation_one_wrong_type_is_seen(world):
         return concat(bank, weights * keep)
 
     with pytest.raises(AssertionError, match="breaks weight_one"):
-        check("weight_one", Merging("double", wrong, ""), world._replace(bank=small))
+        check("weight_one", double(wrong), world._replace(bank=small))
 
 
 def test_held_bases_concern_factors_alone(world):
@@ -154,7 +161,7 @@ def at_one_site(bank, weights):
 @pytest.mark.parametrize("wrong", [slightly, held_norm, at_one_site])
 def test_wrong_gradients_of_right_values_fail(wrong, world):
     """Finite, not zero, and not the derivative."""
-    row = Merging("double", wrong, "")
+    row = double(wrong)
     assert error("gradient", row, world) == 0
     with pytest.raises(AssertionError, match="breaks difference"):
         check("difference", row, world)
@@ -169,9 +176,9 @@ def test_mutation_a_scale_rounded_to_the_dtype_of_its_adapter_is_seen(world, mon
 def test_refusing_signs_is_a_law_kept_and_not_refusing_is_seen(world):
     """A row that says it has no signs passes by its refusal alone."""
     for law in ("minus_one", "signs", "bounded"):
-        check(law, Merging("double", unsigned, "", signed=False), world)
+        check(law, double(unsigned, signed=False), world)
         with pytest.raises(AssertionError, match=f"breaks {law}"):
-            check(law, Merging("double", by_the_sum if law == "bounded" else unsigned, ""), world)
+            check(law, double(by_the_sum if law == "bounded" else unsigned), world)
 
 
 def test_mutation_a_bank_read_in_another_order_is_seen(world, monkeypatch):
@@ -200,11 +207,11 @@ def everything_held(bank, weights):
 def test_merges_of_all_sites_at_once(world):
     bank = {p: world.bank[p] for p in ("lora", "mixed")}
     small = world._replace(bank=bank)
-    check("difference", Merging("all", everything, "", scope="adapter"), small)
+    check("difference", double(everything, scope="adapter"), small)
     with pytest.raises(AssertionError, match="breaks gradient"):
-        check("gradient", Merging("all", everything_held, "", scope="adapter"), small)
+        check("gradient", double(everything_held, scope="adapter"), small)
     with pytest.raises(AssertionError, match="breaks difference"):
-        check("difference", Merging("all", everything_held, "", scope="adapter"), small)
+        check("difference", double(everything_held, scope="adapter"), small)
 
 
 def test_table():
@@ -285,21 +292,21 @@ def narrow(bank, weights):
 
 
 DOUBLES = {
-    "weight_one": Merging("double", twice, ""),
-    "minus_one": Merging("double", unsigned, ""),
-    "signs": Merging("double", by_the_sum, ""),
-    "absent": Merging("double", crowded, ""),
-    "bounded": Merging("double", by_the_sum, ""),
-    "idempotent": Merging("double", shrunk, ""),
-    "permutation": Merging("double", first, ""),
-    "gauge": Merging("double", factor_space, ""),
-    "certificate": Merging("double", truncated, "", options={"rank": 2}, certificate=too_small),
-    "jit": Merging("double", forgetful(), ""),
-    "sharded": Merging("double", forgetful(), ""),
-    "gradient": Merging("double", rough, ""),
-    "difference": Merging("double", held, ""),
-    "memory": Merging("double", dense, ""),
-    "dtypes": Merging("double", narrow, ""),
+    "weight_one": double(twice),
+    "minus_one": double(unsigned),
+    "signs": double(by_the_sum),
+    "absent": double(crowded),
+    "bounded": double(by_the_sum),
+    "idempotent": double(shrunk),
+    "permutation": double(first),
+    "gauge": double(factor_space),
+    "certificate": double(truncated, options={"rank": 2}, certificate=too_small),
+    "jit": double(forgetful()),
+    "sharded": double(forgetful()),
+    "gradient": double(rough),
+    "difference": double(held),
+    "memory": double(dense),
+    "dtypes": double(narrow),
 }
 
 
@@ -311,10 +318,10 @@ def test_a_double_that_breaks_a_law_fails(law, world):
 
 @pytest.mark.parametrize("law", DOUBLES)
 def test_a_row_that_names_a_law_it_keeps_fails(law, world):
-    row = Merging("double", concat, "", breaks={law: "no reason"}, certificate=None)
+    row = double(concat, breaks={law: "no reason"}, certificate=None)
     if law == "certificate":
         row = METHODS["truncated"]
-        row = Merging("double", row.function, "", options=row.options, certificate=row.certificate,
+        row = double(row.function, options=row.options, certificate=row.certificate,
                       breaks={law: "no reason"})  # fmt: skip
     with pytest.raises(AssertionError, match="says it breaks"):
         check(law, row, world)
