@@ -10,7 +10,7 @@ import pytest
 import jlora as jl
 from jlora import registry
 from jlora.algebra import LowRank
-from jlora.merging import METHODS, Merging
+from jlora.merging import METHODS
 from jlora.merging.engine import laws
 from jlora.merging.engine.laws import CHECKS, error, errors, laws_of
 from jlora.merging.engine.record import HELD, LAWS, Merging
