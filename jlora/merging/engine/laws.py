@@ -378,7 +378,7 @@ def _static(row: Merging) -> tuple[Any, Any]:
 
 def _sines(x: Any, key: Any, kind: Any, options: Any) -> dict[str, Array]:
     """{group: [S], sums of sin of the merged deltas}."""
-    row = Merging("", paper="", **dict(kind))
+    row = Merging(name="", paper="", symbol="", evidence="", **dict(kind))
     every = row.scope == "adapter"
     bank, w = x[""] if every else ({k: t[i] for k, t in x.items()} for i in (0, 1))
     made = apply(row, bank, w, key=key, **dict(options))
