@@ -84,7 +84,7 @@ def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
     lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
     stages = "data zoo codec denoiser sample evaluate".split()
     for stage in stages:
-        assert sum(f"{stage:>10}: 100%" in line for line in lines) == 1, stage
+        assert any(f"{stage:>10}: 100%" in line for line in lines), stage
         assert (
             sum(line.startswith(f"{stage:>10}: ") and line.endswith(" s)") for line in lines) == 1
         )
