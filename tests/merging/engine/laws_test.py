@@ -96,7 +96,8 @@ def test_every_type_is_there(world):
     """All methods that merge; one shape, so that the laws compile one program."""
     assert {low.u.shape[-2:] + low.v.shape[-1:] for low in world.bank.values()} == {(8, 4, 12)}
     used = {type(m).__name__ for m in TYPES.values()} | {"LoRA", "LoHa", "LoKr"}
-    other = {"Experts", "TokenMask", "TrainableTokens"}  # no merge; rows of a table, not a delta
+    other = {"Experts", "TokenMask"}  # no merge
+    other |= {"TrainableTokens", "BitFit", "LNTuning"}  # rows of a table, vectors: not a delta
     assert used | other == set(registry.methods())
     per_site = errors("weight_one", double(twice), world)
     assert per_site.keys() == world.bank.keys()
