@@ -83,7 +83,7 @@ def _lookup(w: Lazy, ids: Any, p: Mapping[str, Any]) -> Lookup | None:
     rest = [k for k in range(w.ndim) if k != axis]
     if sizes[axis] != 1 or any(sizes[k] != w.shape[k] for k in rest):
         return None
-    if len(columns) > 1 and mode != lax.GatherScatterMode.CLIP:  # which makes them zeros
+    if len(columns) > 1 and mode == lax.GatherScatterMode.FILL_OR_DROP:  # not surely zeros
         return None
     ids, offset, kept = jnp.asarray(ids), list(numbers.offset_dims), None
     at = columns.index(axis)

@@ -72,7 +72,8 @@ def test_tokens_keep_the_deltas_of_the_zoo(kind, tmp_path):
     )
     trainable = jax.tree.map(lambda x: np.asarray(x)[:, None], noise)  # one snapshot a run
     zeros = jax.tree.map(lambda x: x[0, 0], trainable)
-    bank = zoo.Zoo(zoo.template(made, 0), trainable, tuple(runs), zeros)
+    losses = np.zeros(len(runs))
+    bank = zoo.Zoo(zoo.template(made, 0), trainable, tuple(runs), zeros, losses)
     coded = codec.prepare(made, bank)
     row = 3
     source = bank.template.replace(
