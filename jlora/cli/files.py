@@ -114,11 +114,6 @@ def names_of(value: str | None, prefix: str = "") -> NameMap:
     return NameMap({str(k): v for k, v in rules.items()}, prefix)
 
 
-def sites_of_base(base: Base) -> dict[str, dict[str, Any]]:
-    """The sites of a Hugging Face directory, module by module."""
-    return base.params()
-
-
 def inferred(path: Path, kind: Format, start: str) -> list[Site]:
     """The sites of a kohya or diffusers file, by the shapes of its LoRA factors; float32.
 
@@ -175,7 +170,7 @@ def read(
     if like is not None:
         where: Any = [site for site, _ in like.sites]
     elif base is not None:
-        where = sites_of_base(base)
+        where = base.params()
     elif kind == "peft":
         where = list(merge_read.inferred(path, merge_read.factors(path, names)).values())
     else:
