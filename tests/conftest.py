@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,9 +44,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled():
-    """What one file compiled is given back: thousands of programs fill the memory otherwise."""
+    """What one file compiled is given back: thousands of programs fill the memory otherwise.
+
+    A command that a test ran in this process may have named a folder for compiled programs; the
+    next file must not write there.
+    """
     yield
     jax.clear_caches()
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
