@@ -91,7 +91,8 @@ def train(program: Program, texts: Texts, seed: int) -> Trained:
       texts: of the clients.
       seed: of the start, the batches and the noise.
     """
-    shares = (texts.counts / texts.counts.sum()).astype(jnp.float32)
+    counts = texts.counts.astype(jnp.float32)
+    shares = counts / counts.sum()
     base, state, loss = texts.base, start(program, texts, seed, 0), jnp.zeros(())
     mean: dict[str, LowRank] = {}
     for r in range(ROUNDS):
@@ -107,7 +108,8 @@ def train(program: Program, texts: Texts, seed: int) -> Trained:
             mean[path] = found.mean
             if found.residual is not None:
                 base = added(base, {path: found.residual})
-            state[path] = sent_down(program, found.mean, state[path])
+            if not program.fresh:
+                state[path] = sent_down(program, found.mean, state[path])
         if program.fresh:
             base = added(base, mean)
             state = start(program, texts._replace(base=base), seed, r + 1)
@@ -149,7 +151,7 @@ def start(program: Program, texts: Texts, seed: int, number: int) -> State:
 
 def live(program: Program) -> jax.Array:
     """[K, R] float32: 1 for the ranks that a client has."""
-    at = jnp.arange(max(program.ranks))
+    at = jnp.arange(max(program.ranks))[None, :]
     return (at < jnp.asarray(program.ranks)[:, None]).astype(jnp.float32)
 
 
