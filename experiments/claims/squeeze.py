@@ -24,7 +24,8 @@ def trained(found, seed, rank, start=0, stop=STEPS, at=None):
     if at is None:
         adapter = text_training.fresh(found, jl.LoRA(rank=rank, alpha=float(rank)), seed)
         at = adapter, SOLVER.init(adapter.trainable)
-    return text_training.fit(found, *at, seed, solver=SOLVER, start=start, stop=stop)[:2]
+    adapter, state = at
+    return text_training.fit(found, adapter, state, seed, solver=SOLVER, start=start, stop=stop)[:2]
 
 
 def moved(made, adapter, state):
