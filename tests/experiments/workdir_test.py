@@ -3,9 +3,9 @@
 import errno
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import cond_pdiff, workdir
@@ -27,9 +27,8 @@ def test_trees_come_back_bitwise(tmp_path):
     save_tree(tmp_path / "t", tree)
     back = load_tree(tmp_path / "t", tree)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, tree)
+    chex.assert_trees_all_equal(back, tree)
 
 
 def test_missing_damaged_or_foreign_trees_are_one_clear_error(tmp_path):
