@@ -15,7 +15,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "core": set(),
     "quantized": set(),
     "sharding": {"core"},
-    "models": {"core"},
+    "models": {"core", "io"},
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
     "routing": {"core", "contracts", "system"},
