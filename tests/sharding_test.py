@@ -96,7 +96,7 @@ def test_specs_of_arrays_without_a_rank():
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
     class Vector(jl.Method):
-        def init(self, key, site):
+        def init(self, key, site, context):
             return {"v": jnp.zeros(site.d_out)}, {}
 
     got = specs_of(adapter_of(Vector()), mesh)

@@ -80,11 +80,7 @@ def dot(scope: Scope, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
 
 def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     """Inlined; the outer jit compiles it."""
-    outside = scope.calls_of
-    scope.calls_of = (*outside, eqn)
-    out = evaluate(scope, compat.called(eqn), values)
-    scope.calls_of = outside
-    return out
+    return evaluate(scope.inside(eqn), compat.called(eqn), values)
 
 
 def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
