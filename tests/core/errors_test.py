@@ -135,19 +135,6 @@ def test_a_forgotten_adapter():
         jl.init(jax.random.key(0), fn, W, X, methods=jl.LoRA(2))  # type: ignore[arg-type]
 
 
-def test_a_function_that_closes_over_its_weights_is_refused():
-    """It would run the base, whatever the adapter."""
-
-    def fn(p, x):
-        return x @ p["block"]["w"]
-
-    a = jl.init(jax.random.key(0), fn, W, X, methods={"w": jl.LoRA(2)})
-    with pytest.raises(ValueError, match=r"reads none of the adapter's weights, \['block/w'\]"):
-        jl.lift(lambda p, x: fn(W, x))(W, a, X)
-    empty = jl.lift(lambda p, x: fn(W, x))(W, jl.Adapter({}, {}, ()), X)
-    np.testing.assert_array_equal(empty, fn(W, X))
-
-
 def test_reports_from_a_while_loop_are_refused():
     class Told(jl.LoRA):
         def apply(self, x, w, p, ctx):
