@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora.core import compat
 from jlora.core.adapter import Adapter
@@ -73,6 +74,12 @@ def check(arrays: Mapping[str, Any], adapter: Adapter) -> None:
         got = tuple(arrays[site.path].shape)
         if got != site.shape:
             raise ValueError(f"{site.path}: got shape {got}, expected {site.shape}")
+        dtype = arrays[site.path].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{site.path}: got {jnp.dtype(dtype).name}, expected a floating array, or a leaf "
+                "with dequantize() as of jl.quantize"
+            )
         scale = adapter.frozen.get(site.path, {}).get("scale")
         if scale is not None and scale.shape != site.stack:
             raise ValueError(

@@ -29,13 +29,6 @@ product.defvjp(
 )
 
 
-def in_shards(w, x):
-    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec()
-    run = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
-    return run(w, x)
-
-
 def in_kernel(w, x):
     def kernel(w, x, y):
         y[...] = x[...] @ w[...]
@@ -45,7 +38,6 @@ def in_kernel(w, x):
 
 
 CASES = {
-    "shard_map": in_shards,
     "pallas_call": in_kernel,
     "mul": lambda w, x: x @ (w * jnp.eye(4)),
     "select_n": lambda w, x: x @ jnp.where(jnp.eye(4) > 0, w, 0.0),
