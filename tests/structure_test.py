@@ -24,7 +24,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "penalties": {"contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "system"},
     "serving": {"contracts", "core", "system"},
-    "generation": {"numerics", "core", "algebra", "system"},
+    "generation": {"numerics", "core", "algebra", "contracts", "system"},
     "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
     "merging": {"numerics", "core", "algebra", "methods", "system"},  # merges give LoRA adapters
     "retrieval": {"numerics", "core", "algebra", "merging", "system"},
