@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import cond_pdiff, workdir
+from experiments import cond_pdiff, pipeline, workdir
 from experiments.config import Config
 from experiments.workdir import Stage, StageError, load_tree, save_tree
 
@@ -114,5 +114,5 @@ def test_a_marker_of_other_bytes_is_one_line(tmp_path):
 def test_damaged_times_are_found_at_the_start_by_path(tmp_path, text):
     (tmp_path / "times.json").write_text(text)
     with pytest.raises(StageError, match=r"times\.json: got .*, expected .*; delete it"):
-        cond_pdiff.pipeline(Config(), tmp_path, ["data"], None, "")
+        pipeline.run(cond_pdiff.stages(), ["data"], pipeline.Context(Config(), tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["times.json"]
