@@ -8,6 +8,7 @@ from typing import Any
 from jlora.core.method import Method
 from jlora.io.peft.lora import ADALORA, DORA, HIRA, LORA
 from jlora.io.peft.lycoris import LOHA, LOKR
+from jlora.io.peft.shared_vectors import UNILORA, VBLORA
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
@@ -15,6 +16,7 @@ from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TAB
 TABLES: tuple[Table, ...] = (
     *(LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
     *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING),
+    *(VBLORA, UNILORA),
 )
 
 
