@@ -108,13 +108,16 @@ class Join:
 
 
 def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
-    """The method on x [..., d_in]; notes what it reports."""
+    """The method on x [..., d_in]; notes what it reports and publishes."""
     assert w.method is not None
     ctx = scope.enter(w)
     y = w.method.apply(x, Weight(w, own, x), w.prepared(), ctx)
     if isinstance(y, tuple):
-        y, report = y
-        scope.report(w.site.path, report)
+        y, report, *published = y
+        if report:
+            scope.report(w.site.path, report)
+        for values in published:
+            scope.publish(values)
     return y
 
 

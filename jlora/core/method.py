@@ -29,6 +29,7 @@ class Method:
 
     rank_axes: ClassVar[Mapping[str, int]] = {}  # name -> rank axis from the end; padded by `stack`
     vectors: ClassVar[bool] = False  # may also adapt leaves that no matmul consumes (biases, norms)
+    indexed: ClassVar[bool] = False  # `apply` finds ctx["index"]: int32 [], its slice in the stack
 
     def prepare(self, p: Arrays) -> Arrays:
         """The arrays of one matrix as `factors`, `merge` and `apply` get them from the core.
@@ -76,6 +77,9 @@ class Method:
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
         """y [..., d_out] == x @ merge(w, p); may return (y, {name: report}) instead.
 
+        (y, {name: report}, {name: value}) also publishes: later sites of the same scope (the body
+        of a scan, a checkpoint, the function) find the values in their `ctx`.
+
         `x` is [..., d_in], or stands for it (rows of an embedding, patches of a convolution):
         `x @ m` with m [d_in, k] always works. `x @ w` runs the model's own matmul. `w.dense()`
         is the base matrix, `w.merged(self, p)` the merged one. The floating arrays of `p` have one
@@ -101,6 +105,10 @@ class Wrapper(Method):
     @property
     def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
         return self.method.rank_axes
+
+    @property
+    def indexed(self) -> bool:  # type: ignore[override]
+        return self.method.indexed
 
     def prepare(self, p: Arrays) -> Arrays:
         """As the wrapped method."""

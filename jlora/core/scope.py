@@ -28,6 +28,7 @@ class Record:
     fixed: dict[int, Any] = dataclasses.field(default_factory=dict)  # in the walk: by id, what no
     # argument of the function has a part in (but weights may have)
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name, what methods told
+    published: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name, for later sites
     counts: Counter = dataclasses.field(default_factory=Counter)  # reports, uses and bodies so far
 
     def number(self, *what: str) -> int:
@@ -80,11 +81,30 @@ class Scope:
             n = self.record.number("report", path)
             self.record.reports[path if n == 1 else f"{path}#{n}"] = report
 
+    @property
+    def published(self) -> dict[str, Any]:
+        """What sites published for later ones, here and in the scopes around."""
+        return self.record.published
+
+    def publish(self, values: Mapping[str, Any]) -> None:
+        """Makes values visible in the ctx of later sites, in this scope and the bodies in it.
+
+        A name that is published again has its new value from there on.
+        """
+        for name in values:
+            if name in self.ctx:
+                raise ValueError(f"a site publishes {name!r}, which ctx has already")
+        self.record.published.update(values)
+
+    def visible(self, w: Lazy) -> dict[str, Any]:
+        """All side inputs of a site: those of every site, published ones, its own."""
+        return {**self.ctx, **self.published, **w.side()}
+
     def enter(self, w: Lazy) -> dict[str, Any]:
         """The ctx of this use of a site."""
         path = w.site.path
         n = self.record.number("use", path)
-        ctx = dict(self.ctx)
+        ctx = self.visible(w)
         if "key" in ctx:
             ctx["key"] = key_of(ctx["key"], f"{path}#{n}")
         return ctx
@@ -159,7 +179,8 @@ class Body:
         """A fresh scope; `step` tells the runs of the body apart."""
         scope = self._scope if step is None else self._scope._folded(step)
         uses = None if scope.record.uses is None else []
-        record = Record(uses=uses, fixed=scope.record.fixed)
+        published = dict(scope.record.published)
+        record = Record(uses=uses, fixed=scope.record.fixed, published=published)
         self.latest = dataclasses.replace(scope, record=record)
         return self.latest
 

@@ -174,14 +174,17 @@ def join(
     shared: Arrays,
 ) -> Adapter:
     """The adapter of all slices read."""
-    trainable, frozen, done = {}, {}, []
+    trainable: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    done = []
     group = ""
     if table.shared:
         try:
             common = table.read_shared(shared)
         except ValueError as error:
             raise FormatError(path, str(error)) from error
-        group, frozen[GROUP] = GROUP, {k: _device(path, k, v) for k, v in common.items()}
+        group, part = GROUP, trainable if table.trains_shared else frozen
+        part[GROUP] = {k: _device(path, k, v) for k, v in common.items()}
     for where in sorted(slices):
         site = Site(**{**_fields(sites[where]), "group": group})
         method, trainable[where], frozen[where] = stacked(path, site, slices[where], table.sparse)

@@ -4,8 +4,7 @@
 what it changes                             types
 ==========================================  ===================================================
 a weight, by a method to come               ADAMSS DEFT FOURIERFT FROD GLORA OSF PEANUT PSOFT
-                                            PVERA RANDLORA SHIRA SUPERTUNING TINYLORA UNILORA
-                                            VBLORA WAVEFT
+                                            PVERA RANDLORA SHIRA SUPERTUNING TINYLORA WAVEFT
 biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
@@ -27,7 +26,7 @@ BESIDE = "it is a model beside the model"
 
 _GROUPS = {
     TO_COME: "ADAMSS DEFT FOURIERFT FROD GLORA OSF PEANUT PSOFT PVERA "
-    "RANDLORA SHIRA SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT",
+    "RANDLORA SHIRA SUPERTUNING TINYLORA WAVEFT",
     PARTS: "BEFT TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "
