@@ -12,6 +12,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "work_list": {"system"},
     "lapack": set(),
     "numerics": {"lapack"},
+    "torch_random": set(),
     "core": set(),
     "quantized": set(),
     "sharding": {"core"},
@@ -19,7 +20,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
     "routing": {"core", "contracts", "system"},
-    "methods": {"numerics", "algebra", "core", "routing", "system"},
+    "methods": {"numerics", "torch_random", "algebra", "core", "routing", "system"},
     "inits": {"core", "contracts", "methods", "system"},
     "penalties": {"contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "system"},
@@ -30,7 +31,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "retrieval": {"numerics", "core", "algebra", "merging", "system"},
     "compose": {"numerics", "core", "algebra", "merging", "system"},
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
-    "io": {"core", "methods"},
+    "io": {"core", "methods", "torch_random"},
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
     "cli": {"core", "algebra", "io", "merging", "registry"},

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.core.method import Method
+from jlora.io.peft.bases import PVERA, RANDLORA
 from jlora.io.peft.blocks import BAT_TABLE, C3A_TABLE, GRALORA, MISS
 from jlora.io.peft.lora import ADALORA, DORA, HIRA, LORA
 from jlora.io.peft.lycoris import LOHA, LOKR
 from jlora.io.peft.rotations import DELORA, HRA_TABLE, ROAD
+from jlora.io.peft.seeded import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
@@ -19,6 +21,8 @@ TABLES: tuple[Table, ...] = (
     *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING),
     *(BAT_TABLE, MISS, C3A_TABLE, GRALORA),  # BAT is a form of MISS
     *(HRA_TABLE, ROAD, DELORA),
+    *(SHIRA, SUPERTUNING, FOURIERFT, WAVEFT),
+    *(RANDLORA, PVERA),
 )
 
 
