@@ -38,7 +38,7 @@ def sparse_product(
 ) -> jax.Array:
     """x [..., d_in] times the matrix of entries `c` [n] at `rows`, `cols`: [..., d_out].
 
-    Of the dtype of c, real or complex; the matrix is not formed.
+    Of the dtype of c; the matrix is not formed.
     """
 
     def one(x: jax.Array) -> jax.Array:

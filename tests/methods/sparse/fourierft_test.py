@@ -1,4 +1,4 @@
-"""FourierFT: a sum of cosines, against the path by the Fourier transform."""
+"""FourierFT: a sum of cosines one by one, and numpy's inverse transform."""
 
 import numpy as np
 import pytest
@@ -22,6 +22,13 @@ def check_value(bench):
 
 def test_value(bench):
     check_value(bench)
+
+
+def test_it_is_the_inverse_transform(bench):
+    p = bench.numbers(bench.noisy(FourierFT(count=11, scaling=40.0)))
+    spectrum = np.zeros((12, 8))
+    spectrum[p["rows"].astype(int), p["cols"].astype(int)] = p["c"]
+    np.testing.assert_allclose(40.0 * np.fft.ifft2(spectrum).real, delta(p), atol=1e-9)
 
 
 def test_places_come_from_the_seed_alone(bench):
@@ -49,12 +56,12 @@ def test_refusals(bench):
         bench.fresh(FourierFT(count=97))
 
 
-def test_mutation_inputs_for_outputs_are_seen(bench, monkeypatch):
-    good = FourierFT.merge
+def test_mutation_waves_the_other_way_are_seen(bench, monkeypatch):
+    good = FourierFT.waves
 
-    def turned(self, w, p):
-        return good(self, w, p | {"rows": p["rows"] // 2, "cols": p["cols"]})
+    def mirrored(self, p, shape):
+        return good(self, p | {"rows": (12 - p["rows"]) % 12}, shape)
 
-    monkeypatch.setattr(FourierFT, "merge", turned)
+    monkeypatch.setattr(FourierFT, "waves", mirrored)
     with pytest.raises(AssertionError):
         check_value(bench)
