@@ -33,6 +33,8 @@ from jlora.core.adapter import stack as stack
 from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.lift import lift as lift
 from jlora.core.method import Method as Method
+from jlora.core.method import Wrapper as Wrapper
+from jlora.core.site import InitContext as InitContext
 from jlora.core.site import Site as Site
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
@@ -73,6 +75,7 @@ __all__ = [
     "DoRA",
     "Experts",
     "HiRA",
+    "InitContext",
     "LNTuning",
     "LoCon",
     "LoHa",
@@ -85,6 +88,7 @@ __all__ = [
     "TokenMask",
     "TrainableTokens",
     "VeRA",
+    "Wrapper",
     "algebra",
     "delta",
     "init",

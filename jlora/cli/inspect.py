@@ -27,7 +27,7 @@ from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
 from jlora.core.adapter import Adapter
 from jlora.core.merge import delta
-from jlora.core.method import Method
+from jlora.core.method import Method, innermost
 from jlora.io import FormatError
 from jlora.merging.convert import factored
 from jlora.types import Dynamic
@@ -58,8 +58,7 @@ def rank_of(method: Method) -> int | None:
     Returns:
       None for methods without a rank.
     """
-    inner = getattr(method, "method", method)
-    return getattr(inner, "rank", None)
+    return getattr(innermost(method), "rank", None)
 
 
 def bank_size(adapter: Adapter) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 
 from jlora.core import compat
-from jlora.core.site import Arrays, Site, widened
+from jlora.core.site import Arrays, InitContext, Site, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,12 @@ class Method:
         """(trainable, frozen) tensors that all sites of this method share; none by default."""
         return {}, {}
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
-        """(trainable, frozen) arrays of one un-stacked site, in `site.param_dtype`."""
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        """(trainable, frozen) arrays of one un-stacked site, in `site.param_dtype`.
+
+        `context` has what only some methods ask for: the weight itself, the index of the slice in
+        its stack, the shared tensors, the other sites of the method.
+        """
         raise NotImplementedError(f"{type(self).__name__}.init")
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
@@ -82,6 +86,52 @@ class Method:
             return x @ w.merged(self, p)
         y = x @ w
         return y + low_rank(x, *uv).astype(y.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Method):
+    """Base of methods around another method: they keep its arrays.
+
+    What it means is the subclass's own: `merge` or `factors`, and `apply`. `stack` and the readers
+    of files reach the rank of the innermost method through `rank_of` and `with_rank`.
+    """
+
+    method: Method
+
+    @property
+    def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
+        return self.method.rank_axes
+
+    def prepare(self, p: Arrays) -> Arrays:
+        """As the wrapped method."""
+        return self.method.prepare(p)
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+        """As the wrapped method."""
+        return self.method.shared(key, sites)
+
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        """As the wrapped method."""
+        return self.method.init(key, site, context)
+
+
+def innermost(method: Method) -> Method:
+    """The method inside all wrappers."""
+    while isinstance(method, Wrapper):
+        method = method.method
+    return method
+
+
+def rank_of(method: Method) -> int:
+    """The rank of the innermost method, 0 where it has none."""
+    return getattr(innermost(method), "rank", 0)
+
+
+def with_rank(method: Method, rank: int) -> Method:
+    """`method` with the innermost method of another rank; unchanged where it has none."""
+    if isinstance(method, Wrapper):
+        return dataclasses.replace(method, method=with_rank(method.method, rank))
+    return dataclasses.replace(method, rank=rank) if hasattr(method, "rank") else method
 
 
 @jax.custom_jvp

@@ -21,6 +21,7 @@ from jlora.core.lazy import Lazy
 from jlora.core.lookup import gather
 from jlora.core.matmul import dot_general
 from jlora.core.ragged import ragged_dot
+from jlora.core.shards import all_gather, shard_map
 
 Rule = Callable[..., list[Any] | None]
 
@@ -80,11 +81,7 @@ def dot(scope: Scope, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
 
 def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     """Inlined; the outer jit compiles it."""
-    outside = scope.calls_of
-    scope.calls_of = (*outside, eqn)
-    out = evaluate(scope, compat.called(eqn), values)
-    scope.calls_of = outside
-    return out
+    return evaluate(scope.inside(eqn), compat.called(eqn), values)
 
 
 def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
@@ -230,6 +227,7 @@ def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
 
 
 _SAME = ("copy", "copy_p", "sharding_constraint", "optimization_barrier", "name", "mesh_cast")
+_VARYING = ("pvary", "pcast", "pbroadcast")  # says on which axes of a mesh devices differ
 
 RULES: dict[str, Rule] = {
     "convert_element_type": convert,
@@ -256,11 +254,13 @@ RULES: dict[str, Rule] = {
     "dot_general": dot,
     "conv_general_dilated": conv,
     **dict.fromkeys(("ragged_dot", "ragged_dot_general"), ragged_dot),
+    "shard_map": shard_map,
+    "all_gather": all_gather,
     "any other": combine.unknown,
     "scan": scan,
     "cond": cond,
     "while": while_,
-    **dict.fromkeys((*_SAME, "reshard"), same),
+    **dict.fromkeys((*_SAME, *_VARYING, "reshard"), same),
     **dict.fromkeys(compat.JIT, call),
     **dict.fromkeys(compat.REMAT, remat),
 }

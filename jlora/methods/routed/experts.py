@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.routing import dispatch, router
 from jlora.system import System
 
@@ -61,7 +61,7 @@ class Experts(Method):
                 f"Experts.backend: expected one of {dispatch.BACKENDS}, got {self.backend!r}"
             )
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """router [d_in, E], a [E, d_in, r], b [E, r, d_out] = 0; frozen scale []."""
         ka, kr = jax.random.split(key)
         e, r, dtype, bound = self.experts, self.rank, site.param_dtype, 1 / math.sqrt(site.d_in)
