@@ -23,10 +23,11 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jlora
 from jlora.system import Placed, System
+from jlora.types import Dynamic
 from jlora.work_list import ROWS, Row
 
 CLAIMS = "experiments/claims"
@@ -48,6 +49,9 @@ def walk(package: ModuleType) -> Iterator[Placed]:
     Args:
       package: an imported package; all its modules are imported.
 
+    Returns:
+      One record after the other, with its module.
+
     Raises:
       TypeError: a module assigns SYSTEM or SYSTEMS something that is not a record.
     """
@@ -66,6 +70,9 @@ def walk(package: ModuleType) -> Iterator[Placed]:
 def systems() -> tuple[Placed, ...]:
     """Every system of jlora.
 
+    Returns:
+      In the order of modules.
+
     Raises:
       ValueError: two records have one name.
     """
@@ -79,17 +86,32 @@ def systems() -> tuple[Placed, ...]:
 
 
 def methods() -> dict[str, System]:
-    """The records of the adaptation methods by name."""
+    """The records of the adaptation methods.
+
+    Returns:
+      By name.
+    """
     return {p.system.name: p.system for p in systems() if p.family == "methods"}
 
 
-def load(placed: Placed) -> Any:
-    """The public object of a system."""
+def load(placed: Placed) -> Dynamic:
+    """The public object of a system.
+
+    Args:
+      placed: the system.
+
+    Returns:
+      The class or function that its record names.
+    """
     return getattr(importlib.import_module(placed.module), placed.system.symbol)
 
 
 def checkout() -> Path | None:
-    """The repository that this package is imported from, None when it is installed without one."""
+    """The repository that this package is imported from.
+
+    Returns:
+      Its root; None where the package is installed without one.
+    """
     root = Path(jlora.__file__).resolve().parents[1]
     return root if (root / "tests").is_dir() and (root / "jlora").is_dir() else None
 
@@ -100,6 +122,9 @@ def state(placed: Placed, root: Path | None) -> State:
     Args:
       placed: the system.
       root: the repository; None: the state is unknown.
+
+    Returns:
+      The state, and what is missing.
     """
     if root is None:
         return State("unknown")
@@ -200,9 +225,14 @@ class RowState:
 
 
 def work_list(root: Path | None) -> tuple[RowState, ...]:
-    """All rows of the work list, absent ones too.
+    """All rows of the work list, absent ones too. A row works when every system that serves it
+    does.
 
-    A row works when every system that serves it works.
+    Args:
+      root: the repository; None: states are unknown.
+
+    Returns:
+      One entry per row.
     """
     out = []
     for row in ROWS:

@@ -15,13 +15,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jlora import registry
+from jlora.types import Dynamic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 with a message for what is refused."""
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora claims`; None: those of the process.
+
+    Returns:
+      The exit status: 0, or 2 with a message for what is refused.
+    """
     parser = argparse.ArgumentParser(
         "jlora claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,8 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def listed(runner: Any, root: Path) -> str:
-    """A line per claim: verdict and age of its record."""
+def listed(runner: Dynamic, root: Path) -> str:
+    """A line per claim: verdict and age of its record.
+
+    Args:
+      runner: the module `experiments.claims.runner`.
+      root: the repository.
+
+    Returns:
+      The text.
+    """
     lines = []
     for name in runner.names():
         path = root / registry.RECORDS / f"{name}.json"

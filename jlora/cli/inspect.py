@@ -17,7 +17,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from jlora.core.merge import delta
 from jlora.core.method import Method, innermost
 from jlora.io import FormatError
 from jlora.merging.convert import factored
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,26 @@ class Row:
 
 
 def rank_of(method: Method) -> int | None:
-    """The rank of a method, or of the one that it wraps."""
+    """The rank of a method, or of the one that it wraps.
+
+    Args:
+      method: of a site.
+
+    Returns:
+      None for methods without a rank.
+    """
     return getattr(innermost(method), "rank", None)
 
 
 def bank_size(adapter: Adapter) -> int | None:
-    """How many adapters a bank holds; None for a single adapter."""
+    """How many adapters a bank holds.
+
+    Args:
+      adapter: an adapter or a bank.
+
+    Returns:
+      N; None for a single adapter.
+    """
     for site, _ in adapter.sites:
         own = {**adapter.frozen.get(site.path, {}), **adapter.trainable.get(site.path, {})}
         if "scale" in own:  # one number per stack slice
@@ -65,12 +79,15 @@ def bank_size(adapter: Adapter) -> int | None:
     return None
 
 
-def rows(adapter: Adapter, dense: dict[str, Any] | None = None) -> list[Row]:
+def rows(adapter: Adapter, dense: dict[str, Dynamic] | None = None) -> list[Row]:
     """One row per site.
 
     Args:
       adapter: an adapter or a bank.
       dense: path -> delta [*stack, d_in, d_out] of sites whose delta has no factors, where known.
+
+    Returns:
+      One row per site, in their order.
     """
     size, out = bank_size(adapter), []
     for site, method in adapter.sites:
@@ -110,7 +127,7 @@ def _mean(x: np.ndarray) -> float:
     return float(np.mean(x))
 
 
-def _spectrum(one: Adapter, bank: bool, dense: Any) -> np.ndarray | None:
+def _spectrum(one: Adapter, bank: bool, dense: Dynamic) -> np.ndarray | None:
     """Singular values [..., k] of the only site of `one`; None without factors or a dense delta."""
     if dense is not None:
         return np.linalg.svd(np.asarray(dense, np.float64), compute_uv=False)
@@ -123,7 +140,14 @@ def _spectrum(one: Adapter, bank: bool, dense: Any) -> np.ndarray | None:
 
 
 def similarity(adapter: Adapter) -> np.ndarray | None:
-    """The cosines [N, N] of a bank; None for one adapter, or without factors."""
+    """The cosines of a bank.
+
+    Args:
+      adapter: an adapter or a bank.
+
+    Returns:
+      [N, N]; None for one adapter, or without factors.
+    """
     if bank_size(adapter) is None:
         return None
     try:
@@ -133,7 +157,14 @@ def similarity(adapter: Adapter) -> np.ndarray | None:
 
 
 def table(found: Sequence[Row]) -> str:
-    """The rows as aligned text."""
+    """The rows as aligned text.
+
+    Args:
+      found: one row per site.
+
+    Returns:
+      The text.
+    """
     head = ("site", "method", "shape", "rank", "alpha", "parameters", "norm", "s1", "stable rank")
     lines = [
         (
@@ -165,7 +196,12 @@ def _text(value: float | None) -> str:
 
 
 def plot(found: Sequence[Row], cosines: np.ndarray | None, path: Path) -> None:
-    """Norms by site, spectra, and the similarity of a bank, as one picture.
+    """Writes norms by site, spectra, and the similarity of a bank as one picture.
+
+    Args:
+      found: one row per site.
+      cosines: [N, N] of a bank; None: no such panel.
+      path: of the picture; the suffix is its format.
 
     Raises:
       ValueError: matplotlib is not installed.
@@ -200,7 +236,14 @@ def plot(found: Sequence[Row], cosines: np.ndarray | None, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 with a message for what is refused."""
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora inspect`; None: those of the process.
+
+    Returns:
+      The exit status: 0, or 2 with a message for what is refused.
+    """
     parser = argparse.ArgumentParser(
         "jlora inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -222,7 +265,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> str:
-    """The text that the command prints; writes the plot."""
+    """Inspects one adapter; writes the plot.
+
+    Args:
+      args: as the parser of `main` gives them.
+
+    Returns:
+      The text that is printed.
+    """
     kind = files.detect(args.path)
     base = Base(args.base) if args.base else None
     names = files.names_of(None)
@@ -246,7 +296,7 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join([table(shown), "", _summary(kind, size, found, extras, cosines)])
 
 
-def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, Any]:
+def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, Dynamic]:
     """Deltas of sites without factors, from the base's weights."""
     if base is None or bank_size(adapter) is not None:
         return {}
@@ -262,7 +312,7 @@ def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, 
 
 
 def _summary(
-    kind: str, size: int | None, found: Sequence[Row], extras: Any, cosines: np.ndarray | None
+    kind: str, size: int | None, found: Sequence[Row], extras: Dynamic, cosines: np.ndarray | None
 ) -> str:
     what = f"bank of {size} adapters" if size else "adapter"
     methods = ", ".join(sorted({r.method for r in found}))

@@ -189,7 +189,7 @@ def certificate(row: Merging, world: World) -> Errors:
     w = _dense(algebra.combine(world.bank, world.weights))
     made = _dense(_merge(row, world))
     out = {}
-    for path, limit in bound(row, world.bank, world.weights, **row.options).items():
+    for path, limit in bound(row, world.bank, world.weights, row.options).items():
         true = np.sqrt(((w[path] - made[path]) ** 2).sum((-2, -1)))
         gap = true - np.asarray(limit, np.float64)
         out[path] = float((np.abs(gap) if row.tight else gap).max())
@@ -381,7 +381,7 @@ def _sines(x: Any, key: Any, kind: Any, options: Any) -> dict[str, Array]:
     row = Merging(name="", paper="", symbol="", evidence="", **dict(kind))
     every = row.scope == "adapter"
     bank, w = x[""] if every else ({k: t[i] for k, t in x.items()} for i in (0, 1))
-    made = apply(row, bank, w, key=key, **dict(options))
+    made = apply(row, bank, w, dict(options), key=key)
     found = {k: jnp.sum(jnp.sin(u @ v), (-2, -1)) for k, (u, v) in made.items()}  # type: ignore[misc]
     return {"": sum(map(jnp.sum, found.values()), jnp.zeros(()))[None]} if every else found
 
@@ -414,8 +414,7 @@ def _merge(row, world, bank=None, weights=None, ids=None, jit=True) -> Deltas:
     w = world.weights if weights is None else jnp.asarray(weights, world.weights.dtype)
     key = world.key if row.randomised else None
     ids = jnp.arange(w.shape[0], dtype=jnp.uint32) if ids is None else jnp.asarray(ids)
-    extra = {"ids": ids} if row.randomised else {}
-    return apply(row, bank, w, key=key, jit=jit, **extra, **row.options)
+    return apply(row, bank, w, row.options, key=key, ids=ids if row.randomised else None, jit=jit)
 
 
 def _take(bank: Deltas, rows: Any) -> Deltas:
