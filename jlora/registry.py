@@ -148,7 +148,7 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
     return [f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)]
 
 
-def changed(claim: str, root: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
+def changed(claim: str, root: Path, record: Mapping[str, Dynamic]) -> tuple[str, ...]:
     """The files of a claim whose code is not what its record was made by.
 
     Args:
@@ -199,7 +199,7 @@ def code_sha256(path: Path) -> str:
     return hashlib.sha256(repr(_plain(ast.parse(path.read_bytes()))).encode()).hexdigest()
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: Dynamic) -> Dynamic:
     """A syntax tree as tuples, without docstrings and without what is empty.
 
     Fields that later versions of Python add are empty here, so versions agree.
