@@ -155,6 +155,9 @@ def changed(claim: str, root: Path, record: Mapping[str, Dynamic]) -> tuple[str,
       claim: the name of a claim file that exists.
       root: the repository.
       record: of the claim.
+
+    Returns:
+      Their names; () where the record is of the present code.
     """
     file = root / CLAIMS / f"{claim}.py"
     same = record.get("claim_sha256") == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -164,11 +167,14 @@ def changed(claim: str, root: Path, record: Mapping[str, Dynamic]) -> tuple[str,
 
 
 def shared_code(claim: str, root: Path) -> dict[str, str]:
-    """{file: `code_sha256`} of what a claim imports of the folder of claims, directly or not.
+    """The code that a claim shares with others: its imports of the folder of claims.
 
     Args:
       claim: the name of a claim file that exists.
       root: the repository.
+
+    Returns:
+      {file: `code_sha256`}, of direct and indirect imports.
     """
     folder, found, open_ = root / CLAIMS, {}, [claim]
     while open_:
@@ -195,7 +201,14 @@ def _imported(path: Path) -> Iterator[str]:
 
 
 def code_sha256(path: Path) -> str:
-    """Of a Python file's syntax tree: comments, docstrings and line breaks do not count."""
+    """A hash of a Python file that comments, docstrings and line breaks do not change.
+
+    Args:
+      path: the file.
+
+    Returns:
+      sha256 of its syntax tree, hexadecimal.
+    """
     return hashlib.sha256(repr(_plain(ast.parse(path.read_bytes()))).encode()).hexdigest()
 
 
