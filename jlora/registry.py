@@ -116,7 +116,11 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
         return [f"{CLAIMS}/{claim}.py does not exist"]
     if not record.is_file():
         return [f"claim {claim} has not been run"]
-    made_by = json.loads(record.read_text(encoding="utf-8")).get("claim_sha256")
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        made_by = found.get("claim_sha256")
+    except (ValueError, RecursionError, AttributeError) as error:
+        return [f"{RECORDS}/{claim}.json: got no JSON object ({error}), expected a record"]
     if made_by != hashlib.sha256(file.read_bytes()).hexdigest():
         return [f"claim {claim} has changed since it was run"]
     return []

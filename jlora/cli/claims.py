@@ -11,13 +11,13 @@ to ``docs/results/claims``. Base models and corpora are pinned packages, downloa
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jlora import registry
+from jlora.io.json_file import read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +60,8 @@ def listed(runner: Any, root: Path) -> str:
         if not path.is_file():
             lines.append(f"{name}: has not been run")
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fresh = record["claim_sha256"] == runner.sha256(name)
+        record = read_json(path)
+        fresh = record.get("claim_sha256") == runner.sha256(name)
         old = "" if fresh else "  (the claim file has changed since: run it again)"
         lines.append(runner.summary(record) + old)
     return "\n".join(lines) or "no claims"

@@ -40,7 +40,12 @@ def read_config(
 ) -> T:  # fmt: skip
     """``config.json`` as a `kind`."""
     path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8-sig"))  # editors add a byte order mark
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))  # editors add a byte order mark
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: got no JSON ({error}), expected a JSON object") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: got {type(raw).__name__}, expected a JSON object")
     for field, expected in fixed.items():
         if (got := raw.get(field, expected)) != expected:
             raise ValueError(f"{path}: {field}: got {got!r}, expected {expected!r}")
