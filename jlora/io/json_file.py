@@ -37,7 +37,9 @@ def read_json(path: str | os.PathLike[str], kind: type = dict, *, constants: boo
     try:
         value = parse_json(path, data, constants=constants)
     except FormatError as error:
-        raise FormatError(path, f"{error.why}, expected {expected}") from error
+        raise FormatError(
+            path, f"got no JSON{error.why.removeprefix('bad JSON')}, expected {expected}"
+        ) from error
     if not isinstance(value, kind):
         raise FormatError(path, f"got {type(value).__name__}, expected {expected}")
     return value

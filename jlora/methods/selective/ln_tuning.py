@@ -20,7 +20,7 @@ from typing import ClassVar
 import jax
 
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -30,7 +30,7 @@ class LNTuning(Method):
 
     vectors: ClassVar[bool] = True
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """v [n], the base's.
 
         Raises:
@@ -40,7 +40,7 @@ class LNTuning(Method):
             raise ValueError(
                 f"{site.path}: LNTuning trains vectors; got a matrix [{site.d_in}, {site.d_out}]"
             )
-        return {"v": site.weight()[0]}, {}
+        return {"v": context.weight()[0]}, {}
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
         """v for w, [1, n]."""
