@@ -144,7 +144,12 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
         return [f"{CLAIMS}/{claim}.py does not exist"]
     if not record.is_file():
         return [f"claim {claim} has not been run"]
-    found = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return [f"{RECORDS}/{claim}.json: got no JSON ({error}), expected a record"]
+    if not isinstance(found, dict):
+        return [f"{RECORDS}/{claim}.json: got {type(found).__name__}, expected a record"]
     return [f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)]
 
 

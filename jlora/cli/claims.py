@@ -11,12 +11,12 @@ to ``docs/results/claims``. Base models and corpora are pinned packages, downloa
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jlora import registry
+from jlora.io.json_file import read_json
 from jlora.types import Dynamic
 
 
@@ -75,7 +75,7 @@ def listed(runner: Dynamic, root: Path) -> str:
         if not path.is_file():
             lines.append(f"{name}: has not been run")
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         files = ", ".join(registry.changed(name, runner.FOLDER.parents[1], record))
         old = f"  ({files}: changed since; run it again)" if files else ""
         lines.append(runner.summary(record) + old)

@@ -7,7 +7,6 @@ directory of the base model, or the shapes of the LoRA factors in the file itsel
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from jlora.cli.merge.layout import site_of
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
 from jlora.io import FormatError, NameMap
+from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG
 from jlora.io.safetensors_file import header
 from jlora.types import Dynamic
@@ -275,5 +275,5 @@ def base_name(path: Path) -> tuple[str | None, str | None]:
     file = path / CONFIG
     if not file.is_file():
         return None, None
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = peft_config.read(file)
     return config.get("base_model_name_or_path"), config.get("task_type")

@@ -4,6 +4,9 @@
     jlora inspect runs/bank --plot bank.png        norms by site, spectra, similarity of a bank
     jlora inspect adapters/math --sort norm --top 10
     jlora inspect adapters/dora --base models/base   norms of methods that read the weight
+    jlora inspect adapters/math --check-names params.safetensors --names gemma
+                                                   whether it fits a parameter tree: what matches
+                                                   nothing, with the nearest names (check_names.py)
 
 For every site: method, shape, rank, alpha, number of trained parameters, Frobenius norm of the
 delta, its largest singular value, and its stable rank (|D|_F^2 / s_1^2: how many directions carry
@@ -22,7 +25,7 @@ import jax
 import numpy as np
 
 from jlora import algebra, io
-from jlora.cli import files
+from jlora.cli import check_names, files
 from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
 from jlora.core.adapter import Adapter
@@ -255,13 +258,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, help="only the first rows")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--plot", type=Path, help="write a picture: .png, .pdf or .svg")
+    parser.add_argument(
+        "--check-names", "--check_names", type=Path, metavar="TREE",
+        help="parameters that the adapter is for: a safetensors file, an Orbax checkpoint, or JSON "
+        "{path: [dtype, *shape]}; exit status 1 where something of the file has no place in them",
+    )  # fmt: skip
+    parser.add_argument("--names", help="a built-in name map (llama, ...) or a YAML file")
     args = parser.parse_args(argv)
     try:
+        if args.check_names:
+            return _check_names(args)
+        if args.names:
+            raise ValueError("--names: got it without --check-names, expected both")
         print(run(args))
     except (FormatError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_names(args: argparse.Namespace) -> int:
+    """Prints what matches nothing; 1 where the file cannot be read for the tree."""
+    kind = files.detect(args.path)
+    start = files.start_of(args.path, kind, args.prefix if kind == "kohya" else args.component)
+    names = files.names_of(args.names)
+    found = check_names.check(args.path, check_names.tree_of(args.check_names), names, start)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found.text())
+    return 0 if found.good else 1
 
 
 def run(args: argparse.Namespace) -> str:
