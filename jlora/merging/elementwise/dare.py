@@ -33,7 +33,7 @@ from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import STEPS, dropped
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import DROPPED, Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
 
 
@@ -150,8 +150,8 @@ SYSTEMS = (
         options={"density": 0.5},
         rule=dare_linear_rule,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),
@@ -165,8 +165,8 @@ SYSTEMS = (
         options={"density": 0.5},
         rule=dare_ties_rule,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import FLAT, Merging
 from jlora.merging.engine.spectral_functions import dot, polar, spectral, support, top_pair
 from jlora.merging.spectral.core_space import from_core, to_core
 
@@ -90,8 +90,8 @@ SYSTEMS = (
         symbol="iso_c",
         function=iso_c,
         breaks={
-            "weight_one": "the spectrum is flattened",
-            "idempotent": "the spectrum is flattened",
+            "weight_one": FLAT,
+            "idempotent": FLAT,
         },
         evidence="numpy value; law suite",
     ),
@@ -101,8 +101,8 @@ SYSTEMS = (
         symbol="iso_cts",
         function=iso_cts,
         breaks={
-            "weight_one": "the spectrum is flattened",
-            "idempotent": "the spectrum is flattened",
+            "weight_one": FLAT,
+            "idempotent": FLAT,
         },
         evidence="numpy value; law suite",
     ),
