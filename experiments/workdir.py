@@ -59,13 +59,33 @@ def read_json(path: Path, kind: type, remedy: str) -> Any:
     return value
 
 
+def save_array(path: Path, **arrays: np.ndarray) -> None:
+    """Write a .npz file through a temp file and a rename."""
+    temp = path.with_name(path.name + ".tmp")
+    with temp.open("wb") as handle:
+        named: dict[str, Any] = arrays
+        np.savez(handle, **named)
+    os.replace(temp, path)
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """A checkpointer that no other process waits for: each saves its own pieces of work."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
 def save_tree(path: Path, tree: PyTree) -> None:
     """Commit the array leaves of any PyTree as one Orbax checkpoint folder (replacing it).
 
     Leaves are stored by their key path, so NamedTuples and optimizer states need no schema.
     """
     host = {k: np.asarray(v) for k, v in _named(tree).items()}
-    with ocp.StandardCheckpointer() as saver:
+    with _checkpointer() as saver:
         saver.save(path.absolute(), host, force=True)
         saver.wait_until_finished()
 
@@ -79,7 +99,7 @@ def load_tree(path: Path, like: PyTree) -> PyTree:
         raise StageError(f"{path}: no checkpoint here; run the stage that writes it again")
     want = {k: np.zeros(v.shape, v.dtype) for k, v in _named(like).items()}
     try:
-        with ocp.StandardCheckpointer() as saver:
+        with _checkpointer() as saver:
             got = saver.restore(path.absolute(), want)
     except Exception as error:  # Orbax raises many kinds for a damaged folder
         text = str(error).splitlines()[0][:200] if str(error) else ""
@@ -108,8 +128,8 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-class Stage:
-    """One stage's folder."""
+class Folder:
+    """One stage's folder: `<workdir>/<name>-<key>`."""
 
     def __init__(self, workdir: Path, name: str, key: str):
         self.name = name
@@ -166,6 +186,9 @@ class Stage:
                 shutil.rmtree(target)
             elif target.exists():
                 target.unlink()
+
+
+Stage = Folder  # the name by which experiments.merging knows it
 
 
 def _lists_files(value: Any) -> bool:

@@ -4,7 +4,8 @@ A file with a record (`jlora.system.System`) is a system; nothing else has to be
 of a system is computed from what the checkout holds, never written down:
 
 - ``works``: its tests exist, nothing is declared missing, and its claim has a record
-  (``docs/results/claims/<claim>.json``) made by the present claim file (same sha256);
+  (``docs/results/claims/<claim>.json``) made by the present claim file (same sha256) and by the
+  present code that claim files share (`shared_code`);
 - ``partial``: something of this is missing, and `State.missing` says what;
 - ``absent``: a row of `jlora.work_list` that no file serves.
 
@@ -12,13 +13,14 @@ A component (`System.kind`) is a part of systems and needs no claim. Without a c
 installed package has no tests) states are ``unknown``.
 """
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from jlora.system import Placed, System
 from jlora.work_list import ROWS, Row
 
 CLAIMS = "experiments/claims"
+HARNESS = ("__init__", "protocol", "runner")  # files of that folder that measure nothing
 RECORDS = "docs/results/claims"
 SKIPPED = ("jlora.cli", "jlora.merge", "jlora.systems")  # programs
 
@@ -116,10 +119,75 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
         return [f"{CLAIMS}/{claim}.py does not exist"]
     if not record.is_file():
         return [f"claim {claim} has not been run"]
-    made_by = json.loads(record.read_text(encoding="utf-8")).get("claim_sha256")
-    if made_by != hashlib.sha256(file.read_bytes()).hexdigest():
-        return [f"claim {claim} has changed since it was run"]
-    return []
+    found = json.loads(record.read_text(encoding="utf-8"))
+    return [f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)]
+
+
+def changed(claim: str, root: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files of a claim whose code is not what its record was made by.
+
+    Args:
+      claim: the name of a claim file that exists.
+      root: the repository.
+      record: of the claim.
+    """
+    file = root / CLAIMS / f"{claim}.py"
+    same = record.get("claim_sha256") == hashlib.sha256(file.read_bytes()).hexdigest()
+    now, then = shared_code(claim, root), record.get("shared_sha256", {})
+    differ = sorted(f for f in now.keys() | then.keys() if now.get(f) != then.get(f))
+    return tuple([] if same else [f"{claim}.py"]) + tuple(differ)
+
+
+def shared_code(claim: str, root: Path) -> dict[str, str]:
+    """{file: `code_sha256`} of what a claim imports of the folder of claims, directly or not.
+
+    Args:
+      claim: the name of a claim file that exists.
+      root: the repository.
+    """
+    folder, found, open_ = root / CLAIMS, {}, [claim]
+    while open_:
+        for name in _imported(folder / f"{open_.pop()}.py"):
+            path = folder / f"{name}.py"
+            if name not in (*HARNESS, claim) and path.is_file() and path.name not in found:
+                found[path.name] = code_sha256(path)
+                open_.append(name)
+    return found
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Names of the modules of the folder of claims that a file imports."""
+    room = CLAIMS.replace("/", ".")
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module == room:
+            yield from (n.name for n in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{room}."):
+            yield str(node.module).removeprefix(f"{room}.")
+        elif isinstance(node, ast.Import):
+            for n in node.names:
+                if n.name.startswith(f"{room}."):
+                    yield n.name.removeprefix(f"{room}.")
+
+
+def code_sha256(path: Path) -> str:
+    """Of a Python file's syntax tree: comments, docstrings and line breaks do not count."""
+    return hashlib.sha256(repr(_plain(ast.parse(path.read_bytes()))).encode()).hexdigest()
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as tuples, without docstrings and without what is empty.
+
+    Fields that later versions of Python add are empty here, so versions agree.
+    """
+    if isinstance(node, list):
+        return tuple(_plain(n) for n in node)
+    if not isinstance(node, ast.AST):
+        return node
+    fields = {k: v for k, v in ast.iter_fields(node) if v not in (None, [])}
+    has_doc = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+    if has_doc and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    return type(node).__name__, tuple((k, _plain(v)) for k, v in fields.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,8 +60,8 @@ def test_law(example, law, cases):
 
 
 class Loud(LoRA):  # L2: does not start at zero
-    def init(self, key, site):
-        trainable, frozen = super().init(key, site)
+    def init(self, key, site, context):
+        trainable, frozen = super().init(key, site, context)
         return {**trainable, "b": trainable["b"] + 1}, frozen
 
 
@@ -115,13 +115,13 @@ class Fussy(LoRA):  # L11: takes alpha for structure
 
 
 class Half(LoRA):  # L12: keeps float16
-    def init(self, key, site):
-        return jax.tree.map(lambda t: t.astype(jnp.float16), super().init(key, site))
+    def init(self, key, site, context):
+        return jax.tree.map(lambda t: t.astype(jnp.float16), super().init(key, site, context))
 
 
 class Dead(LoRA):  # L13: declares what it does not use
-    def init(self, key, site):
-        trainable, frozen = super().init(key, site)
+    def init(self, key, site, context):
+        trainable, frozen = super().init(key, site, context)
         return {**trainable, "unused": jnp.ones(3)}, frozen
 
 

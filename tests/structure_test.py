@@ -15,7 +15,6 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "core": set(),
     "quantized": set(),
     "sharding": {"core"},
-    "models": {"core"},
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
     "routing": {"core", "contracts", "system"},
@@ -33,6 +32,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "continual": {"contracts", "core", "methods", "system"},
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
     "io": {"core", "methods"},
+    "models": {"core", "io"},
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
     "cli": {"core", "algebra", "io", "merging", "registry"},
@@ -43,8 +43,8 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_150  # lines of code, all of core/ together; docs/core.md says what they do
-FILE = 225  # of one file of it
+CORE = 2_520  # lines of code, all of core/ together; docs/core.md says what they do
+FILE = 240  # of one file of it
 
 
 def imported(source):

@@ -1,4 +1,4 @@
-"""A user's own tasks: one folder a task, joined to the zoo or given a generated adapter.
+"""A user's own tasks: one folder per task, joined to the zoo or given a generated adapter.
 
 A task folder holds ``task.json`` and ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``::
 
@@ -8,7 +8,7 @@ A task folder holds ``task.json`` and ``train.jsonl``, ``validation.jsonl``, ``t
 
 ``name`` (default: the folder's name), ``description`` (default: made of the class descriptions)
 and ``paraphrases`` (two lists of other wordings) are optional. ``train.jsonl`` may be as short as
-one text a class when the adapter is to be generated, not trained.
+one text per class when the adapter is to be generated, not trained.
 
 Everything is checked before anything is used; ``TaskFolderError`` names file, line and remedy.
 """
@@ -34,7 +34,7 @@ def tasks(task_dir: str | os.PathLike) -> list[Task]:
     """The tasks of ``task_dir`` in the order of their folder names; all files are checked."""
     root = Path(task_dir)
     if not root.is_dir():
-        raise TaskFolderError(f"{root} is not a folder; give a folder with one folder a task")
+        raise TaskFolderError(f"{root} is not a folder; give a folder with one folder per task")
     if (root / "task.json").is_file():
         folders = [root]
     else:

@@ -15,30 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report import names
+
 VERSION = 2  # 2: a claim has a verdict of three, not a yes or no
-SEEN_KEYS = (
-    "base",
-    "trained",
-    "soup",
-    "mean_adapter",
-    "pdiff_task_norm",
-    "pdiff_global",
-    "generated",
-)
-UNSEEN_KEYS = (
-    "base",
-    "trained",
-    "generated",
-    "mean_adapter",
-    "nearest",
-    "softmax",
-    "multitask",
-    "ridge",
-    "span",
-)
+SEEN_KEYS = names.keys(names.SEEN)
+UNSEEN_KEYS = names.keys(names.HELD_OUT)
 USER_KEYS = ("base", "generated")  # a user's task may have no trained adapter at all
 CONTROLS = ("shuffled", "null", "paraphrased")
-LEVELS = ("unseen_pair", "unseen_label", "unseen_corpus", "user")
+LEVELS = tuple(names.LEVELS)
 CLAIM_KEYS = ("name", "target", "value", "verdict", "text")
 VERDICTS = HOLDS, FAILS, TOO_FEW = ("holds", "does not hold", "too few to say")
 TOP = (

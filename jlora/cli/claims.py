@@ -61,8 +61,8 @@ def listed(runner: Any, root: Path) -> str:
             lines.append(f"{name}: has not been run")
             continue
         record = json.loads(path.read_text(encoding="utf-8"))
-        fresh = record["claim_sha256"] == runner.sha256(name)
-        old = "" if fresh else "  (the claim file has changed since: run it again)"
+        files = ", ".join(registry.changed(name, runner.FOLDER.parents[1], record))
+        old = f"  ({files}: changed since; run it again)" if files else ""
         lines.append(runner.summary(record) + old)
     return "\n".join(lines) or "no claims"
 

@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from jlora import io
+from jlora.cli.merge import documents
 from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
 from jlora.cli.merge.config import NAMES, PLAIN
@@ -92,12 +92,13 @@ def names_of(value: str | None, prefix: str = "") -> NameMap:
     """A name map by the word of a command line.
 
     Args:
-      value: the name of a built-in map, a JSON or YAML file ``{pattern: template, ...}``, or None:
-        sites are called as the torch modules.
+      value: the name of a built-in map; a JSON or YAML file ``{pattern: template, ...}``, or of
+        ``pattern: [template, kinds]``; or None: sites are called as the torch modules.
       prefix: put before every module name.
 
     Raises:
-      FormatError: the file is not a mapping from text to text.
+      FormatError: the file is no name map.
+      ConfigError: it is no YAML.
       ValueError: neither a built-in map nor a file.
     """
     if value is None:
@@ -108,10 +109,11 @@ def names_of(value: str | None, prefix: str = "") -> NameMap:
     path = Path(value)
     if not path.is_file():
         raise ValueError(f"names: got {value!r}, expected a file or one of {', '.join(NAMES)}")
-    rules = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(rules, Mapping) or not all(isinstance(v, str) for v in rules.values()):
-        raise FormatError(path, f"got {type(rules).__name__}, expected {{pattern: template}}")
-    return NameMap({str(k): v for k, v in rules.items()}, prefix)
+    rules = documents.read(path)
+    try:
+        return NameMap(rules, prefix)
+    except ValueError as error:
+        raise FormatError(path, str(error)) from error
 
 
 def inferred(path: Path, kind: Format, start: str) -> list[Site]:

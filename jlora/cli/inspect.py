@@ -28,7 +28,7 @@ from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
 from jlora.core.adapter import Adapter
 from jlora.core.merge import delta
-from jlora.core.method import Method
+from jlora.core.method import Method, innermost
 from jlora.io import FormatError
 from jlora.merging.convert import factored
 
@@ -51,8 +51,7 @@ class Row:
 
 def rank_of(method: Method) -> int | None:
     """The rank of a method, or of the one that it wraps."""
-    inner = getattr(method, "method", method)
-    return getattr(inner, "rank", None)
+    return getattr(innermost(method), "rank", None)
 
 
 def bank_size(adapter: Adapter) -> int | None:

@@ -23,10 +23,12 @@ from jlora.contract.case import (
     cast,
     close,
     projected,
+    projected_apart,
     scaled,
     scanned,
 )
 from jlora.core.adapter import Adapter, stack
+from jlora.core.block import BlockMethod
 from jlora.core.evaluate import DenseWeightError
 from jlora.core.method import Method
 from jlora.core.sites import init
@@ -195,7 +197,9 @@ def dtypes_kept(case: Case) -> None:
 def precise(case: Case) -> None:
     """whatever dtypes base, adapter and activation have, it is what float64 merges"""
     kinds = list(ROUNDING)
-    name, model = ("gain", scaled) if type(case.method).vectors else ("up", projected)
+    apart = isinstance(case.method, BlockMethod)
+    model = projected_apart if apart else projected
+    name, model = ("gain", scaled) if type(case.method).vectors else ("up", model)
     # nine trials, in which every pair of dtypes occurs
     trials = [(b, a, kinds[(i + j) % 3]) for i, b in enumerate(kinds) for j, a in enumerate(kinds)]
     if not case.merges:  # what a router chooses may depend on how the activation is rounded

@@ -45,6 +45,7 @@ SYSTEM = Aggregation(
     name="FedIT, the average of factors",
     paper="Zhang 2023, 2305.05644",
     symbol="fedavg",
+    claim="fedit",
     evidence="numpy value; how far it is from the average of the deltas",
     aggregate=lambda bank, weights: Round(fedavg(bank, weights)),
 )

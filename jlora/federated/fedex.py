@@ -58,6 +58,7 @@ SYSTEM = Aggregation(
     name="FedEx-LoRA",
     paper="Singhal 2024, 2410.09432",
     symbol="fedex",
+    claim="fedex",
     evidence="mean and residual are exact; tail of a cut residual; mutation check",
     aggregate=lambda bank, weights: Round(*fedex(bank, weights)),
     exact=True,

@@ -62,6 +62,7 @@ SYSTEM = Aggregation(
     name="FlexLoRA",
     paper="Bai 2024, 2402.11505",
     symbol="flexlora",
+    claim="flexlora",
     evidence="best of each rank by dense SVD; mutation check",
     kind="composition",
     aggregate=_whole,

@@ -34,10 +34,10 @@ SYSTEM = Aggregation(
     name="FLoRA",
     paper="Wang 2024, 2409.05976",
     symbol="flora",
+    claim="flora",
     evidence="exact for clients of other ranks and alpha, on a model; p squared is seen",
     kind="composition",
     rows=(68,),
-    missing="clients with real data",
     aggregate=lambda bank, weights: Round(flora(bank, weights)),
     exact=True,
 )

@@ -85,6 +85,7 @@ SYSTEM = Aggregation(
     name="HetLoRA",
     paper="Cho 2024, 2401.06432",
     symbol="hetlora",
+    claim="hetlora",
     evidence="numpy value; idle clients do not dilute; self-pruning; mutation check",
     aggregate=lambda bank, weights: Round(hetlora(bank, weights)),
 )

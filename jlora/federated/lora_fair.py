@@ -101,8 +101,8 @@ SYSTEM = Aggregation(
     name="LoRA-FAIR",
     paper="Bian 2024, 2411.14961",
     symbol="lora_fair",
+    claim="lora_fair",
     evidence="closed form is stationary; cosine reaches it; equal clients unchanged",
     rows=(67,),
-    missing="clients with real data",
     aggregate=lambda bank, weights: Round(lora_fair(bank, weights)),
 )

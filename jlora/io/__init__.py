@@ -4,11 +4,13 @@ from jlora.io import exported as exported
 from jlora.io.diffusers import load_diffusers, save_diffusers
 from jlora.io.errors import FormatError
 from jlora.io.kohya.files import load_kohya, save_kohya
-from jlora.io.names import NameMap, bert, llama, vit, vit4
+from jlora.io.names import NameMap
 from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft.directory import load_peft, peft_extras, save_peft
 from jlora.io.peft.replication import replicate_layers
 from jlora.io.peft.table import Table
+from jlora.io.presets import bert, llama, vit, vit4
+from jlora.io.slices import sliced
 
 __all__ = [
     "FormatError",
@@ -26,6 +28,7 @@ __all__ = [
     "save_diffusers",
     "save_kohya",
     "save_peft",
+    "sliced",
     "vit",
     "vit4",
 ]

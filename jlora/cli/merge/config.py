@@ -256,7 +256,10 @@ def _names(value: Any, prefix: str) -> NameMap:
     if value is None:
         return PLAIN.replace(prefix=prefix)
     if isinstance(value, Mapping):
-        return NameMap({str(k): str(v) for k, v in value.items()}, prefix)
+        try:
+            return NameMap(value, prefix)
+        except ValueError as error:
+            raise ConfigError(f"names: {error}") from error
     _one_of(value, tuple(NAMES), "names")
     named = NAMES[value]()
     return named.replace(prefix=prefix + named.prefix)

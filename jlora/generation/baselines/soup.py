@@ -218,6 +218,7 @@ _SOUPS = System(
     name="Adapter soups",
     paper="Wortsman 2022, 2203.05482",
     symbol="delta_soups",
+    claim="soups",
     evidence="exact at full rank, certified below; mutation check",
     kind="composition",
 )

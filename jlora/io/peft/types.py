@@ -3,9 +3,8 @@
 ==========================================  ===================================================
 what it changes                             types
 ==========================================  ===================================================
-a weight, by a method to come               ADAMSS C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA
-                                            HRA MISS OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA
-                                            SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT
+a weight, by a method to come               ADAMSS DEFT FOURIERFT FROD GLORA OSF PEANUT PSOFT
+                                            PVERA RANDLORA SHIRA SUPERTUNING TINYLORA WAVEFT
 biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
@@ -26,8 +25,8 @@ PROMPTS = "it adds tokens or a cache and changes no weight"
 BESIDE = "it is a model beside the model"
 
 _GROUPS = {
-    TO_COME: "ADAMSS C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HRA MISS OSF PEANUT PSOFT PVERA "
-    "RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA WAVEFT",
+    TO_COME: "ADAMSS DEFT FOURIERFT FROD GLORA OSF PEANUT PSOFT PVERA "
+    "RANDLORA SHIRA SUPERTUNING TINYLORA WAVEFT",
     PARTS: "BEFT TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "

@@ -90,6 +90,7 @@ SYSTEM = Merging(
     name="consensus",
     paper="Wang 2024, 2405.07813",
     symbol="consensus",
+    claim="consensus",
     function=consensus,
     loop="map",
     options={"least": 1},

@@ -70,6 +70,7 @@ SYSTEM = Merging(
     name="magnitude",
     paper="Yadav 2023, 2306.01708 (trimming alone)",
     symbol="magnitude",
+    claim="magnitude",
     function=magnitude,
     loop="map",
     options={"density": 0.5},

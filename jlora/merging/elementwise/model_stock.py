@@ -74,6 +74,7 @@ SYSTEM = Merging(
     name="model_stock",
     paper="Jang 2024, 2403.19522",
     symbol="model_stock",
+    claim="model_stock",
     function=model_stock,
     breaks={
         "signs": "the ratio is that of the adapters as they were trained",

@@ -130,6 +130,7 @@ SYSTEM = Merging(
     name="sce",
     paper="Wan 2024, 2408.07990",
     symbol="sce",
+    claim="sce",
     function=sce,
     loop="map",
     options={"density": 0.5},

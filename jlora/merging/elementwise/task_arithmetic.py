@@ -44,6 +44,7 @@ SYSTEM = Merging(
     name="task_arithmetic",
     paper="Ilharco 2022, 2212.04089",
     symbol="task_arithmetic",
+    claim="task_arithmetic",
     function=task_arithmetic,
     certificate=concat_error,
     tight=True,

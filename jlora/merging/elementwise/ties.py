@@ -90,6 +90,7 @@ SYSTEM = Merging(
     name="ties",
     paper="Yadav 2023, 2306.01708",
     symbol="ties",
+    claim="ties",
     function=ties,
     loop="map",
     options={"density": 0.5},

@@ -37,6 +37,7 @@ SYSTEM = Merging(
     name="concat",
     paper="Prabhakar 2024, 2410.13025; Wang 2024, 2409.05976",
     symbol="concat",
+    claim="concat",
     function=concat,
     certificate=concat_error,
     tight=True,

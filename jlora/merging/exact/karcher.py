@@ -56,6 +56,7 @@ SYSTEM = Merging(
     name="karcher",
     paper="Goddard 2024, 2403.13257 (mergekit)",
     symbol="karcher",
+    claim="karcher",
     function=karcher,
     evidence="stationarity of the mean; law suite",
 )

@@ -74,6 +74,7 @@ SYSTEM = Merging(
     name="truncated",
     paper="Eckart 1936 (textbook)",
     symbol="truncated",
+    claim="truncated",
     function=truncated,
     options={"rank": 4},
     certificate=truncation_error,

@@ -137,21 +137,21 @@ SYSTEMS = (
         name="do_merging",
         paper="Zheng 2025, 2505.15875",
         symbol="do_merging",
+        claim="do_merging",
         function=do_merging,
         breaks={
             "idempotent": "equal adapters overlap, and are pushed apart",
         },
         evidence="descent and decoupling by dense numpy; a loud adapter keeps no direction",
         rows=(47,),
-        claim="do_merging",
     ),
     Merging(
         name="do_decoupled",
         paper="Zheng 2025, 2505.15875",
         symbol="decoupled",
+        claim="do_decoupled",
         function=decoupled,
         evidence="numpy value; the direction does not see the scale of an adapter",
         rows=(47,),
-        claim="do_merging",
     ),
 )

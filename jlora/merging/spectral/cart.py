@@ -70,6 +70,7 @@ SYSTEM = Merging(
     name="cart",
     paper="Choi 2024, 2412.12153",
     symbol="cart",
+    claim="cart",
     function=cart,
     options={"rank": 2, "scale": 0.5},
     evidence="numpy value; law suite",

@@ -142,6 +142,7 @@ SYSTEM = Merging(
     name="core_space",
     paper="Panariello 2025; Yadav 2023, 2306.01708",
     symbol="merge_core",
+    claim="core_space",
     function=merge_core,
     options={"density": 0.2},
     breaks={

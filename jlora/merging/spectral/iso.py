@@ -88,6 +88,7 @@ SYSTEMS = (
         name="iso_c",
         paper="Marczak 2025, 2502.04959",
         symbol="iso_c",
+        claim="iso_c",
         function=iso_c,
         breaks={
             "weight_one": FLAT,
@@ -99,6 +100,7 @@ SYSTEMS = (
         name="iso_cts",
         paper="Marczak 2025, 2502.04959",
         symbol="iso_cts",
+        claim="iso_cts",
         function=iso_cts,
         breaks={
             "weight_one": FLAT,

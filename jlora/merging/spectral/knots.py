@@ -70,6 +70,7 @@ SYSTEM = Merging(
     name="knots",
     paper="Stoica 2024, 2410.19735",
     symbol="knots",
+    claim="knots",
     function=knots,
     options={"density": 0.2},
     breaks={

@@ -190,6 +190,7 @@ SYSTEMS = (
         name="lego",
         paper="Zhao 2024, 2409.16167",
         symbol="lego",
+        claim="lego",
         function=lego,
         capped=False,
         breaks={
@@ -198,12 +199,12 @@ SYSTEMS = (
         },
         evidence="loops by numpy; shuffled copies are one adapter; K = pool is the sum",
         rows=(48,),
-        claim="lego",
     ),
     Merging(
         name="lego_spectral",
         paper="Zhao 2024, 2409.16167",
         symbol="lego_spectral",
+        claim="lego_spectral",
         function=lego_spectral,
         capped=False,
         breaks={
@@ -213,6 +214,5 @@ SYSTEMS = (
         },
         evidence="as lego, on units without gauge",
         rows=(48,),
-        claim="lego",
     ),
 )

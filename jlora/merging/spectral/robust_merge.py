@@ -90,6 +90,7 @@ SYSTEM = Merging(
     name="robust_merge",
     paper="Zeng 2025, 2502.17159",
     symbol="robust_merge",
+    claim="robust_merge",
     function=robust_merge,
     options={"density": 0.5},
     breaks={

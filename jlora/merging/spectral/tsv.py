@@ -65,6 +65,7 @@ SYSTEM = Merging(
     name="tsv",
     paper="Gargiulo 2025, 2412.00081",
     symbol="tsv",
+    claim="tsv",
     function=tsv,
     breaks={
         "idempotent": "equal directions are made orthogonal: N copies give 1/N of one",

@@ -68,6 +68,7 @@ SYSTEM = Merging(
     name="wudi",
     paper="Cheng 2025, 2503.08099",
     symbol="wudi",
+    claim="wudi",
     function=wudi,
     atol=0.001,
     breaks={

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TrainedVector(Method):
 
     vectors: ClassVar[bool] = True
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """v [n], the base's.
 
         Raises:
@@ -32,7 +32,7 @@ class TrainedVector(Method):
                 f"{site.path}: {type(self).__name__} trains vectors; got a matrix "
                 f"[{site.d_in}, {site.d_out}]"
             )
-        return {"v": site.weight()[0]}, {}
+        return {"v": context.weight()[0]}, {}
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
         """v for w, [1, n]."""
