@@ -30,7 +30,7 @@ from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.partial import partial
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import TRIMMED, Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor
 from jlora.merging.engine.threshold import Density
 
@@ -188,8 +188,8 @@ SYSTEMS = (
         options={"density": 0.5},
         rule=breadcrumbs_rule,
         breaks={
-            "weight_one": "small elements are trimmed",
-            "idempotent": "small elements are trimmed",
+            "weight_one": TRIMMED,
+            "idempotent": TRIMMED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),
@@ -203,8 +203,8 @@ SYSTEMS = (
         options={"density": 0.5},
         rule=breadcrumbs_ties_rule,
         breaks={
-            "weight_one": "small elements are trimmed",
-            "idempotent": "small elements are trimmed",
+            "weight_one": TRIMMED,
+            "idempotent": TRIMMED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),

@@ -33,7 +33,7 @@ from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import STEPS, dropped
 from jlora.merging.engine.partial import partial
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import DROPPED, Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor
 from jlora.merging.engine.threshold import Density
 
@@ -209,8 +209,8 @@ SYSTEMS = (
         options={"density": 0.5},
         rule=dare_linear_rule,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),
@@ -225,8 +225,8 @@ SYSTEMS = (
         options={"density": 0.5},
         rule=dare_ties_rule,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),

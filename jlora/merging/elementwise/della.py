@@ -35,7 +35,7 @@ from jlora.algebra import LowRank
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import dropped
 from jlora.merging.engine.partial import partial
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import DROPPED, Merging
 from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, flip
 
 
@@ -201,8 +201,8 @@ SYSTEMS = (
         rule=della_rule,
         by_outputs=True,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),
@@ -218,8 +218,8 @@ SYSTEMS = (
         rule=della_linear_rule,
         by_outputs=True,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),

@@ -24,7 +24,7 @@ from jlora.algebra import LowRank
 from jlora.merging.elementwise.ties import trimmed
 from jlora.merging.engine.election import shared, summed
 from jlora.merging.engine.partial import partial
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import TRIMMED, Merging
 from jlora.merging.engine.streamed import Rule, Solver, factor
 from jlora.merging.engine.threshold import Density
 
@@ -86,8 +86,8 @@ SYSTEM = Merging(
     options={"density": 0.5},
     rule=magnitude_rule,
     breaks={
-        "weight_one": "small elements are trimmed",
-        "idempotent": "small elements are trimmed",
+        "weight_one": TRIMMED,
+        "idempotent": TRIMMED,
     },
     evidence="dense numpy value, limits, the paper's claim in small; law suite",
 )

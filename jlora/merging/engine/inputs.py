@@ -19,11 +19,13 @@ Deviates: nothing.
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
@@ -31,7 +33,6 @@ from jaxtyping import PRNGKeyArray
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
 from jlora.core.adapter import Adapter
-from jlora.core.init import key_of
 from jlora.core.method import Method
 from jlora.core.site import Site
 from jlora.methods.low_rank.lora import LoRA
@@ -135,13 +136,15 @@ def per_site(
             for path in paths:
                 low = _slices(bank[path])
                 s, n = low.u.shape[:2]
-                w = slice_weights(weights, path, n, s).astype(low.u.dtype)
-                keys = keys_of(key, path, s, n, ids) if randomised and key is not None else None
-                parts.append((low, w, keys))
-            joined = jax.tree.map(lambda *t: jnp.concatenate(t), *parts)
+                parts.append((low, slice_weights(weights, path, n, s).astype(low.u.dtype)))
+            keys = None
+            if randomised and key is not None:
+                every = [(p, low.u.shape[0]) for p, (low, _) in zip(paths, parts, strict=True)]
+                keys = keys_of_sites(key, every, parts[0][0].u.shape[1], ids)
+            joined = (*jax.tree.map(lambda *t: jnp.concatenate(t), *parts), keys)
             made = jax.vmap(one)(joined) if loop == "vmap" else lax.map(one, joined)
             start = 0
-            for path, (low, _, _) in zip(paths, parts, strict=True):
+            for path, (low, _) in zip(paths, parts, strict=True):
                 s, stack = low.u.shape[0], bank[path][0].shape[1:-2]
                 part = (start, start + s, stack)
                 out[path] = jax.tree.map(lambda t, part=part: _unflat(t, *part), made)
@@ -192,11 +195,33 @@ def keys_of(key: PRNGKeyArray, path: str, slices: int, size: int, ids: Ids | Non
     Returns:
       [S, N] keys.
     """
+    return keys_of_sites(key, ((path, slices),), size, ids)
+
+
+def keys_of_sites(
+    key: PRNGKeyArray, sites: Sequence[tuple[str, int]], size: int, ids: Ids | None = None
+) -> Array:
+    """`keys_of` of several sites, one after the other.
+
+    All at once: a program that draws them for each site compiles as many generators.
+
+    Args:
+      key: of the whole merge.
+      sites: path and number of slices of each.
+      size: N.
+      ids: [N], names of the adapters; None: 0..N-1.
+
+    Returns:
+      [sum of all S, N] keys.
+    """
     ids = jnp.arange(size, dtype=jnp.uint32) if ids is None else jnp.asarray(ids, jnp.uint32)
-    rows = jnp.arange(slices, dtype=jnp.uint32)
+    numbers = np.asarray([(zlib.crc32(p.encode()), s) for p, n in sites for s in range(n)], "u4")
     fold = jax.random.fold_in
-    site = key_of(key, path)
-    return jax.vmap(lambda s: jax.vmap(lambda n: fold(fold(site, s), n))(ids))(rows)
+
+    def one(path: Array, row: Array) -> Array:
+        return jax.vmap(lambda n: fold(fold(fold(key, path), row), n))(ids)
+
+    return jax.vmap(one)(jnp.asarray(numbers[:, 0]), jnp.asarray(numbers[:, 1]))
 
 
 def slice_weights(weights: Weights, path: str, size: int, slices: int) -> Array:

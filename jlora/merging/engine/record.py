@@ -28,6 +28,14 @@ from typing import ClassVar
 from jlora.system import System
 from jlora.types import Dynamic
 
+# reasons that several records of `breaks` share
+TRIMMED = "small elements are trimmed"
+DROPPED = "elements are dropped at random"
+BLIND_VOTE = "PEFT's vote does not see weights"
+AS_WRITTEN = "the factors are merged as they are written"
+SUMMED_APART = "factors are summed apart: N copies of weight 1/N give N times one"
+FLAT = "the spectrum is flattened"
+SMALL_ENTRIES = "small entries are trimmed"
 UNITS = "units are clustered as they are: minus one is not the mirror image of it"
 HELD = "by the factors: the singular bases are held fixed (by the weights it is exact)"
 

@@ -34,7 +34,14 @@ from jaxtyping import Float, Key
 
 from jlora.algebra import LowRank
 from jlora.merging.elementwise.dare import shares
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import (
+    AS_WRITTEN,
+    BLIND_VOTE,
+    DROPPED,
+    SUMMED_APART,
+    TRIMMED,
+    Merging,
+)
 from jlora.merging.engine.threshold import kept
 from jlora.merging.exact.concat import concat
 from jlora.types import Dynamic
@@ -258,8 +265,8 @@ SYSTEMS = (
         function=peft_linear,
         kind="composition",
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -283,9 +290,9 @@ SYSTEMS = (
         kind="composition",
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "small elements are trimmed",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": TRIMMED,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -299,11 +306,11 @@ SYSTEMS = (
         kind="composition",
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "small elements are trimmed",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": TRIMMED,
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -318,9 +325,9 @@ SYSTEMS = (
         randomised=True,
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "elements are dropped at random",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": DROPPED,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -335,11 +342,11 @@ SYSTEMS = (
         randomised=True,
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "elements are dropped at random",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": DROPPED,
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),

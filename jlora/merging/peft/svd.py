@@ -33,7 +33,7 @@ from jlora.algebra import LowRank
 from jlora.merging.elementwise.dare import dropping
 from jlora.merging.elementwise.ties import trimmed
 from jlora.merging.engine.election import spread, weighted
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import BLIND_VOTE, DROPPED, TRIMMED, Merging
 from jlora.merging.engine.streamed import Rule, Solver, factor
 from jlora.merging.exact.truncated import truncated, truncation_error
 from jlora.merging.peft.factors import VOTES
@@ -224,8 +224,8 @@ SYSTEMS = (
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "small elements are trimmed",
-            "idempotent": "small elements are trimmed",
+            "weight_one": TRIMMED,
+            "idempotent": TRIMMED,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },
@@ -242,11 +242,11 @@ SYSTEMS = (
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "small elements are trimmed",
+            "weight_one": TRIMMED,
             "idempotent": "PEFT divides by the number of adapters that agree: N copies of weight "
             "1/N give 1/N of one",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },
@@ -264,8 +264,8 @@ SYSTEMS = (
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },
@@ -283,11 +283,11 @@ SYSTEMS = (
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "elements are dropped at random",
+            "weight_one": DROPPED,
             "idempotent": "PEFT divides by the number of adapters that agree: N copies of weight "
             "1/N give 1/N of one",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },

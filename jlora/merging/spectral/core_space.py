@@ -35,7 +35,7 @@ from jaxtyping import Float
 
 from jlora import algebra, numerics
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import HELD, SMALL_ENTRIES, Merging
 from jlora.merging.engine.spectral_functions import basis, dot
 from jlora.merging.signs import without_absent
 from jlora.types import Dynamic
@@ -190,9 +190,8 @@ SYSTEM = Merging(
     function=merge_core,
     options={"density": 0.2},
     breaks={
-        "weight_one": "small entries are trimmed",
-        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
-        "exact)",
+        "weight_one": SMALL_ENTRIES,
+        "difference": HELD,
     },
     evidence="numpy value; law suite",
 )

@@ -30,7 +30,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import FLAT, Merging
 from jlora.merging.engine.spectral_functions import dot, polar, spectral, support, top_pair
 from jlora.merging.spectral.core_space import from_core, to_core
 
@@ -112,8 +112,8 @@ SYSTEMS = (
         claim="iso_c",
         function=iso_c,
         breaks={
-            "weight_one": "the spectrum is flattened",
-            "idempotent": "the spectrum is flattened",
+            "weight_one": FLAT,
+            "idempotent": FLAT,
         },
         evidence="numpy value; law suite",
     ),
@@ -124,8 +124,8 @@ SYSTEMS = (
         claim="iso_cts",
         function=iso_cts,
         breaks={
-            "weight_one": "the spectrum is flattened",
-            "idempotent": "the spectrum is flattened",
+            "weight_one": FLAT,
+            "idempotent": FLAT,
         },
         evidence="numpy value; law suite",
     ),

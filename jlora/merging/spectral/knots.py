@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import HELD, SMALL_ENTRIES, Merging
 from jlora.merging.engine.spectral_functions import dot
 from jlora.merging.signs import without_absent
 from jlora.merging.spectral.core_space import entrywise, to_core
@@ -73,10 +73,9 @@ SYSTEM = Merging(
     function=knots,
     options={"density": 0.2},
     breaks={
-        "weight_one": "small entries are trimmed",
-        "idempotent": "small entries are trimmed",
-        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
-        "exact)",
+        "weight_one": SMALL_ENTRIES,
+        "idempotent": SMALL_ENTRIES,
+        "difference": HELD,
     },
     evidence="numpy value; law suite",
 )

@@ -30,7 +30,7 @@ from jaxtyping import Float
 
 from jlora import algebra
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import HELD, SMALL_ENTRIES, Merging
 from jlora.merging.engine.spectral_functions import dot, support
 from jlora.merging.signs import absorbed, present
 from jlora.merging.spectral.core_space import largest
@@ -101,10 +101,9 @@ SYSTEM = Merging(
     function=robust_merge,
     options={"density": 0.5},
     breaks={
-        "weight_one": "small entries are trimmed",
+        "weight_one": SMALL_ENTRIES,
         "idempotent": "the second factor is averaged: N copies give 1/N of one",
-        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
-        "exact)",
+        "difference": HELD,
     },
     evidence="numpy value; law suite",
 )
