@@ -15,6 +15,7 @@ from jlora.io.peft.seeded import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
+from jlora.io.peft.weight_led import DEFT_TABLE, GLORA, PEANUT
 
 TABLES: tuple[Table, ...] = (
     *(LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
@@ -23,6 +24,7 @@ TABLES: tuple[Table, ...] = (
     *(HRA_TABLE, ROAD, DELORA),
     *(SHIRA, SUPERTUNING, FOURIERFT, WAVEFT),
     *(RANDLORA, PVERA),
+    *(PEANUT, DEFT_TABLE, GLORA),
 )
 
 

@@ -3,8 +3,7 @@
 ==========================================  ===================================================
 what it changes                             types
 ==========================================  ===================================================
-a weight, by a method to come               ADAMSS DEFT FROD GLORA OSF PEANUT PSOFT TINYLORA
-                                            UNILORA VBLORA
+a weight, by a method to come               ADAMSS FROD OSF PSOFT TINYLORA UNILORA VBLORA
 biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
@@ -25,7 +24,7 @@ PROMPTS = "it adds tokens or a cache and changes no weight"
 BESIDE = "it is a model beside the model"
 
 _GROUPS = {
-    TO_COME: "ADAMSS DEFT FROD GLORA OSF PEANUT PSOFT TINYLORA UNILORA VBLORA",
+    TO_COME: "ADAMSS FROD OSF PSOFT TINYLORA UNILORA VBLORA",
     PARTS: "BEFT TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "
