@@ -33,4 +33,7 @@ from jlora.methods.sparse.fourierft import FourierFT as FourierFT
 from jlora.methods.sparse.shira import SHiRA as SHiRA
 from jlora.methods.sparse.supertuning import SuperTuning as SuperTuning
 from jlora.methods.sparse.waveft import WaveFT as WaveFT
+from jlora.methods.weight_led.deft import DEFT as DEFT
+from jlora.methods.weight_led.glora import GLoRA as GLoRA
+from jlora.methods.weight_led.peanut import PEANuT as PEANuT
 from jlora.methods.wrappers.token_mask import TokenMask as TokenMask

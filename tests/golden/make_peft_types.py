@@ -84,6 +84,14 @@ def configs() -> dict[str, peft.PeftConfig]:
         "pvera_seed": peft.PveraConfig(
             r=3, save_projection=False, projection_prng_key=9, target_modules=BOTH
         ),
+        "peanut": peft.PeanutConfig(r=3, depth=2, act_fn="tanh", scaling=0.5, target_modules=BOTH),
+        "peanut_flat": peft.PeanutConfig(r=3, act_fn="gelu", target_modules=BOTH),
+        "deft": peft.DeftConfig(r=2, alpha=3, target_modules=BOTH),
+        "deft_qr": peft.DeftConfig(r=2, decomposition_method="qr", target_modules=BOTH),
+        "deft_para": peft.DeftConfig(r=2, para=True, target_modules=BOTH),
+        "glora": peft.GloraConfig(r=2, target_modules=DOWN),
+        "glora_vector": peft.GloraConfig(config_A_B="vector", target_modules=DOWN),
+        "glora_constant": peft.GloraConfig(config_A_B="constant", target_modules=DOWN),
         "delora": peft.DeloraConfig(
             r=3, rank_pattern={"down": 2}, lambda_pattern={"up": 4}, target_modules=BOTH
         ),

@@ -16,6 +16,7 @@ from jlora.io.peft.shared_vectors import UNILORA, VBLORA
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
+from jlora.io.peft.weight_led import DEFT_TABLE, GLORA, PEANUT
 
 TABLES: tuple[Table, ...] = (
     *(LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
@@ -25,6 +26,7 @@ TABLES: tuple[Table, ...] = (
     *(VBLORA, UNILORA),
     *(SHIRA, SUPERTUNING, FOURIERFT, WAVEFT),
     *(RANDLORA, PVERA),
+    *(PEANUT, DEFT_TABLE, GLORA),
 )
 
 

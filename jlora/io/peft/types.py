@@ -3,7 +3,11 @@
 ==========================================  ===================================================
 what it changes                             types
 ==========================================  ===================================================
+<<<<<<< HEAD
 a weight, by a method to come               ADAMSS DEFT FROD GLORA OSF PEANUT PSOFT TINYLORA
+=======
+a weight, by a method to come               ADAMSS FROD OSF PSOFT TINYLORA UNILORA VBLORA
+>>>>>>> peftmethods
 biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
@@ -24,7 +28,11 @@ PROMPTS = "it adds tokens or a cache and changes no weight"
 BESIDE = "it is a model beside the model"
 
 _GROUPS = {
+<<<<<<< HEAD
     TO_COME: "ADAMSS DEFT FROD GLORA OSF PEANUT PSOFT TINYLORA",
+=======
+    TO_COME: "ADAMSS FROD OSF PSOFT TINYLORA UNILORA VBLORA",
+>>>>>>> peftmethods
     PARTS: "BEFT TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "

@@ -107,10 +107,10 @@ def edited(tmp_path, name, **fields):
 
 
 REFUSED = [
-    ("miss", {"r": 3}, r"miss_block has shape \[2, 8\], expected \[3, 1\]"),
+    ("miss", {"r": 3}, r"miss_block has shape \[2, (8|12)\], expected \[3, 1\]"),
     ("miss", {"init_weights": "max"}, "init_weights = 'max', expected"),
     ("miss_bat", {"r": 3}, r"r = 3, expected a divisor of (8 and 12|12 and 8)"),
-    ("hra", {"r": 3}, r"hra_u has shape \[12, 4\], expected \[12, 3\]"),
+    ("hra", {"r": 3}, r"hra_u has shape \[(8|12), 4\], expected \[(8|12), 3\]"),
     ("c3a", {"block_size": 5, "block_size_pattern": {}}, "block_size = 5, expected a divisor of"),
     ("road", {"group_size": 3}, "group_size = 3, expected an even divisor of 8 outputs"),
     ("road", {"variant": "road_3"}, "variant = 'road_3', expected"),
@@ -120,12 +120,22 @@ REFUSED = [
     ("shira", {"r": 9}, "r = 9 is more entries than the matrix has"),
     ("super", {"sparsity": 0.5}, r"supertuning_indices has shape \[19\], expected \[48\]"),
     ("super_supra", {"r": None}, "with r = None"),
-    ("fourierft", {"n_frequency": 10}, r"fourierft_spectrum has shape \[9\], expected \[10\]"),
+    (
+        "fourierft",
+        {"n_frequency": 10, "n_frequency_pattern": {}},
+        r"fourierft_spectrum has shape \[(9|14)\], expected \[1",
+    ),
     ("fourierft", {"random_loc_seed": -1}, "random_loc_seed = -1, expected 0 or more"),
     ("waveft", {"wavelet_family": "db2"}, "wavelet_family = 'db2', expected"),
     ("randlora", {"r": 4}, r"randlora_lambda has shape \[3, 3\], expected \[4, 2\]"),
     ("pvera", {"r": 2}, r"pvera_lambda_d has shape \[6\], expected \[4\]"),
     ("pvera", {"sample_at_inference": True}, "sample_at_inference = True changes the maths"),
+    ("peanut", {"depth": 1}, "with depth = 1"),
+    ("peanut", {"act_fn": "mish"}, "act_fn = 'mish', expected"),
+    ("deft", {"r": 3}, r"deft_P has shape \[(8|12), 2\], expected \[(8|12), 3\]"),
+    ("deft", {"para": True}, "with para = True"),
+    ("glora", {"config_A_B": "vector"}, "with config_A_B = 'vector'"),
+    ("glora", {"config_A_B": "none"}, "config_A_B = 'none', expected"),
     ("delora", {"rank_pattern": {}}, r"delora_A has shape \[2, 12\], expected \[3, 12\]"),
 ]
 
@@ -187,9 +197,10 @@ def test_places_that_no_seed_draws_are_refused(base, tmp_path):
         jl.io.save_peft(tmp_path, adapter.replace(frozen=frozen), NAMES)
 
 
-def test_the_bias_that_road_turns_as_well_is_refused(base, tmp_path):
-    adapter = load(base, GOLDEN / "road")
-    with pytest.raises(FormatError, match="ROAD scales biases; pass params"):
+@pytest.mark.parametrize("name", ["road", "glora"])
+def test_biases_that_peft_changes_as_well_are_refused(base, tmp_path, name):
+    adapter = load(base, GOLDEN / name)
+    with pytest.raises(FormatError, match=r"(ROAD|GLORA) scales biases; pass params"):
         jl.io.save_peft(tmp_path, adapter, NAMES)
 
 
