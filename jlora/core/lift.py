@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora.core import compat
 from jlora.core.adapter import Adapter
@@ -24,6 +25,7 @@ from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import leaf
 from jlora.core.rules import RULES
 from jlora.core.site import Arrays, Site
+from jlora.core.unread import check_reads
 
 
 def flatten(params: Any) -> tuple[dict[str, Any], Any]:
@@ -73,6 +75,12 @@ def check(arrays: Mapping[str, Any], adapter: Adapter) -> None:
         got = tuple(arrays[site.path].shape)
         if got != site.shape:
             raise ValueError(f"{site.path}: got shape {got}, expected {site.shape}")
+        dtype = arrays[site.path].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{site.path}: got {jnp.dtype(dtype).name}, expected a floating array, or a leaf "
+                "with dequantize() as of jl.quantize"
+            )
         scale = adapter.frozen.get(site.path, {}).get("scale")
         if scale is not None and scale.shape != site.stack:
             raise ValueError(
@@ -99,21 +107,9 @@ def _given(adapter: Any) -> Adapter:
     return check_adapter(adapter)
 
 
-def check_read(jaxpr: Any, arrays: Mapping[str, Any], adapter: Adapter) -> None:
-    """Raises ValueError where a function uses none of the weights that the adapter changes."""
-    jaxpr, _ = compat.opened(jaxpr)
-    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-    used = {path for path, v in zip(arrays, jaxpr.invars, strict=True) if id(v) in read}
-    sites = [site.path for site, _ in adapter.sites]
-    if sites and not used.intersection(sites):
-        raise ValueError(
-            f"the function reads none of the adapter's weights, {sites[:5]}, from its params: it "
-            "may hold copies of its own (a closure, a bound method); take them from its first "
-            "argument"
-        )
-
-
-def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callable:
+def lift(
+    fn: Callable, *, aux: bool = False, on_dense: str = "error", unread: str = "error"
+) -> Callable:
     """`fn(params, *args)` -> `tuned(params, adapter, *args, ctx=None)`, equal on merged weights.
 
     Args:
@@ -122,6 +118,8 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
         leading axis of steps, a site's second use in one scope is called "path#2".
       on_dense: "error" refuses an operation for which a weight must be merged; "merge" merges
         it there.
+      unread: "error" refuses an adapter with weights that `fn` never reads from its parameters, as
+        where it closes over copies of its own; "allow" is for a part of a model (one encoder).
 
     Returns:
       A function of (params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs).
@@ -132,11 +130,13 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
 
     Raises (when called):
       DenseWeightError: a weight cannot stay lazy; names path, primitive and source line.
-      ValueError: sites that are not in params or have another shape, or none of which `fn` reads.
+      ValueError: sites that are not in params or have another shape, or that `fn` does not read.
       TypeError: the adapter was forgotten.
     """
     if on_dense not in ("error", "merge"):
         raise ValueError(f"on_dense: got {on_dense!r}, expected 'error' or 'merge'")
+    if unread not in ("error", "allow"):
+        raise ValueError(f"unread: got {unread!r}, expected 'error' or 'allow'")
 
     def tuned(params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs):
         adapter = _given(adapter)
@@ -149,7 +149,8 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
         arrays, jaxpr, tree = traced(fn, params, args, kwargs)
         common, side = side_inputs(ctx or {}, adapter.sites)
         values = lazy_leaves(arrays, adapter, side)
-        check_read(jaxpr, arrays, adapter)
+        if unread == "error":
+            check_reads(jaxpr, arrays, (site.path for site, _ in adapter.sites))
         scope = Scope(RULES, common, on_dense, aux)
         out = [scope.dense(v) for v in evaluate(scope, jaxpr, values)]
         out = jax.tree.unflatten(tree, out)

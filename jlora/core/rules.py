@@ -22,6 +22,7 @@ from jlora.core.lazy import Lazy
 from jlora.core.lookup import gather
 from jlora.core.matmul import dot_general
 from jlora.core.ragged import ragged_dot
+from jlora.core.shards import all_gather, shard_map
 
 Rule = Callable[..., list[Any] | None]
 
@@ -229,6 +230,7 @@ def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
 
 
 _SAME = ("copy", "copy_p", "sharding_constraint", "optimization_barrier", "name", "mesh_cast")
+_VARYING = ("pvary", "pcast", "pbroadcast")  # says on which axes of a mesh devices differ
 
 RULES: dict[str, Rule] = {
     "convert_element_type": convert,
@@ -255,11 +257,13 @@ RULES: dict[str, Rule] = {
     "dot_general": dot,
     "conv_general_dilated": conv,
     **dict.fromkeys(("ragged_dot", "ragged_dot_general"), ragged_dot),
+    "shard_map": shard_map,
+    "all_gather": all_gather,
     "any other": combine.unknown,
     "scan": scan,
     "cond": cond,
     "while": while_,
-    **dict.fromkeys((*_SAME, "reshard"), same),
+    **dict.fromkeys((*_SAME, *_VARYING, "reshard"), same),
     **dict.fromkeys(compat.JIT, call),
     **dict.fromkeys(compat.REMAT, remat),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +123,7 @@ def test_a_bank_is_a_sequence():
     bank = jl.stack([a, b, a])
     assert len(bank) == len(list(bank)) == 3 and bool(bank)
     for got, one in zip(bank, (a, b, a), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, got.trainable, one.trainable)
+        chex.assert_trees_all_equal(got.trainable, one.trainable)
     np.testing.assert_array_equal(bank[-2].trainable["w"]["a"], b.trainable["w"]["a"])
     assert len(bank[1:]) == 2 and len(bank[np.array([0, 2])]) == 2
     for i in (3, -4, np.int64(7)):

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,7 @@ def test_keys_differ_by_site_use_and_step():
     draws = np.concatenate([np.ravel(r["draw"]) for r in aux.values()])
     assert draws.size == 6 and np.unique(draws).size == 6
     again = run(adapter(Told(2)), jax.random.key(5))
-    jax.tree.map(np.testing.assert_array_equal, aux, again)
+    chex.assert_trees_all_equal(aux, again)
     other = run(adapter(Told(2)), jax.random.key(6))
     assert not np.intersect1d(draws, np.ravel(other["stack"]["draw"])).size
 
