@@ -136,6 +136,8 @@ REFUSED = [
     ("deft", {"para": True}, "with para = True"),
     ("glora", {"config_A_B": "vector"}, "with config_A_B = 'vector'"),
     ("glora", {"config_A_B": "none"}, "config_A_B = 'none', expected"),
+    ("lora_kasa", {"r": 3}, r"lora_diag has shape \[2\], expected \[3\]"),
+    ("lora_kasa", {"use_rslora": True}, "use_rslora = True changes the maths"),
     ("delora", {"rank_pattern": {}}, r"delora_A has shape \[2, 12\], expected \[3, 12\]"),
 ]
 
@@ -195,6 +197,11 @@ def test_places_that_no_seed_draws_are_refused(base, tmp_path):
     frozen = {k: {**v, "rows": v["rows"][:, ::-1]} for k, v in adapter.frozen.items()}
     with pytest.raises(FormatError, match="not those of the seed 777"):
         jl.io.save_peft(tmp_path, adapter.replace(frozen=frozen), NAMES)
+
+
+def test_what_is_relative_to_the_weight_needs_it(base):
+    with pytest.raises(FormatError, match="relative to the base weight; pass params"):
+        jl.io.load_peft(GOLDEN / "lora_kasa", NAMES, base.sites)
 
 
 @pytest.mark.parametrize("name", ["road", "glora"])
