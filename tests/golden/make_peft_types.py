@@ -92,6 +92,9 @@ def configs() -> dict[str, peft.PeftConfig]:
         "glora": peft.GloraConfig(r=2, target_modules=DOWN),
         "glora_vector": peft.GloraConfig(config_A_B="vector", target_modules=DOWN),
         "glora_constant": peft.GloraConfig(config_A_B="constant", target_modules=DOWN),
+        "lora_kasa": peft.LoraConfig(
+            r=2, lora_alpha=3, kasa_config=peft.KasaConfig(), target_modules=BOTH
+        ),
         "delora": peft.DeloraConfig(
             r=3, rank_pattern={"down": 2}, lambda_pattern={"up": 4}, target_modules=BOTH
         ),

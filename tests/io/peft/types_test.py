@@ -136,6 +136,8 @@ REFUSED = [
     ("deft", {"para": True}, "with para = True"),
     ("glora", {"config_A_B": "vector"}, "with config_A_B = 'vector'"),
     ("glora", {"config_A_B": "none"}, "config_A_B = 'none', expected"),
+    ("lora_kasa", {"r": 3}, r"lora_diag has shape \[2\], expected \[3\]"),
+    ("lora_kasa", {"use_rslora": True}, "use_rslora = True changes the maths"),
     ("delora", {"rank_pattern": {}}, r"delora_A has shape \[2, 12\], expected \[3, 12\]"),
 ]
 
@@ -195,6 +197,59 @@ def test_places_that_no_seed_draws_are_refused(base, tmp_path):
     frozen = {k: {**v, "rows": v["rows"][:, ::-1]} for k, v in adapter.frozen.items()}
     with pytest.raises(FormatError, match="not those of the seed 777"):
         jl.io.save_peft(tmp_path, adapter.replace(frozen=frozen), NAMES)
+
+
+def test_what_is_relative_to_the_weight_needs_it(base):
+    with pytest.raises(FormatError, match="relative to the base weight; pass params"):
+        jl.io.load_peft(GOLDEN / "lora_kasa", NAMES, base.sites)
+
+
+def test_what_depends_on_signs_that_no_file_holds_is_refused(base, tmp_path, monkeypatch):
+    """PSOFT: one file and one base, two outputs, if the SVD has other signs, which it may have."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "golden")
+    import make_peft_types
+
+    module = make_peft_types.Model().eval()
+    tuned = peft.get_peft_model(module, peft.PsoftConfig(r=3, target_modules=["up", "down"]))
+    make_peft_types.randomise(tuned, 0)
+    tuned.save_pretrained(tmp_path)
+    state, svd, outputs = module.state_dict(), torch.linalg.svd, []
+
+    def flipped(*args, **options):
+        u, s, v = svd(*args, **options)
+        sign = torch.where(torch.arange(len(s)) == 0, -1.0, 1.0)
+        return u * sign, s, v * sign[:, None]
+
+    for one in (svd, flipped):
+        monkeypatch.setattr(torch.linalg, "svd", one)
+        again = make_peft_types.Model()
+        again.load_state_dict(
+            {k.replace(".base_layer", ""): v for k, v in state.items() if "psoft" not in k}
+        )
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path).eval()
+        with torch.no_grad():
+            outputs.append(loaded(torch.from_numpy(base.state["x"])).numpy())
+    assert error(*outputs) > 1e-2
+    with pytest.raises(FormatError, match="depends on the signs of singular vectors"):
+        load(base, tmp_path)
+
+
+def test_the_table_of_the_guide_is_true():
+    """Read and written are those of `TABLES`; every type of PEFT has one row."""
+    peft = pytest.importorskip("peft")
+    from jlora.io.peft.tables import TABLES
+
+    lines = (ROOT / "docs" / "guide" / "peft_types.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    rows = {row[0]: row for row in rows[2:]}
+    assert sorted(rows) == sorted(kind.value for kind in peft.PeftType)
+    methods = {}
+    for table in TABLES:
+        methods.setdefault(table.type, set()).add(f"`{table.method.__name__}`")
+    for kind, row in rows.items():
+        assert (row[2], row[3]) == (("yes",) * 2 if kind in methods else ("no",) * 2), kind
+        assert methods.get(kind, set()) <= set(row[1].split(", ")), kind
 
 
 @pytest.mark.parametrize("name", ["road", "glora"])
