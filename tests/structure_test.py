@@ -41,7 +41,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_400  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 2_450  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 240  # of one file of it
 
 

@@ -168,8 +168,12 @@ def _product(scope, w, x, dims, left, options):
         if peeled is None:
             return None
         arrays, rebuild = peeled
-        mine = (_less(wc, k), xc if own_x is None else _less(xc, own_x))
-        less = (*mine, _less(wb[1:], k), () if own_x is None else _less(xb[1:], own_x))
+        mine = (without_axis(wc, k), xc if own_x is None else without_axis(xc, own_x))
+        less = (
+            *mine,
+            without_axis(wb[1:], k),
+            () if own_x is None else without_axis(xb[1:], own_x),
+        )
         place = 0 if wb else wf.index(k) + (0 if left else x.ndim - len(xc))
         template = scope.fork()
         options = {k: v for k, v in options.items() if k != "out_sharding"}
@@ -208,5 +212,6 @@ def _product(scope, w, x, dims, left, options):
     return transposed(y, [*range(y.ndim - n, y.ndim), *range(y.ndim - n)]) if left else y
 
 
-def _less(axes: Sequence[int], gone: int) -> tuple[int, ...]:
+def without_axis(axes: Sequence[int], gone: int) -> tuple[int, ...]:
+    """Axes renumbered for an array from which the axis `gone`, none of them, is taken."""
     return tuple(k - (k > gone) for k in axes)
