@@ -19,11 +19,12 @@ import jax.numpy as jnp
 
 from jlora.core import compat
 from jlora.core.adapter import Adapter
+from jlora.core.context import side_inputs
 from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import leaf
 from jlora.core.rules import RULES
-from jlora.core.site import Site
+from jlora.core.site import Arrays, Site
 from jlora.core.unread import check_reads
 
 
@@ -123,7 +124,8 @@ def lift(
     Returns:
       A function of (params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs).
       `adapter` may be empty ({} or None). `ctx` is a dict of side inputs for the methods (`key`
-      for dropout, token masks, ...). `fn` is called as fn(params, *args, **kwargs,
+      for dropout, token masks, ...); `PerSite` and `per_layer` give sites and layers values of
+      their own. `fn` is called as fn(params, *args, **kwargs,
       **model_kwargs): a keyword of its own that is called `ctx` goes into `model_kwargs`.
 
     Raises (when called):
@@ -145,10 +147,11 @@ def lift(
             out = fn(params, *args, **kwargs)
             return (out, {}) if aux else out
         arrays, jaxpr, tree = traced(fn, params, args, kwargs)
-        values = lazy_leaves(arrays, adapter)
+        common, side = side_inputs(ctx or {}, adapter.sites)
+        values = lazy_leaves(arrays, adapter, side)
         if unread == "error":
             check_reads(jaxpr, arrays, (site.path for site, _ in adapter.sites))
-        scope = Scope(RULES, dict(ctx or {}), on_dense, aux)
+        scope = Scope(RULES, common, on_dense, aux)
         out = [scope.dense(v) for v in evaluate(scope, jaxpr, values)]
         out = jax.tree.unflatten(tree, out)
         return (out, scope.aux) if aux else out
@@ -156,15 +159,21 @@ def lift(
     return tuned
 
 
-def lazy_leaves(arrays: Mapping[str, Any], adapter: Adapter) -> list[Any]:
-    """The leaves, those lazy that the adapter changes or that are quantised."""
+def lazy_leaves(
+    arrays: Mapping[str, Any], adapter: Adapter, side: Mapping[str, Arrays]
+) -> list[Any]:
+    """The leaves, those lazy that the adapter changes or that are quantised.
+
+    `side` are the side inputs of sites, {path: arrays}.
+    """
     check(arrays, adapter)
     methods = {site.path: (site, method) for site, method in adapter.sites}
 
     def one(path, v):
         if path in methods:
             site, method = methods[path]
-            return leaf(v, site, method, *adapter.arrays(site))
+            own, shared = adapter.arrays(site)
+            return leaf(v, site, method, own | side.get(path, {}), shared)
         if hasattr(v, "dequantize"):
             site = Site(path, tuple(v.shape), "?" * len(v.shape), v.dtype)
             return leaf(v, site, None, {}, {})

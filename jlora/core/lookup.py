@@ -6,7 +6,7 @@ in them. A gather along a stack axis only chooses slices.
 Deviates: nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax import lax
 
 from jlora.core import compat
 from jlora.core.lazy import Lazy
-from jlora.core.matmul import Join, Operand, applied, without_axis
+from jlora.core.matmul import Join, Operand, applied
 from jlora.core.site import inverse_permutation, transposed
 
 
@@ -161,9 +161,9 @@ def _tables(
     less = {
         **p,
         "dimension_numbers": lax.GatherDimensionNumbers(
-            without_axis(n.offset_dims, place), without_axis(n.collapsed_slice_dims, k),
-            without_axis(n.start_index_map, k), without_axis(n.operand_batching_dims[1:], k),
-            without_axis(n.start_indices_batching_dims[1:], b),
+            _without(n.offset_dims, place), _without(n.collapsed_slice_dims, k),
+            _without(n.start_index_map, k), _without(n.operand_batching_dims[1:], k),
+            _without(n.start_indices_batching_dims[1:], b),
         ),
         "slice_sizes": (*p["slice_sizes"][:k], *p["slice_sizes"][k + 1 :]),
     }  # fmt: skip
@@ -179,6 +179,11 @@ def _tables(
     y, aux = jax.vmap(one, (0, b, 0), (place, 0))(arrays, jnp.asarray(ids), steps)
     scope.join(template, aux)
     return None if y is None else [y]
+
+
+def _without(axes: Sequence[int], gone: int) -> tuple[int, ...]:
+    """Axes renumbered for an array from which the axis `gone`, none of them, is taken."""
+    return tuple(k - (k > gone) for k in axes)
 
 
 def _select(w: Lazy, ids: Any, found: Lookup, p: Mapping[str, Any]) -> list[Any] | None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import combine, compat, views
+from jlora.core.block import mixed
 from jlora.core.conv import conv
 from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import Lazy
@@ -72,12 +73,9 @@ def dot(scope: Scope, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
 
 
 def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Inlined; the outer jit compiles it."""
-    outside = scope.calls_of
-    scope.calls_of = (*outside, eqn)
-    out = evaluate(scope, compat.called(eqn), values)
-    scope.calls_of = outside
-    return out
+    """Inlined; the outer jit compiles it. A `jl.block` may run once per expert instead."""
+    out = mixed(scope, eqn, values)
+    return evaluate(scope.inside(eqn), compat.called(eqn), values) if out is None else out
 
 
 def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
@@ -86,11 +84,12 @@ def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     def body(*inside):
         child = template.child()
         child.inherit(values, inside)
-        return evaluate(child, eqn.params["jaxpr"], inside), child.aux
+        return evaluate(child, eqn.params["jaxpr"], inside), child.aux, child.published
 
     policy, cse = eqn.params["policy"], eqn.params["prevent_cse"]
-    out, aux = jax.checkpoint(body, policy=policy, prevent_cse=cse)(*values)
+    out, aux, published = jax.checkpoint(body, policy=policy, prevent_cse=cse)(*values)
     scope.join(template, aux)
+    scope.publish(published)
     return out
 
 

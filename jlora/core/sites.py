@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter
-from jlora.core.evaluate import Scope, evaluate
+from jlora.core.evaluate import evaluate
 from jlora.core.init import initialise
 from jlora.core.lazy import Lazy, leaf
 from jlora.core.lift import flatten, is_array, traced
 from jlora.core.method import Method
 from jlora.core.rules import RULES
+from jlora.core.scope import Record, Scope
 from jlora.core.site import Site
 
 MATMULS = ("gather", "dot", "conv", "ragged_dot", "product")
@@ -204,7 +205,7 @@ def sites(fn: Callable, params: Any, /, *args: Any, **kwargs: Any) -> Sites:
 
 def _table(fn: Callable, params: Any, args: Any, kwargs: Any, merging: bool = False) -> Sites:
     """`merging`: whether a matmul counts that sees a weight after what needs it merged."""
-    scope = Scope(RULES, {}, uses=[])
+    scope = Scope(RULES, {}, record=Record(uses=[]))
     leaves, tree = jax.tree.flatten((params, args, kwargs))
     where = [k for k, v in enumerate(leaves) if is_array(v)]
 

@@ -296,11 +296,7 @@ def _looked_through(scope: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
         v.replace(base=v.view(), casts=(), views=(*v.views, mark)) if isinstance(v, Lazy) else v
         for v in values
     ]
-    outside = scope.calls_of
-    scope.calls_of = (*outside, eqn)
-    out = evaluate(scope, compat.called(eqn), inside)
-    scope.calls_of = outside
-    return out
+    return evaluate(scope.inside(eqn), compat.called(eqn), inside)
 
 
 def merged_where_exact(scope: Any, eqn: Any, w: Lazy) -> jax.Array | None:

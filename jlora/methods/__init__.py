@@ -1,6 +1,11 @@
 """Parameterisations: one file per method, each a frozen dataclass of pure functions of a matrix."""
 
+from jlora.methods.blocks.bat import BAT as BAT
+from jlora.methods.blocks.c3a import C3A as C3A
+from jlora.methods.blocks.gralora import GraLoRA as GraLoRA
+from jlora.methods.blocks.miss import MiSS as MiSS
 from jlora.methods.decomposed.decomposed import Decomposed as Decomposed
+from jlora.methods.decomposed.delora import DeLoRA as DeLoRA
 from jlora.methods.decomposed.dora import DoRA as DoRA
 from jlora.methods.kronecker.lokr import LoKr as LoKr
 from jlora.methods.low_rank.adalora import AdaLoRA as AdaLoRA
@@ -10,11 +15,25 @@ from jlora.methods.low_rank.loha import LoHa as LoHa
 from jlora.methods.low_rank.lora import LoRA as LoRA
 from jlora.methods.low_rank.pissa import PiSSA as PiSSA
 from jlora.methods.orthogonal.boft import BOFT as BOFT
+from jlora.methods.orthogonal.hra import HRA as HRA
 from jlora.methods.orthogonal.oft import OFT as OFT
+from jlora.methods.orthogonal.road import RoAd as RoAd
 from jlora.methods.routed.experts import Experts as Experts
+from jlora.methods.routed.mixlora import MixLoRA as MixLoRA
 from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning
 from jlora.methods.selective.trainable_tokens import TrainableTokens as TrainableTokens
+from jlora.methods.shared_basis.pvera import PVeRA as PVeRA
+from jlora.methods.shared_basis.randlora import RandLoRA as RandLoRA
+from jlora.methods.shared_basis.unilora import UniLoRA as UniLoRA
+from jlora.methods.shared_basis.vblora import VBLoRA as VBLoRA
 from jlora.methods.shared_basis.vera import VeRA as VeRA
+from jlora.methods.sparse.fourierft import FourierFT as FourierFT
+from jlora.methods.sparse.shira import SHiRA as SHiRA
+from jlora.methods.sparse.supertuning import SuperTuning as SuperTuning
+from jlora.methods.sparse.waveft import WaveFT as WaveFT
+from jlora.methods.weight_led.deft import DEFT as DEFT
+from jlora.methods.weight_led.glora import GLoRA as GLoRA
+from jlora.methods.weight_led.peanut import PEANuT as PEANuT
 from jlora.methods.wrappers.token_mask import TokenMask as TokenMask

@@ -145,7 +145,7 @@ def test_reports_from_a_while_loop_are_refused():
 
 def test_a_delta_that_depends_on_x_cannot_be_transposed():
     class Gated(jl.Method):
-        def init(self, key, site):
+        def init(self, key, site, context):
             return {"g": jnp.ones((site.d_in, 1))}, {}
 
         def apply(self, x, w, p, ctx):
