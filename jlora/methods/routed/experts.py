@@ -24,16 +24,18 @@ Deviates: the balance loss is Switch's; three dispatch back-ends that agree.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.routing import dispatch, router
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Experts(Method):
                 f"Experts.backend: expected one of {dispatch.BACKENDS}, got {self.backend!r}"
             )
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """router [d_in, E], a [E, d_in, r], b [E, r, d_out] = 0; frozen scale []."""
         ka, kr = jax.random.split(key)
         e, r, dtype, bound = self.experts, self.rank, site.param_dtype, 1 / math.sqrt(site.d_in)
@@ -72,7 +74,7 @@ class Experts(Method):
         }
         return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> ([..., d_out], {"balance": [], "load": [E]})."""
         y = x @ w
         logits = (x @ p["router"].astype(x.dtype)).astype(p["router"].dtype)

@@ -18,6 +18,8 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
@@ -30,7 +32,7 @@ class BitFit(Method):
 
     vectors: ClassVar[bool] = True
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """v [n], the base's.
 
         Raises:
@@ -42,7 +44,7 @@ class BitFit(Method):
             )
         return {"v": context.weight()[0]}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """v for w, [1, n]."""
         return p["v"][None, :]
 
