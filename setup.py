@@ -19,6 +19,7 @@ CORE = [
 EXPERIMENTS = [
     "matplotlib>=3.9",
     "scikit-learn>=1.5",
+    "tensorboard>=2.17",
     "tensorboardX>=2.6",
     "tokenizers>=0.21",
     "transformers>=5.0",
@@ -29,12 +30,20 @@ DOCS = [
     "mkdocs-material>=9.6",
     "mkdocstrings[python]>=0.29",
 ]
+# JAX packages with models of their own: tests/golden/make_stacks.py runs them.
+STACKS = [
+    "easydel; python_version >= '3.11'",
+    "gemma>=3.0",
+    "google-tunix>=0.1",
+    "keras-hub>=0.20",
+]
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.
 TEST = [
     "datasets>=4.0",
     "diffusers==0.42.1; python_version < '3.12'",
     "equinox>=0.13",
     "flatbuffers>=24.3",
+    "gguf>=0.17",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
     "lycoris-lora==4.1.3; python_version < '3.12'",
@@ -61,8 +70,10 @@ setup(
     install_requires=CORE,
     extras_require={
         "experiments": EXPERIMENTS,
+        "gguf": ["gguf>=0.17"],
         "glue": ["datasets>=4.0"],
         "docs": DOCS,
+        "stacks": STACKS,
         "test": EXPERIMENTS + DOCS + TEST,
     },
 )

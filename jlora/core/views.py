@@ -12,7 +12,7 @@ Reference: none; follows from linearity.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
+from jlora.core.evaluate import evaluate
 from jlora.core.grid import Grid, delta, reads_context, rebuilt
 from jlora.core.lazy import Atom, Lazy
 
@@ -180,7 +181,44 @@ def broadcast(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
         k: lambda t, axis, n=n: jnp.broadcast_to(t, (*t.shape[:axis], n, *t.shape[axis + 1 :]))
         for k, n in new.items()
     }
-    return view(scope, out, "broadcast", along(moves), [moves])
+    made = view(scope, out, "broadcast", along(moves), [moves])
+    return made and [_marked(v, new) if isinstance(v, Lazy) else v for v in made]
+
+
+def _marked(w: Lazy, axes: Iterable[int]) -> Lazy:
+    copied = {a for k in axes for a in w.dims[k]}
+    atoms = (t._replace(copies=True) if a in copied else t for a, t in enumerate(w.atoms))
+    return w.replace(atoms=tuple(atoms))
+
+
+def reshape(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+    sizes, order = eqn.params["new_sizes"], eqn.params.get("dimensions") or range(w.ndim)
+    w = w.opened()
+    w = w.replace(base=lax.transpose(w.base, tuple(order)), dims=tuple(w.dims[k] for k in order))
+    out = w.reshaped(sizes)
+    if out is not None and scope.uses is None and len(out.atoms) == len(w.atoms):
+        out = _repeated(scope, w, out).reshaped(sizes)
+    return None if out is None else [out]
+
+
+def _repeated(scope: Any, w: Lazy, out: Lazy) -> Lazy:
+    """`w` with the copies that `out` lays along rows or columns turned into such (`jnp.repeat`)."""
+    become = {}
+    for dim in out.dims:
+        kinds = {w.atoms[a].kind for a in dim if w.atoms[a].size > 1} - {"s"}
+        for a in dim:
+            if len(kinds) == 1 and w.atoms[a].copies:
+                become[a] = next(iter(kinds))
+    axes = {k: become[dim[0]] for k, dim in enumerate(w.dims) if len(dim) == 1 and dim[0] in become}
+    found = delta(scope, w) if axes else None
+    if not isinstance(found, Grid):
+        return w
+    for k, kind in axes.items():
+        u, v = (lax.slice_in_dim(t, 0, 1, axis=k) for t in (found.u, found.v))
+        kinds = (*found.kinds[:k], kind, *found.kinds[k + 1 :])
+        n = w.shape[k]
+        found = Grid(kinds, u, v).along(k, lambda t, k, n=n: jnp.repeat(t, n, axis=k))
+    return rebuilt(scope, w, w.view(), found)
 
 
 def negative(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
@@ -239,13 +277,26 @@ def identity(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
     inner, _ = compat.opened(compat.called(eqn))
     places = {id(v): k for k, v in enumerate(inner.invars)}
     if inner.eqns or any(id(v) not in places for v in inner.outvars):
-        return None
+        return _looked_through(scope, eqn, values) if scope.uses is not None else None
     if scope.uses is not None:
         out = [values[places[id(v)]] for v in inner.outvars]
         name = eqn.primitive.name.removesuffix("_call")
         return [seen(v, v.view(), name, range(v.ndim)) if isinstance(v, Lazy) else v for v in out]
     dense = [merged_where_exact(scope, eqn, v) if isinstance(v, Lazy) else v for v in values]
     return None if any(v is None for v in dense) else compat.bind(eqn, dense)
+
+
+def _looked_through(scope: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """In the abstract walk: what a function with a gradient of its own does with weights.
+
+    It needs them merged; the matmuls in it tell their axes.
+    """
+    mark = ("!" + scope.place(eqn), frozenset())
+    inside = [
+        v.replace(base=v.view(), casts=(), views=(*v.views, mark)) if isinstance(v, Lazy) else v
+        for v in values
+    ]
+    return evaluate(scope.inside(eqn), compat.called(eqn), inside)
 
 
 def merged_where_exact(scope: Any, eqn: Any, w: Lazy) -> jax.Array | None:

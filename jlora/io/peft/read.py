@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.adapter import Adapter
-from jlora.core.method import Method
+from jlora.core.method import Method, rank_of
 from jlora.core.site import Site
 from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
@@ -54,6 +54,8 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
     shared: Arrays = {}
     rest: Arrays = {}
     for key, tensor in tensors.items():
+        if table.copied and _is_copy(key, tensor, table, tensors):
+            continue
         suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)
         if suffix is not None and key.startswith(ROOT):
             mine.setdefault(key[len(ROOT) : -len(suffix) - 1], {})[suffix] = tensor
@@ -62,6 +64,13 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
         else:
             rest[key] = tensor
     return mine, shared, rest
+
+
+def _is_copy(key: str, tensor: np.ndarray, table: Table, tensors: Arrays) -> bool:
+    """Whether it is a shared tensor, the same, under a module."""
+    whole = tensors.get(f"{BASE}{key.rpartition('.')[2]}")
+    own = key.startswith(ROOT) and key.endswith(tuple(f".{name}" for name in table.shared))
+    return own and whole is not None and np.array_equal(tensor, whole)
 
 
 def regrown(
@@ -174,14 +183,17 @@ def join(
     shared: Arrays,
 ) -> Adapter:
     """The adapter of all slices read."""
-    trainable, frozen, done = {}, {}, []
+    trainable: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    done = []
     group = ""
     if table.shared:
         try:
             common = table.read_shared(shared)
         except ValueError as error:
             raise FormatError(path, str(error)) from error
-        group, frozen[GROUP] = GROUP, {k: _device(path, k, v) for k, v in common.items()}
+        group, part = GROUP, trainable if table.trains_shared else frozen
+        part[GROUP] = {k: _device(path, k, v) for k, v in common.items()}
     for where in sorted(slices):
         site = Site(**{**_fields(sites[where]), "group": group})
         method, trainable[where], frozen[where] = stacked(path, site, slices[where], table.sparse)
@@ -196,7 +208,7 @@ def stacked(
 
     Layers that lack are zeros where the method allows it (`sparse`); smaller ranks are padded.
     """
-    top = max(slices.values(), key=lambda read: _rank(read.method))
+    top = max(slices.values(), key=lambda read: rank_of(read.method))
     if len(slices) < np.prod(site.stack, dtype=int) and not sparse:
         raise FormatError(
             path,
@@ -220,11 +232,6 @@ def stacked(
                 whole[name][(*index, *(slice(0, n) for n in array.shape))] = array
         parts.append({name: _device(path, name, array) for name, array in whole.items()})
     return top.method, parts[0], parts[1]
-
-
-def _rank(method: Any) -> int:
-    """The rank of a method, or of the one that it wraps."""
-    return getattr(getattr(method, "method", method), "rank", 0)
 
 
 def _form(arrays: Arrays, rank_axes: Mapping[str, int]) -> dict[str, str]:

@@ -18,38 +18,24 @@ Deviates: the mask is an input, any mask; finding the invocation tokens is the c
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jlora.core.matmul import Weight
-from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.method import Wrapper
+from jlora.core.site import Arrays
 from jlora.methods.low_rank.lora import LoRA
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenMask(Method):
+class TokenMask(Wrapper):
     """`method`, where `ctx[name]` says so."""
 
-    method: Method
     name: str = "tokens"
 
-    @property
-    def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
-        return self.method.rank_axes
-
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
-        """As the wrapped method."""
-        return self.method.shared(key, sites)
-
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
-        """As the wrapped method."""
-        return self.method.init(key, site)
-
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; reports of the wrapped method are passed on.
 
         Raises:
@@ -76,11 +62,11 @@ class TokenMask(Method):
 class _Once(Weight):
     """`w` that remembers x @ w, so that masked and unmasked tokens share one matmul."""
 
-    def __init__(self, w: Weight, x: Any) -> None:
+    def __init__(self, w: Weight, x: Dynamic) -> None:
         self.__dict__.update(w.__dict__)
         self._first, self._y = x, None
 
-    def __rmatmul__(self, x: Any) -> Any:
+    def __rmatmul__(self, x: Dynamic) -> Dynamic:
         if x is not self._first:
             return super().__rmatmul__(x)
         if self._y is None:

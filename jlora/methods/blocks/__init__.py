@@ -1,0 +1,1 @@
+"""Deltas that are tables of blocks: shared, circulant, or of low rank each."""
