@@ -19,12 +19,14 @@ from experiments.workdir import StageError
 CONFIG = Config(
     base="tiny", tasks="toy", layers=1, max_length=8, train_texts=20, eval_rows=10, examples=2,
     zoo_steps=4, zoo_segment=4, zoo_batch=4, zoo_chunk=8, zoo_snapshots=2, references=2,
+    latent=3,
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return world.build(CONFIG, tmp_path_factory.mktemp("world"), None)
+@pytest.fixture
+def made(tiny_world):
+    assert tiny_world.config == CONFIG
+    return tiny_world
 
 
 def train(made, folder, runs):
