@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.core.lift import path_string
-from jlora.io import FormatError
+from jlora.io import FormatError, json_file
 from jlora.io.inside import inside
 
 PyTree = Any
@@ -38,6 +38,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temp, path)
 
 
+REDO = "delete the folder of this stage, it is then made again"  # remedy of `read_json`
+
+
 def read_json(path: Path, kind: type, remedy: str) -> Any:
     """The JSON value of a file that this program wrote.
 
@@ -45,18 +48,12 @@ def read_json(path: Path, kind: type, remedy: str) -> Any:
       path: the file. kind: dict or list, what must be in it. remedy: what to do when it is not.
 
     Raises:
-      StageError: missing, not JSON or of another kind: one line with path, got and expected.
+      StageError: missing, no JSON or of another kind: one line with path, got and expected.
     """
-    expected = {dict: "a JSON object", list: "a JSON list"}[kind]
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{path}: missing, expected {expected}; {remedy}") from None
-    except ValueError as error:  # not UTF-8 or not JSON
-        raise StageError(f"{path}: got no JSON ({error}), expected {expected}; {remedy}") from None
-    if not isinstance(value, kind):
-        raise StageError(f"{path}: got {type(value).__name__}, expected {expected}; {remedy}")
-    return value
+        return json_file.read_json(path, kind, constants=True)  # a loss may be NaN
+    except FormatError as error:
+        raise StageError(f"{error}; {remedy}") from None
 
 
 def save_array(path: Path, **arrays: np.ndarray) -> None:

@@ -23,10 +23,11 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jlora
 from jlora.system import Placed, System
+from jlora.types import Dynamic
 from jlora.work_list import ROWS, Row
 
 CLAIMS = "experiments/claims"
@@ -48,6 +49,9 @@ def walk(package: ModuleType) -> Iterator[Placed]:
     Args:
       package: an imported package; all its modules are imported.
 
+    Returns:
+      One record after the other, with its module.
+
     Raises:
       TypeError: a module assigns SYSTEM or SYSTEMS something that is not a record.
     """
@@ -66,6 +70,9 @@ def walk(package: ModuleType) -> Iterator[Placed]:
 def systems() -> tuple[Placed, ...]:
     """Every system of jlora.
 
+    Returns:
+      In the order of modules.
+
     Raises:
       ValueError: two records have one name.
     """
@@ -79,17 +86,32 @@ def systems() -> tuple[Placed, ...]:
 
 
 def methods() -> dict[str, System]:
-    """The records of the adaptation methods by name."""
+    """The records of the adaptation methods.
+
+    Returns:
+      By name.
+    """
     return {p.system.name: p.system for p in systems() if p.family == "methods"}
 
 
-def load(placed: Placed) -> Any:
-    """The public object of a system."""
+def load(placed: Placed) -> Dynamic:
+    """The public object of a system.
+
+    Args:
+      placed: the system.
+
+    Returns:
+      The class or function that its record names.
+    """
     return getattr(importlib.import_module(placed.module), placed.system.symbol)
 
 
 def checkout() -> Path | None:
-    """The repository that this package is imported from, None when it is installed without one."""
+    """The repository that this package is imported from.
+
+    Returns:
+      Its root; None where the package is installed without one.
+    """
     root = Path(jlora.__file__).resolve().parents[1]
     return root if (root / "tests").is_dir() and (root / "jlora").is_dir() else None
 
@@ -100,6 +122,9 @@ def state(placed: Placed, root: Path | None) -> State:
     Args:
       placed: the system.
       root: the repository; None: the state is unknown.
+
+    Returns:
+      The state, and what is missing.
     """
     if root is None:
         return State("unknown")
@@ -119,17 +144,25 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
         return [f"{CLAIMS}/{claim}.py does not exist"]
     if not record.is_file():
         return [f"claim {claim} has not been run"]
-    found = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return [f"{RECORDS}/{claim}.json: got no JSON ({error}), expected a record"]
+    if not isinstance(found, dict):
+        return [f"{RECORDS}/{claim}.json: got {type(found).__name__}, expected a record"]
     return [f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)]
 
 
-def changed(claim: str, root: Path, record: Mapping[str, Any]) -> tuple[str, ...]:
+def changed(claim: str, root: Path, record: Mapping[str, Dynamic]) -> tuple[str, ...]:
     """The files of a claim whose code is not what its record was made by.
 
     Args:
       claim: the name of a claim file that exists.
       root: the repository.
       record: of the claim.
+
+    Returns:
+      Their names; () where the record is of the present code.
     """
     file = root / CLAIMS / f"{claim}.py"
     same = record.get("claim_sha256") == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -139,11 +172,14 @@ def changed(claim: str, root: Path, record: Mapping[str, Any]) -> tuple[str, ...
 
 
 def shared_code(claim: str, root: Path) -> dict[str, str]:
-    """{file: `code_sha256`} of what a claim imports of the folder of claims, directly or not.
+    """The code that a claim shares with others: its imports of the folder of claims.
 
     Args:
       claim: the name of a claim file that exists.
       root: the repository.
+
+    Returns:
+      {file: `code_sha256`}, of direct and indirect imports.
     """
     folder, found, open_ = root / CLAIMS, {}, [claim]
     while open_:
@@ -170,11 +206,18 @@ def _imported(path: Path) -> Iterator[str]:
 
 
 def code_sha256(path: Path) -> str:
-    """Of a Python file's syntax tree: comments, docstrings and line breaks do not count."""
+    """A hash of a Python file that comments, docstrings and line breaks do not change.
+
+    Args:
+      path: the file.
+
+    Returns:
+      sha256 of its syntax tree, hexadecimal.
+    """
     return hashlib.sha256(repr(_plain(ast.parse(path.read_bytes()))).encode()).hexdigest()
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: Dynamic) -> Dynamic:
     """A syntax tree as tuples, without docstrings and without what is empty.
 
     Fields that later versions of Python add are empty here, so versions agree.
@@ -200,9 +243,14 @@ class RowState:
 
 
 def work_list(root: Path | None) -> tuple[RowState, ...]:
-    """All rows of the work list, absent ones too.
+    """All rows of the work list, absent ones too. A row works when every system that serves it
+    does.
 
-    A row works when every system that serves it works.
+    Args:
+      root: the repository; None: states are unknown.
+
+    Returns:
+      One entry per row.
     """
     out = []
     for row in ROWS:

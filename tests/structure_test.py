@@ -8,17 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jlora"
 BELOW = {  # a part of jlora: the other parts that it may import
+    "types": set(),  # names of types; every part may import it
     "system": set(),
     "work_list": {"system"},
     "lapack": set(),
     "numerics": {"lapack"},
+    "torch_random": set(),
     "core": set(),
     "quantized": set(),
     "sharding": {"core"},
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
     "routing": {"core", "contracts", "system"},
-    "methods": {"numerics", "algebra", "core", "routing", "system"},
+    "methods": {"numerics", "torch_random", "algebra", "core", "routing", "system"},
     "inits": {"core", "contracts", "methods", "system"},
     "penalties": {"contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "system"},
@@ -31,7 +33,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "preference": {"contracts", "core", "system"},
     "continual": {"contracts", "core", "methods", "system"},
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
-    "io": {"core", "methods"},
+    "io": {"core", "methods", "torch_random"},
     "models": {"core", "io"},
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
@@ -43,7 +45,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_520  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 2_630  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 240  # of one file of it
 
 
@@ -81,7 +83,7 @@ def part(path):
 def test_no_import_goes_up(name):
     for path in ROOT.rglob("*.py"):
         if part(path) == name:
-            above = imported(path.read_text()) - BELOW[name] - {name}
+            above = imported(path.read_text()) - BELOW[name] - {name, "types"}
             assert not above, f"{path} imports {sorted(above)}"
 
 

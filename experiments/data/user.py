@@ -22,6 +22,8 @@ import numpy as np
 
 from experiments.data.corpora import normalise
 from experiments.data.task import SPLITS, Task, TaskData, Texts, describe, slug
+from jlora.io import FormatError
+from jlora.io.json_file import read_json
 
 _KEYS = {"name", "description", "class_names", "class_descriptions", "paraphrases"}
 
@@ -95,13 +97,9 @@ def _task(folder: Path) -> Task:
 def _meta(folder: Path) -> dict[str, Any]:
     path = folder / "task.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise TaskFolderError(f"{path} is missing; it describes the task") from None
-    except ValueError as error:
-        raise TaskFolderError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict):
-        raise TaskFolderError(f"{path}: expected an object, got {type(meta).__name__}")
+        meta = read_json(path)
+    except FormatError as error:
+        raise TaskFolderError(f"{error} that describes the task") from error
     if strange := sorted(set(meta) - _KEYS):
         raise TaskFolderError(f"{path}: unknown key {strange[0]!r}; known: {sorted(_KEYS)}")
     for key in ("class_names", "class_descriptions"):
@@ -140,7 +138,7 @@ def _read(path: Path, names: list[str]) -> tuple[Texts, list[int]]:
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TaskFolderError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict) or not {"text", "label"} <= set(row):
             raise TaskFolderError(f"{where}: expected an object with 'text' and 'label'")

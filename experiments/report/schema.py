@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from experiments.report import names
+from jlora.io import FormatError
+from jlora.io.json_file import read_json
 
 VERSION = 2  # 2: a claim has a verdict of three, not a yes or no
 SEEN_KEYS = names.keys(names.SEEN)
@@ -205,8 +207,11 @@ def read(path: Path | str) -> dict[str, Any]:
       ReportError: unreadable JSON or a wrong structure, with the file's name.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = read_json(path)
+    except FormatError as error:
+        raise ReportError(str(error)) from error
+    try:
         validate(report)
-    except (json.JSONDecodeError, ReportError) as error:
+    except ReportError as error:
         raise ReportError(f"{path}: {error}") from error
     return report

@@ -7,7 +7,6 @@ killed evaluation resumes where it stopped.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from experiments.stages.denoiser import Trained
 from experiments.stages.sample import Samples
 from experiments.stages.world import World
 from experiments.stages.zoo import Zoo
-from experiments.workdir import write_json
+from experiments.workdir import REDO, read_json, write_json
 from jlora import algebra
 from jlora.generation.audit import metrics as audit
 from jlora.generation.diffusion import dispersive
@@ -126,10 +125,9 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     """All figures: {"tasks": {task: {"accuracy", "overlap"}}, "audit": ..., "arrays": its file}."""
     tasks = {}
     for task in context.products["data"].tasks:
-        text = (done.path / "tasks" / f"{task.name}.json").read_text(encoding="utf-8")
-        tasks[task.name] = json.loads(text)
-    audit_text = (done.path / "audit.json").read_text(encoding="utf-8")
-    return {"tasks": tasks, "audit": json.loads(audit_text), "arrays": done.path / "arrays.npz"}
+        tasks[task.name] = read_json(done.path / "tasks" / f"{task.name}.json", dict, REDO)
+    audited = read_json(done.path / "audit.json", dict, REDO)
+    return {"tasks": tasks, "audit": audited, "arrays": done.path / "arrays.npz"}
 
 
 def score(

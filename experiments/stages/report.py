@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -20,7 +19,7 @@ from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
 from experiments.stages import sample
 from experiments.stages.codec import VARIANTS
-from experiments.workdir import Folder
+from experiments.workdir import REDO, Folder, read_json
 
 DENOISERS = ("generator", "pdiff_global", "pdiff_task")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
@@ -46,7 +45,7 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
     files += [(name, denoiser / f"curves_{name}.json") for name in DENOISERS]
     out = {}
     for group, file in files:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file, dict, REDO)
         flat = {}
         for name, value in found.items():
             parts = value.items() if isinstance(value, Mapping) else [("", value)]

@@ -8,7 +8,6 @@ directories (`adapters/peft/<task>/`).
 from __future__ import annotations
 
 import functools
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from experiments.stages import codec, conditions, generator, pdiff
 from experiments.stages.codec import Encoded
 from experiments.stages.denoiser import Trained
 from experiments.stages.world import World
-from experiments.workdir import StageError, save_array, write_json
+from experiments.workdir import REDO, StageError, read_json, save_array, write_json
 from jlora.generation.diffusion import dit, guidance, samplers
 
 PyTree = Any
@@ -259,7 +258,7 @@ def finish(context: Context, prepared: None, folder: Path) -> dict[str, Any]:
 
 def read(context: Context, prepared: None, done: Done) -> Samples:
     """The table."""
-    rows = json.loads((done.path / "rows.json").read_text(encoding="utf-8"))
+    rows = read_json(done.path / "rows.json", list, REDO)
     return Samples(np.load(done.path / "tokens.npy"), [(task, kind) for task, kind in rows])
 
 

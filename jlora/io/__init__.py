@@ -11,12 +11,16 @@ from jlora.io.peft.replication import replicate_layers
 from jlora.io.peft.table import Table
 from jlora.io.presets import bert, llama, vit, vit4
 from jlora.io.slices import sliced
+from jlora.io.stacks import easydel, gemma, keras_hub, tunix
 
 __all__ = [
     "FormatError",
     "NameMap",
     "Table",
     "bert",
+    "easydel",
+    "gemma",
+    "keras_hub",
     "llama",
     "load_diffusers",
     "load_kohya",
@@ -29,6 +33,7 @@ __all__ = [
     "save_kohya",
     "save_peft",
     "sliced",
+    "tunix",
     "vit",
     "vit4",
 ]

@@ -15,7 +15,7 @@ from jax import export
 
 from jlora.core.adapter import Adapter
 from jlora.io import orbax
-from jlora.io.safetensors_file import parse_json
+from jlora.io.json_file import parse_json
 
 NAME = "jlora.Adapter"
 

@@ -15,8 +15,12 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jlora.core.lift import flatten
-from jlora.core.site import Site
+from jlora.core.site import Site, fold
 from jlora.core.sites import Sites
 from jlora.io.names import NameMap
 
@@ -31,6 +35,7 @@ class ModelSites:
     biases: Collection[str] | None = None  # paths of sites with a bias next to them; None: unknown
     inferred: Collection[str] = ()  # paths whose site was read off a leaf
     undecided: Collection[str] = ()  # of these, square matrices without a layout
+    weights: Mapping[str, Any] | None = None  # the leaves by path; None: sites were given
 
     def site(self, path: str) -> Site:
         """The site at `path`.
@@ -45,6 +50,17 @@ class ModelSites:
                 "the parameters, or layout='in_out' (Flax kernels) or layout='out_in' (torch)"
             )
         return self.sites[path]
+
+    def matrix(self, path: str, index: tuple[int, ...]) -> np.ndarray:
+        """The matrix [d_in, d_out] of one slice of the weight at `path`.
+
+        Raises:
+          ValueError: sites were given, or the leaf is no array.
+        """
+        leaf = (self.weights or {}).get(path)
+        if leaf is None or isinstance(leaf, Site | jax.ShapeDtypeStruct):
+            raise ValueError(f"{path}: the file is relative to the base weight; pass params")
+        return np.asarray(fold(jnp.asarray(leaf), self.site(path).kinds)[index])
 
     def with_tables(self, paths: Collection[str]) -> ModelSites:
         """The same, where the leaves at `paths` are tables [*stack, rows, d_out].
@@ -97,7 +113,8 @@ def model_sites(params_or_sites: Any, names: NameMap, layout: str | None = None)
         said = layout is not None or names.kinds(path) is not None
         if square and not said and "gather" not in site.ops:
             undecided.add(path)
-    return ModelSites(sites, biased(leaves), frozenset(inferred), frozenset(undecided))
+    known = (frozenset(inferred), frozenset(undecided))
+    return ModelSites(sites, biased(leaves), *known, weights=leaves)
 
 
 def _table(given: Any) -> dict[str, Site] | None:

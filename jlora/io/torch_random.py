@@ -1,30 +1,6 @@
-"""The numbers that torch's CPU generator draws, without torch: some files hold only a seed.
+"""`jlora.torch_random`, for readers of files.
 
-.. math::
-    u = (\\mathrm{mt19937}() \\bmod 2^{24}) \\, 2^{-24}, \\qquad x = \\mathrm{fma}(u, b - a, a)
-
-Reference: what torch 2.13 returns on x86-64 (fused multiply-add, float32).
-Deviates: nothing that was seen; builds of torch without fused multiply-add differ in the last bit.
+Deviates: nothing.
 """
 
-from __future__ import annotations
-
-import numpy as np
-
-
-class Generator:
-    """`torch.Generator(device="cpu").manual_seed(seed)`.
-
-    Args:
-      seed: only its low 32 bits count.
-    """
-
-    def __init__(self, seed: int):
-        self._raw = np.random.RandomState(seed & 0xFFFFFFFF)
-
-    def uniform(self, shape: tuple[int, ...], low: float, high: float) -> np.ndarray:
-        """`torch.empty(shape).uniform_(low, high, generator=...)`, float32 of `shape`."""
-        raw = self._raw.randint(0, 2**32, size=shape, dtype=np.uint32)
-        unit = (raw & np.uint32(2**24 - 1)).astype(np.float64) * 2.0**-24
-        a, b = np.float32(low), np.float32(high)
-        return (unit * np.float64(b - a) + np.float64(a)).astype(np.float32)
+from jlora.torch_random import Generator as Generator

@@ -19,7 +19,6 @@ Deviates: no.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from safetensors import safe_open
 
 from jlora.io import safetensors_file
 from jlora.io.inside import inside
+from jlora.io.json_file import read_json
 from jlora.models.encoder_config import Params
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def read_config(
 ) -> T:  # fmt: skip
     """``config.json`` as a `kind`."""
     path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8-sig"))  # editors add a byte order mark
+    raw = read_json(path)
     for field, expected in fixed.items():
         if (got := raw.get(field, expected)) != expected:
             raise ValueError(f"{path}: {field}: got {got!r}, expected {expected!r}")

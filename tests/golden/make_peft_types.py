@@ -64,6 +64,37 @@ def configs() -> dict[str, peft.PeftConfig]:
         "road_4": peft.RoadConfig(variant="road_4", group_size=4, target_modules=DOWN),
         "gralora": peft.GraloraConfig(r=4, alpha=6, gralora_k=2, target_modules=BOTH),
         "gralora_hybrid": peft.GraloraConfig(r=2, hybrid_r=1, gralora_k=2, target_modules=BOTH),
+        "shira": peft.ShiraConfig(r=2, random_seed=3, target_modules=BOTH),
+        "super": peft.SupertuningConfig(sparsity=0.8, target_modules=BOTH),
+        "super_supra": peft.SupertuningConfig(sparsity=0.9, r=2, target_modules=BOTH),
+        "fourierft": peft.FourierFTConfig(
+            n_frequency=9, scaling=40.0, n_frequency_pattern={"up": 14}, target_modules=BOTH
+        ),
+        "waveft": peft.WaveFTConfig(
+            n_frequency=15, scaling=3.0, n_frequency_pattern={"down": 11}, target_modules=BOTH
+        ),
+        "waveft_entries": peft.WaveFTConfig(
+            n_frequency=7, scaling=2.0, use_idwt=False, random_loc_seed=5, target_modules=BOTH
+        ),
+        "randlora": peft.RandLoraConfig(r=3, randlora_alpha=6, target_modules=BOTH),
+        "randlora_sparse": peft.RandLoraConfig(
+            r=3, randlora_alpha=4, sparse=True, save_projection=False, target_modules=BOTH
+        ),
+        "pvera": peft.PveraConfig(r=3, target_modules=BOTH),
+        "pvera_seed": peft.PveraConfig(
+            r=3, save_projection=False, projection_prng_key=9, target_modules=BOTH
+        ),
+        "peanut": peft.PeanutConfig(r=3, depth=2, act_fn="tanh", scaling=0.5, target_modules=BOTH),
+        "peanut_flat": peft.PeanutConfig(r=3, act_fn="gelu", target_modules=BOTH),
+        "deft": peft.DeftConfig(r=2, alpha=3, target_modules=BOTH),
+        "deft_qr": peft.DeftConfig(r=2, decomposition_method="qr", target_modules=BOTH),
+        "deft_para": peft.DeftConfig(r=2, para=True, target_modules=BOTH),
+        "glora": peft.GloraConfig(r=2, target_modules=DOWN),
+        "glora_vector": peft.GloraConfig(config_A_B="vector", target_modules=DOWN),
+        "glora_constant": peft.GloraConfig(config_A_B="constant", target_modules=DOWN),
+        "lora_kasa": peft.LoraConfig(
+            r=2, lora_alpha=3, kasa_config=peft.KasaConfig(), target_modules=BOTH
+        ),
         "delora": peft.DeloraConfig(
             r=3, rank_pattern={"down": 2}, lambda_pattern={"up": 4}, target_modules=BOTH
         ),

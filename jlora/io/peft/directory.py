@@ -216,7 +216,8 @@ def load_peft(
             if module in alphas:
                 rank = len(found[MATRIX[0]])
                 fields |= {"r": rank, "lora_alpha": alphas[module], "use_rslora": False}
-            read = table.read(site.slice(), {**found, **shared}, fields)
+            base = {"base": model.matrix(where, index)} if table.weighs else {}
+            read = table.read(site.slice(), {**found, **shared, **base}, fields)
         except ValueError as error:
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
         check_bias(folder / WEIGHTS, table, read.method, where, model.biases)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.site import Site
@@ -24,11 +25,13 @@ from jlora.io.peft.table import (
 from jlora.methods.decomposed.dora import DoRA
 from jlora.methods.low_rank.adalora import TINY, AdaLoRA
 from jlora.methods.low_rank.hira import HiRA
+from jlora.methods.low_rank.kasa import KaSA, smallest
 from jlora.methods.low_rank.lora import LoRA
 
 MATRIX = ("lora_A.weight", "lora_B.weight")
 TABLE = ("lora_embedding_A", "lora_embedding_B")  # an embedding table [rows, d_out]
 MAGNITUDE = "lora_magnitude_vector"
+DIAGONAL = "lora_diag"
 FREE = {
     "arrow_config": None,
     "bias": "none",
@@ -133,6 +136,26 @@ def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     return Read(DoRA(rank=rank, alpha=alpha, rslora=rslora), trainable, scale)
 
 
+def _write_kasa(method: KaSA, site: Site, p: Arrays) -> Slice:
+    rank = p["d"].size
+    fields = {"r": rank, "lora_alpha": alpha_of(method, p["scale"], rank)}
+    return Slice({MATRIX[0]: p["a"].T, MATRIX[1]: p["b"].T, DIAGONAL: p["d"]}, fields)
+
+
+def _read_kasa(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    rank, alpha = fields["r"], fields["lora_alpha"]
+    want_shape(DIAGONAL, t[DIAGONAL], (rank,))
+    trainable = {**_factors(MATRIX, site, t, rank), "d": t[DIAGONAL]}
+    a0, b0 = smallest(jnp.asarray(t["base"], site.param_dtype), rank)
+    frozen = {"a0": np.asarray(a0), "b0": np.asarray(b0), "scale": scale_of(alpha, rank)}
+    return Read(KaSA(rank, alpha), trainable, frozen)
+
+
+def _settle_kasa(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fields]:
+    """The weights of its penalties, of training only."""
+    return modules, {"kasa_config": {"beta": 1e-4, "gamma": 1e-3}}
+
+
 def _write_hira(method: HiRA, site: Site, p: Arrays) -> Slice | None:
     rank, p = trim(p, method.rank_axes)
     tensors = {"hira_A": p["a"].T, "hira_B": p["b"].T}
@@ -235,6 +258,22 @@ DORA = Table(
     free={**FREE, "lora_dropout": 0.0},
     allowed=ALLOWED,
     convolves=True,
+)
+
+KASA = Table(
+    type="LORA",
+    method=KaSA,
+    layouts=((*MATRIX, DIAGONAL),),
+    fields={"r": 8, "lora_alpha": 8},
+    write=_write_kasa,
+    read=_read_kasa,
+    patterns=PATTERNS,
+    fixed={k: v for k, v in {**FIXED, "use_rslora": False}.items() if k != "kasa_config"},
+    choose={"kasa_config": True, "use_dora": False},
+    free={**FREE, "lora_dropout": 0.0},
+    settle=_settle_kasa,
+    allowed=ALLOWED,
+    weighs=True,
 )
 
 HIRA = Table(

@@ -54,6 +54,8 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
     shared: Arrays = {}
     rest: Arrays = {}
     for key, tensor in tensors.items():
+        if table.copied and _is_copy(key, tensor, table, tensors):
+            continue
         suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)
         if suffix is not None and key.startswith(ROOT):
             mine.setdefault(key[len(ROOT) : -len(suffix) - 1], {})[suffix] = tensor
@@ -62,6 +64,13 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
         else:
             rest[key] = tensor
     return mine, shared, rest
+
+
+def _is_copy(key: str, tensor: np.ndarray, table: Table, tensors: Arrays) -> bool:
+    """Whether it is a shared tensor, the same, under a module."""
+    whole = tensors.get(f"{BASE}{key.rpartition('.')[2]}")
+    own = key.startswith(ROOT) and key.endswith(tuple(f".{name}" for name in table.shared))
+    return own and whole is not None and np.array_equal(tensor, whole)
 
 
 def regrown(

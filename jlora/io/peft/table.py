@@ -68,6 +68,9 @@ class Table:
       biased: PEFT also scales the module's bias, so there must be none.
       settle: (module -> fields) -> (the same, other config fields), before they are combined.
       shared: keys below ``base_model.`` of tensors that all modules share.
+      weighs: `read` gets the base matrix [in, out] too, under the key ``base``: what the file says
+        is relative to the weight that it was made for.
+      copied: the shared tensors are in the file once more under every module.
       write_shared: shared arrays -> tensors by key.
       regrow: (config, un-stacked site and tensors of each module) -> shared tensors by key, where
         the file has only their seed; None where it must have them.
@@ -94,6 +97,8 @@ class Table:
     biased: Callable[[Method], bool] = lambda method: False
     settle: Callable[[Mapping[str, Fields]], tuple[Mapping[str, Fields], Fields]] = _unchanged
     shared: tuple[str, ...] = ()
+    copied: bool = False
+    weighs: bool = False
     write_shared: Callable[[Arrays], Arrays] = dict
     read_shared: Callable[[Arrays], Arrays] = dict
     trains_shared: bool = False

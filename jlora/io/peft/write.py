@@ -47,7 +47,8 @@ def torch_side(
             if module in fields:
                 raise ValueError(f"name map: two slices are called {module!r}")
             fields[module] = made.fields
-            tensors.update({f"{ROOT}{module}.{k}": v for k, v in made.tensors.items()})
+            own_tensors = made.tensors | (table.write_shared(shared) if table.copied else {})
+            tensors.update({f"{ROOT}{module}.{k}": v for k, v in own_tensors.items()})
         if table.shared:
             tensors.update({f"{BASE}{k}": v for k, v in table.write_shared(shared).items()})
     if not fields:

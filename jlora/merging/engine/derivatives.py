@@ -114,7 +114,7 @@ def _sines(x: Any, key: Any, kind: Any, options: Any) -> dict[str, Array]:
     row = Merging(name="", paper="", symbol="", evidence="", **dict(kind))
     every = row.scope == "adapter"
     bank, w = x[""] if every else ({k: t[i] for k, t in x.items()} for i in (0, 1))
-    made = apply(row, bank, w, key=key, **dict(options))
+    made = apply(row, bank, w, dict(options), key=key)
     found = {k: jnp.sum(jnp.sin(u @ v), (-2, -1)) for k, (u, v) in made.items()}  # type: ignore[misc]
     return {"": sum(map(jnp.sum, found.values()), jnp.zeros(()))[None]} if every else found
 

@@ -47,7 +47,7 @@ def merged(
     key = world.key if row.randomised else None
     ids = jnp.arange(w.shape[0], dtype=jnp.uint32) if ids is None else jnp.asarray(ids)
     extra = {"ids": ids} if row.randomised else {}
-    return apply(row, bank, w, key=key, jit=jit, **extra, **row.options)
+    return apply(row, bank, w, row.options, key=key, jit=jit, **extra)
 
 
 def take(bank: Deltas, rows: Any) -> Deltas:

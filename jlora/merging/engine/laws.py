@@ -172,7 +172,7 @@ def certificate(row: Merging, world: World) -> Errors:
     w = dense(algebra.combine(world.bank, world.weights))
     made = dense(merged(row, world))
     out = {}
-    for path, limit in bound(row, world.bank, world.weights, **row.options).items():
+    for path, limit in bound(row, world.bank, world.weights, row.options).items():
         true = np.sqrt(((w[path] - made[path]) ** 2).sum((-2, -1)))
         gap = true - np.asarray(limit, np.float64)
         out[path] = float((np.abs(gap) if row.tight else gap).max())

@@ -22,9 +22,8 @@ Deviates: entries are trimmed within a site and a layer, the official code trims
 Weights are ours. Gradients hold the basis fixed.
 """
 
-from typing import Any
-
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
@@ -36,11 +35,11 @@ from jlora.merging.spectral.core_space import entrywise, to_core
 
 def knots(
     bank: LowRank,
-    weights: Array,
+    weights: Float[Array, "n"],
     *,
     rule: str = "ties",
-    density: Any = 0.2,
-    scale: Array | float = 1.0,
+    density: float | tuple[float, ...] = 0.2,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> LowRank:
     """The merge of one site in the common basis of its outputs.
 

@@ -26,6 +26,7 @@ that the gauge of an adapter does not matter; the official code takes them raw.
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import algebra
 from jlora.algebra import LowRank
@@ -36,7 +37,7 @@ from jlora.merging.spectral.core_space import largest
 
 
 def robust_merge(
-    bank: LowRank, weights: Array, *, density: float = 0.2, floor: float = 0.8
+    bank: LowRank, weights: Float[Array, "n"], *, density: float = 0.2, floor: float = 0.8
 ) -> LowRank:
     """The merge of one site, of the rank of its adapters.
 
@@ -72,9 +73,15 @@ def robust_merge(
 
 
 def canonical(bank: LowRank) -> tuple[Array, Array, Array]:
-    """Balanced singular factors of each adapter, signs fixed, and 1 where a value is not zero.
+    """Balanced singular factors of each adapter, signs fixed.
 
-    a [N, d_in, r], b [N, r, d_out], live [N, r]. Gradients hold the singular bases fixed.
+    Gradients hold the singular bases fixed.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+
+    Returns:
+      a [N, d_in, r], b [N, r, d_out], and live [N, r]: 1 where a singular value is not zero.
     """
     u, s, v = lax.stop_gradient(algebra.svd({"": bank})[""])
     top = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=1, keepdims=True), axis=1)

@@ -1,0 +1,103 @@
+"""SHiRA: a few entries of the weight, chosen at random once, are trained.
+
+==================  ===========================================================
+W                   `w`, frozen, [d_in, d_out]
+c                   `c` [n], trained
+:math:`i_k, o_k`    `rows`, `cols` [n], int32, frozen, no place twice
+==================  ===========================================================
+
+.. math::
+    W' = W + \\sum_k c_k \\, e_{i_k} e_{o_k}^T, \\qquad
+    y_o = (x W)_o + \\sum_{k: o_k = o} c_k x_{i_k}
+
+with n = r (d_in + d_out), as many numbers as LoRA of rank r; the delta has high rank, and adapters
+of other places hardly meet. Init: c = 0, hence the identity.
+
+Bhardwaj et al., `Sparse High Rank Adapters <https://arxiv.org/abs/2406.13175>`_, 2024.
+
+Source: paper (SHiRA-Rand); count of the entries as PEFT 0.21.
+Deviates: places come from JAX's generator; those of PEFT files are read as arrays. The choices by
+weight or gradient of the paper are made by giving `rows` and `cols` other values.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.checks import check_whole
+from jlora.core.method import Method
+from jlora.core.site import Arrays, InitContext, Site
+from jlora.system import System
+
+
+def sparse_product(
+    x: jax.Array, c: jax.Array, rows: jax.Array, cols: jax.Array, d_out: int
+) -> jax.Array:
+    """x [..., d_in] times the matrix of entries `c` [n] at `rows`, `cols`: [..., d_out].
+
+    Of the dtype of c; the matrix is not formed.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        taken = x.at[rows].get(mode="promise_in_bounds").astype(c.dtype) * c
+        return jnp.zeros(d_out, c.dtype).at[cols].add(taken, mode="promise_in_bounds")
+
+    for _ in range(x.ndim - 1):
+        one = jax.vmap(one)
+    return one(x)
+
+
+def scattered(w: jax.Array, c: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
+    """w [d_in, d_out] with `c` [n] added at `rows`, `cols`."""
+    return w.at[rows, cols].add(c.astype(w.dtype), mode="promise_in_bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class SHiRA(Method):
+    """Sparse adapter of as many entries as LoRA of `rank` has numbers.
+
+    Raises:
+      ValueError: rank < 1; at init, more entries than the weight has.
+    """
+
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        check_whole("SHiRA.rank", self.rank)
+
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        """c [n] = 0; frozen rows, cols [n] int32, sorted by column."""
+        count, size = self.rank * (site.d_in + site.d_out), site.d_in * site.d_out
+        if count > size:
+            raise ValueError(
+                f"{site.path}: SHiRA rank: got {self.rank}, which is {count} entries, expected at "
+                f"most {size}"
+            )
+        flat = jnp.sort(jax.random.permutation(key, jnp.arange(size, dtype=jnp.int32))[:count])
+        rows, cols = flat % jnp.int32(site.d_in), flat // jnp.int32(site.d_in)
+        return {"c": jnp.zeros(count, site.param_dtype)}, {"rows": rows, "cols": cols}
+
+    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+        """w with c added at its places."""
+        return scattered(w, p["c"], p["rows"], p["cols"])
+
+    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+        """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
+        if not isinstance(x, jax.Array):
+            return x @ w.merged(self, p)
+        y = x @ w
+        delta = sparse_product(x, p["c"], p["rows"], p["cols"], y.shape[-1])
+        return y + delta.astype(y.dtype)
+
+
+SYSTEM = System(
+    name="SHiRA",
+    paper="Bhardwaj 2024, 2406.13175",
+    symbol="SHiRA",
+    evidence="entries against a dense matrix; outputs of torch PEFT to 1e-5",
+    tests=("tests/io/peft/types_test.py",),
+    examples=(SHiRA(rank=1),),
+)

@@ -1,0 +1,1 @@
+"""Deltas that are computed from the weight itself."""
