@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[1] / "jlora"
 OPEN = (  # rooms and files that are not in this form yet; the list may only shrink
     "cli",
     "compose",
-    "continual",
     "contract",
     "contracts",
     "core",
@@ -24,7 +23,6 @@ OPEN = (  # rooms and files that are not in this form yet; the list may only shr
     "methods/low_rank/kasa.py",
     "methods/low_rank/lora_xs.py",
     "methods/routed/mixlora.py",
-    "methods/selective/trained_vector.py",
     "methods/shared_basis/pvera.py",
     "methods/shared_basis/randlora.py",
     "methods/shared_basis/unilora.py",
