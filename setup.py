@@ -35,6 +35,7 @@ TEST = [
     "diffusers==0.42.1; python_version < '3.12'",
     "equinox>=0.13",
     "flatbuffers>=24.3",
+    "gguf>=0.17",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
     "lycoris-lora==4.1.3; python_version < '3.12'",
@@ -61,6 +62,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "experiments": EXPERIMENTS,
+        "gguf": ["gguf>=0.17"],
         "glue": ["datasets>=4.0"],
         "docs": DOCS,
         "test": EXPERIMENTS + DOCS + TEST,

@@ -28,8 +28,8 @@ from benchmarks import encoder, peers, timing
 class Gain(jl.LoRA):
     """y = (x W + s x A B) diag(g), g [d_out] trained from one: DoRA without its norms."""
 
-    def init(self, key: jax.Array, site: Any) -> Any:
-        trainable, frozen = super().init(key, site)
+    def init(self, key: jax.Array, site: Any, context: Any) -> Any:
+        trainable, frozen = super().init(key, site, context)
         return trainable | {"g": jnp.ones(site.d_out, site.param_dtype)}, frozen
 
     def apply(self, x: Any, w: Any, p: Any, ctx: Any) -> Any:

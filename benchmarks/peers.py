@@ -39,7 +39,7 @@ def model(base: encoder.Base, threads: int) -> BertModel:
 
 def peft(base: encoder.Base, adapters: Sequence[Any], threads: int, train: bool = True) -> Any:
     """The encoder with adapters named a0, a1, ... that jlora wrote."""
-    names = jl.io.names.bert()
+    names = jl.io.bert()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for k, adapter in enumerate(adapters):

@@ -3,7 +3,7 @@
     python -m experiments.cond_pdiff --flagfile=experiments/flags/text_quick.flags
 
 Stages, in order: `data` (base states of all texts), `zoo` (train adapters of many tasks), `codec`
-(adapters -> latents), `denoiser` (our conditional flow, and the paper's DDPM), `sample`,
+(adapters -> latents), `denoiser` (a conditional flow, and the paper's DDPM), `sample`,
 `evaluate`, `report`. Each is kept in the workdir under a hash of its settings, skipped when it is
 there and resumed when it was killed. `--stage` runs some of them.
 
@@ -17,16 +17,17 @@ import dataclasses
 import os
 import shlex
 import sys
-import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
 from experiments import config as config_lib
-from experiments.config import STAGES, Config
+from experiments import pipeline, processes
+from experiments.config import STAGES
 from experiments.data.assets import AssetError
-from experiments.workdir import Stage, StageError, explain_failed_write, read_json, write_json
+from experiments.workdir import StageError, explain_failed_write
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
 STAGE = flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
@@ -34,113 +35,38 @@ FAST_COMPILE = flags.DEFINE_bool(
     "fast_compile", False, "compile in less time, run slower: for tiny runs"
 )
 CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "share the work with other processes, each started with this command on a machine that sees"
+    " the same --workdir",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0 (default: from the cluster's environment)"
+)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "which process this is, from 0 (likewise)")
+PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "how many there are (likewise)")
 config_lib.define_flags()
 
 
-def pipeline(
-    config: Config, workdir: Path, stages: list[str], cache: Path | None, command: str
-) -> dict[str, Any] | None:
-    """Run the stages; returns the report if the last one ran."""
-    # Imported here: --help should not wait for JAX.
+def stages() -> tuple[pipeline.Stage, ...]:
+    """All stages in order. Imported on the call: --help should not wait for JAX."""
     from experiments.stages import codec, denoiser, evaluate, report, sample, world, zoo
 
-    times = _Times(workdir)
-    times.all()  # a damaged file is found now, not after the first stage
-    last = max(STAGES.index(s) for s in stages)
-    with times.of("data"):
-        made = world.build(config, workdir, cache)
-    times.say("data", world.describe(made))
-    if last == STAGES.index("data"):
-        return None
-    with times.of("zoo"):
-        _run_or_need(stages, "zoo", Stage(workdir, "zoo", config.key("zoo")))
-        zoo.run(made, workdir)
-        adapters = zoo.read(made, workdir)
-    times.say("zoo", zoo.describe(adapters))
-    if last == STAGES.index("zoo"):
-        return None
-    with times.of("codec"):
-        _run_or_need(stages, "codec", Stage(workdir, "codec", config.key("codec")))
-        coded = codec.run(made, adapters, workdir)
-    times.say("codec", codec.describe(coded))
-    if last == STAGES.index("codec"):
-        return None
-    with times.of("denoiser"):
-        _run_or_need(stages, "denoiser", Stage(workdir, "denoiser", config.key("denoiser")))
-        trained = denoiser.run(made, coded, workdir)
-    times.say("denoiser", denoiser.describe(trained))
-    if last == STAGES.index("denoiser"):
-        return None
-    with times.of("sample"):
-        _run_or_need(stages, "sample", Stage(workdir, "sample", config.key("sample")))
-        draws = sample.run(made, coded, trained, workdir)
-    times.say("sample", sample.describe(draws))
-    if last == STAGES.index("sample"):
-        return None
-    with times.of("evaluate"):
-        _run_or_need(stages, "evaluate", Stage(workdir, "evaluate", config.key("evaluate")))
-        found = evaluate.run(made, adapters, coded, trained, draws, workdir)
-    times.say("evaluate", evaluate.describe(found))
-    if last == STAGES.index("evaluate"):
-        return None
-    return report.run(made, coded, found, workdir, command, times.all())
+    return tuple(m.STAGE for m in (world, zoo, codec, denoiser, sample, evaluate, report))
 
 
-def user_pipeline(config: Config, workdir: Path, cache: Path | None) -> dict[str, Any]:
-    """Generated adapters for the user's tasks on a finished workdir."""
-    from experiments.stages import codec, denoiser, user_tasks, world, zoo
+def user_tasks_of(context: pipeline.Context) -> None:
+    """Generated adapters for the user's tasks on a finished workdir; prints the result."""
+    from experiments.stages import user_tasks
 
-    base = dataclasses.replace(config, task_dir="")
-    for name in ("data", "zoo", "codec", "denoiser"):
-        Stage(workdir, name, base.key(name)).verify()
-    made = world.build(base, workdir, cache)
-    adapters = zoo.read(made, workdir)
-    coded = codec.run(made, adapters, workdir)
-    trained = denoiser.run(made, coded, workdir)
-    return user_tasks.run(made, config, adapters, coded, trained, workdir, cache)
-
-
-def _run_or_need(stages: list[str], name: str, stage: Stage) -> None:
-    if name not in stages and not stage.done:
-        raise StageError(
-            f"{stage.path}: stage '{name}' is needed and not finished; add it to --stage"
-        )
-
-
-class _Times:
-    """Seconds of each stage, added up over restarts in <workdir>/times.json."""
-
-    def __init__(self, workdir: Path):
-        self.path = workdir / "times.json"
-
-    def all(self) -> dict[str, float]:
-        if not self.path.is_file():
-            return {}
-        known = read_json(self.path, dict, "delete it: only seconds are lost")
-        bad = {k: v for k, v in known.items() if not isinstance(v, int | float)}
-        if bad:
-            raise StageError(f"{self.path}: got {bad}, expected seconds; delete it")
-        return known
-
-    def of(self, name: str) -> _Timer:
-        return _Timer(self, name)
-
-    def say(self, name: str, found: str) -> None:
-        """One line on stderr, below the stage's bar: what it found, and its seconds."""
-        print(f"{name:>10}: {found} ({self.all()[name]:.0f} s)", file=sys.stderr, flush=True)
-
-
-class _Timer:
-    def __init__(self, times: _Times, name: str):
-        self.times, self.name = times, name
-
-    def __enter__(self) -> None:
-        self.start = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        known = self.times.all()
-        known[self.name] = round(known.get(self.name, 0.0) + time.monotonic() - self.start, 1)
-        write_json(self.times.path, known)
+    finished = dataclasses.replace(context, config=dataclasses.replace(context.config, task_dir=""))
+    needed = [stage for stage in stages() if stage.name in ("data", "zoo", "codec", "denoiser")]
+    products = pipeline.load(needed, finished).products
+    found = user_tasks.run(dataclasses.replace(context, products=products))
+    for task, scores in found.items():
+        print("\n".join(user_tasks.lines(task, scores)))
+    print(f"\nAdapters: {context.workdir / 'user'}")
 
 
 def compile_settings(workdir: Path, fast: bool) -> None:
@@ -158,15 +84,21 @@ def compile_settings(workdir: Path, fast: bool) -> None:
 
 def show(report: dict[str, Any], workdir: Path) -> None:
     """The report in a few lines on standard output."""
-    print("\nSeen tasks (mean over tasks):")
-    for key, cell in report["summary"].items():
-        print(f"  {key:16s} {100 * cell['mean']:5.1f} %")
+    from experiments.report import names
+
+    wide = max(len(method.label) for method in names.METHODS)
+    print("\nAccuracy on seen tasks, mean over tasks")
+    for key in names.keys(names.SEEN):
+        print(f"  {names.method(key).label:{wide}s} {100 * report['summary'][key]['mean']:5.1f} %")
     for level, part in report["unseen"].items():
-        print(f"{level}:")
-        for key, cell in part["accuracy"].items():
+        count = len(part["table"])
+        print(f"{names.level(level)}, {count} task{'s' * (count > 1)}")
+        for key in (k for k in names.keys(names.HELD_OUT) if k in part["accuracy"]):
             gap = part["gap_recovered"].get(key)
-            share = f"   {100 * gap['mean']:5.1f} % of the gap" if gap else ""
-            print(f"  {key:16s} {100 * cell['mean']:5.1f} %{share}")
+            share = f"   {100 * gap['mean']:5.1f} % of the gap to training" if gap else ""
+            mean = 100 * part["accuracy"][key]["mean"]
+            print(f"  {names.method(key).label:{wide}s} {mean:5.1f} %{share}")
+    print()
     for claim in report["claims"]:
         print(f"[{claim['verdict']}] {claim['text']}")
     print(f"\nReport: {workdir / 'report.html'}")
@@ -186,24 +118,42 @@ def main(argv: list[str]) -> None:
                 f"--stage={','.join(STAGE.value)}: expected some of {', '.join(STAGES)}"
             )
         config_lib.check_folders(config)
+        users = bool(config.task_dir) and set(STAGE.value) <= {"sample", "evaluate"}
         workdir.mkdir(parents=True, exist_ok=True)
-        compile_settings(workdir, FAST_COMPILE.value)
-        if config.task_dir and set(STAGE.value) <= {"sample", "evaluate"}:
-            from experiments.stages import user_tasks
-
-            for task, scores in user_pipeline(config, workdir, cache).items():
-                print("\n".join(user_tasks.lines(task, scores)))
-            print(f"\nAdapters: {workdir / 'user'}")
-            return
+        compile_settings(workdir, FAST_COMPILE.value)  # before JAX starts its backend
+        team = _join(users)
+        settings = dataclasses.asdict(config) | {"stage": STAGE.value, "jax": version("jax")}
+        processes.check(team, settings, workdir)
         command = shlex.join(["python", "-m", "experiments.cond_pdiff", *sys.argv[1:]])
-        report = pipeline(config, workdir, STAGE.value, cache, command)
+        context = pipeline.Context(config, workdir, cache, team, command=command)
+        if users:
+            user_tasks_of(context)
+            return
+        products = pipeline.run(stages(), STAGE.value, context).products
     except (StageError, AssetError, FloatingPointError) as error:
         _fail(str(error))
     except (OSError, ValueError) as error:
         _fail(explain_failed_write(error, workdir) or str(error))
     else:
-        if report is not None:
-            show(report, workdir)
+        if products.get("report"):
+            show(products["report"], workdir)
+
+
+def _join(users: bool) -> processes.Processes:
+    """This process's place among those that share the run."""
+    given = {
+        "coordinator": COORDINATOR.value,
+        "process_id": PROCESS_ID.value,
+        "process_count": PROCESS_COUNT.value,
+    }
+    if DISTRIBUTED.value:
+        if users:
+            raise ValueError("distributed: got true, expected false: users' tasks take one process")
+        return processes.start(*given.values())
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r}, expected nothing without --distributed")
+    return processes.Processes()
 
 
 def _fail(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the Cond P-Diff experiment: one frozen dataclass, one absl flag a field.
+"""Settings of the Cond P-Diff experiment: one frozen dataclass, one absl flag per field.
 
 Every field names the earliest stage that reads it. A stage's key is a hash of all fields read by
 it or by a stage before it, so changing a sampler setting never retrains the zoo.
@@ -21,6 +21,7 @@ from experiments.data import user
 
 STAGES = ("data", "zoo", "codec", "denoiser", "sample", "evaluate", "report")
 TASKS = ("toy", "smoke", "quick", "full", "merging", "glue")
+LAYOUT = 2  # of the stages' folders: raised when their files change, so that none is misread
 BASES = ("minilm", "tiny", "hf")
 
 
@@ -58,8 +59,8 @@ class Config:
     tasks: str = setting("data", "quick", "toy | smoke | quick | full | merging | glue | glue:DIR")
     task_dir: str = setting("data", "", "folder of the user's own tasks; they join the zoo")
     max_length: int = setting("data", 32, "tokens kept of a text", range=">= 1")
-    train_texts: int = setting("data", 250, "most training texts a class", range=">= 1")
-    eval_rows: int = setting("data", 100, "test rows a task, half of each class", range=">= 2")
+    train_texts: int = setting("data", 250, "most training texts per class", range=">= 1")
+    eval_rows: int = setting("data", 100, "test texts per task, half of each class", range=">= 2")
     layers: int = setting("data", 3, "how many upper layers carry adapters (0: all)", range=">= 0")
     head: str = setting(
         "data",
@@ -69,7 +70,7 @@ class Config:
     )
     head_scale: float = setting("data", 20.0, "logit scale of the frozen head", range="> 0")
     examples: int = setting(
-        "data", 16, "K, example inputs a class in a task's condition", range=">= 1"
+        "data", 16, "K, example texts per class in a task's condition", range=">= 1"
     )
     data_seed: int = setting(
         "data", 0, "seed of sub-task choice, head and conditions", range="0 <= x < 2**31"
@@ -81,17 +82,17 @@ class Config:
     canonical: str = setting(
         "zoo",
         "frozen_A",
-        "how the factor gauge is removed; frozen_A: one shared random A, only B is trained",
+        "how the factors' gauge freedom is removed; frozen_A: one shared random A, B is trained",
         ("none", "balanced_svd", "procrustes", "frozen_A"),
     )
     zoo_seeds: int = setting(
-        "zoo", 2, "training runs a seen task (a reference seed comes on top)", range=">= 1"
+        "zoo", 2, "training runs per seen task (a reference seed comes on top)", range=">= 1"
     )
     references: int = setting(
         "zoo", 24, "seen tasks that also get a reference seed (0: all)", range=">= 0"
     )
-    zoo_steps: int = setting("zoo", 50, "optimiser steps a run", range=">= 1")
-    zoo_batch: int = setting("zoo", 16, "rows a step and run", range=">= 1")
+    zoo_steps: int = setting("zoo", 50, "optimiser steps per run", range=">= 1")
+    zoo_batch: int = setting("zoo", 16, "texts per step and run", range=">= 1")
     zoo_lr: float = setting("zoo", 1e-2, "peak learning rate (Adam, cosine decay)", range="> 0")
     zoo_snapshots: int = setting(
         "zoo", 3, "spaced snapshots kept of the last third of a run", range=">= 1"
@@ -99,8 +100,8 @@ class Config:
     zoo_chunk: int = setting("zoo", 12, "runs trained at once (vmapped)", range=">= 1")
     zoo_segment: int = setting("zoo", 25, "steps between checkpoints", range=">= 1")
     # codec
-    codec: str = setting("codec", "pca", "codec of our generator", ("pca", "token_ae", "conv_ae"))
-    latent: int = setting("codec", 96, "latent numbers a token (pca, token_ae)", range=">= 1")
+    codec: str = setting("codec", "pca", "codec of the generator", ("pca", "token_ae", "conv_ae"))
+    latent: int = setting("codec", 96, "latent numbers per token (pca, token_ae)", range=">= 1")
     codec_steps: int = setting("codec", 600, "training steps of an autoencoder codec", range=">= 1")
     pdiff_ae_steps: int = setting(
         "codec", 1500, "training steps of the paper's autoencoder", range=">= 1"
@@ -110,13 +111,13 @@ class Config:
     )
     # denoiser
     objective: str = setting(
-        "denoiser", "flow", "path and prediction of our denoiser", ("flow", "v", "eps")
+        "denoiser", "flow", "path and prediction of the generator", ("flow", "v", "eps")
     )
     width: int = setting("denoiser", 128, "DiT width", range=">= 1")
     depth: int = setting("denoiser", 4, "DiT blocks", range=">= 1")
     heads: int = setting("denoiser", 4, "DiT attention heads", range=">= 1")
     steps: int = setting("denoiser", 800, "diffusion training steps", range=">= 1")
-    batch: int = setting("denoiser", 64, "adapters a diffusion step", range=">= 1")
+    batch: int = setting("denoiser", 64, "adapters per diffusion step", range=">= 1")
     lr: float = setting("denoiser", 1e-3, "peak learning rate of the denoiser", range="> 0")
     ema: float = setting("denoiser", 0.995, "decay of the weight average", range="0 <= x < 1")
     cond_dropout: float = setting(
@@ -143,13 +144,13 @@ class Config:
     task_steps: int = setting(
         "denoiser", 450, "steps with the task loss through the decoder", range=">= 0"
     )
-    task_batch: int = setting("denoiser", 16, "tasks a task-loss step", range=">= 1")
-    task_rows: int = setting("denoiser", 8, "rows a task and task-loss step", range=">= 1")
+    task_batch: int = setting("denoiser", 16, "tasks per task-loss step", range=">= 1")
+    task_rows: int = setting("denoiser", 8, "texts per task in a task-loss step", range=">= 1")
     task_lr: float = setting(
         "denoiser", 1.5e-3, "peak learning rate of the task-loss phase", range="> 0"
     )
     task_flow_weight: float = setting(
-        "denoiser", 0.02, "weight of the diffusion loss beside it", range=">= 0"
+        "denoiser", 0.02, "weight of the diffusion loss in that phase", range=">= 0"
     )
     task_pool: str = setting(
         "denoiser",
@@ -164,13 +165,13 @@ class Config:
     pdiff_batch: int = setting("denoiser", 32, "batch of the paper's DDPM", range=">= 1")
     # sample
     sampler: str = setting(
-        "sample", "euler", "sampler of our generator", ("euler", "heun", "ddim", "ddpm")
+        "sample", "euler", "sampler of the generator", ("euler", "heun", "ddim", "ddpm")
     )
     sample_steps: int = setting("sample", 20, "sampler steps", range=">= 1")
     guidance: float = setting(
         "sample", 1.0, "classifier-free guidance scale (1: conditional)", range=">= 0"
     )
-    samples: int = setting("sample", 10, "samples a task", range=">= 1")
+    samples: int = setting("sample", 10, "samples per task", range=">= 1")
     pdiff_sample_steps: int = setting(
         "sample", 250, "ancestral steps of the paper's DDPM (1000)", range="1 <= x <= 1000"
     )
@@ -187,6 +188,7 @@ class Config:
             for f in dataclasses.fields(self)
             if f.metadata["stage"] in upto
         }
+        fields["layout"] = LAYOUT
         blob = json.dumps(fields, sort_keys=True).encode()
         return hashlib.sha256(blob).hexdigest()[:10]
 

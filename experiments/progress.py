@@ -16,7 +16,7 @@ class Progress:
 
     Args:
       workdir: of the run. stage: the bar's name. total: its length, in `unit`s.
-      start: how much was done before. finished: read back, not run: no bar and no curves.
+      process: only process 0 shows its bar; the curves of others go to `<stage>_<process>`.
     """
 
     def __init__(
@@ -25,21 +25,19 @@ class Progress:
         stage: str,
         total: int,
         unit: str,
-        start: int = 0,
-        finished: bool = False,
+        process: int = 0,
     ):
         self.bar = tqdm(
             total=total,
-            initial=start,
             desc=f"{stage:>10}",
             unit=unit,
             file=sys.stderr,
             dynamic_ncols=True,
             mininterval=1.0,
-            disable=finished,
+            disable=process > 0,
         )
-        folder = workdir / "tensorboard" / stage.strip().replace(" ", "_")
-        self.writer = None if finished else SummaryWriter(str(folder))
+        folder = stage.replace(" ", "_") + (f"_{process}" if process else "")
+        self.writer = SummaryWriter(str(workdir / "tensorboard" / folder))
 
     def step(self, count: int, **shown: float) -> None:
         """Advance by `count` and show figures alongside the bar."""
@@ -49,8 +47,7 @@ class Progress:
     def curve(self, step: int, values: Mapping[str, float]) -> None:
         """Append one point to each TensorBoard curve."""
         for name, value in values.items():
-            if self.writer is not None:
-                self.writer.add_scalar(name, float(value), step)
+            self.writer.add_scalar(name, float(value), step)
 
     def __enter__(self) -> Progress:
         return self
@@ -62,5 +59,4 @@ class Progress:
         tb: TracebackType | None,
     ) -> None:
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        self.writer.close()

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.core.lift import path_string
-from jlora.io import FormatError
+from jlora.io import FormatError, json_file
 from jlora.io.inside import inside
 
 PyTree = Any
@@ -38,6 +38,9 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temp, path)
 
 
+REDO = "delete the folder of this stage, it is then made again"  # remedy of `read_json`
+
+
 def read_json(path: Path, kind: type, remedy: str) -> Any:
     """The JSON value of a file that this program wrote.
 
@@ -45,18 +48,32 @@ def read_json(path: Path, kind: type, remedy: str) -> Any:
       path: the file. kind: dict or list, what must be in it. remedy: what to do when it is not.
 
     Raises:
-      StageError: missing, not JSON or of another kind: one line with path, got and expected.
+      StageError: missing, no JSON or of another kind: one line with path, got and expected.
     """
-    expected = {dict: "a JSON object", list: "a JSON list"}[kind]
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{path}: missing, expected {expected}; {remedy}") from None
-    except ValueError as error:  # not UTF-8 or not JSON
-        raise StageError(f"{path}: got no JSON ({error}), expected {expected}; {remedy}") from None
-    if not isinstance(value, kind):
-        raise StageError(f"{path}: got {type(value).__name__}, expected {expected}; {remedy}")
-    return value
+        return json_file.read_json(path, kind, constants=True)  # a loss may be NaN
+    except FormatError as error:
+        raise StageError(f"{error}; {remedy}") from None
+
+
+def save_array(path: Path, **arrays: np.ndarray) -> None:
+    """Write a .npz file through a temp file and a rename."""
+    temp = path.with_name(path.name + ".tmp")
+    with temp.open("wb") as handle:
+        named: dict[str, Any] = arrays
+        np.savez(handle, **named)
+    os.replace(temp, path)
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """A checkpointer that no other process waits for: each saves its own pieces of work."""
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def save_tree(path: Path, tree: PyTree) -> None:
@@ -65,7 +82,7 @@ def save_tree(path: Path, tree: PyTree) -> None:
     Leaves are stored by their key path, so NamedTuples and optimizer states need no schema.
     """
     host = {k: np.asarray(v) for k, v in _named(tree).items()}
-    with ocp.StandardCheckpointer() as saver:
+    with _checkpointer() as saver:
         saver.save(path.absolute(), host, force=True)
         saver.wait_until_finished()
 
@@ -79,7 +96,7 @@ def load_tree(path: Path, like: PyTree) -> PyTree:
         raise StageError(f"{path}: no checkpoint here; run the stage that writes it again")
     want = {k: np.zeros(v.shape, v.dtype) for k, v in _named(like).items()}
     try:
-        with ocp.StandardCheckpointer() as saver:
+        with _checkpointer() as saver:
             got = saver.restore(path.absolute(), want)
     except Exception as error:  # Orbax raises many kinds for a damaged folder
         text = str(error).splitlines()[0][:200] if str(error) else ""
@@ -108,8 +125,8 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-class Stage:
-    """One stage's folder."""
+class Folder:
+    """One stage's folder: `<workdir>/<name>-<key>`."""
 
     def __init__(self, workdir: Path, name: str, key: str):
         self.name = name
@@ -166,6 +183,9 @@ class Stage:
                 shutil.rmtree(target)
             elif target.exists():
                 target.unlink()
+
+
+Stage = Folder  # the name by which experiments.merging knows it
 
 
 def _lists_files(value: Any) -> bool:

@@ -11,6 +11,8 @@ jl.merge(params, adapter)             new parameters; those given are not touche
 jl.delta(params, adapter)             what it adds to each weight, dense
 jl.stack(adapters), bank[i]           many adapters as one PyTree, for jax.vmap
 jl.rows(bank)                         the same in serving order, for rows of different adapters
+jl.block(name, fn)                    a part of a model whose experts are mixed on what it returns
+jl.per_layer(array), jl.PerSite       side inputs with a value for each layer and site
 jl.specs(adapter, base_specs, mesh)   shardings of an adapter from those of its base
 jl.quantize(w, bits, block)           a frozen weight in 8 or 4 bits
 jl.algebra                            sums, norms, angles and SVDs of factored deltas
@@ -30,9 +32,15 @@ from jlora import merging as merging
 from jlora import retrieval as retrieval
 from jlora.core.adapter import Adapter as Adapter
 from jlora.core.adapter import stack as stack
+from jlora.core.block import BlockMethod as BlockMethod
+from jlora.core.block import block as block
+from jlora.core.context import PerSite as PerSite
+from jlora.core.context import per_layer as per_layer
 from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.lift import lift as lift
 from jlora.core.method import Method as Method
+from jlora.core.method import Wrapper as Wrapper
+from jlora.core.site import InitContext as InitContext
 from jlora.core.site import Site as Site
 from jlora.core.sites import init as init
 from jlora.core.sites import sites as sites
@@ -50,10 +58,13 @@ from jlora.methods.low_rank.pissa import PiSSA as PiSSA
 from jlora.methods.orthogonal.boft import BOFT as BOFT
 from jlora.methods.orthogonal.oft import OFT as OFT
 from jlora.methods.routed.experts import Experts as Experts
+from jlora.methods.routed.mixlora import MixLoRA as MixLoRA
 from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning
 from jlora.methods.selective.trainable_tokens import TrainableTokens as TrainableTokens
+from jlora.methods.shared_basis.unilora import UniLoRA as UniLoRA
+from jlora.methods.shared_basis.vblora import VBLoRA as VBLoRA
 from jlora.methods.shared_basis.vera import VeRA as VeRA
 from jlora.methods.wrappers.token_mask import TokenMask as TokenMask
 from jlora.quantized import Quantized as Quantized
@@ -68,30 +79,39 @@ __all__ = [
     "AdaLoRA",
     "Adapter",
     "BitFit",
+    "BlockMethod",
     "Decomposed",
     "DenseWeightError",
     "DoRA",
     "Experts",
     "HiRA",
+    "InitContext",
     "LNTuning",
     "LoCon",
     "LoHa",
     "LoKr",
     "LoRA",
     "Method",
+    "MixLoRA",
+    "PerSite",
     "PiSSA",
     "Quantized",
     "Site",
     "TokenMask",
     "TrainableTokens",
+    "UniLoRA",
+    "VBLoRA",
     "VeRA",
+    "Wrapper",
     "algebra",
+    "block",
     "delta",
     "init",
     "io",
     "lift",
     "merge",
     "merging",
+    "per_layer",
     "quantize",
     "retrieval",
     "rows",

@@ -24,16 +24,18 @@ Deviates: nothing.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.core.site import at_least_float32
 from jlora.numerics import einsum
 from jlora.system import System
+from jlora.types import Dynamic
 
 FRESH = 3**-0.5  # norm of a column of LoRA's initial `a`, uniform in +-1/sqrt(d_in)
 
@@ -73,8 +75,14 @@ Delta = LowRank | Kron
 Deltas = dict[str, Delta]
 
 
-def deltas(adapter: Any) -> Deltas:
-    """The factored deltas of an adapter, `{path: LowRank | Kron}`; of a bank under `jax.vmap`.
+def deltas(adapter: Dynamic) -> Deltas:
+    """The factored deltas of an adapter; of a bank under `jax.vmap`.
+
+    Args:
+      adapter: an adapter, or a dictionary of deltas, which is only widened.
+
+    Returns:
+      {path: LowRank or Kron}, stack axes leading, at least float32.
 
     Raises:
       TypeError: a method has neither `kron` nor `factors` (its delta has no closed factored form).
@@ -85,15 +93,22 @@ def deltas(adapter: Any) -> Deltas:
 
 
 def widened(x: Mapping[str, Delta]) -> Deltas:
-    """Deltas whose factors are float32, or wider where they are; exact."""
+    """Deltas whose factors are float32, or wider where they are; exact.
+
+    Args:
+      x: {path: delta}.
+
+    Returns:
+      The same in a new dictionary.
+    """
     return jax.tree.map(_wide, dict(x))
 
 
-def _read(adapter: Any, site: Any, method: Any) -> Delta:
+def _read(adapter: Dynamic, site: Dynamic, method: Dynamic) -> Delta:
     own, shared = adapter.arrays(site)
     for form, read in ((Kron, getattr(method, "kron", None)), (LowRank, method.factors)):
 
-        def one(own: dict[str, Array], read: Any = read) -> Any:
+        def one(own: dict[str, Array], read: Dynamic = read) -> Dynamic:
             return read(method.prepare({**shared, **own}))
 
         for _ in site.stack:
@@ -106,7 +121,14 @@ def _read(adapter: Any, site: Any, method: Any) -> Delta:
 
 
 def low_rank(x: Delta) -> LowRank:
-    """Any delta as u @ v; a ⊗ uv = (a ⊗ u)(I ⊗ v) = (I ⊗ u)(a ⊗ v), the one of lower rank."""
+    """Any delta as u @ v; a ⊗ uv = (a ⊗ u)(I ⊗ v) = (I ⊗ u)(a ⊗ v), the one of lower rank.
+
+    Args:
+      x: a delta of either form.
+
+    Returns:
+      u [*stack, d_in, R], v [*stack, R, d_out].
+    """
     if isinstance(x, LowRank):
         return x
     n = min(x.a.shape[-2:])
@@ -116,8 +138,16 @@ def low_rank(x: Delta) -> LowRank:
     return LowRank(kron(eye, x.u), kron(x.a, x.v))
 
 
-def kron(a: Array, b: Array) -> Array:
-    """Kronecker product of the last two axes: [*s, i1, o1], [*s, i2, o2] -> [*s, i1 i2, o1 o2]."""
+def kron(a: Float[Array, "*s i1 o1"], b: Float[Array, "*s i2 o2"]) -> Array:
+    """Kronecker product of the last two axes.
+
+    Args:
+      a: left factor.
+      b: right factor.
+
+    Returns:
+      [*s, i1 i2, o1 o2].
+    """
     out = a[..., :, None, :, None] * b[..., None, :, None, :]
     return out.reshape(*a.shape[:-2], a.shape[-2] * b.shape[-2], a.shape[-1] * b.shape[-1])
 
@@ -125,13 +155,28 @@ def kron(a: Array, b: Array) -> Array:
 # --- linear structure ---------------------------------------------------------------------------
 
 
-def scale(x: Any, c: Any) -> Deltas:
-    """c * x; `c` a scalar, folded into the left factor."""
+def scale(x: Dynamic, c: Dynamic) -> Deltas:
+    """c times the deltas.
+
+    Args:
+      x: an adapter or its deltas.
+      c: scalar, folded into the left factor.
+
+    Returns:
+      {path: delta}.
+    """
     return {k: type(d)(d[0] * jnp.asarray(c, d[0].dtype), *d[1:]) for k, d in deltas(x).items()}
 
 
-def add(*xs: Any) -> Deltas:
-    """The exact sum, by concatenation: ranks add up. A Kronecker delta joins as low rank."""
+def add(*xs: Dynamic) -> Deltas:
+    """The exact sum, by concatenation: ranks add up. A Kronecker delta joins as low rank.
+
+    Args:
+      *xs: adapters or deltas; a missing site is a zero delta.
+
+    Returns:
+      {path: delta}.
+    """
     found: dict[str, list[Delta]] = {}
     for x in xs:
         for path, d in deltas(x).items():
@@ -139,8 +184,16 @@ def add(*xs: Any) -> Deltas:
     return {k: v[0] if len(v) == 1 else _concat(v) for k, v in found.items()}
 
 
-def combine(bank: Any, weights: Array) -> Deltas:
-    """The exact sum over a bank, sum_n w_n delta_n, of rank N * R; weights [N]."""
+def combine(bank: Dynamic, weights: Float[Array, "n"]) -> Deltas:
+    """The exact weighted sum over a bank, of rank N R.
+
+    Args:
+      bank: a bank, or its deltas [N, *stack, ...].
+      weights: of any sign.
+
+    Returns:
+      {path: LowRank}.
+    """
 
     def one(d: Delta) -> LowRank:
         u, v = low_rank(d)
@@ -159,32 +212,70 @@ def _concat(parts: list[Delta]) -> LowRank:
 # --- metric structure ---------------------------------------------------------------------------
 
 
-def inner(x: Any, y: Any) -> Array:
-    """The Frobenius inner product, summed over sites and stack axes; scalar."""
+def inner(x: Dynamic, y: Dynamic) -> Array:
+    """The Frobenius inner product, summed over sites and stack axes.
+
+    Args:
+      x: an adapter or its deltas.
+      y: another one.
+
+    Returns:
+      [].
+    """
     x, y = deltas(x), deltas(y)
     return _sum([_inner(x[k], y[k]) for k in x if k in y], _dtype(x, y))
 
 
-def norm(x: Any) -> Array:
-    """The Frobenius norm over all sites; scalar. Differentiable except at zero."""
+def norm(x: Dynamic) -> Array:
+    """The Frobenius norm over all sites. Differentiable except at zero.
+
+    Args:
+      x: an adapter or its deltas.
+
+    Returns:
+      [].
+    """
     return jnp.sqrt(inner(x, x))
 
 
-def cosine(x: Any, y: Any) -> Array:
-    """<x, y> / (|x| |y|), scalar; 0 where one of them is zero."""
+def cosine(x: Dynamic, y: Dynamic) -> Array:
+    """The cosine of two adapters, <x, y> / (|x| |y|).
+
+    Args:
+      x: an adapter or its deltas.
+      y: another one.
+
+    Returns:
+      [], 0 where one of them is zero.
+    """
     return _ratio(inner(x, y), norm(x) * norm(y))
 
 
-def distance(x: Any, y: Any) -> Array:
-    """|x - y| over all sites, through the cores: exact to eps |x| even where x is close to y."""
+def distance(x: Dynamic, y: Dynamic) -> Array:
+    """|x - y| over all sites, through the cores: exact to eps |x| even where x is close to y.
+
+    Args:
+      x: an adapter or its deltas.
+      y: another one.
+
+    Returns:
+      [].
+    """
     cores = [_core(low_rank(d))[1] for d in add(x, scale(y, -1.0)).values()]
     return jnp.sqrt(_sum([c**2 for c in cores], _dtype(cores)))
 
 
-def gram(bank: Any, other: Any = None) -> Array:
-    """All inner products of a bank [N, N], or of two banks [N, M]: one matmul a site and factor.
+def gram(bank: Dynamic, other: Dynamic = None) -> Array:
+    """All inner products of a bank, or of two banks: one matmul per site and factor.
 
-    The stack axes are scanned, so the largest temporary has N * M * R * R' elements.
+    The stack axes are scanned, so the largest temporary has N M R R' elements.
+
+    Args:
+      bank: a bank of N, or its deltas.
+      other: a bank of M; None: the same bank.
+
+    Returns:
+      [N, M].
     """
     x = _bank(bank)
     y = x if other is None else _bank(other)
@@ -201,8 +292,15 @@ def gram(bank: Any, other: Any = None) -> Array:
     return sum((site(x[k], y[k]) for k in x if k in y), jnp.zeros(sizes, _dtype(x, y)))
 
 
-def similarity(bank: Any) -> Array:
-    """The N x N matrix of cosines of a bank; 0 in the rows of a zero adapter."""
+def similarity(bank: Dynamic) -> Array:
+    """The cosines of all pairs of a bank.
+
+    Args:
+      bank: a bank, or its deltas.
+
+    Returns:
+      [N, N]; 0 in the rows of a zero adapter.
+    """
     g = gram(bank)
     n = jnp.sqrt(jnp.diagonal(g))
     return _ratio(g, n[:, None] * n[None, :])
@@ -222,19 +320,40 @@ def _inner(x: Delta, y: Delta) -> Array:  # [*stack]
 # --- spectra ------------------------------------------------------------------------------------
 
 
-def svd(x: Any) -> dict[str, SVD]:
-    """The exact SVD of every delta through its core: two thin QRs and one SVD of R x R."""
+def svd(x: Dynamic) -> dict[str, SVD]:
+    """The exact SVD of every delta through its core: two thin QRs and one SVD of R x R.
+
+    Args:
+      x: an adapter or its deltas.
+
+    Returns:
+      {path: SVD}.
+    """
     return {path: _svd(d) for path, d in deltas(x).items()}
 
 
-def singular_values(x: Any) -> dict[str, Array]:
-    """{path: [*stack, k]}, descending; the core alone, no singular vectors."""
+def singular_values(x: Dynamic) -> dict[str, Array]:
+    """The singular values of every delta, from the core alone.
+
+    Args:
+      x: an adapter or its deltas.
+
+    Returns:
+      {path: [*stack, k]}, descending.
+    """
     cores = {path: _core(low_rank(d))[1] for path, d in deltas(x).items()}
     return {path: numerics.svd(core, compute_uv=False) for path, core in cores.items()}
 
 
-def truncate(x: Any, rank: int) -> Truncated:
-    """The best approximation of every delta by rank `rank` at most, with the exact error.
+def truncate(x: Dynamic, rank: int) -> Truncated:
+    """The best approximation of every delta by a rank, with the exact error.
+
+    Args:
+      x: an adapter or its deltas.
+      rank: at most, of every delta.
+
+    Returns:
+      The deltas and their errors.
 
     Raises:
       ValueError: rank < 1.
@@ -254,6 +373,12 @@ def balanced(x: SVD) -> LowRank:
 
     Directions whose singular value is rounding noise keep columns of norm `FRESH` in u, so that a
     delta of less rank than its factors can be trained at all of it.
+
+    Args:
+      x: u [*stack, d_in, k], s [*stack, k], v [*stack, k, d_out].
+
+    Returns:
+      u [*stack, d_in, k], v [*stack, k, d_out].
     """
     noise = 4 * x.s.shape[-1] * jnp.finfo(x.s.dtype).eps * x.s[..., :1]
     live = x.s > noise
@@ -262,11 +387,18 @@ def balanced(x: SVD) -> LowRank:
     return LowRank(x.u * left[..., None, :], right[..., :, None] * x.v)
 
 
-def principal_angles(x: Any, y: Any) -> dict[str, tuple[Array, Array]]:
-    """Angles between the input spaces and between the output spaces, {path: (in, out)}.
+def principal_angles(x: Dynamic, y: Dynamic) -> dict[str, tuple[Array, Array]]:
+    """Angles between the input spaces and between the output spaces of two adapters.
 
-    Radians, ascending, [*stack, min(k_x, k_y)]; pi/2 for each dimension the smaller space lacks
-    (zero-padded ranks). Small angles come from sines, large ones from cosines: both are exact.
+    Small angles come from sines, large ones from cosines: both are exact.
+
+    Args:
+      x: an adapter or its deltas.
+      y: another one.
+
+    Returns:
+      {path: (in, out)} of the sites of both, in radians, ascending, [*stack, min(k_x, k_y)]; pi/2
+      for each dimension the smaller space lacks (zero-padded ranks).
     """
     x, y = svd(x), svd(y)
     out = {}
@@ -309,7 +441,7 @@ def _angles(p: Array, q: Array) -> Array:
 # --- small helpers ------------------------------------------------------------------------------
 
 
-def _bank(x: Any) -> Deltas:
+def _bank(x: Dynamic) -> Deltas:
     return widened(x) if isinstance(x, Mapping) else jax.vmap(deltas)(x)
 
 
@@ -325,7 +457,7 @@ def _wide(x: Array) -> Array:
     return x if x.dtype == at_least_float32(x.dtype) else x.astype(at_least_float32(x.dtype))
 
 
-def _dtype(*trees: Any) -> jnp.dtype:
+def _dtype(*trees: Dynamic) -> jnp.dtype:
     found = [t.dtype for t in jax.tree.leaves(trees)]
     return max(found, key=lambda d: d.itemsize, default=jnp.dtype(jnp.float32))
 

@@ -18,11 +18,14 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jaxlib
+from jax import Array
 from jax.sharding import AxisType
+from jaxtyping import Shaped
+
+from jlora.types import Dynamic
 
 FIRST, FIXED = (0, 9, 1), (0, 11, 2)  # the releases of jaxlib between them are concerned
 ALONE = 200_000  # kernels take a batch of less work, in their own estimate of FLOPs, in one part
@@ -44,20 +47,43 @@ PRIMITIVES = (
 
 
 def concerned(version: str = jaxlib.__version__) -> bool:
-    """Whether this release of jaxlib is one of those."""
+    """Whether this release of jaxlib is one of those.
+
+    Args:
+      version: of jaxlib; the installed one.
+
+    Returns:
+      True for 0.9.1 to 0.11.1.
+    """
     number = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     return FIRST <= number < FIXED
 
 
 def parallel(shapes: list[tuple[int, ...]]) -> bool:
-    """Whether a kernel may divide operands of these shapes: an upper bound of its estimate."""
+    """Whether a kernel may divide operands of these shapes: an upper bound of its estimate.
+
+    Args:
+      shapes: of the operands, [batch..., m, n].
+
+    Returns:
+      False where the kernel runs the whole batch in one thread.
+    """
     cost = max(30 * math.prod(s[-2:]) * max(s[-2:], default=0) for s in shapes)
     batch = math.prod(shapes[0][:-2])
     return batch > 1 and batch * cost >= ALONE
 
 
-def one_by_one(primitive: Any, *operands: jax.Array, **params: Any) -> Any:
-    """The primitive on operands [batch..., m, n]: a loop over the batch, the same result."""
+def one_by_one(primitive: Dynamic, *operands: Shaped[Array, "..."], **params: Dynamic) -> Dynamic:
+    """A primitive on batched operands as a loop over the batch, with the same result.
+
+    Args:
+      primitive: JAX's.
+      *operands: [batch..., m, n].
+      params: of the primitive.
+
+    Returns:
+      As the primitive returns.
+    """
     batch = operands[0].shape[:-2]
     flat = tuple(x.reshape(-1, *x.shape[len(batch) :]) for x in operands)
     out = jax.lax.map(lambda each: primitive.bind(*each, **params), flat)
@@ -72,13 +98,17 @@ def ensure() -> None:
 
 
 def install() -> list[str]:
-    """Replaces the lowerings for CPUs; returns the names of the primitives it did that for."""
+    """Replaces the lowerings for CPUs.
+
+    Returns:
+      The names of the primitives whose lowering was replaced.
+    """
     from jax._src.interpreters import mlir
     from jax._src.lax import linalg
 
     done = []
     for name in PRIMITIVES:
-        primitive: Any = getattr(linalg, f"{name}_p", None)
+        primitive: Dynamic = getattr(linalg, f"{name}_p", None)
         entry = mlir._platform_specific_lowerings["cpu"].get(primitive)
         if entry is None or hasattr(entry.rule, "one_by_one"):
             continue
@@ -90,8 +120,13 @@ def install() -> list[str]:
 
 
 def _lowered(
-    lower_fun: Callable, primitive: Any, rule: Callable, ctx: Any, *operands: Any, **params: Any
-) -> Any:
+    lower_fun: Callable,
+    primitive: Dynamic,
+    rule: Callable,
+    ctx: Dynamic,
+    *operands: Dynamic,
+    **params: Dynamic,
+) -> Dynamic:
     """JAX's own rule, or the loop where that rule's kernel could divide the batch."""
     axes = getattr(getattr(ctx.avals_in[0], "sharding", None), "mesh", None)
     explicit = AxisType.Explicit in getattr(axes, "axis_types", ())

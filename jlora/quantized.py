@@ -16,10 +16,13 @@ Deviates: uniform levels and one level of scales, where the paper has NF4 and do
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jlora.types import Dynamic
 
 
 @jax.tree_util.register_dataclass
@@ -29,20 +32,26 @@ class Quantized:
 
     codes: jax.Array  # int8 [..., blocks, block], or uint8 [..., blocks, block / 2]
     scale: jax.Array  # float32 [..., blocks, 1]
-    dtype: Any = dataclasses.field(metadata={"static": True})  # of the dense weight
+    dtype: Dynamic = dataclasses.field(metadata={"static": True})  # of the dense weight
     bits: int = dataclasses.field(metadata={"static": True})  # 8 or 4
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the dense weight."""
         *lead, blocks, block = self.codes.shape
         return (*lead, blocks * block * (8 // self.bits))
 
     @property
     def ndim(self) -> int:
+        """Of the dense weight."""
         return self.codes.ndim - 1
 
     def dequantize(self) -> jax.Array:
-        """The dense weight [..., n]."""
+        """The dense weight.
+
+        Returns:
+          [..., n], of `dtype`.
+        """
         codes = self.codes
         if self.bits == 4:
             pair = jnp.stack([codes & 15, codes >> 4], axis=-1).astype(jnp.int8) - jnp.int8(8)
@@ -51,10 +60,19 @@ class Quantized:
         return dense.reshape(self.shape).astype(self.dtype)
 
 
-def quantize(w: jax.Array, bits: int = 8, block: int = 64) -> Quantized:
-    """`w` [..., n] in blocks of its last axis, symmetric around zero.
+def quantize(w: Float[Array, "... n"], bits: int = 8, block: int = 64) -> Quantized:
+    """A weight in blocks of its last axis, symmetric around zero.
 
-    Raises ValueError for bits other than 8 and 4, or a block that does not divide n (or is odd).
+    Args:
+      w: the weight.
+      bits: 8, which loses little, or 4.
+      block: numbers that share a scale, an even divisor of n; 64, as in QLoRA.
+
+    Returns:
+      A leaf for parameters.
+
+    Raises:
+      ValueError: bits other than 8 and 4, or a block that does not divide n or is odd.
     """
     if bits not in (8, 4):
         raise ValueError(f"bits: got {bits}, expected 8 or 4")

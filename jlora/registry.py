@@ -4,7 +4,8 @@ A file with a record (`jlora.system.System`) is a system; nothing else has to be
 of a system is computed from what the checkout holds, never written down:
 
 - ``works``: its tests exist, nothing is declared missing, and its claim has a record
-  (``docs/results/claims/<claim>.json``) made by the present claim file (same sha256);
+  (``docs/results/claims/<claim>.json``) made by the present claim file (same sha256) and by the
+  present code that claim files share (`shared_code`);
 - ``partial``: something of this is missing, and `State.missing` says what;
 - ``absent``: a row of `jlora.work_list` that no file serves.
 
@@ -12,22 +13,25 @@ A component (`System.kind`) is a part of systems and needs no claim. Without a c
 installed package has no tests) states are ``unknown``.
 """
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jlora
 from jlora.system import Placed, System
+from jlora.types import Dynamic
 from jlora.work_list import ROWS, Row
 
 CLAIMS = "experiments/claims"
+HARNESS = ("__init__", "protocol", "runner")  # files of that folder that measure nothing
 RECORDS = "docs/results/claims"
 SKIPPED = ("jlora.cli", "jlora.merge", "jlora.systems")  # programs
 
@@ -44,6 +48,9 @@ def walk(package: ModuleType) -> Iterator[Placed]:
 
     Args:
       package: an imported package; all its modules are imported.
+
+    Returns:
+      One record after the other, with its module.
 
     Raises:
       TypeError: a module assigns SYSTEM or SYSTEMS something that is not a record.
@@ -63,6 +70,9 @@ def walk(package: ModuleType) -> Iterator[Placed]:
 def systems() -> tuple[Placed, ...]:
     """Every system of jlora.
 
+    Returns:
+      In the order of modules.
+
     Raises:
       ValueError: two records have one name.
     """
@@ -76,17 +86,32 @@ def systems() -> tuple[Placed, ...]:
 
 
 def methods() -> dict[str, System]:
-    """The records of the adaptation methods by name."""
+    """The records of the adaptation methods.
+
+    Returns:
+      By name.
+    """
     return {p.system.name: p.system for p in systems() if p.family == "methods"}
 
 
-def load(placed: Placed) -> Any:
-    """The public object of a system."""
+def load(placed: Placed) -> Dynamic:
+    """The public object of a system.
+
+    Args:
+      placed: the system.
+
+    Returns:
+      The class or function that its record names.
+    """
     return getattr(importlib.import_module(placed.module), placed.system.symbol)
 
 
 def checkout() -> Path | None:
-    """The repository that this package is imported from, None when it is installed without one."""
+    """The repository that this package is imported from.
+
+    Returns:
+      Its root; None where the package is installed without one.
+    """
     root = Path(jlora.__file__).resolve().parents[1]
     return root if (root / "tests").is_dir() and (root / "jlora").is_dir() else None
 
@@ -97,6 +122,9 @@ def state(placed: Placed, root: Path | None) -> State:
     Args:
       placed: the system.
       root: the repository; None: the state is unknown.
+
+    Returns:
+      The state, and what is missing.
     """
     if root is None:
         return State("unknown")
@@ -116,10 +144,93 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
         return [f"{CLAIMS}/{claim}.py does not exist"]
     if not record.is_file():
         return [f"claim {claim} has not been run"]
-    made_by = json.loads(record.read_text(encoding="utf-8")).get("claim_sha256")
-    if made_by != hashlib.sha256(file.read_bytes()).hexdigest():
-        return [f"claim {claim} has changed since it was run"]
-    return []
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return [f"{RECORDS}/{claim}.json: got no JSON ({error}), expected a record"]
+    if not isinstance(found, dict):
+        return [f"{RECORDS}/{claim}.json: got {type(found).__name__}, expected a record"]
+    return [f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)]
+
+
+def changed(claim: str, root: Path, record: Mapping[str, Dynamic]) -> tuple[str, ...]:
+    """The files of a claim whose code is not what its record was made by.
+
+    Args:
+      claim: the name of a claim file that exists.
+      root: the repository.
+      record: of the claim.
+
+    Returns:
+      Their names; () where the record is of the present code.
+    """
+    file = root / CLAIMS / f"{claim}.py"
+    same = record.get("claim_sha256") == hashlib.sha256(file.read_bytes()).hexdigest()
+    now, then = shared_code(claim, root), record.get("shared_sha256", {})
+    differ = sorted(f for f in now.keys() | then.keys() if now.get(f) != then.get(f))
+    return tuple([] if same else [f"{claim}.py"]) + tuple(differ)
+
+
+def shared_code(claim: str, root: Path) -> dict[str, str]:
+    """The code that a claim shares with others: its imports of the folder of claims.
+
+    Args:
+      claim: the name of a claim file that exists.
+      root: the repository.
+
+    Returns:
+      {file: `code_sha256`}, of direct and indirect imports.
+    """
+    folder, found, open_ = root / CLAIMS, {}, [claim]
+    while open_:
+        for name in _imported(folder / f"{open_.pop()}.py"):
+            path = folder / f"{name}.py"
+            if name not in (*HARNESS, claim) and path.is_file() and path.name not in found:
+                found[path.name] = code_sha256(path)
+                open_.append(name)
+    return found
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Names of the modules of the folder of claims that a file imports."""
+    room = CLAIMS.replace("/", ".")
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module == room:
+            yield from (n.name for n in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{room}."):
+            yield str(node.module).removeprefix(f"{room}.")
+        elif isinstance(node, ast.Import):
+            for n in node.names:
+                if n.name.startswith(f"{room}."):
+                    yield n.name.removeprefix(f"{room}.")
+
+
+def code_sha256(path: Path) -> str:
+    """A hash of a Python file that comments, docstrings and line breaks do not change.
+
+    Args:
+      path: the file.
+
+    Returns:
+      sha256 of its syntax tree, hexadecimal.
+    """
+    return hashlib.sha256(repr(_plain(ast.parse(path.read_bytes()))).encode()).hexdigest()
+
+
+def _plain(node: Dynamic) -> Dynamic:
+    """A syntax tree as tuples, without docstrings and without what is empty.
+
+    Fields that later versions of Python add are empty here, so versions agree.
+    """
+    if isinstance(node, list):
+        return tuple(_plain(n) for n in node)
+    if not isinstance(node, ast.AST):
+        return node
+    fields = {k: v for k, v in ast.iter_fields(node) if v not in (None, [])}
+    has_doc = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+    if has_doc and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    return type(node).__name__, tuple((k, _plain(v)) for k, v in fields.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +243,14 @@ class RowState:
 
 
 def work_list(root: Path | None) -> tuple[RowState, ...]:
-    """All rows of the work list, absent ones too.
+    """All rows of the work list, absent ones too. A row works when every system that serves it
+    does.
 
-    A row works when every system that serves it works.
+    Args:
+      root: the repository; None: states are unknown.
+
+    Returns:
+      One entry per row.
     """
     out = []
     for row in ROWS:

@@ -11,7 +11,6 @@ Deviates: nothing.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -20,17 +19,18 @@ from jlora.core.adapter import Adapter
 from jlora.core.lift import path_string
 from jlora.core.method import Method
 from jlora.core.site import Site
+from jlora.types import Dynamic, Tree
 
 
 def specs(
     adapter: Adapter,
-    base_specs: Any,
+    base_specs: Tree,
     mesh: Mesh,
     *,
     fsdp: Sequence[str] = ("fsdp", "data"),
-    lead: Sequence[Any] = (),
+    lead: Sequence[Dynamic] = (),
 ) -> Adapter:
-    """An Adapter of `NamedSharding`s, for `jax.device_put(adapter, specs)` or jit's shardings.
+    """Shardings of an adapter.
 
     Args:
       adapter: the adapter, or its shapes.
@@ -38,6 +38,9 @@ def specs(
       mesh: the mesh of the shardings.
       fsdp: mesh axes along which adapters are replicated.
       lead: entries for axes before the stack axes, ("runs",) for a bank over that mesh axis.
+
+    Returns:
+      An Adapter of `NamedSharding`s, for `jax.device_put(adapter, specs)` or jit's shardings.
 
     Raises:
       ValueError: a site without a spec, a spec of another rank, a mesh axis that does not exist.
@@ -61,7 +64,7 @@ def specs(
     return adapter.replace(trainable=trainable, frozen=frozen)
 
 
-def _spec(site: Site, given: dict[str, Any], mesh: Mesh, fsdp: Sequence[str]) -> list[Any]:
+def _spec(site: Site, given: dict[str, Dynamic], mesh: Mesh, fsdp: Sequence[str]) -> list[Dynamic]:
     """The base's spec, one entry an axis of the leaf, without fsdp axes."""
     if site.path not in given:
         raise ValueError(f"{site.path}: no spec among those of the base: {sorted(given)}")
@@ -79,7 +82,9 @@ def _spec(site: Site, given: dict[str, Any], mesh: Mesh, fsdp: Sequence[str]) ->
     return out
 
 
-def _inherit(name: str, shape: Any, site: Site, method: Method, spec: list[Any]) -> list[Any]:
+def _inherit(
+    name: str, shape: Dynamic, site: Site, method: Method, spec: list[Dynamic]
+) -> list[Dynamic]:
     """One entry an axis of an array [*stack, ...]; what cannot be told apart is replicated."""
 
     def of(kind):
@@ -92,12 +97,12 @@ def _inherit(name: str, shape: Any, site: Site, method: Method, spec: list[Any])
     if len(own) == 2 and rank in (-1, -2):  # a factor: its side tells in from out
         kind, size = ("i", site.d_in) if rank == -1 else ("o", site.d_out)
         other = 0 if rank == -1 else 1
-        out: list[Any] = [None, None]
+        out: list[Dynamic] = [None, None]
         out[other] = entry[kind] if own[other] == size else None
         return stack + out
     if site.d_in == site.d_out:
         return stack + [None] * len(own)
     sizes = {site.d_in: entry["i"], site.d_out: entry["o"]}
     out = [sizes.get(n) for n in own]
-    seen: set[Any] = set()
+    seen: set[Dynamic] = set()
     return stack + [None if e in seen or seen.add(e) else e for e in out]

@@ -7,7 +7,9 @@ its file and its test file, and editing nothing else.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
+
+from jlora.types import Batch
 
 Kind = Literal["mechanism", "composition", "recipe", "analysis", "component"]
 KINDS: tuple[Kind, ...] = ("mechanism", "composition", "recipe", "analysis", "component")
@@ -45,7 +47,7 @@ class System:
     tests: tuple[str, ...] = ()
     claim: str = ""
     missing: str = ""
-    examples: tuple[Any, ...] = ()
+    examples: tuple[Batch, ...] = ()
     breaks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

@@ -25,14 +25,30 @@ class Generator:
         self._raw = np.random.RandomState(seed & 0xFFFFFFFF)
 
     def uniform(self, shape: tuple[int, ...], low: float, high: float) -> np.ndarray:
-        """`torch.empty(shape).uniform_(low, high, generator=...)`, float32 of `shape`."""
+        """What `torch.empty(shape).uniform_(low, high, generator=...)` draws.
+
+        Args:
+          shape: of the array.
+          low: least value.
+          high: upper bound, which may be reached by rounding.
+
+        Returns:
+          float32 of `shape`.
+        """
         raw = self._raw.randint(0, 2**32, size=shape, dtype=np.uint32)
         unit = (raw & np.uint32(2**24 - 1)).astype(np.float64) * 2.0**-24
         a, b = np.float32(low), np.float32(high)
         return (unit * np.float64(b - a) + np.float64(a)).astype(np.float32)
 
     def permutation(self, n: int, count: int) -> np.ndarray:
-        """The first `count` of `torch.randperm(n, generator=...)`, int64 [count].
+        """The first `count` of `torch.randperm(n, generator=...)`.
+
+        Args:
+          n: numbers to permute, 0 to n - 1.
+          count: how many are wanted.
+
+        Returns:
+          int64 [count].
 
         Raises:
           ValueError: count outside 0..n, or an n for which torch draws in another way.

@@ -34,7 +34,7 @@ jax.config.update("jax_disable_most_optimizations", "fusion_emitters" in os.envi
 
 MAPPED = 15_000  # every compiled program maps some memory; a process may have 65,530 maps
 
-LONGEST = ("pipeline_test", "laws_test", "benchmarks_test", "text_test")
+LONGEST = ("cond_pdiff_test", "laws_test", "benchmarks_test", "text_test")
 
 
 def pytest_collection_modifyitems(items):

@@ -15,19 +15,20 @@ import pytest
 import jlora as jl
 from jlora import registry
 from jlora.contract import FAST_COMPILE, LAWS, Case, check, peft_round_trip
-from jlora.methods import LoRA
+from jlora.methods import LoRA, VBLoRA
 
 EXAMPLES = {
     f"{name}{k or ''}": (system, method)
     for name, system in registry.methods().items()
     for k, method in enumerate(system.examples)
 }
-# L1 knows no method; what L9 and L10 say of a method, they say of its further forms.
+# L1 knows no method, L15 hardly; what L9 and L10 say of a method, they say of its further forms.
 TRIALS = [
     (example, law)
     for example in EXAMPLES
     for law in LAWS
     if not (law == "L1" and example != "LoRA")
+    and not (law == "L15" and example not in ("LoRA", "DoRA", "VBLoRA"))
     and not (law in ("L9", "L10") and example[-1].isdigit() and example not in registry.methods())
 ]
 
@@ -60,8 +61,8 @@ def test_law(example, law, cases):
 
 
 class Loud(LoRA):  # L2: does not start at zero
-    def init(self, key, site):
-        trainable, frozen = super().init(key, site)
+    def init(self, key, site, context):
+        trainable, frozen = super().init(key, site, context)
         return {**trainable, "b": trainable["b"] + 1}, frozen
 
 
@@ -115,13 +116,13 @@ class Fussy(LoRA):  # L11: takes alpha for structure
 
 
 class Half(LoRA):  # L12: keeps float16
-    def init(self, key, site):
-        return jax.tree.map(lambda t: t.astype(jnp.float16), super().init(key, site))
+    def init(self, key, site, context):
+        return jax.tree.map(lambda t: t.astype(jnp.float16), super().init(key, site, context))
 
 
 class Dead(LoRA):  # L13: declares what it does not use
-    def init(self, key, site):
-        trainable, frozen = super().init(key, site)
+    def init(self, key, site, context):
+        trainable, frozen = super().init(key, site, context)
         return {**trainable, "unused": jnp.ones(3)}, frozen
 
 
@@ -133,6 +134,35 @@ class Narrow(LoRA):  # L14: rounds its scale to the dtype that it is kept in
 class Rounding(LoRA):  # L14: right dtypes, computed in fewer digits
     def apply(self, x, w, p, ctx):
         return super().apply(x, w, {**p, "a": jax.lax.reduce_precision(p["a"], 8, 7)}, ctx)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deaf(VBLoRA):  # L13: what all sites share does not learn
+    num_vectors: int = 6
+    vector_length: int = 4
+
+    def factors(self, p):
+        return super().factors({**p, "bank": jax.lax.stop_gradient(p["bank"])})
+
+
+class Selfish(Deaf):  # L3: only the first layer's sites train what all share
+    indexed: ClassVar = True
+
+    def factors(self, p):
+        return VBLoRA.factors(self, p)
+
+    def apply(self, x, w, p, ctx):
+        bank = jnp.where(ctx["index"] == 0, p["bank"], jax.lax.stop_gradient(p["bank"]))
+        return super().apply(x, w, {**p, "bank": bank}, ctx)
+
+
+def first_layer_lift(fn):  # L15: every layer gets the side input of the first
+    def run(params, adapter, *x, ctx=None, **kw):
+        per_site = {k: v for k, v in (ctx or {}).items() if isinstance(v, jl.PerSite)}
+        same = jax.tree.map(lambda t: jnp.broadcast_to(t[:1], t.shape), per_site)
+        return jl.lift(fn)(params, adapter, *x, ctx={**(ctx or {}), **same}, **kw)
+
+    return run
 
 
 def noisy_lift(fn):  # L1: alters the empty case
@@ -165,6 +195,9 @@ DOUBLES = [
     ("L14", Narrow, {}),
     ("L14", Rounding, {}),
     ("L14", LoRA, {"merge": merge_as_made}),
+    ("L13", Deaf, {}),
+    ("L3", Selfish, {}),
+    ("L15", LoRA, {"lift": first_layer_lift}),
 ]
 
 

@@ -83,6 +83,21 @@ def test_a_kind_that_does_not_exist_is_an_error():
 # --- states: computed from the checkout ---------------------------------------------------------
 
 
+SAME = "from experiments.claims import shared  # another comment\n"
+SHARED = '''
+"""What claims share."""
+
+import experiments.claims.deeper
+from experiments.claims.runner import load
+
+
+def twice(x):
+    """Doubles."""
+    return 2 * x
+'''
+THRICE = SHARED.replace("2 * x", "3 * x")
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A repository with one system whose tests and claim exist and whose record is up to date."""
@@ -91,10 +106,14 @@ def checkout(tmp_path):
     test = tmp_path / "tests" / "toy_test.py"
     for path in (claim, record, test):
         path.parent.mkdir(parents=True, exist_ok=True)
-    claim.write_text("a claim")
+    claim.write_text("from experiments.claims import shared\n")
+    claim.with_name("shared.py").write_text(SHARED)
+    claim.with_name("deeper.py").write_text("VALUE = 1\n")
     test.write_text("a test")
     sha = hashlib.sha256(claim.read_bytes()).hexdigest()
-    record.write_text(json.dumps({"claim_sha256": sha}))
+    shared = registry.shared_code("toy", tmp_path)
+    assert sorted(shared) == ["deeper.py", "shared.py"]
+    record.write_text(json.dumps({"claim_sha256": sha, "shared_sha256": shared}))
     return tmp_path
 
 
@@ -115,13 +134,22 @@ def test_a_system_works_when_tests_and_a_record_of_the_present_claim_exist(check
         (lambda r: (r / "tests" / "toy_test.py").unlink(), "tests/toy_test.py does not exist"),
         (lambda r: (r / registry.CLAIMS / "toy.py").unlink(), "toy.py does not exist"),
         (lambda r: (r / registry.RECORDS / "toy.json").unlink(), "has not been run"),
-        (lambda r: (r / registry.CLAIMS / "toy.py").write_text("another"), "has changed since"),
+        (lambda r: (r / registry.CLAIMS / "toy.py").write_text(SAME), "toy.py has changed since"),
+        (lambda r: (r / registry.CLAIMS / "deeper.py").write_text("VALUE = 2"), "deeper.py has"),
+        (lambda r: (r / registry.CLAIMS / "deeper.py").unlink(), "deeper.py has changed"),
+        (lambda r: (r / registry.CLAIMS / "shared.py").write_text(THRICE), "shared.py has"),
     ],
 )
 def test_a_system_is_partial_when_one_of_them_is_missing(checkout, damage, said):
     damage(checkout)
     state = registry.state(TOY, checkout)
     assert state.name == "partial" and len(state.missing) == 1 and said in state.missing[0]
+
+
+def test_words_of_shared_code_may_change(checkout):
+    other = "# a comment\n" + SHARED.replace("Doubles.", "Two times.").replace("2 * x", "(2 *\n x)")
+    (checkout / registry.CLAIMS / "shared.py").write_text(other)
+    assert registry.state(TOY, checkout) == registry.State("works")
 
 
 def test_declared_gaps_and_absent_claims_keep_a_system_partial(checkout):

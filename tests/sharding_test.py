@@ -4,6 +4,7 @@ import collections
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +96,7 @@ def test_specs_of_arrays_without_a_rank():
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
     class Vector(jl.Method):
-        def init(self, key, site):
+        def init(self, key, site, context):
             return {"v": jnp.zeros(site.d_out)}, {}
 
     got = specs_of(adapter_of(Vector()), mesh)
@@ -128,8 +129,7 @@ def test_sharded_equals_unsharded(kind):
         v1, g1 = step(fn)(placed.trainable, placed, params, x)
         merged = jl.merge(params, placed)
     np.testing.assert_allclose(v1, v0, rtol=1e-5)
-    for got, expected in zip(jax.tree.leaves(g1), jax.tree.leaves(g0), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(g1, g0, rtol=1e-4, atol=1e-6)
     assert g1["up"]["b"].sharding.is_equivalent_to(placed.trainable["up"]["b"].sharding, 3)
     plain = jl.merge(PARAMS, a)
     for name, w in plain.items():
@@ -169,8 +169,7 @@ def test_made_trained_saved_and_restored_where_it_lies(kind, tmp_path):
         np.testing.assert_array_equal(t, b)
         assert b.sharding.is_equivalent_to(place, b.ndim)
     assert not back.trainable["up"]["b"].sharding.is_fully_replicated
-    for got, want in zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(whole, alone, rtol=1e-4, atol=1e-6)
     anywhere = jl.io.restore_adapter(tmp_path / "half")  # a checkpoint is not tied to its mesh
     for t, b in zip(jax.tree.leaves(half), jax.tree.leaves(anywhere), strict=True):
         np.testing.assert_array_equal(t, b)

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jlora"
 BELOW = {  # a part of jlora: the other parts that it may import
+    "types": set(),  # names of types; every part may import it
     "system": set(),
     "work_list": {"system"},
     "lapack": set(),
@@ -16,7 +17,6 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "core": set(),
     "quantized": set(),
     "sharding": {"core"},
-    "models": {"core"},
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
     "routing": {"core", "contracts", "system"},
@@ -24,14 +24,17 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "inits": {"core", "contracts", "methods", "system"},
     "penalties": {"contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "system"},
-    "serving": {"core", "system"},
-    "generation": {"numerics", "core", "algebra", "system"},
+    "serving": {"contracts", "core", "system"},
+    "generation": {"numerics", "core", "algebra", "contracts", "system"},
     "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
     "merging": {"numerics", "core", "algebra", "methods", "system"},  # merges give LoRA adapters
     "retrieval": {"numerics", "core", "algebra", "merging", "system"},
-    "compose": {"numerics", "core", "algebra", "merging", "system"},
+    "compose": {"numerics", "core", "algebra", "contracts", "merging", "system"},
+    "preference": {"contracts", "core", "system"},
+    "continual": {"contracts", "core", "methods", "system"},
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
     "io": {"core", "methods", "torch_random"},
+    "models": {"core", "io"},
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
     "cli": {"core", "algebra", "io", "merging", "registry"},
@@ -42,8 +45,8 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_150  # lines of code, all of core/ together; docs/core.md says what they do
-FILE = 225  # of one file of it
+CORE = 2_520  # lines of code, all of core/ together; docs/core.md says what they do
+FILE = 240  # of one file of it
 
 
 def imported(source):
@@ -80,7 +83,7 @@ def part(path):
 def test_no_import_goes_up(name):
     for path in ROOT.rglob("*.py"):
         if part(path) == name:
-            above = imported(path.read_text()) - BELOW[name] - {name}
+            above = imported(path.read_text()) - BELOW[name] - {name, "types"}
             assert not above, f"{path} imports {sorted(above)}"
 
 

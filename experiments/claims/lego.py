@@ -1,11 +1,10 @@
-"""LoRA-LEGO: clustered rank-one units against the plain average of deltas."""
+"""LoRA-LEGO: clustered rank-one units against the tuned sum of deltas."""
 
 from experiments.claims import text_merges
 
 CLAIM = text_merges.claim(
     name="lego",
-    systems=("lego", "lego_spectral"),
+    systems=("lego",),
     method="lego",
-    baseline="task_arithmetic",
     reference="Zhao 2024, 2409.16167: better than task arithmetic",
 )

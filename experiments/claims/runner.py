@@ -1,8 +1,9 @@
 """Runs claims and keeps their records, ``docs/results/claims/<name>.json``.
 
 A record holds what anyone needs to believe or repeat the figures: the statement, sha256 of every
-asset and of the claim file, seeds, figures per unit, intervals, verdict, seconds and versions. It
-is written whole (temporary file and rename). A claim without pinned assets is refused.
+asset, of the claim file and of the code that it shares with other claims, seeds, figures per unit,
+intervals, verdict, seconds and versions. It is written whole (temporary file and rename). A claim
+without pinned assets is refused.
 """
 
 import hashlib
@@ -19,16 +20,16 @@ from tqdm import tqdm
 from experiments.claims.protocol import MIN_SEEDS, Claim, verdict
 from experiments.data.pinned import ASSETS
 from experiments.workdir import write_json
+from jlora.registry import HARNESS, shared_code
 
 FOLDER = Path(__file__).parent
-HELPERS = ("__init__", "protocol", "runner")
 PACKAGES = ("jax", "jaxlib", "numpy", "optax")
 
 
 def names() -> tuple[str, ...]:
     """All claims: files of this folder that assign CLAIM."""
     files = sorted(FOLDER.glob("*.py"))
-    return tuple(f.stem for f in files if f.stem not in HELPERS and "\nCLAIM = " in f.read_text())
+    return tuple(f.stem for f in files if f.stem not in HARNESS and "\nCLAIM = " in f.read_text())
 
 
 def load(name: str) -> Claim:
@@ -80,13 +81,15 @@ def measure(claim: Claim, seeds: Sequence[int], workdir: Path) -> dict[str, Any]
     check_assets(claim)
     if len(set(seeds)) < MIN_SEEDS:
         raise ValueError(f"seeds: got {list(seeds)}, expected at least {MIN_SEEDS} different ones")
+    code: dict[str, Any] = {"claim_sha256": sha256(claim.name)}
+    code |= {"shared_sha256": shared_code(claim.name, FOLDER.parents[1])}
     start, found = time.perf_counter(), []
     for seed in tqdm(seeds, desc=claim.name, unit="seed"):
         found.append(claim.run(seed, workdir))
     judged = verdict(claim, found)
     return {
         "claim": claim.name,
-        "claim_sha256": sha256(claim.name),
+        **code,
         "systems": list(claim.systems),
         "statement": claim.statement,
         "reference": claim.reference,

@@ -45,10 +45,10 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How a corpus is made."""
+    """Where a corpus comes from."""
 
     domain: str
-    asset: str | None  # key of ASSETS; None: made up, no files
+    asset: str | None  # key of ASSETS; None: synthetic, no files
     reader: Callable[[Path], Iterator[readers.Row]]
     family: str  # corpora of one family share texts or authors: held out together or not at all
     max_words: int = 60
@@ -100,13 +100,13 @@ SPECS: dict[str, Spec] = {
         "passages of State of the Union addresses", "stdlib", readers.state_of_the_union, "speeches"
     ),
     "toy": Spec(
-        "made-up sentences",
+        "synthetic sentences",
         None,
         readers.toy(("cooking", "sailing", "gardening", "chess", "music")),
         "toy",
     ),
     "toy_far": Spec(
-        "other made-up sentences",
+        "other synthetic sentences",
         None,
         readers.toy(("trains", "weather", "bicycles")),
         "toy_far",

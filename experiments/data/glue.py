@@ -1,7 +1,7 @@
 """GLUE as tasks, through ``datasets``: from the hub, or from a local copy.
 
 ``tasks(path)`` with an empty path asks the hub for ``nyu-mll/glue``; a path is a folder with one
-folder a task, each what ``Dataset.save_to_disk`` wrote or what ``load_dataset`` understands (for
+folder per task, each what ``Dataset.save_to_disk`` wrote or what ``load_dataset`` understands (for
 instance ``train.jsonl`` and ``validation.jsonl`` or parquet files). GLUE's test labels are secret,
 so its validation split is our test split and a part of train, chosen by hash of the text, our
 validation split; a train text that is also in the test split is dropped. Sentence pairs become one

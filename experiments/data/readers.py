@@ -23,7 +23,7 @@ ERAS = (("early", 1790, 1850), ("gilded", 1866, 1920), ("modern", 1946, 2030))
 
 
 def newsgroups(root: Path) -> Iterator[Row]:
-    """20 newsgroups, train and test file (the split is ours)."""
+    """20 newsgroups, train and test file (split here)."""
     yield from _two_columns(root, "20newsgroups")
 
 
@@ -200,7 +200,7 @@ _FILLER = (
 
 
 def toy(names: tuple[str, ...]):
-    """Reader of made-up sentences: a third of the words belong to the topic, no download."""
+    """Reader of synthetic sentences: a third of the words belong to the topic, no download."""
 
     def read(root: Path) -> Iterator[Row]:
         for name in names:

@@ -44,7 +44,7 @@ class TaskData:
 
 @dataclasses.dataclass(frozen=True)
 class Caps:
-    """Largest number of texts a class, by split."""
+    """Largest number of texts per class, by split."""
 
     train: int = 400
     validation: int = 100

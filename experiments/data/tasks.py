@@ -43,7 +43,7 @@ __all__ = [
 def data(task: Task, cache: str | os.PathLike | None = None, caps: Caps | None = None) -> TaskData:
     """The texts of a task; downloads what is needed into ``cache`` (default JLORA_CACHE).
 
-    Corpus and GLUE tasks have classes of equal size, at most ``caps`` a class; a user's task is
+    Corpus and GLUE tasks have classes of equal size, at most ``caps`` per class; a user's task is
     returned as its files say. Raises ``ValueError`` for a class without texts in a split.
     """
     caps = caps or Caps()

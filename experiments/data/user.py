@@ -1,4 +1,4 @@
-"""A user's own tasks: one folder a task, joined to the zoo or given a generated adapter.
+"""A user's own tasks: one folder per task, joined to the zoo or given a generated adapter.
 
 A task folder holds ``task.json`` and ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``::
 
@@ -8,7 +8,7 @@ A task folder holds ``task.json`` and ``train.jsonl``, ``validation.jsonl``, ``t
 
 ``name`` (default: the folder's name), ``description`` (default: made of the class descriptions)
 and ``paraphrases`` (two lists of other wordings) are optional. ``train.jsonl`` may be as short as
-one text a class when the adapter is to be generated, not trained.
+one text per class when the adapter is to be generated, not trained.
 
 Everything is checked before anything is used; ``TaskFolderError`` names file, line and remedy.
 """
@@ -22,6 +22,8 @@ import numpy as np
 
 from experiments.data.corpora import normalise
 from experiments.data.task import SPLITS, Task, TaskData, Texts, describe, slug
+from jlora.io import FormatError
+from jlora.io.json_file import read_json
 
 _KEYS = {"name", "description", "class_names", "class_descriptions", "paraphrases"}
 
@@ -34,7 +36,7 @@ def tasks(task_dir: str | os.PathLike) -> list[Task]:
     """The tasks of ``task_dir`` in the order of their folder names; all files are checked."""
     root = Path(task_dir)
     if not root.is_dir():
-        raise TaskFolderError(f"{root} is not a folder; give a folder with one folder a task")
+        raise TaskFolderError(f"{root} is not a folder; give a folder with one folder per task")
     if (root / "task.json").is_file():
         folders = [root]
     else:
@@ -95,13 +97,9 @@ def _task(folder: Path) -> Task:
 def _meta(folder: Path) -> dict[str, Any]:
     path = folder / "task.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise TaskFolderError(f"{path} is missing; it describes the task") from None
-    except ValueError as error:
-        raise TaskFolderError(f"{path} is not JSON: {error}") from error
-    if not isinstance(meta, dict):
-        raise TaskFolderError(f"{path}: expected an object, got {type(meta).__name__}")
+        meta = read_json(path)
+    except FormatError as error:
+        raise TaskFolderError(f"{error} that describes the task") from error
     if strange := sorted(set(meta) - _KEYS):
         raise TaskFolderError(f"{path}: unknown key {strange[0]!r}; known: {sorted(_KEYS)}")
     for key in ("class_names", "class_descriptions"):
@@ -140,7 +138,7 @@ def _read(path: Path, names: list[str]) -> tuple[Texts, list[int]]:
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TaskFolderError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict) or not {"text", "label"} <= set(row):
             raise TaskFolderError(f"{where}: expected an object with 'text' and 'label'")

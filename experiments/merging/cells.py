@@ -257,7 +257,7 @@ def merged(bench: Bench, setting: Setting, method: str, plan: Plan) -> jl.Adapte
     weight = 1.0 if method in UNIT_SUM else 1.0 / size
     weights = jnp.full(size, weight, jnp.float32)
     key = jax.random.key(setting.seed) if jl.merging.METHODS[method].randomised else None
-    made = jl.merging.merge(method, parts, weights, key=key, **METHODS[method])
+    made = jl.merging.merge(method, parts, weights, options=METHODS[method], key=key)
     if method not in UNIT_SUM:
         return made
     frozen = {p: {"scale": d["scale"] / size} for p, d in made.frozen.items()}

@@ -27,7 +27,7 @@ from experiments.merging import cells as lib
 from experiments.merging import report as report_lib
 from experiments.progress import Progress
 from experiments.stages import world as world_lib
-from experiments.workdir import Stage, write_json
+from experiments.workdir import REDO, Stage, read_json, write_json
 
 REAL = Config(
     tasks="merging", head="label_text", canonical="none", layers=2, max_length=24, eval_rows=100,
@@ -76,7 +76,7 @@ def judged(
         for setting, method in cells:
             file = folder / f"{setting.name.replace(' ', '_')}-{setting.seed}-{method}.json"
             options = repr(lib.METHODS.get(method))
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            found = read_json(file, dict, REDO) if file.is_file() else {}
             if found.pop("options", None) != options:
                 found = lib.judge(bench, setting, method, plan)
                 write_json(file, {**found, "options": options})

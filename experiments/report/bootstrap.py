@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 def _values(x: ArrayLike, name: str) -> np.ndarray:
     array = np.asarray(x, np.float64)
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name}: shape {array.shape}, expected one value a task")
+        raise ValueError(f"{name}: shape {array.shape}, expected one value per task")
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: value {int(np.argmin(np.isfinite(array)))} is not finite")
     return array

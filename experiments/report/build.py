@@ -95,14 +95,14 @@ def level(tasks: Table, name: str, seed: int = 0) -> dict[str, Any]:
         for key in methods:
             gained = (_means(rows, key) - base)[kept]
             gaps[key] = bootstrap.ratio(gained, (trained - base)[kept], seed=seed)
-    made = _means(rows, "generated")
+    generated = _means(rows, "generated")
     return {
         "table": rows,
         "accuracy": totals,
         "gap_recovered": gaps,
         "dropped": [task for task, keep in zip(rows, kept, strict=True) if not keep],
         "paired": {
-            key: bootstrap.paired(made, _means(rows, key), seed=seed)
+            key: bootstrap.paired(generated, _means(rows, key), seed=seed)
             for key in methods
             if key != "generated"
         },
@@ -133,16 +133,17 @@ def build(
     Args:
       config: every setting of the run, and ``command`` (the command line, a string).
       environment: versions, platform, number of cores; nothing that changes between two runs.
-      seen: {task: {method: accuracies}} with all of ``schema.SEEN_KEYS``; one accuracy a sample
-        (generated, pdiff) or a training seed (trained), a single one for base, soup, mean_adapter.
+      seen: {task: {method: accuracies}} with all of ``schema.SEEN_KEYS``; one accuracy per sample
+        (generated, pdiff) or training seed (trained), a single one for base, soup, mean_adapter.
       confusion_labels: names of the seen tasks, in the order of the matrix.
       confusion_matrix: [tasks, tasks], rows are fractions (`audit.nearest_soup_confusion`).
       confusion_diagonal: fraction of generated adapters nearest to their own soup.
-      condition_controls: {shuffled | null | paraphrased: accuracies, one a task}; more are allowed.
+      condition_controls: {shuffled | null | paraphrased: accuracies, one per task}; more may be
+        given.
       novelty_ratio, diversity_ratio: of `audit`.
       unseen: {level: {task: {method: accuracies}}} with all of ``schema.required(level)``; levels
         without tasks are left out.
-      steps: {sampler: {number of steps: accuracies, one a task in the same order everywhere}}.
+      steps: {sampler: {number of steps: accuracies, one per task in the same order everywhere}}.
       curves: {name: (steps, values)} of the losses; names with a common prefix before '/' share a
         plot.
       times: seconds, by stage; the only part that may differ between two equal runs.
@@ -159,7 +160,7 @@ def build(
     if not seen:
         raise schema.ReportError("report.table: no tasks")
     rows = table(seen, schema.SEEN_KEYS, "report.table")
-    made = _means(rows, "generated")
+    generated = _means(rows, "generated")
     totals = summary(rows)
     report: dict[str, Any] = {
         "version": schema.VERSION,
@@ -168,7 +169,7 @@ def build(
         "table": rows,
         "summary": totals,
         "seen_paired": {
-            key: bootstrap.paired(made, _means(rows, key), seed=seed)
+            key: bootstrap.paired(generated, _means(rows, key), seed=seed)
             for key in totals
             if key != "generated"
         },
@@ -194,6 +195,6 @@ def build(
         "times": dict(times),
     }
     report = schema.plain(report)
-    report["claims"] = schema.plain(claims.judge(report, seed=seed), "report.claims")
+    report["claims"] = schema.plain(claims.check(report, seed=seed), "report.claims")
     schema.validate(report)
     return report

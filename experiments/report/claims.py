@@ -1,15 +1,15 @@
-"""What must hold, judged from the figures of a report; a failure is stated, never hidden.
+"""What must hold, decided from the figures of a report; a failure is stated, never hidden.
 
 A claim is {name, target, value, verdict, text}; its verdict is one of `VERDICTS`, the same word in
 report.json, on the page, in markdown and in the terminal. Fewer than `MIN_TASKS` tasks are too few
 to say, whatever the figure; so is what was not measured at all, whose value is None. The targets
-are set for the full run with the anonymous head; smaller runs are judged by the same rule.
+are set for the full run with the anonymous head; smaller runs are held to the same rule.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.report import bootstrap
+from experiments.report import bootstrap, names
 from experiments.report.schema import FAILS, HOLDS, TOO_FEW
 
 SOUP_MARGIN = 0.005  # 0.5 points of accuracy
@@ -18,15 +18,9 @@ GAP_TARGETS = {"unseen_pair": 0.95, "unseen_label": 0.90}
 MIN_TASKS = 5  # below this a bootstrap over tasks says nothing
 FEW = f"fewer than {MIN_TASKS} tasks"
 FLOW, REFERENCE = ("euler", "20"), ("ddpm", "1000")
-LEVEL_NAMES = {
-    "unseen_pair": "unseen pairs of seen labels",
-    "unseen_label": "unseen labels",
-    "unseen_corpus": "unseen corpora",
-    "user": "the user's own tasks",
-}
 
 
-def judge(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
+def check(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
     """All claims, in the order they are shown.
 
     Args:
@@ -40,12 +34,12 @@ def judge(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def compared(interval: Mapping[str, Any]) -> str:
-    """A paired difference in words: "better", "worse", "not told apart" or too few tasks to say."""
+    """A paired difference: "better", "worse", "not distinguishable" or too few tasks to say."""
     if interval["n"] < MIN_TASKS:
         return TOO_FEW
     if interval["low"] > 0:
         return "better"
-    return "worse" if interval["high"] < 0 else "not told apart"
+    return "worse" if interval["high"] < 0 else "not distinguishable"
 
 
 def _claim(
@@ -69,7 +63,7 @@ def _span(interval: Mapping[str, Any]) -> str:
 
 
 def _beats_ridge(report, level: str) -> dict[str, Any]:
-    name, words = f"{level}.beats_ridge", LEVEL_NAMES[level]
+    name, words = f"{level}.beats_ridge", names.LEVELS[level]
     if level not in report["unseen"]:
         return _claim(name, 0.0, None, 0, False, f"Not measured: this run has no {words}.")
     pair = report["unseen"][level]["paired"]["ridge"]
@@ -81,19 +75,21 @@ def _beats_ridge(report, level: str) -> dict[str, Any]:
 
 
 def _gap(report, level: str, target: float) -> dict[str, Any]:
-    name, words = f"{level}.gap_recovered", LEVEL_NAMES[level]
+    name, words = f"{level}.gap_recovered", names.LEVELS[level]
     gap = report["unseen"].get(level, {}).get("gap_recovered", {})
-    made, ridge = gap.get("generated"), gap.get("ridge")
-    if made is None:
+    generated, ridge = gap.get("generated"), gap.get("ridge")
+    if generated is None:
         text = f"Not measured: this run has no {words} that training improves."
         return _claim(name, target, None, 0, False, text)
-    between = f"{100 * made['low']:.1f} to {100 * made['high']:.1f}"
+    between = f"{100 * generated['low']:.1f} to {100 * generated['high']:.1f}"
     text = (
-        f"On {words} generated adapters recover {100 * made['mean']:.1f} % of what training gains "
-        f"over the base model ({made['n']} tasks, interval {between}); kernel ridge "
+        f"On {words} generated adapters recover {100 * generated['mean']:.1f} % of what training "
+        f"gains over the base model ({generated['n']} tasks, interval {between}); kernel ridge "
         f"{100 * ridge['mean']:.1f} %. Aim: {100 * target:.0f} %."
     )
-    return _claim(name, target, made["mean"], made["n"], made["mean"] >= target, text)
+    return _claim(
+        name, target, generated["mean"], generated["n"], generated["mean"] >= target, text
+    )
 
 
 def _soup(report) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def example(tasks: int = 70, seed: int = 0) -> tuple[dict[str, Any], dict[str, A
 
 
 def plot_data(rng: np.random.Generator, tasks: int, labels: Sequence[str]) -> dict[str, Any]:
-    """Arrays of random adapters: six real, one held-out and five generated a task."""
+    """Arrays of random adapters: six real, one held-out and five generated per task."""
     centres = 3 * rng.normal(size=(tasks, 60))
     counts = ((arrays.TRAINED, 6, 1.0), (arrays.HELD_OUT, 1, 1.0), (arrays.GENERATED, 5, 0.5))
     points, task, kind = [], [], []

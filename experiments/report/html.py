@@ -19,16 +19,6 @@ from experiments.report import arrays as plot_arrays
 from experiments.report import maps, names, plots, schema, tables, words
 from experiments.report.page import PAGE
 
-GAP_METHODS = (
-    "generated",
-    "ridge",
-    "span",
-    "softmax",
-    "nearest",
-    "multitask",
-    "mean_adapter",
-)
-
 
 def render(report: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     """The page as text.
@@ -106,7 +96,7 @@ def _summary(report) -> str:
         ("seen tasks, generated", tables.percent(report["summary"]["generated"]["mean"]) + " %"),
         *(
             (
-                f"gap recovered, {names.label(level).lower()}",
+                f"gap recovered, {names.LEVELS[level]}",
                 tables.percent(gap["mean"]) + " %",
             )
             for level in names.LEVELS
@@ -123,8 +113,8 @@ def _summary(report) -> str:
     return (
         f'<div class="lead">{lead}</div><div class="tiles">{cards}</div>'
         f"<h3>What must hold: {counts}</h3>"
-        "<p>The targets are set for the full run with the anonymous head; smaller runs are judged "
-        f'by the same rule.</p><ul class="claims">{claims}</ul>{notes}'
+        "<p>The targets are set for the full run with the anonymous head; smaller runs are held to "
+        f'the same rule.</p><ul class="claims">{claims}</ul>{notes}'
         f"<h3>Accuracy on seen tasks</h3>{tables.main_table(report)}"
     )
 
@@ -142,7 +132,7 @@ def _unseen(report) -> str:
     )
     measured = [k for k in levels if any(report["unseen"][k]["gap_recovered"].values())]
     if measured:
-        svg = plots.gaps(report["unseen"], measured, GAP_METHODS)
+        svg = plots.gaps(report["unseen"], measured, names.gap_methods())
         caption = "Gap recovered with 95 % intervals. Dashed: base (0) and trained (100)."
         text += figure(svg, caption, wide=len(measured) > 1)
     pictures = []
@@ -151,13 +141,13 @@ def _unseen(report) -> str:
         if all("ridge" in row for row in rows.values()):
             alt = f"{level}: generated against ridge"
             svg = plots.methods_scatter(rows, "ridge", "generated", alt, size=4.1)
-            caption = f"{names.label(level)}: a dot a task; above the line the generator wins."
+            caption = f"{names.level(level)}: a dot per task; above the line the generator wins."
             pictures.append(figure(svg, caption))
     text += _grid(*pictures, small=True) if pictures else ""
     for level in levels:
         entry = report["unseen"][level]
         count = len(entry["table"])
-        text += f"<h3>{names.label(level)} ({count} task{'s' if count > 1 else ''})</h3>"
+        text += f"<h3>{names.level(level)} ({count} task{'s' if count > 1 else ''})</h3>"
         text += tables.level_table(entry)
         text += f"<details><summary>Every task</summary>{tables.level_tasks(entry)}</details>"
     return text
@@ -170,8 +160,8 @@ def _seen(report) -> str:
     )
     return (
         _grid(
-            figure(svg, "A dot a task: generated against the soup of its trained adapters."),
-            figure(other, "A dot a task: generated against single trained adapters (mean)."),
+            figure(svg, "A dot per task: generated against the soup of its trained adapters."),
+            figure(other, "A dot per task: generated against single trained adapters (mean)."),
         )
         + f"<p>All {len(report['table'])} tasks, accuracy in percent ± one standard deviation over "
         "samples or seeds.</p>" + tables.task_table(report)
@@ -185,8 +175,8 @@ def _condition(report) -> str:
         set(control) - set(names.CONTROLS)
     ):
         rows.append((names.CONTROLS.get(key, key), control[key], names.ORANGE))
-    rows.append((names.method("mean_adapter"), total["mean_adapter"], names.GREY))
-    rows.append((names.method("base"), total["base"], names.GREY))
+    rows.append((names.method("mean_adapter").label, total["mean_adapter"], names.GREY))
+    rows.append((names.method("base").label, total["base"], names.GREY))
     labels, matrix = report["confusion"]["labels"], report["confusion"]["matrix"]
     numbered = " Tasks are numbered as in the table of seen tasks." * (
         len(labels) > maps.FULL_LABELS

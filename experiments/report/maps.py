@@ -167,15 +167,15 @@ def overlap(arrays: Mapping[str, np.ndarray]) -> str:
             mine = arrays["iou_kind"] == value
             if not mine.any():
                 continue
-            made = value == plot_arrays.GENERATED
-            colour = names.VERMILION if made else names.BLUE
+            generated = value == plot_arrays.GENERATED
+            colour = names.VERMILION if generated else names.BLUE
             axis.scatter(
                 arrays["iou_max"][mine],
                 arrays["iou_accuracy"][mine],
                 marker=marker,
                 s=30,
-                facecolors=colour if made else "none",
-                edgecolors="none" if made else colour,
+                facecolors=colour if generated else "none",
+                edgecolors="none" if generated else colour,
                 alpha=0.6,
                 label=text,
             )

@@ -9,39 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.report import schema
-
-SEEN = (
-    ("base", "base model (chance)"),
-    ("trained", "trained adapter"),
-    ("soup", "soup of the task's trained adapters"),
-    ("generated", "**generated (ours)**"),
-    ("mean_adapter", "mean adapter of all tasks"),
-    ("pdiff_global", "Cond P-Diff, global normalisation"),
-    ("pdiff_task_norm", "Cond P-Diff, per-task normalisation (tells the task)"),
-)
-UNSEEN = (
-    ("base", "base model (chance)"),
-    ("trained", "trained adapter"),
-    ("generated", "**generated (ours)**"),
-    ("ridge", "kernel ridge, condition to adapter"),
-    ("nearest", "nearest-condition soup"),
-    ("softmax", "softmax-weighted soup"),
-    ("multitask", "one multi-task adapter"),
-    ("mean_adapter", "mean adapter"),
-    ("span", "projection of the trained adapter on the zoo's span (oracle)"),
-)
-LEVELS = {
-    "unseen_pair": "unseen pairs of seen labels",
-    "unseen_label": "unseen labels",
-    "unseen_corpus": "unseen corpora",
-}
+from experiments.report import names, schema
 
 
 def render(report: Mapping[str, Any]) -> str:
     """Tables of seen and held-out accuracies, then every claim with its verdict."""
     command = report["config"]["command"]
-    lines = [f"Made by `{command}` (2 cores, seed {report['config']['seed']}).", ""]
+    lines = [f"Written by `{command}` (2 cores, seed {report['config']['seed']}).", ""]
     tasks = report["summary"]["generated"]["n"]
     lines += [
         f"Test accuracy in %, mean ± std over tasks; {tasks} seen tasks, mean over samples.",
@@ -49,22 +23,23 @@ def render(report: Mapping[str, Any]) -> str:
         "| seen tasks | accuracy |",
         "|---|---|",
     ]
-    lines += [f"| {text} | {_cell(report['summary'][key])} |" for key, text in SEEN]
-    levels = [level for level in LEVELS if level in report["unseen"]]
+    for key in names.keys(names.SEEN):
+        lines.append(f"| {_label(key)} | {_cell(report['summary'][key])} |")
+    levels = [level for level in names.LEVELS if level in report["unseen"]]
     lines += ["", "| held-out tasks: accuracy (share of the gap recovered) |" + "".join(
-        f" {LEVELS[level]} ({report['unseen'][level]['accuracy']['generated']['n']}) |"
+        f" {names.LEVELS[level]} ({report['unseen'][level]['accuracy']['generated']['n']}) |"
         for level in levels
     )]  # fmt: skip
     lines.append("|---|" + "---|" * len(levels))
-    for key, text in UNSEEN:
+    for key in names.keys(names.HELD_OUT):
         cells = []
         for level in levels:
             part = report["unseen"][level]
             gap = part["gap_recovered"].get(key)
             share = f" ({100 * gap['mean']:.0f} %)" if gap else ""
             cells.append(f" {_cell(part['accuracy'][key])}{share} |")
-        lines.append(f"| {text} |" + "".join(cells))
-    lines += ["", "What was asked for, and whether it holds:", ""]
+        lines.append(f"| {_label(key)} |" + "".join(cells))
+    lines += ["", "Targets, and whether they are met:", ""]
     for claim in report["claims"]:
         verdict = claim["verdict"]
         verdict = f"**{verdict}**" if verdict == schema.FAILS else verdict
@@ -78,6 +53,11 @@ def render(report: Mapping[str, Any]) -> str:
         " (1: as far apart as real training runs).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _label(key: str) -> str:
+    label = names.method(key).label
+    return f"**{label}**" if key == "generated" else label
 
 
 def _cell(cell: Mapping[str, Any]) -> str:

@@ -1,58 +1,87 @@
-"""Words and colours of the report page: one place, so that tables and plots agree."""
+"""Methods, levels, words and colours of the report: one place, so that everything agrees."""
 
-# Okabe and Ito's palette: told apart with any colour vision.
+from typing import NamedTuple
+
+# Okabe and Ito's palette: distinguishable with any colour vision.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY, LIGHT, INK = "#7A7F87", "#D5D8DC", "#1D2530"
 TASK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, BLACK, "#B8A900")
 
-METHODS = {
-    "base": "base model, no adapter",
-    "trained": "trained adapter",
-    "soup": "soup of the task's trained adapters",
-    "mean_adapter": "mean of all tasks' adapters",
-    "pdiff_task_norm": "Cond P-Diff, per-task statistics",
-    "pdiff_global": "Cond P-Diff, global statistics",
-    "generated": "generated (ours)",
-    "nearest": "soup of the nearest task",
-    "softmax": "softmax-weighted soup",
-    "multitask": "one multi-task adapter",
-    "ridge": "kernel ridge",
-    "span": "true adapter, projected",
-}
-SHORT = {
-    "base": "base",
-    "trained": "trained",
-    "soup": "soup",
-    "mean_adapter": "mean",
-    "pdiff_task_norm": "P-Diff task",
-    "pdiff_global": "P-Diff global",
-    "generated": "generated",
-    "nearest": "nearest",
-    "softmax": "softmax",
-    "multitask": "multi-task",
-    "ridge": "ridge",
-    "span": "span",
-}
-REMARKS = {
-    "base": "the frozen model and head alone",
-    "trained": "gradient descent on the task's training data",
-    "soup": "average over training seeds and snapshots; no single run",
-    "mean_adapter": "knows no task: what a generator that ignores its condition can reach",
-    "pdiff_task_norm": "the decoder is handed the statistics of the very task it should generate",
-    "pdiff_global": "the same method without that leak",
-    "generated": "mean over samples, never the best of several",
-    "nearest": "of the training task with the most similar condition",
-    "softmax": "of all training tasks, by similarity of conditions",
-    "multitask": "trained on all seen tasks together",
-    "ridge": "closed-form regression from condition to adapter: the bar to beat",
-    "span": "needs the true adapter: no method, a yardstick",
-}
-LEVELS = {
-    "unseen_pair": "Unseen pairs of seen labels",
-    "unseen_label": "Unseen labels",
-    "unseen_corpus": "Unseen corpora",
-    "user": "User tasks",
+# Kinds of tasks: of the zoo, held out, and a user's own.
+SEEN, HELD_OUT, USER = "seen", "held_out", "user"
+
+
+class Method(NamedTuple):
+    """A row of every table."""
+
+    key: str  # in report.json
+    label: str  # in tables and plots
+    short: str  # as a column title
+    remark: str  # below its label
+    on: tuple[str, ...]  # kinds of tasks that it is evaluated on: "seen", "held_out", "user"
+    gap: bool = True  # whether a share of the gap between base and trained can be stated
+    colour: str = GREY  # in every plot
+
+
+METHODS = (  # in the order of all tables
+    Method(
+        "base", "base model, no adapter", "base", "the frozen model and head alone",
+        (SEEN, HELD_OUT, USER), gap=False,
+    ),
+    Method(
+        "trained", "trained adapter", "trained", "gradient descent on the task's training data",
+        (SEEN, HELD_OUT, USER), gap=False, colour=BLUE,
+    ),
+    Method(
+        "soup", "soup of the task's trained adapters", "soup",
+        "average over training seeds and snapshots; no single run", (SEEN,), colour=SKY,
+    ),
+    Method(
+        "generated", "generated adapter", "generated",
+        "mean over samples, never the best of several",
+        (SEEN, HELD_OUT, USER), colour=VERMILION,
+    ),
+    Method(
+        "ridge", "kernel ridge, condition to adapter", "ridge",
+        "closed-form regression from condition to adapter: the baseline to beat",
+        (HELD_OUT, USER), colour=GREEN,
+    ),
+    Method(
+        "nearest", "nearest-condition soup", "nearest",
+        "of the training task with the most similar condition", (HELD_OUT, USER),
+    ),
+    Method(
+        "softmax", "softmax-weighted soup", "softmax",
+        "of all training tasks, by similarity of conditions", (HELD_OUT, USER),
+    ),
+    Method(
+        "multitask", "one multi-task adapter", "multi-task", "trained on all seen tasks together",
+        (HELD_OUT, USER),
+    ),
+    Method(
+        "mean_adapter", "mean of all tasks' adapters", "mean",
+        "knows no task: what a generator that ignores its condition can reach",
+        (SEEN, HELD_OUT, USER),
+    ),
+    Method(
+        "pdiff_global", "Cond P-Diff, global normalisation", "P-Diff global",
+        "the same method without that leak", (SEEN,),
+    ),
+    Method(
+        "pdiff_task_norm", "Cond P-Diff, per-task normalisation (is given the task)", "P-Diff task",
+        "the decoder has the statistics of the very task it should generate", (SEEN,),
+    ),
+    Method(
+        "span", "trained adapter, projected on the zoo (oracle)", "span",
+        "needs the trained adapter: an oracle, not a baseline", (HELD_OUT,),
+    ),
+)  # fmt: skip
+LEVELS = {  # of tasks that are not in the zoo
+    "unseen_pair": "unseen pairs of seen labels",
+    "unseen_label": "unseen labels",
+    "unseen_corpus": "unseen corpora",
+    "user": "the user's own tasks",
 }
 CONTROLS = {
     "correct": "its own condition",
@@ -71,22 +100,25 @@ CLAIMS = {
 }
 
 
-def method(key: str) -> str:
-    """Display name of a method; an unknown key shows as itself."""
-    return METHODS.get(key, key)
+_BY_KEY = {method.key: method for method in METHODS}
 
 
-def short(key: str) -> str:
-    """Column title of a method."""
-    return SHORT.get(key, key)
+def keys(kind: str) -> tuple[str, ...]:
+    """Methods of "seen", "held_out" or "user" tasks, in order."""
+    return tuple(method.key for method in METHODS if kind in method.on)
 
 
-def colour(key: str) -> str:
-    """Colour of a method in every plot: generated vermilion, real blue, ridge green."""
-    known = {"generated": VERMILION, "trained": BLUE, "ridge": GREEN, "soup": SKY}
-    return known.get(key, GREY)
+def gap_methods() -> tuple[str, ...]:
+    """Methods of held-out tasks whose share of the gap is stated, in order."""
+    return tuple(m.key for m in METHODS if HELD_OUT in m.on and m.gap)
 
 
-def label(key: str) -> str:
-    """Display name of a held-out level."""
-    return LEVELS.get(key, key)
+def method(key: str) -> Method:
+    """A method by its key; an unknown key shows as itself."""
+    return _BY_KEY.get(key) or Method(key, key, key, "", ())
+
+
+def level(key: str) -> str:
+    """Display name of a held-out level, as a title."""
+    text = LEVELS.get(key, key)
+    return text[:1].upper() + text[1:]

@@ -64,7 +64,7 @@ def percent_axis(axis, which: str = "x") -> None:
 
 
 def methods_scatter(rows: Mapping[str, Any], x: str, y: str, alt: str, size: float = 5.3) -> str:
-    """Accuracy of method y against method x, a point a task, with the line of equality."""
+    """Accuracy of method y against method x, a point per task, with the line of equality."""
 
     def draw(figure):
         axis = figure.subplots()
@@ -73,11 +73,11 @@ def methods_scatter(rows: Mapping[str, Any], x: str, y: str, alt: str, size: flo
         low = min(a.min(), b.min()) - 0.03
         high = max(a.max(), b.max()) + 0.03
         axis.plot([low, high], [low, high], color=names.GREY, lw=1, zorder=1)
-        axis.scatter(a, b, s=34, color=names.colour(y), alpha=0.65, lw=0, zorder=2)
+        axis.scatter(a, b, s=34, color=names.method(y).colour, alpha=0.65, lw=0, zorder=2)
         axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
         axis.locator_params(nbins=6)
-        axis.set_xlabel(f"{names.method(x)}, accuracy (%)")
-        axis.set_ylabel(f"{names.method(y)}, accuracy (%)")
+        axis.set_xlabel(f"{names.method(x).label}, accuracy (%)")
+        axis.set_ylabel(f"{names.method(y).label}, accuracy (%)")
         better, worse = int((b > a).sum()), int((b < a).sum())
         axis.text(0.03, 0.97, f"better on {better}", transform=axis.transAxes, va="top")
         axis.text(0.97, 0.03, f"worse on {worse}", transform=axis.transAxes, ha="right")
@@ -88,7 +88,7 @@ def methods_scatter(rows: Mapping[str, Any], x: str, y: str, alt: str, size: flo
 
 
 def gaps(unseen: Mapping[str, Any], levels: Sequence[str], methods: Sequence[str]) -> str:
-    """Gap recovered by method with bootstrap intervals, one panel a level."""
+    """Gap recovered by method with bootstrap intervals, one panel per level."""
 
     def draw(figure):
         axes = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
@@ -98,7 +98,7 @@ def gaps(unseen: Mapping[str, Any], levels: Sequence[str], methods: Sequence[str
                 gap = unseen[level]["gap_recovered"].get(key)
                 if gap is None:
                     continue
-                colour = names.colour(key)
+                colour = names.method(key).colour
                 axis.plot([gap["low"], gap["high"]], [i, i], color=colour, lw=2.2)
                 filled = colour if key in ("generated", "ridge") else "white"
                 axis.plot(gap["mean"], i, "o", ms=8, mec=colour, mfc=filled, mew=1.8)
@@ -106,11 +106,11 @@ def gaps(unseen: Mapping[str, Any], levels: Sequence[str], methods: Sequence[str
                 axis.axvline(edge, color=names.INK, lw=0.8, ls=(0, (4, 3)), zorder=0)
             left, right = axis.get_xlim()
             axis.set_xlim(min(left, -0.08), max(right, 1.08))
-            axis.set_title(names.label(level))
+            axis.set_title(names.level(level))
             axis.set_xlabel("gap recovered (%)")
             axis.set_ylim(-0.6, len(rows) - 0.4)
             percent_axis(axis)
-        axes[0].set_yticks(range(len(rows)), [names.method(key) for key in rows])
+        axes[0].set_yticks(range(len(rows)), [names.method(key).label for key in rows])
 
     width = 2.6 + 2.9 * len(levels)
     return svg(draw, (width, 0.9 + 0.36 * len(methods)), "gap recovered by method and level")
@@ -170,7 +170,7 @@ def histogram(generated: np.ndarray, held_out: np.ndarray) -> str:
 
 
 def steps(samplers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Accuracy against the number of sampler steps (log axis), a line a sampler."""
+    """Accuracy against the number of sampler steps (log axis), a line per sampler."""
     known = {
         "euler": ("o", names.VERMILION),
         "ddpm": ("s", names.BLUE),

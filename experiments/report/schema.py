@@ -15,30 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report import names
+from jlora.io import FormatError
+from jlora.io.json_file import read_json
+
 VERSION = 2  # 2: a claim has a verdict of three, not a yes or no
-SEEN_KEYS = (
-    "base",
-    "trained",
-    "soup",
-    "mean_adapter",
-    "pdiff_task_norm",
-    "pdiff_global",
-    "generated",
-)
-UNSEEN_KEYS = (
-    "base",
-    "trained",
-    "generated",
-    "mean_adapter",
-    "nearest",
-    "softmax",
-    "multitask",
-    "ridge",
-    "span",
-)
+SEEN_KEYS = names.keys(names.SEEN)
+UNSEEN_KEYS = names.keys(names.HELD_OUT)
 USER_KEYS = ("base", "generated")  # a user's task may have no trained adapter at all
 CONTROLS = ("shuffled", "null", "paraphrased")
-LEVELS = ("unseen_pair", "unseen_label", "unseen_corpus", "user")
+LEVELS = tuple(names.LEVELS)
 CLAIM_KEYS = ("name", "target", "value", "verdict", "text")
 VERDICTS = HOLDS, FAILS, TOO_FEW = ("holds", "does not hold", "too few to say")
 TOP = (
@@ -221,8 +207,11 @@ def read(path: Path | str) -> dict[str, Any]:
       ReportError: unreadable JSON or a wrong structure, with the file's name.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = read_json(path)
+    except FormatError as error:
+        raise ReportError(str(error)) from error
+    try:
         validate(report)
-    except (json.JSONDecodeError, ReportError) as error:
+    except ReportError as error:
         raise ReportError(f"{path}: {error}") from error
     return report

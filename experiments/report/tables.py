@@ -52,18 +52,16 @@ def main_table(report: Mapping[str, Any]) -> str:
         total = report["summary"][key]
         pair = report["seen_paired"].get(key)
         name = (
-            f"<b>{escape(names.method(key))}</b>"
+            f"<b>{escape(names.method(key).label)}</b>"
             if key == "generated"
-            else escape(names.method(key))
+            else escape(names.method(key).label)
         )
         width = min(max(100 * total["mean"], 0), 100)
-        bar = (
-            f'<span class="bar"><i style="width:{width:.1f}%;background:{names.colour(key)}"></i>'
-            "</span>"
-        )
+        colour = names.method(key).colour
+        bar = f'<span class="bar"><i style="width:{width:.1f}%;background:{colour}"></i></span>'
         rows.append(
             [
-                f"{name}<small>{escape(names.REMARKS.get(key, ''))}</small>",
+                f"{name}<small>{escape(names.method(key).remark)}</small>",
                 f"<b>{percent(total['mean'])}</b>{bar}",
                 percent(total["std"]),
                 percent(total["within"]) if "within" in total else "–",
@@ -93,7 +91,7 @@ def task_table(report: Mapping[str, Any]) -> str:
         gain = row["generated"]["mean"] - row["soup"]["mean"]
         place = f'<span class="number">{number[task]}</span>' if task in number else ""
         rows.append([f"{place}{escape(task)}", *(cell(row[k]) for k in keys), signed(gain)])
-    head = ["task", *(escape(names.short(k)) for k in keys), "generated − soup"]
+    head = ["task", *(escape(names.method(k).short) for k in keys), "generated − soup"]
     return table(head, rows, kind="tasks", tall=len(rows) > 14)
 
 
@@ -102,14 +100,14 @@ def level_table(level: Mapping[str, Any]) -> str:
     rows = []
     keys = _ordered(level["accuracy"], schema.UNSEEN_KEYS)
     for key in sorted(keys, key=lambda k: -level["accuracy"][k]["mean"]):
-        name = escape(names.method(key))
+        name = escape(names.method(key).label)
         name = f"<b>{name}</b>" if key == "generated" else name
         total = level["accuracy"][key]
         gap = level["gap_recovered"].get(key) if key not in ("base", "trained") else None
         pair = level["paired"].get(key)
         rows.append(
             [
-                f"{name}<small>{escape(names.REMARKS.get(key, ''))}</small>",
+                f"{name}<small>{escape(names.method(key).remark)}</small>",
                 cell(total),
                 interval(gap),
                 interval(pair, points=True) if pair else "–",
@@ -132,7 +130,7 @@ def level_tasks(level: Mapping[str, Any]) -> str:
         dropped = " <small>gap too small: not in the gap figures</small>"
         name = escape(task) + (dropped if task in level["dropped"] else "")
         rows.append([name, *(cell(row[k]) for k in keys)])
-    head = ["task", *(escape(names.short(k)) for k in keys)]
+    head = ["task", *(escape(names.method(k).short) for k in keys)]
     return table(head, rows, kind="tasks", tall=len(rows) > 14)
 
 

@@ -41,7 +41,7 @@ def interval(accuracy: float, texts: int, confidence: float = 0.95) -> Interval:
 
 
 def against(bounds: Interval, level: float) -> str:
-    """ "above", "below" or "not told apart from" a level such as chance."""
+    """One of "above", "below" or "not distinguishable from" a level such as chance."""
     if bounds.low > level:
         return "above"
-    return "below" if bounds.high < level else "not told apart from"
+    return "below" if bounds.high < level else "not distinguishable from"

@@ -19,10 +19,10 @@ def _p(value: float) -> str:
 def lead(report: Mapping[str, Any]) -> list[str]:
     """Three or four sentences that say what came out, the bad with the good."""
     total = report["summary"]
-    made, soup, base = (total[key]["mean"] for key in ("generated", "soup", "base"))
+    generated, soup, base = (total[key]["mean"] for key in ("generated", "soup", "base"))
     count = total["generated"]["n"]
     text = [
-        f"On {count} seen tasks adapters generated from a task description reach {_p(made)} "
+        f"On {count} seen tasks adapters generated from a task description reach {_p(generated)} "
         f"accuracy on average; trained ones {_p(total['trained']['mean'])}, the soup of each "
         f"task's trained adapters {_p(soup)}, the frozen base model alone {_p(base)}."
     ]
@@ -32,7 +32,7 @@ def lead(report: Mapping[str, Any]) -> list[str]:
         count = len(entry["table"])
         if gap is None or ridge is None:
             text.append(
-                f"{names.label(level)} ({count} task{'s' * (count > 1)}): generated adapters reach "
+                f"{names.level(level)} ({count} task{'s' * (count > 1)}): generated adapters reach "
                 f"{_p(entry['accuracy']['generated']['mean'])} accuracy, the base model alone "
                 f"{_p(entry['accuracy']['base']['mean'])}."
             )
@@ -40,12 +40,12 @@ def lead(report: Mapping[str, Any]) -> list[str]:
         verdict = {
             "better": "better than kernel ridge",
             "worse": "worse than kernel ridge",
-            "not told apart": "not told apart from kernel ridge",
-            schema.TOO_FEW: "beside kernel ridge",
+            "not distinguishable": "not distinguishable from kernel ridge",
+            schema.TOO_FEW: "compared with kernel ridge",
         }[claims.compared(entry["paired"]["ridge"])]
         few = f": {claims.FEW} are {schema.TOO_FEW} which is better"
         text.append(
-            f"{names.label(level)} ({count} task{'s' * (count > 1)}): generated adapters recover "
+            f"{names.level(level)} ({count} task{'s' * (count > 1)}): generated adapters recover "
             f"{_p(gap['mean'])} of what training would gain, {verdict} "
             f"({_p(ridge['mean'])}){few * (count < claims.MIN_TASKS)}."
         )

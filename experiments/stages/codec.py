@@ -1,9 +1,9 @@
 """Stage `codec`: the zoo's adapters become canonical, normalised tokens and then latents.
 
 Three codecs are fitted on the seen tasks' zoo runs (never on reference seeds or held-out tasks):
-ours (`--codec`, one scale a site type), the paper's convolutional autoencoder on weights
-normalised over the whole zoo (`pdiff_global`), and the same with the paper's per-task statistics
-(`pdiff_task`), whose de-normalisation knows the task.
+the generator's (`--codec`, one scale per site type), the paper's convolutional autoencoder on
+weights normalised over the whole zoo (`pdiff_global`), and the same with the paper's per-task
+statistics (`pdiff_task`), whose de-normalisation knows the task.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import numpy as np
 
 import jlora as jl
 from experiments.config import Config
+from experiments.pipeline import Context, Done, Piece, Stage
 from experiments.progress import Progress
 from experiments.stages.world import World
 from experiments.stages.zoo import Zoo
-from experiments.workdir import Stage, StageError, load_tree, save_tree, write_json
+from experiments.workdir import StageError, load_tree, save_tree, write_json
 from jlora.generation.codecs import codec
 from jlora.generation.tokens import canonical, normalise
 from jlora.generation.tokens import site_tokens as tokens
 
 PyTree = Any
-VARIANTS = ("ours", "pdiff_global", "pdiff_task")
-MODES = {"ours": "site_rms", "pdiff_global": "coordinate", "pdiff_task": "task"}
+VARIANTS = ("generator", "pdiff_global", "pdiff_task")
+MODES = {"generator": "site_rms", "pdiff_global": "coordinate", "pdiff_task": "task"}
 
 
 class Fitted(NamedTuple):
@@ -38,7 +39,7 @@ class Fitted(NamedTuple):
     state: Any  # codec state
 
 
-class Coded(NamedTuple):
+class Encoded(NamedTuple):
     """The zoo as the generators see it: n rows = seen tasks x seeds x snapshots."""
 
     spec: tokens.TokenSpec  # layout of an adapter's tokens
@@ -57,9 +58,9 @@ def scales(template: jl.Adapter) -> dict[str, Any]:
     return {path: leaves["scale"] for path, leaves in template.frozen.items()}
 
 
-def to_tokens(coded: Coded, config: Config, trainable: PyTree) -> jax.Array:
+def to_tokens(encoded: Encoded, config: Config, trainable: PyTree) -> jax.Array:
     """[n, T, D] canonical tokens of a bank of trainables with leading axis n."""
-    return _tokens(coded.spec, config.canonical, coded.template, coded.reference, trainable)
+    return _tokens(encoded.spec, config.canonical, encoded.template, encoded.reference, trainable)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -74,9 +75,9 @@ def _tokens(
     return jax.vmap(one)(bank)
 
 
-def to_trainable(coded: Coded, x: jax.Array) -> PyTree:
+def to_trainable(encoded: Encoded, x: jax.Array) -> PyTree:
     """Trainable factors of one adapter from its canonical tokens [T, D]; vmap for banks."""
-    return decode_tokens(coded.spec, coded.template, x)
+    return decode_tokens(encoded.spec, encoded.template, x)
 
 
 def decode_tokens(spec: tokens.TokenSpec, template: jl.Adapter, x: jax.Array) -> PyTree:
@@ -89,24 +90,24 @@ def decode(kind: str, fitted: Fitted, z: jax.Array, task: jax.Array | None = Non
     return normalise.invert(fitted.norm, codec.by_name(kind).decode(fitted.state, z), task)
 
 
-def latents(coded: Coded, variant: str) -> jax.Array:
+def latents(encoded: Encoded, variant: str) -> jax.Array:
     """[n, S, L] latents of the training rows."""
-    fitted, kind = coded.fitted[variant], coded.kinds[variant]
+    fitted, kind = encoded.fitted[variant], encoded.kinds[variant]
     encode = codec.by_name(kind).encode
-    data = _normalised(coded, fitted.norm, variant)
+    data = _normalised(encoded, fitted.norm, variant)
     return jax.jit(jax.vmap(encode, in_axes=(None, 0)))(fitted.state, data)
 
 
 def codec_config(config: Config, variant: str, rows: int) -> tuple[str, Any]:
     """(codec name, its hyper-parameters) of a variant."""
-    name = config.codec if variant == "ours" else "conv_ae"
+    name = config.codec if variant == "generator" else "conv_ae"
     kind = codec.by_name(name).config
     if name == "pca":
         return name, kind(components=min(config.latent, rows - 1), whiten=False)
     if name == "token_ae":
         return name, kind(latent=config.latent, steps=config.codec_steps)
     wide = config.pdiff_ae_width
-    steps = config.codec_steps if variant == "ours" else config.pdiff_ae_steps
+    steps = config.codec_steps if variant == "generator" else config.pdiff_ae_steps
     return name, kind(dec_channels=(4, wide, wide, 8), steps=steps, batch=16, chunk=min(100, steps))
 
 
@@ -119,7 +120,7 @@ def training_rows(world: World, zoo: Zoo) -> tuple[tuple[str, ...], np.ndarray, 
     return names, np.concatenate(runs), task.astype(np.int32)
 
 
-def prepare(world: World, zoo: Zoo) -> Coded:
+def prepare(world: World, zoo: Zoo) -> Encoded:
     """Everything but the fitted codecs."""
     config = world.config
     names, runs, task = training_rows(world, zoo)
@@ -131,78 +132,98 @@ def prepare(world: World, zoo: Zoo) -> Coded:
         reference = canonical.canonicalise("balanced_svd", first, scales(zoo.template))
     spec = tokens.from_adapter(zoo.template)
     x = np.asarray(_tokens(spec, config.canonical, zoo.template, reference, rows))
-    return Coded(
+    return Encoded(
         spec, zoo.template, reference, names, x,
         np.repeat(task, copies), np.repeat(runs, copies).astype(np.int32), {}, {},
     )  # fmt: skip
 
 
-def _normalised(coded: Coded, norm: normalise.Normaliser, variant: str) -> jax.Array:
+def _normalised(encoded: Encoded, norm: normalise.Normaliser, variant: str) -> jax.Array:
     use = variant == "pdiff_task"
     one = jax.vmap(lambda x, k: normalise.apply(norm, x, k if use else None))
-    return one(jnp.asarray(coded.x), jnp.asarray(coded.task))
+    return one(jnp.asarray(encoded.x), jnp.asarray(encoded.task))
 
 
-def run(world: World, zoo: Zoo, workdir: Path) -> Coded:
-    """Fit (or read) the three codecs."""
-    config = world.config
-    stage = Stage(workdir, "codec", config.key("codec"))
-    if stage.done:
-        stage.verify()
-    coded = prepare(world, zoo)
+def _normaliser(encoded: Encoded, variant: str) -> normalise.Normaliser:
+    return normalise.fit(
+        MODES[variant],
+        jnp.asarray(encoded.x),
+        mask=encoded.spec.mask,
+        types=encoded.spec.types if variant == "generator" else None,
+        tasks=encoded.task if variant == "pdiff_task" else None,
+    )
+
+
+def pieces(context: Context, prepared: Encoded) -> list[Piece]:
+    """The three codecs."""
+    out = []
+    for variant in VARIANTS:
+        _, settings = codec_config(context.config, variant, len(prepared.x))
+        make = functools.partial(_fit, context.config, prepared, variant)
+        out.append(Piece(variant, getattr(settings, "steps", 1), make))
+    return out
+
+
+def _fit(config: Config, encoded: Encoded, variant: str, folder: Path, bar: Progress) -> None:
+    name, settings = codec_config(config, variant, len(encoded.x))
+    curve: list[float] = []
+
+    def report(train_state, metrics):
+        loss = metrics["loss"]
+        bar.step(len(loss), loss=float(loss[-1]))
+        bar.curve(int(train_state.step), {f"{variant}/loss": float(loss.mean())})
+        curve.extend(float(v) for v in loss)
+
     key = jax.random.fold_in(jax.random.key(config.seed), 101)
-    folder, curves = stage.open(), {}
-    names = {v: codec_config(config, v, len(coded.x)) for v in VARIANTS}
-    total = sum(getattr(c, "steps", 1) for _, c in names.values())
-    with Progress(workdir, "codec", total, "step", finished=stage.done) as bar:
-        for variant, (name, settings) in names.items():
-            norm = normalise.fit(
-                MODES[variant],
-                jnp.asarray(coded.x),
-                mask=coded.spec.mask,
-                types=coded.spec.types if variant == "ours" else None,
-                tasks=coded.task if variant == "pdiff_task" else None,
-            )
-            like = codec.template(name, settings, *coded.x.shape[1:])
-            target = folder / variant
-            if target.is_dir():
-                state = jax.tree.map(jnp.asarray, load_tree(target, like))
-                bar.step(getattr(settings, "steps", 1))
-            else:
-
-                def report(train_state, metrics, label=variant):
-                    loss = metrics["loss"]
-                    bar.step(len(loss), loss=float(loss[-1]))
-                    bar.curve(int(train_state.step), {f"{label}/loss": float(loss.mean())})
-                    curves.setdefault(label, []).extend(float(v) for v in loss)
-
-                data = _normalised(coded, norm, variant)
-                state, _ = codec.by_name(name).fit(key, data, settings, callback=report)
-                if name == "pca":
-                    bar.step(1)
-                save_tree(target, state)
-            coded.fitted[variant] = Fitted(norm, state)
-            coded.kinds[variant] = name
-    if not stage.done:
-        write_json(folder / "curves.json", curves)
-        stage.commit({"rows": len(coded.x)})
-    return coded
+    data = _normalised(encoded, _normaliser(encoded, variant), variant)
+    state, _ = codec.by_name(name).fit(key, data, settings, callback=report)
+    if name == "pca":
+        bar.step(1)
+    # Before the checkpoint, whose presence says that the piece is finished.
+    write_json(folder / f"curves_{variant}.json", {variant: curve} if curve else {})
+    save_tree(folder / variant, state)
 
 
-def bank(coded: Coded, trainable: PyTree) -> jl.Adapter:
+def read(context: Context, prepared: Encoded, done: Done) -> Encoded:
+    """The zoo as tokens, with the three fitted codecs."""
+    fitted, kinds = {}, {}
+    for variant in VARIANTS:
+        name, settings = codec_config(context.config, variant, len(prepared.x))
+        like = codec.template(name, settings, *prepared.x.shape[1:])
+        state = jax.tree.map(jnp.asarray, load_tree(done.path / variant, like))
+        fitted[variant] = Fitted(_normaliser(prepared, variant), state)
+        kinds[variant] = name
+    return prepared._replace(fitted=fitted, kinds=kinds)
+
+
+def bank(encoded: Encoded, trainable: PyTree) -> jl.Adapter:
     """A bank from trainables with a leading axis; frozen parts are shared, so they are repeated."""
     n = jax.tree.leaves(trainable)[0].shape[0]
     if n == 0:
         raise StageError("an empty bank of adapters")
-    frozen = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), coded.template.frozen)
-    return coded.template.replace(trainable=trainable, frozen=frozen)
+    frozen = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (n, *jnp.shape(x))), encoded.template.frozen
+    )
+    return encoded.template.replace(trainable=trainable, frozen=frozen)
 
 
-def describe(coded: Coded) -> str:
-    """The stage in a line."""
-    kind = coded.kinds["ours"]
-    length, width = jax.eval_shape(lambda: latents(coded, "ours")).shape[1:]
+def describe(encoded: Encoded) -> str:
+    """The encoded zoo in one line."""
+    kind = encoded.kinds["generator"]
+    length, width = jax.eval_shape(lambda: latents(encoded, "generator")).shape[1:]
     return (
-        f"{len(coded.x)} adapters as {coded.spec.length} tokens of {coded.spec.dim} numbers;"
+        f"{len(encoded.x)} adapters as {encoded.spec.length} tokens of {encoded.spec.dim} numbers;"
         f" {kind} keeps {length} x {width}"
     )
+
+
+STAGE = Stage(
+    name="codec",
+    inputs=("data", "zoo"),
+    unit="step",
+    prepare=lambda context: prepare(context.products["data"], context.products["zoo"]),
+    pieces=pieces,
+    finish=lambda context, prepared, folder: {"rows": len(prepared.x)},
+    read=read,
+    describe=describe,
+)

@@ -1,13 +1,13 @@
 """The faithful baseline: the paper's conditional latent DDPM with its 1-D convolutional U-Net.
 
 T = 1000, linear beta, noise prediction, condition concatenated to the flat latent, no condition
-dropout, ancestral sampling. One model a normalisation: over the zoo (`pdiff_global`) and with the
+dropout, ancestral sampling. One model per normalisation: over the zoo (`pdiff_global`) and with the
 paper's per-task statistics (`pdiff_task`).
 
 Deviates: U-Net widths are scaled by `--pdiff_width` (the paper: 64..512) and the ancestral steps
 strided by `--pdiff_sample_steps` (the paper: all 1000) for CPUs; the condition is
-a fixed random projection of ours (the paper: a CLIP text embedding); latents have unit scale
-(generation fails with the raw ones: the authors' own advice), so x0 is clipped at +-4.
+a fixed random projection of the generator's (the paper: a CLIP text embedding); latents have unit
+scale (generation fails with the raw ones: the authors' own advice), so x0 is clipped at +-4.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The prior mean of our generator: kernel ridge from condition to latents.
+"""The prior mean of the generator: kernel ridge from condition to latents.
 
 .. math:: m(c) = \\bar z + (k(c, C) - \\bar k) P Z
 
@@ -45,8 +45,8 @@ def weights(
 ) -> jax.Array:
     """[K] weights over the seen tasks' soups for one condition [4, E]; null: those of the mean."""
     count = prior.values.shape[0]
-    told = ridge.weights(kernel, prior.fit, cond.reshape(1, -1))[0]
-    return jnp.where(null, jnp.full_like(told, 1 / count), told)
+    given = ridge.weights(kernel, prior.fit, cond.reshape(1, -1))[0]
+    return jnp.where(null, jnp.full_like(given, 1 / count), given)
 
 
 def mean(prior: Prior, kernel: ridge.Kernel, cond: jax.Array, null: jax.Array | bool) -> jax.Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -15,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
+from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
-from experiments.report import build, html, schema
+from experiments.report import build, html, schema, words
 from experiments.stages import sample
-from experiments.stages.codec import Coded
-from experiments.stages.world import World
-from experiments.workdir import Stage
+from experiments.stages.codec import VARIANTS
+from experiments.workdir import REDO, Folder, read_json
 
+DENOISERS = ("generator", "pdiff_global", "pdiff_task")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
@@ -38,15 +38,14 @@ def environment() -> dict[str, Any]:
 
 def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[float]]]:
     """Loss curves of all trained parts, thinned to at most 200 points each."""
-    files = {
-        "ours": Stage(workdir, "denoiser", config.key("denoiser")).path / "curves_ours.json",
-        "codec": Stage(workdir, "codec", config.key("codec")).path / "curves.json",
-    }
-    for name in ("pdiff_global", "pdiff_task"):
-        files[name] = files["ours"].with_name(f"curves_{name}.json")
+    codec, denoiser = (
+        Folder(workdir, name, config.key(name)).path for name in ("codec", "denoiser")
+    )
+    files = [("codec", codec / f"curves_{name}.json") for name in VARIANTS]
+    files += [(name, denoiser / f"curves_{name}.json") for name in DENOISERS]
     out = {}
-    for group, file in files.items():
-        found = json.loads(file.read_text(encoding="utf-8"))
+    for group, file in files:
+        found = read_json(file, dict, REDO)
         flat = {}
         for name, value in found.items():
             parts = value.items() if isinstance(value, Mapping) else [("", value)]
@@ -61,36 +60,32 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
     return out
 
 
-def run(
-    world: World,
-    coded: Coded,
-    found: dict[str, Any],
-    workdir: Path,
-    command: str,
-    times: dict[str, float],
-) -> dict[str, Any]:
+def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     """Build, validate and write the report; returns it."""
+    world, encoded, found = (context.products[name] for name in STAGE.inputs)
+    workdir, command = context.workdir, context.command
+    times = Times(workdir).all()
     config = world.config
     tasks, audit = found["tasks"], dict(found["audit"])
     seen = {
         n: {k: v for k, v in tasks[n]["accuracy"].items() if k in schema.SEEN_KEYS}
-        for n in coded.names
+        for n in encoded.names
     }
     unseen: dict[str, dict[str, Any]] = {}
     for task in world.tasks:
-        if task.name not in coded.names:
+        if task.name not in encoded.names:
             unseen.setdefault(task.level, {})[task.name] = tasks[task.name]["accuracy"]
     controls = {
         kind: [
             float(np.mean(tasks[n]["accuracy"][kind]))
-            for n in coded.names
+            for n in encoded.names
             if kind in tasks[n]["accuracy"]
         ]
         for kind in schema.CONTROLS
     }
     controls = {k: v for k, v in controls.items() if v}
     steps: dict[str, dict[int, list[float]]] = {}
-    for method, count in sample.step_requests(world, coded):
+    for method, count in sample.step_requests(world, encoded):
         key = f"{method}/{count}"
         values = [
             float(np.mean(r["accuracy"][key])) for r in tasks.values() if key in r["accuracy"]
@@ -111,7 +106,7 @@ def run(
         config=dataclasses.asdict(config) | {"command": command},
         environment=environment(),
         seen=seen,
-        confusion_labels=coded.names,
+        confusion_labels=encoded.names,
         confusion_matrix=audit["confusion"],
         confusion_diagonal=audit["confusion_diagonal"],
         condition_controls=controls,
@@ -135,12 +130,29 @@ def notes(config: Config, audit: Mapping[str, Any]) -> list[str]:
     """Plain sentences under the claims."""
     kernels = audit["kernels"]
     return [
-        f"Ridge (the bar): {kernels['ridge']}, chosen with its penalty by leave-one-task-out error"
-        f" on the seen tasks ({kernels['ridge_error']:.2f} of the mean adapter's error).",
-        f"Our prior mean: {config.prior}; task loss over the pool '{config.task_pool}' for"
-        f" {config.task_steps} steps of {config.task_batch} tasks x {config.task_rows} rows.",
+        f"Kernel ridge (the baseline to beat): {kernels['ridge']}, chosen with its penalty by"
+        f" leave-one-task-out error on the seen tasks ({kernels['ridge_error']:.2f} of the mean"
+        " adapter's error).",
+        f"Prior mean of the generator: {config.prior}; task loss over the pool"
+        f" '{config.task_pool}' for {config.task_steps} steps of {config.task_batch} tasks x"
+        f" {config.task_rows} texts.",
         "The paper's DDPM runs at reduced U-Net widths (settings pdiff_*), so its figures are those"
         " of a small faithful copy, not of the published size.",
-        "The per-task normalisation of the paper tells the decoder which task it is (see"
+        "The per-task normalisation of the paper gives the decoder the task (see"
         " pdiff_task_norm): its accuracy does not show that the condition was read.",
     ]
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """The report in one line."""
+    return f"of {len(report['claims'])} targets {words.verdicts(report)}"
+
+
+STAGE = Stage(
+    name="report",
+    inputs=("data", "codec", "evaluate"),
+    unit="page",
+    read=read,
+    describe=describe,
+    kept=False,
+)

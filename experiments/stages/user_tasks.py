@@ -1,9 +1,9 @@
 """Adapters for tasks the zoo never saw, on a finished workdir: `--task_dir` with
 `--stage=sample,evaluate`.
 
-Each task gets `--samples` adapters generated from its descriptions and K training examples a class
-(no training), saved as Orbax and PEFT under `<workdir>/user/<task>/` and scored on all texts of its
-test split alongside the base model, the baselines, and an adapter trained on its training texts.
+Each task gets `--samples` adapters generated from its descriptions and K training examples per
+class (no training), saved as Orbax and PEFT under `<workdir>/user/<task>/` and scored on all texts
+of its test split alongside the base model, the baselines, and an adapter trained on its texts.
 """
 
 from __future__ import annotations
@@ -21,19 +21,25 @@ import jlora as jl
 from experiments.config import Config
 from experiments.data import user
 from experiments.data.task import Task
+from experiments.pipeline import Context
 from experiments.progress import Progress
-from experiments.report import wilson
-from experiments.stages import base_model, codec, conditions, judge, rivals, sample, zoo_training
-from experiments.stages.codec import Coded
-from experiments.stages.denoiser import Trained
+from experiments.report import names, wilson
+from experiments.stages import (
+    accuracy,
+    base_model,
+    baselines,
+    codec,
+    conditions,
+    sample,
+    zoo_training,
+)
 from experiments.stages.evaluate import base_tokens
-from experiments.stages.world import SPLITS, Rows, World, make_heads
-from experiments.stages.zoo import Zoo
+from experiments.stages.world import SPLITS, Rows, World, make_heads, phrases
 from experiments.stages.zoo_training import Run
 from experiments.workdir import StageError, write_json
 
 PyTree = Any
-ORDER = "base trained generated ridge nearest softmax multitask mean_adapter".split()
+ORDER = names.keys(names.USER)
 
 
 def extend(world: World, config: Config, cache: Path | None) -> World:
@@ -55,11 +61,7 @@ def extend(world: World, config: Config, cache: Path | None) -> World:
         for i in range(0, len(texts), 64)
     ]
     hidden, mask, embedding = (np.concatenate(p) for p in zip(*parts, strict=True))
-    phrases = sorted(
-        {w for t in tasks for w in (*t.class_descriptions, *t.class_names)}
-        | {w for t in tasks for side in t.paraphrases for w in side}
-    )
-    text = dict(zip(phrases, base_model.embed_texts(base, phrases, config.max_length), strict=True))
+    text = phrases(base, tasks, config.max_length)
     return world._replace(
         config=config,
         hidden=jnp.asarray(hidden),
@@ -74,7 +76,7 @@ def extend(world: World, config: Config, cache: Path | None) -> World:
 
 
 class Data(NamedTuple):
-    """What is known of a user's task before any adapter is judged; written as data.json."""
+    """What is known of a user's task before any adapter is evaluated; written as data.json."""
 
     test_texts: int  # n of each accuracy
     test_texts_per_class: dict[str, int]  # class name -> texts
@@ -153,28 +155,28 @@ def train(world: World, workdir: Path) -> PyTree:
     return jax.tree.map(lambda x: x[:, -1], found["snapshots"])
 
 
-def run(
-    world: World,
-    config: Config,
-    zoo: Zoo,
-    coded: Coded,
-    trained: Trained,
-    workdir: Path,
-    cache: Path | None,
-) -> dict[str, Scores]:
-    """Generate, score and save; returns {task: Scores}, of which the cells are scores.json."""
-    fit = rivals.fit(world, coded, trained)
-    mine = extend(world, config, cache)
-    base = base_model.load(config, cache)
+def run(context: Context) -> dict[str, Scores]:
+    """Generate, score and save; returns {task: Scores}, of which the cells are scores.json.
+
+    Args:
+      context: `task_dir` in its config, products of a finished run without it.
+    """
+    config, workdir = context.config, context.workdir
+    world, zoo, encoded, trained = (
+        context.products[name] for name in ("data", "zoo", "codec", "denoiser")
+    )
+    fit = baselines.fit(world, encoded, trained)
+    mine = extend(world, config, context.cache)
+    base = base_model.load(config, context.cache)
     folder = workdir / "user"
     folder.mkdir(exist_ok=True)
-    own = np.asarray(codec.to_tokens(coded, config, train(mine, workdir)))
+    own = np.asarray(codec.to_tokens(encoded, config, train(mine, workdir)))
     multi = jax.tree.map(lambda x: jnp.asarray(x)[None], zoo.multitask)
     shared = {
-        "base": base_tokens(coded),
-        "multitask": np.asarray(codec.to_tokens(coded, config, multi)),
+        "base": base_tokens(encoded),
+        "multitask": np.asarray(codec.to_tokens(encoded, config, multi)),
     }
-    call = sample.our_sampler(config, coded, trained, config.sampler, config.sample_steps)
+    call = sample.generator_sampler(config, encoded, trained, config.sampler, config.sample_steps)
     out: dict[str, Scores] = {}
     with Progress(workdir, "user tasks", len(mine.tasks), "task") as bar:
         for number, task in enumerate(mine.tasks):
@@ -182,21 +184,21 @@ def run(
                 sample.Request(task.name, "generated", task.name, k) for k in range(config.samples)
             ]
             arrays = sample.inputs(mine, trained, asked)
-            made = np.asarray(call(trained.params, trained.fixed, *arrays))
+            generated = np.asarray(call(trained.params, trained.fixed, *arrays))
             raw = jnp.asarray(conditions.canonical(mine, [task.name]))
-            found = rivals.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])
-            table = {**shared, "generated": made, "trained": own[number : number + 1]}
+            found = baselines.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])
+            table = {**shared, "generated": generated, "trained": own[number : number + 1]}
             table |= {name: tokens[None] for name, tokens in found.items()}
             cells = {
-                name: cell(judge.correct(mine, coded, task.name, tokens))
+                name: cell(accuracy.correct(mine, encoded, task.name, tokens))
                 for name, tokens in table.items()
             }
             out[task.name] = Scores(describe(mine, base, task), cells)
             target = folder / task.name
-            trainables = judge.unpack(coded, jnp.asarray(made))
-            jl.io.save_adapter(target / "orbax", codec.bank(coded, trainables), overwrite=True)
+            trainables = accuracy.unpack(encoded, jnp.asarray(generated))
+            jl.io.save_adapter(target / "orbax", codec.bank(encoded, trainables), overwrite=True)
             first = jax.tree.map(lambda x: x[0], trainables)
-            adapter = coded.template.replace(trainable=first)
+            adapter = encoded.template.replace(trainable=first)
             sample.export_peft(mine, adapter, target / "peft", task.description)
             write_json(target / "data.json", out[task.name].data._asdict())
             write_json(target / "scores.json", cells)

@@ -1,7 +1,7 @@
-"""The fixed world of an experiment: frozen base, texts, tasks, conditions and head.
+"""Stage `data`: the fixed world of an experiment (frozen base, texts, tasks, conditions, head).
 
 Only the upper `layers` of the encoder carry adapters, so the states entering them are the same in
-every run: they are computed once per text and kept on disk (stage `data`).
+every run: they are computed once per text and kept on disk.
 
 Symbols: N texts, t tokens kept, d width, E = d condition width, C = 4 condition tokens
 (description and mean example, for class 0 and class 1).
@@ -10,6 +10,7 @@ Symbols: N texts, t tokens kept, d width, E = d condition width, C = 4 condition
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +23,17 @@ import numpy as np
 from experiments.config import Config
 from experiments.data import glue, user
 from experiments.data import tasks as task_lib
+from experiments.pipeline import Context, Done, Piece, Stage
 from experiments.progress import Progress
 from experiments.stages import base_model
-from experiments.workdir import Stage, StageError, write_json
+from experiments.workdir import StageError, save_array, write_json
 from jlora.models import encoder
 
 PyTree = Any
 SPLITS = ("train", "validation", "test")
+ARRAYS = ("hidden", "mask", "embedding")  # what the base says of each text, a file each
+BATCH = 64  # texts per call of the base
+BLOCK = 4 * BATCH  # texts per piece of work
 
 
 class Rows(NamedTuple):
@@ -108,51 +113,114 @@ def draw(config: Config, salt: str, k: int, n: int = 1 << 20) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, size=k)
 
 
-def build(config: Config, workdir: Path, cache: Path | None) -> World:
-    """Make the world, computing and caching the base's states on the first call."""
-    stage = Stage(workdir, "data", config.key("data"))
-    loaded = base_model.load(config, cache)
+class Texts(NamedTuple):
+    """The texts of all tasks, before the base has seen them."""
+
+    base: base_model.Base  # the frozen encoder
+    tasks: tuple[task_lib.Task, ...]  # zoo and held-out tasks
+    pool: tuple[task_lib.Task, ...]  # of the task loss
+    texts: list[str]  # N different ones
+    rows: dict[tuple[str, str], Rows]  # (task name, split) -> rows
+    digest: str  # sha256 of the texts
+
+
+def prepare(context: Context) -> Texts:
+    """Load the base and gather every task's texts."""
+    config = context.config
     chosen, pool = choose(config)
     caps = task_lib.Caps(config.train_texts, 40, config.eval_rows // 2)
     texts: dict[str, int] = {}
     rows: dict[tuple[str, str], Rows] = {}
     for task in (*chosen, *pool):
-        found = task_lib.data(task, cache, caps)
+        found = task_lib.data(task, context.cache, caps)
         for split in SPLITS:
             words, labels = getattr(found, split)
             index = [texts.setdefault(w, len(texts)) for w in words]
             rows[task.name, split] = Rows(np.asarray(index, np.int32), np.asarray(labels, np.int32))
-    content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    if not stage.done:
-        compute_states(config, workdir, stage, loaded, list(texts), content)
-    if stage.verify()["content"] != content:
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    base = base_model.load(config, context.cache)
+    return Texts(base, chosen, pool, list(texts), rows, digest)
+
+
+def pieces(context: Context, prepared: Texts) -> list[Piece]:
+    """The frozen lower layers over every text, a block of texts per piece."""
+    return [
+        Piece(f"states_{k:04d}.npz", len(part), functools.partial(_states, context, prepared, k))
+        for k, part in enumerate(_blocks(prepared.texts, BLOCK))
+    ]
+
+
+def _blocks(texts: list[str], size: int) -> list[list[str]]:
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+def _states(context: Context, prepared: Texts, k: int, folder: Path, bar: Progress) -> None:
+    block = prepared.texts[k * BLOCK : (k + 1) * BLOCK]
+    out = []
+    for part in _blocks(block, BATCH):
+        out.append(base_model.states(prepared.base, part, context.config, BATCH))
+        bar.step(len(part))
+    named = dict(zip(ARRAYS, map(np.concatenate, zip(*out, strict=True)), strict=True))
+    save_array(folder / f"states_{k:04d}.npz", **named)
+
+
+def finish(context: Context, prepared: Texts, folder: Path) -> dict[str, Any]:
+    """The blocks as one array each of hidden, mask and embedding."""
+    if context.processes.first:
+        files = sorted(folder.glob("states_*.npz"))
+        for name in ARRAYS:
+            parts = []
+            for file in files:
+                with np.load(file) as block:
+                    parts.append(block[name])
+            np.save(folder / f"{name}.npy", np.concatenate(parts))
+        for file in files:
+            file.unlink()
+        write_json(folder / "settings.json", dataclasses.asdict(context.config))
+    return {"texts": len(prepared.texts), "content": prepared.digest}
+
+
+def read(context: Context, prepared: Texts, done: Done) -> World:
+    """The world, its base states from disk."""
+    config, base = context.config, prepared.base
+    if done.info.get("content") != prepared.digest:
         raise StageError(
-            f"{stage.path}: was made from other texts than the tasks have now; use another"
+            f"{done.path}: was computed from other texts than the tasks have now; use another"
             " --workdir or delete this one"
         )
-    hidden = np.load(stage.path / "hidden.npy")
-    mask = np.load(stage.path / "mask.npy")
-    phrases = sorted(
-        {w for t in (*chosen, *pool) for w in t.class_descriptions}
-        | {w for t in (*chosen, *pool) for side in t.paraphrases for w in side}
-        | {w for t in (*chosen, *pool) for w in t.class_names}
-    )
-    vectors = base_model.embed_texts(loaded, phrases, config.max_length)
-    text = dict(zip(phrases, vectors, strict=True))
+    hidden, mask, embedding = (np.load(done.path / f"{name}.npy") for name in ARRAYS)
+    every = (*prepared.tasks, *prepared.pool)
+    text = phrases(base, every, config.max_length)
     return World(
         config=config,
-        model=loaded.config,
-        upper=base_model.upper(loaded, config),
-        below=base_model.lower_count(loaded, config),
+        model=base.config,
+        upper=base_model.upper(base, config),
+        below=base_model.lower_count(base, config),
         hidden=jnp.asarray(hidden),
         mask=jnp.asarray(mask),
-        embedding=np.load(stage.path / "embedding.npy"),
-        tasks=chosen,
-        pool=pool,
-        rows=rows,
-        heads=make_heads(config, (*chosen, *pool), text, loaded.config.width),
+        embedding=embedding,
+        tasks=prepared.tasks,
+        pool=prepared.pool,
+        rows=prepared.rows,
+        heads=make_heads(config, every, text, base.config.width),
         text=text,
     )
+
+
+def phrases(
+    base: base_model.Base, tasks: Sequence[task_lib.Task], length: int
+) -> dict[str, np.ndarray]:
+    """Base embedding [d] of every description, paraphrase and class name of the tasks."""
+    words = sorted(
+        {w for t in tasks for w in (*t.class_descriptions, *t.class_names)}
+        | {w for t in tasks for side in t.paraphrases for w in side}
+    )
+    return dict(zip(words, base_model.embed_texts(base, words, length), strict=True))
+
+
+def build(config: Config, workdir: Path, cache: Path | None) -> World:
+    """The world alone, computing the base's states on the first call."""
+    return STAGE.run(Context(config, workdir, cache))
 
 
 def choose(config: Config) -> tuple[tuple[task_lib.Task, ...], tuple[task_lib.Task, ...]]:
@@ -182,35 +250,8 @@ def make_heads(
     return np.stack([np.stack([text[w] for w in t.class_descriptions]) for t in tasks])
 
 
-def compute_states(
-    config: Config,
-    workdir: Path,
-    stage: Stage,
-    loaded: base_model.Base,
-    texts: list[str],
-    content: str,
-) -> None:
-    """Run the frozen lower layers over every text once; write hidden, mask and embedding."""
-    folder = stage.open()
-    hidden, masks, vectors = [], [], []
-    size = 64
-    with Progress(workdir, "data", len(texts), "text") as bar:
-        for start in range(0, len(texts), size):
-            part = texts[start : start + size]
-            state, mask, vector = base_model.states(loaded, part, config, size)
-            hidden.append(state)
-            masks.append(mask)
-            vectors.append(vector)
-            bar.step(len(part))
-    np.save(folder / "hidden.npy", np.concatenate(hidden))
-    np.save(folder / "mask.npy", np.concatenate(masks))
-    np.save(folder / "embedding.npy", np.concatenate(vectors))
-    write_json(folder / "settings.json", dataclasses.asdict(config))
-    stage.commit({"texts": len(texts), "content": content})
-
-
 def describe(world: World) -> str:
-    """The stage in a line."""
+    """The world in one line."""
     count = {
         level: len(world.names(level)) for level in dict.fromkeys(t.level for t in world.tasks)
     }
@@ -220,3 +261,15 @@ def describe(world: World) -> str:
         f"{len(world.hidden)} texts of {len(world.tasks)} tasks ({levels}); adapters on the last"
         f" {depth} of {world.model.layers} layers"
     )
+
+
+STAGE = Stage(
+    name="data",
+    inputs=(),
+    unit="text",
+    prepare=prepare,
+    pieces=pieces,
+    finish=finish,
+    read=read,
+    describe=describe,
+)

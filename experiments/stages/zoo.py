@@ -1,11 +1,13 @@
 """Stage `zoo`: LoRA adapters of many tasks and seeds, trained at once over one frozen base.
 
-A run is one (task, seed); chunks of `zoo_chunk` runs are trained together (`zoo_training`) and
-kept one by one, so a killed stage resumes where it stopped.
+A run is one (task, seed). Chunks of `zoo_chunk` runs are trained together (`zoo_training`), and
+each chunk is kept as it is finished.
 """
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora as jl
+from experiments.pipeline import Context, Done, Piece, Stage
 from experiments.progress import Progress
 from experiments.stages.world import World
 from experiments.stages.zoo_training import Run, snapshot_steps, template, train
-from experiments.workdir import Stage, StageError, load_tree, save_tree, write_json
+from experiments.workdir import Folder, StageError, load_tree, save_tree, write_json
 
 PyTree = Any
+MULTITASK_STEPS = 4  # times the steps of one run
 
 
 def plan(world: World) -> list[Run]:
-    """Zoo runs: `zoo_seeds` a seen task, a reference seed for some, every held-out task once."""
+    """Zoo runs: `zoo_seeds` per seen task, a reference seed for some, every held-out task once."""
     config = world.config
     seen = [t.name for t in world.tasks if t.level in ("seen", "user")]
     every = max(1, len(seen) // config.references) if config.references else 1
@@ -38,41 +42,56 @@ def plan(world: World) -> list[Run]:
     return runs
 
 
-def _first(tree: PyTree, count: int) -> PyTree:
-    return jax.tree.map(lambda x: x[:count], tree)
-
-
-def run(world: World, workdir: Path) -> Stage:
-    """The whole stage: every chunk, then the multi-task adapter; returns the committed stage."""
-    config = world.config
-    stage = Stage(workdir, "zoo", config.key("zoo"))
-    if stage.done:
-        return stage
-    folder = stage.open()
+def _chunks(world: World) -> list[list[Run]]:
+    """Runs that are trained at once."""
     runs = plan(world)
-    size = min(config.zoo_chunk, len(runs))
-    chunks = [runs[i : i + size] for i in range(0, len(runs), size)]
+    size = min(world.config.zoo_chunk, len(runs))
+    return [runs[i : i + size] for i in range(0, len(runs), size)]
+
+
+def pieces(context: Context, prepared: None) -> list[Piece]:
+    """A piece per chunk of runs, and one for the multi-task adapter."""
+    world: World = context.products["data"]
+    config, chunks = world.config, _chunks(world)
+    size = len(chunks[0]) * config.zoo_steps
+    out = [
+        Piece(f"chunk_{k:03d}", size, functools.partial(_train_chunk, world, k))
+        for k in range(len(chunks))
+    ]
+    steps = MULTITASK_STEPS * config.zoo_steps
+    return [*out, Piece("multitask", steps, functools.partial(_train_multitask, world))]
+
+
+def _train_chunk(world: World, k: int, folder: Path, bar: Progress) -> None:
+    chunks = _chunks(world)
+    chunk, size = chunks[k], len(chunks[0])
+    # The last chunk is filled up with repeats, so that one compilation serves all.
+    full = [*chunk, *[chunk[-1]] * (size - len(chunk))]
+    work = folder / f"work_{k:03d}"
+    found = train(world, full, world.config.zoo_steps, work, bar)
+    save_tree(folder / f"chunk_{k:03d}", jax.tree.map(lambda x: x[: len(chunk)], found))
+    shutil.rmtree(work)
+
+
+def _train_multitask(world: World, folder: Path, bar: Progress) -> None:
     seen = tuple(t.name for t in world.tasks if t.level in ("seen", "user"))
-    multi_steps = 4 * config.zoo_steps
-    total = len(chunks) * size * config.zoo_steps + multi_steps
-    with Progress(workdir, "zoo", total, "run·step") as bar:
-        for k, chunk in enumerate(chunks):
-            target = folder / f"chunk_{k:03d}"
-            if target.is_dir():
-                bar.step(size * config.zoo_steps)
-                continue
-            # The last chunk is filled up with repeats, so that one compilation serves all.
-            full = [*chunk, *[chunk[-1]] * (size - len(chunk))]
-            out = train(world, full, config.zoo_steps, folder / f"work_{k:03d}", bar)
-            save_tree(target, _first(out, len(chunk)))
-            stage.discard(f"work_{k:03d}")
-        if not (folder / "multitask").is_dir():
-            out = train(world, [Run("multitask", seen, 0)], multi_steps, folder / "work_multi", bar)
-            save_tree(folder / "multitask", out)
-            stage.discard("work_multi")
-    write_json(folder / "runs.json", [[r.name, list(r.tasks), r.seed] for r in runs])
-    stage.commit({"runs": len(runs)})
-    return stage
+    steps = MULTITASK_STEPS * world.config.zoo_steps
+    found = train(world, [Run("multitask", seen, 0)], steps, folder / "work_multi", bar)
+    save_tree(folder / "multitask", found)
+    shutil.rmtree(folder / "work_multi")
+
+
+def finish(context: Context, prepared: None, folder: Path) -> dict[str, Any]:
+    """Which run is which."""
+    runs = plan(context.products["data"])
+    if context.processes.first:
+        write_json(folder / "runs.json", [[r.name, list(r.tasks), r.seed] for r in runs])
+    return {"runs": len(runs)}
+
+
+def run(world: World, workdir: Path) -> Zoo:
+    """The zoo of a world alone: trained on the first call."""
+    return STAGE.run(Context(world.config, workdir, products={"data": world}))
 
 
 class Zoo(NamedTuple):
@@ -94,14 +113,16 @@ class Zoo(NamedTuple):
 
 def read(world: World, workdir: Path) -> Zoo:
     """Load the finished zoo. Raises StageError for damage, missing runs or NaN (named)."""
-    stage = Stage(workdir, "zoo", world.config.key("zoo"))
-    stage.verify()
+    folder = Folder(workdir, "zoo", world.config.key("zoo"))
+    return load(world, Done(folder.path, folder.verify()))
+
+
+def load(world: World, done: Done) -> Zoo:
+    """The zoo of a committed stage. Raises StageError for missing runs or NaN (named)."""
     runs = tuple(plan(world))
-    size = min(world.config.zoo_chunk, len(runs))
     parts, losses = [], []
-    for k, start in enumerate(range(0, len(runs), size)):
-        like = _empty(world, len(runs[start : start + size]))
-        found = load_tree(stage.path / f"chunk_{k:03d}", like)
+    for k, chunk in enumerate(_chunks(world)):
+        found = load_tree(done.path / f"chunk_{k:03d}", _empty(world, len(chunk)))
         parts.append(found["snapshots"])
         losses.append(found["loss"])
     trainable = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
@@ -110,10 +131,10 @@ def read(world: World, workdir: Path) -> Zoo:
         if bad.any():
             where = runs[int(np.argmax(bad))].name
             raise StageError(
-                f"{stage.path}: run '{where}' has NaN or infinity in {jax.tree_util.keystr(path)};"
+                f"{done.path}: run '{where}' has NaN or infinity in {jax.tree_util.keystr(path)};"
                 " lower --zoo_lr or delete the stage's folder and train it again"
             )
-    multi = load_tree(stage.path / "multitask", _empty(world, 1))["snapshots"]
+    multi = load_tree(done.path / "multitask", _empty(world, 1))["snapshots"]
     last = jax.tree.map(lambda x: x[0, -1], multi)
     return Zoo(template(world, world.config.seed), trainable, runs, last, np.concatenate(losses))
 
@@ -126,8 +147,19 @@ def _empty(world: World, runs: int) -> dict[str, Any]:
 
 
 def describe(zoo: Zoo) -> str:
-    """The stage in a line."""
+    """The zoo in one line."""
     return (
         f"{len(zoo.runs)} adapters, training loss {zoo.loss.mean():.3f} (lowest"
         f" {zoo.loss.min():.3f}, highest {zoo.loss.max():.3f}); one multi-task adapter"
     )
+
+
+STAGE = Stage(
+    name="zoo",
+    inputs=("data",),
+    unit="run·step",
+    pieces=pieces,
+    finish=finish,
+    read=lambda context, prepared, done: load(context.products["data"], done),
+    describe=describe,
+)

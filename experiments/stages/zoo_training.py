@@ -88,7 +88,7 @@ def template(world: World, seed: int) -> jl.Adapter:
 
 
 def start_points(world: World, runs: Sequence[Run]) -> PyTree:
-    """Initial trainables [R, ...]: equal for all runs, or one draw a run when `a` is trained."""
+    """Initial trainables [R, ...]: equal for all runs, or one draw per run when `a` is trained."""
     if world.config.canonical == "frozen_A":
         one = template(world, world.config.seed).trainable
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (len(runs), *x.shape)), one)
@@ -185,11 +185,12 @@ def segment(
 
 
 def shard(tree: PyTree, count: int) -> PyTree:
-    """Spread the leading run axis over all devices when they divide it."""
-    devices = jax.device_count()
-    if devices == 1 or count % devices:
+    """Spread the leading run axis over this process's devices when their number divides it."""
+    devices = jax.local_devices()
+    if len(devices) == 1 or count % len(devices):
         return tree
-    mesh = jax.make_mesh((devices,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), ("runs",), axis_types=auto, devices=devices)
     place = NamedSharding(mesh, PartitionSpec("runs"))
     return jax.tree.map(lambda x: jax.device_put(x, place), tree)
 

@@ -11,17 +11,24 @@ to ``docs/results/claims``. Base models and corpora are pinned packages, downloa
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jlora import registry
+from jlora.io.json_file import read_json
+from jlora.types import Dynamic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 with a message for what is refused."""
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora claims`; None: those of the process.
+
+    Returns:
+      The exit status: 0, or 2 with a message for what is refused.
+    """
     parser = argparse.ArgumentParser(
         "jlora claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,17 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def listed(runner: Any, root: Path) -> str:
-    """A line per claim: verdict and age of its record."""
+def listed(runner: Dynamic, root: Path) -> str:
+    """A line per claim: verdict and age of its record.
+
+    Args:
+      runner: the module `experiments.claims.runner`.
+      root: the repository.
+
+    Returns:
+      The text.
+    """
     lines = []
     for name in runner.names():
         path = root / registry.RECORDS / f"{name}.json"
         if not path.is_file():
             lines.append(f"{name}: has not been run")
             continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        fresh = record["claim_sha256"] == runner.sha256(name)
-        old = "" if fresh else "  (the claim file has changed since: run it again)"
+        record = read_json(path)
+        files = ", ".join(registry.changed(name, runner.FOLDER.parents[1], record))
+        old = f"  ({files}: changed since; run it again)" if files else ""
         lines.append(runner.summary(record) + old)
     return "\n".join(lines) or "no claims"
 

@@ -29,7 +29,14 @@ from jlora.io import FormatError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 with a message for what is refused."""
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora convert`; None: those of the process.
+
+    Returns:
+      The exit status: 0, or 2 with a message for what is refused.
+    """
     parser = argparse.ArgumentParser(
         "jlora convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> str:
-    """One conversion; what was written, in a line."""
+    """Converts one adapter.
+
+    Args:
+      args: as the parser of `main` gives them.
+
+    Returns:
+      What was written, in a line.
+
+    Raises:
+      FormatError: a kohya file without a base.
+      ValueError: what writers refuse, with the target's path.
+    """
     source, target = args.source, args.target
     kind = args.source_format or files.detect(source)
     names = files.names_of(args.names, args.module_prefix)

@@ -7,17 +7,16 @@ directory of the base model, or the shapes of the LoRA factors in the file itsel
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from jlora import io
+from jlora.cli.merge import documents
 from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
 from jlora.cli.merge.config import NAMES, PLAIN
@@ -25,8 +24,10 @@ from jlora.cli.merge.layout import site_of
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
 from jlora.io import FormatError, NameMap
+from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG
 from jlora.io.safetensors_file import header
+from jlora.types import Dynamic
 
 Format = Literal["peft", "orbax", "kohya", "diffusers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -48,6 +49,9 @@ def detect(path: Path) -> Format:
 
     Args:
       path: a directory or a safetensors file.
+
+    Returns:
+      Its name.
 
     Raises:
       FormatError: there is nothing, or nothing that is known.
@@ -72,6 +76,9 @@ def start_of(path: Path, kind: Format, given: str | None) -> str:
       kind: its format; "" is returned for directories.
       given: what the user wants, or None: the only one in the file.
 
+    Returns:
+      The prefix or component; "" for directories.
+
     Raises:
       FormatError: nothing is given and the file holds several, which are named.
     """
@@ -92,12 +99,16 @@ def names_of(value: str | None, prefix: str = "") -> NameMap:
     """A name map by the word of a command line.
 
     Args:
-      value: the name of a built-in map, a JSON or YAML file ``{pattern: template, ...}``, or None:
-        sites are called as the torch modules.
+      value: the name of a built-in map; a JSON or YAML file ``{pattern: template, ...}``, or of
+        ``pattern: [template, kinds]``; or None: sites are called as the torch modules.
       prefix: put before every module name.
 
+    Returns:
+      The map from paths of sites to torch modules.
+
     Raises:
-      FormatError: the file is not a mapping from text to text.
+      FormatError: the file is no name map.
+      ConfigError: it is no YAML.
       ValueError: neither a built-in map nor a file.
     """
     if value is None:
@@ -108,10 +119,11 @@ def names_of(value: str | None, prefix: str = "") -> NameMap:
     path = Path(value)
     if not path.is_file():
         raise ValueError(f"names: got {value!r}, expected a file or one of {', '.join(NAMES)}")
-    rules = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(rules, Mapping) or not all(isinstance(v, str) for v in rules.values()):
-        raise FormatError(path, f"got {type(rules).__name__}, expected {{pattern: template}}")
-    return NameMap({str(k): v for k, v in rules.items()}, prefix)
+    rules = documents.read(path)
+    try:
+        return NameMap(rules, prefix)
+    except ValueError as error:
+        raise FormatError(path, str(error)) from error
 
 
 def inferred(path: Path, kind: Format, start: str) -> list[Site]:
@@ -121,6 +133,9 @@ def inferred(path: Path, kind: Format, start: str) -> list[Site]:
       path: the file.
       kind: its format.
       start: the kohya prefix with its underscore, or the diffusers component with its dot.
+
+    Returns:
+      One site per module.
 
     Raises:
       FormatError: no LoRA factors below `start`.
@@ -168,7 +183,7 @@ def read(
     if kind == "orbax":
         return io.restore_adapter(path), {}
     if like is not None:
-        where: Any = [site for site, _ in like.sites]
+        where: Dynamic = [site for site, _ in like.sites]
     elif base is not None:
         where = base.params()
     elif kind == "peft":
@@ -194,7 +209,15 @@ def write(
     base_model_name: str | None = None,
     task_type: str | None = None,
 ) -> None:
-    """Writes an adapter; see `read` for the arguments.
+    """Writes an adapter.
+
+    Args are those of `read`.
+
+    Args:
+      adapter: the adapter.
+      extras: weights of the base model that are written along, by torch name; PEFT only.
+      base_model_name: what a PEFT directory names as its base; None: nothing.
+      task_type: PEFT's task; None: none.
 
     Raises:
       FormatError: the format has no words for what the adapter is, or for `extras`.
@@ -219,6 +242,9 @@ def whole_file(path: Path, overwrite: bool) -> Iterator[Path]:
       path: the target.
       overwrite: whether a file that is there may be replaced.
 
+    Returns:
+      The path to write to.
+
     Raises:
       FormatError: something is there that may not be replaced: without `overwrite` anything, else a
         folder or a link.
@@ -238,9 +264,16 @@ def whole_file(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def base_name(path: Path) -> tuple[str | None, str | None]:
-    """(base model, task type) that a PEFT directory names; (None, None) for other formats."""
+    """What a PEFT directory says of its base.
+
+    Args:
+      path: of an adapter of any format.
+
+    Returns:
+      (base model, task type); (None, None) for other formats.
+    """
     file = path / CONFIG
     if not file.is_file():
         return None, None
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = peft_config.read(file)
     return config.get("base_model_name_or_path"), config.get("task_type")

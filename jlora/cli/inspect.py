@@ -4,6 +4,9 @@
     jlora inspect runs/bank --plot bank.png        norms by site, spectra, similarity of a bank
     jlora inspect adapters/math --sort norm --top 10
     jlora inspect adapters/dora --base models/base   norms of methods that read the weight
+    jlora inspect adapters/math --check-names params.safetensors --names gemma
+                                                   whether it fits a parameter tree: what matches
+                                                   nothing, with the nearest names (check_names.py)
 
 For every site: method, shape, rank, alpha, number of trained parameters, Frobenius norm of the
 delta, its largest singular value, and its stable rank (|D|_F^2 / s_1^2: how many directions carry
@@ -17,20 +20,20 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jlora import algebra, io
-from jlora.cli import files
+from jlora.cli import check_names, files
 from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
 from jlora.core.adapter import Adapter
 from jlora.core.merge import delta
-from jlora.core.method import Method
+from jlora.core.method import Method, innermost
 from jlora.io import FormatError
 from jlora.merging.convert import factored
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,26 @@ class Row:
 
 
 def rank_of(method: Method) -> int | None:
-    """The rank of a method, or of the one that it wraps."""
-    inner = getattr(method, "method", method)
-    return getattr(inner, "rank", None)
+    """The rank of a method, or of the one that it wraps.
+
+    Args:
+      method: of a site.
+
+    Returns:
+      None for methods without a rank.
+    """
+    return getattr(innermost(method), "rank", None)
 
 
 def bank_size(adapter: Adapter) -> int | None:
-    """How many adapters a bank holds; None for a single adapter."""
+    """How many adapters a bank holds.
+
+    Args:
+      adapter: an adapter or a bank.
+
+    Returns:
+      N; None for a single adapter.
+    """
     for site, _ in adapter.sites:
         own = {**adapter.frozen.get(site.path, {}), **adapter.trainable.get(site.path, {})}
         if "scale" in own:  # one number per stack slice
@@ -66,12 +82,15 @@ def bank_size(adapter: Adapter) -> int | None:
     return None
 
 
-def rows(adapter: Adapter, dense: dict[str, Any] | None = None) -> list[Row]:
+def rows(adapter: Adapter, dense: dict[str, Dynamic] | None = None) -> list[Row]:
     """One row per site.
 
     Args:
       adapter: an adapter or a bank.
       dense: path -> delta [*stack, d_in, d_out] of sites whose delta has no factors, where known.
+
+    Returns:
+      One row per site, in their order.
     """
     size, out = bank_size(adapter), []
     for site, method in adapter.sites:
@@ -111,7 +130,7 @@ def _mean(x: np.ndarray) -> float:
     return float(np.mean(x))
 
 
-def _spectrum(one: Adapter, bank: bool, dense: Any) -> np.ndarray | None:
+def _spectrum(one: Adapter, bank: bool, dense: Dynamic) -> np.ndarray | None:
     """Singular values [..., k] of the only site of `one`; None without factors or a dense delta."""
     if dense is not None:
         return np.linalg.svd(np.asarray(dense, np.float64), compute_uv=False)
@@ -124,7 +143,14 @@ def _spectrum(one: Adapter, bank: bool, dense: Any) -> np.ndarray | None:
 
 
 def similarity(adapter: Adapter) -> np.ndarray | None:
-    """The cosines [N, N] of a bank; None for one adapter, or without factors."""
+    """The cosines of a bank.
+
+    Args:
+      adapter: an adapter or a bank.
+
+    Returns:
+      [N, N]; None for one adapter, or without factors.
+    """
     if bank_size(adapter) is None:
         return None
     try:
@@ -134,7 +160,14 @@ def similarity(adapter: Adapter) -> np.ndarray | None:
 
 
 def table(found: Sequence[Row]) -> str:
-    """The rows as aligned text."""
+    """The rows as aligned text.
+
+    Args:
+      found: one row per site.
+
+    Returns:
+      The text.
+    """
     head = ("site", "method", "shape", "rank", "alpha", "parameters", "norm", "s1", "stable rank")
     lines = [
         (
@@ -166,7 +199,12 @@ def _text(value: float | None) -> str:
 
 
 def plot(found: Sequence[Row], cosines: np.ndarray | None, path: Path) -> None:
-    """Norms by site, spectra, and the similarity of a bank, as one picture.
+    """Writes norms by site, spectra, and the similarity of a bank as one picture.
+
+    Args:
+      found: one row per site.
+      cosines: [N, N] of a bank; None: no such panel.
+      path: of the picture; the suffix is its format.
 
     Raises:
       ValueError: matplotlib is not installed.
@@ -201,7 +239,14 @@ def plot(found: Sequence[Row], cosines: np.ndarray | None, path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 with a message for what is refused."""
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora inspect`; None: those of the process.
+
+    Returns:
+      The exit status: 0, or 2 with a message for what is refused.
+    """
     parser = argparse.ArgumentParser(
         "jlora inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -213,8 +258,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, help="only the first rows")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--plot", type=Path, help="write a picture: .png, .pdf or .svg")
+    parser.add_argument(
+        "--check-names", "--check_names", type=Path, metavar="TREE",
+        help="parameters that the adapter is for: a safetensors file, an Orbax checkpoint, or JSON "
+        "{path: [dtype, *shape]}; exit status 1 where something of the file has no place in them",
+    )  # fmt: skip
+    parser.add_argument("--names", help="a built-in name map (llama, ...) or a YAML file")
     args = parser.parse_args(argv)
     try:
+        if args.check_names:
+            return _check_names(args)
+        if args.names:
+            raise ValueError("--names: got it without --check-names, expected both")
         print(run(args))
     except (FormatError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -222,8 +277,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_names(args: argparse.Namespace) -> int:
+    """Prints what matches nothing; 1 where the file cannot be read for the tree."""
+    kind = files.detect(args.path)
+    start = files.start_of(args.path, kind, args.prefix if kind == "kohya" else args.component)
+    names = files.names_of(args.names)
+    found = check_names.check(args.path, check_names.tree_of(args.check_names), names, start)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found.text())
+    return 0 if found.good else 1
+
+
 def run(args: argparse.Namespace) -> str:
-    """The text that the command prints; writes the plot."""
+    """Inspects one adapter; writes the plot.
+
+    Args:
+      args: as the parser of `main` gives them.
+
+    Returns:
+      The text that is printed.
+    """
     kind = files.detect(args.path)
     base = Base(args.base) if args.base else None
     names = files.names_of(None)
@@ -247,7 +319,7 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join([table(shown), "", _summary(kind, size, found, extras, cosines)])
 
 
-def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, Any]:
+def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, Dynamic]:
     """Deltas of sites without factors, from the base's weights."""
     if base is None or bank_size(adapter) is not None:
         return {}
@@ -263,7 +335,7 @@ def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, 
 
 
 def _summary(
-    kind: str, size: int | None, found: Sequence[Row], extras: Any, cosines: np.ndarray | None
+    kind: str, size: int | None, found: Sequence[Row], extras: Dynamic, cosines: np.ndarray | None
 ) -> str:
     what = f"bank of {size} adapters" if size else "adapter"
     methods = ", ".join(sorted({r.method for r in found}))

@@ -14,7 +14,11 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The commands with a line each."""
+    """The commands.
+
+    Returns:
+      A line for each.
+    """
     lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: jlora COMMAND [options]", "", *lines, "", "jlora COMMAND --help"])
 

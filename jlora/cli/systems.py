@@ -11,13 +11,17 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from jlora import registry
+from jlora.types import Dynamic
 
 
-def entries() -> list[dict[str, Any]]:
-    """One entry per system, then one per row of the work list that no system serves."""
+def entries() -> list[dict[str, Dynamic]]:
+    """One entry per system, then one per row of the work list that no system serves.
+
+    Returns:
+      Dictionaries for JSON.
+    """
     root = registry.checkout()
     rows = registry.work_list(root)
     out = []
@@ -47,13 +51,24 @@ def entries() -> list[dict[str, Any]]:
 
 
 def counted() -> dict[str, int]:
-    """How many rows of the work list are in each state."""
+    """How many rows of the work list are in each state.
+
+    Returns:
+      {state: count}, the most frequent first.
+    """
     rows = registry.work_list(registry.checkout())
     return dict(Counter(r.state.name for r in rows).most_common())
 
 
-def table(chosen: Sequence[dict[str, Any]]) -> str:
-    """The entries as aligned text, one line each."""
+def table(chosen: Sequence[dict[str, Dynamic]]) -> str:
+    """The entries as text.
+
+    Args:
+      chosen: of `entries`.
+
+    Returns:
+      A line for each.
+    """
     head = ("system", "row", "family", "kind", "state", "paper", "what is missing")
     lines = [
         (
@@ -78,7 +93,14 @@ def table(chosen: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table; 1 when no entry matches."""
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora systems`; None: those of the process.
+
+    Returns:
+      The exit status.
+    """
     parser = argparse.ArgumentParser(prog="jlora systems", description="systems and their state")
     parser.add_argument("words", nargs="*", help="only lines that contain one of these words")
     parser.add_argument("--all", action="store_true", help="absent rows of the work list too")

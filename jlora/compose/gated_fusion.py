@@ -4,11 +4,12 @@
 y            output of the base, x W, [..., d_out]
 l_n          output of adapter n, x u_n v_n (frozen)
 w, b         trained gates of one site, each [d_out]; w_out is 1 at the start
+s_n          strength of adapter n, from the context; 1 where it has none
 ===========  ==================================================================
 
 .. math:: g_n = \\sigma\\bigl(w_b \\odot \\bar y + w_l \\odot \\bar l_n
           + w_x \\odot \\bar y \\odot \\bar l_n + b\\bigr), \\qquad
-          y' = y + \\sum_n w_{out} \\odot g_n \\odot l_n
+          y' = y + \\sum_n s_n \\, w_{out} \\odot g_n \\odot l_n
 
 with bars for layer norm. The gates see the activation, so time and context enter through it; the
 adapters share one set of gates, so their order and number do not matter, and with large b and
@@ -16,7 +17,8 @@ w_out = 1 the result is the plain sum of the adapters.
 
 Paper: AutoLoRA 2025, arXiv:2508.02107.
 Source: official code (DiffSynth-Studio), for the maths.
-Deviates: the gates start small (0.02 N(0, 1); there N(0, 1)).
+Deviates: the gates start small (0.02 N(0, 1); there N(0, 1)); strengths, which may change from step
+to step of a denoising loop, do not enter the gates.
 """
 
 import dataclasses
@@ -27,36 +29,73 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jlora.contracts.composition import Composition, Denoiser
 from jlora.core.adapter import Adapter
 from jlora.core.init import key_of
+from jlora.core.lift import lift
 from jlora.core.method import Method
 from jlora.core.site import Arrays
 from jlora.merging.engine.inputs import gather
-from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
 class GatedFusion(Method):
-    """Frozen `u` [N, d_in, R], `v` [N, R, d_out]; trained `base`, `own`, `both`, `bias`, `out`."""
+    """Frozen `u` [N, d_in, R], `v` [N, R, d_out]; trained `base`, `own`, `both`, `bias`, `out`.
+
+    Strengths [N] may come in `ctx["strength"]`.
+    """
 
     adapters: int
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
-        """x [..., d_in] -> [..., d_out]."""
+        """x [..., d_in] -> [..., d_out].
+
+        Raises ValueError: ctx["strength"] is not [N].
+        """
         y, (n, d_in, r) = x @ w, p["u"].shape
+        strength = jnp.asarray(ctx.get("strength", jnp.ones(n, y.dtype)))
+        if strength.shape != (n,):
+            raise ValueError(f"ctx['strength']: got shape {strength.shape}, expected ({n},)")
         h = x @ jnp.moveaxis(p["u"], 0, 1).reshape(d_in, n * r).astype(y.dtype)
         parts = jnp.einsum(
             "...nr,nro->...no", h.reshape(*h.shape[:-1], n, r), p["v"].astype(h.dtype)
         )
-        return y + fuse(p, y, parts)
+        return y + fuse(p, y, parts, strength)
 
 
-def fuse(p: Arrays, y: Array, parts: Array) -> Array:
-    """What is added to y [..., d_out] of the outputs of the adapters [..., N, d_out]."""
+def fuse(p: Arrays, y: Array, parts: Array, strength: Array) -> Array:
+    """What is added to y [..., d_out] of the outputs of the adapters [..., N, d_out].
+
+    Args:
+      p: the gates of the site.
+      y: output of the base.
+      parts: outputs of the adapters.
+      strength: [N], how much of each counts after its gate.
+    """
     base, own = _norm(y)[..., None, :], _norm(parts)
     w = {k: _row(p[k], parts.ndim).astype(parts.dtype) for k in ("base", "own", "both", "bias")}
     gate = jax.nn.sigmoid(w["base"] * base + w["own"] * own + w["both"] * base * own + w["bias"])
+    parts = parts * _row(strength, y.ndim)[..., None].astype(parts.dtype)
     return _row(p["out"], y.ndim).astype(y.dtype) * jnp.sum(gate * parts, axis=-2)
+
+
+def denoise(
+    model: Denoiser, params: Any, gates: Adapter, strength: Array, z: Array, t: Array
+) -> Array:
+    """One prediction of a denoiser in which gates fuse the adapters.
+
+    Args:
+      model: (params, z, t) -> prediction.
+      params: weights of the base.
+      gates: of `gated`.
+      strength: of each adapter, [N].
+      z: the noisy sample.
+      t: its time.
+
+    Returns:
+      The prediction, as z.
+    """
+    return lift(model)(params, gates, z, t, ctx={"strength": strength})
 
 
 def gated(
@@ -92,7 +131,7 @@ def _row(x: Array, ndim: int) -> Array:
     return x.reshape(*[1] * (ndim - 1), -1)
 
 
-SYSTEM = System(
+SYSTEM = Composition(
     name="AutoLoRA: gated fusion",
     paper="2025, 2508.02107",
     symbol="gated",
@@ -100,4 +139,7 @@ SYSTEM = System(
     rows=(6,),
     tests=("", "tests/retrieval/weight_encoder_test.py"),
     missing="gates over the steps of a diffusion base",
+    breaks={"single": "gates at the start let about half of an adapter through"},
+    prepare=lambda adapters: gated(jax.random.key(0), adapters),
+    denoise=denoise,
 )

@@ -33,11 +33,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jlora.contracts.composition import Composition, Denoiser
 from jlora.core.adapter import Adapter
+from jlora.core.lift import lift
 from jlora.core.method import Method
 from jlora.core.site import Arrays
 from jlora.merging.engine.inputs import gather
-from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +106,36 @@ def penalty(alpha: Array, strength: float = 1.0) -> Array:
     return (jnp.mean(alpha) - strength / n) ** 2 + (jnp.mean(alpha[..., -1]) - strength) ** 2
 
 
+def denoise(
+    model: Denoiser, params: Any, skills: Adapter, alpha: Array, z: Array, t: Array
+) -> Array:
+    """One prediction of a denoiser in whose weights the skills are composed.
+
+    Args:
+      model: (params, z, t) -> prediction.
+      params: weights of the base.
+      skills: of `compose`.
+      alpha: how much of each skill, [N].
+      z: the noisy sample.
+      t: its time.
+
+    Returns:
+      The prediction, as z.
+    """
+    return lift(model)(params, skills, z, t, ctx={"alpha": alpha})
+
+
 def _row(x: Array, ndim: int) -> Array:
     return x.reshape(*[1] * (ndim - 1), -1)
 
 
-SYSTEM = System(
+SYSTEM = Composition(
     name="PSEC",
     paper="Liu 2025, 2502.05932",
     symbol="compose",
     evidence="merged weights row by row; parameters compose what outputs cannot; mutation check",
     rows=(49,),
     missing="a diffusion policy in a simulator",
+    prepare=compose,
+    denoise=denoise,
 )

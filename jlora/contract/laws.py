@@ -20,15 +20,21 @@ from jlora.contract.case import (
     ROUNDING,
     SHAPES,
     Case,
+    block,
     cast,
     close,
     projected,
+    projected_apart,
     scaled,
     scanned,
+    unrolled,
 )
 from jlora.core.adapter import Adapter, stack
+from jlora.core.block import BlockMethod
+from jlora.core.context import per_layer
 from jlora.core.evaluate import DenseWeightError
-from jlora.core.method import Method
+from jlora.core.method import Method, Wrapper
+from jlora.core.site import Arrays
 from jlora.core.sites import init
 from jlora.io import load_peft, save_peft
 from jlora.io.peft.tables import table_of
@@ -195,7 +201,9 @@ def dtypes_kept(case: Case) -> None:
 def precise(case: Case) -> None:
     """whatever dtypes base, adapter and activation have, it is what float64 merges"""
     kinds = list(ROUNDING)
-    name, model = ("gain", scaled) if type(case.method).vectors else ("up", projected)
+    apart = isinstance(case.method, BlockMethod)
+    model = projected_apart if apart else projected
+    name, model = ("gain", scaled) if type(case.method).vectors else ("up", model)
     # nine trials, in which every pair of dtypes occurs
     trials = [(b, a, kinds[(i + j) % 3]) for i, b in enumerate(kinds) for j, a in enumerate(kinds)]
     if not case.merges:  # what a router chooses may depend on how the activation is rounded
@@ -258,6 +266,38 @@ def gradients_nonzero(case: Case) -> None:
             assert np.all(live), f"no gradient: {jax.tree_util.keystr(path)}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Gated(Wrapper):
+    """`method` where ctx["gate"] is 1, the base where it is 0."""
+
+    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> jax.Array:
+        out = self.method.apply(x, w, p, ctx)
+        tuned, plain = out[0] if isinstance(out, tuple) else out, x @ w
+        return plain + ctx["gate"].astype(tuned.dtype) * (tuned - plain)
+
+
+def context_per_layer(case: Case) -> None:
+    """a side input with a value for each layer reaches the layer that it is for"""
+    if type(case.method).vectors or isinstance(case.method, BlockMethod):
+        return  # a vector has no `apply`, and a block's method none of its own
+    adapter = case.noisy[0]
+    gated = adapter.replace(sites=tuple((s, Gated(m)) for s, m in adapter.sites))
+    ctx = {**case.ctx, "gate": per_layer(jnp.asarray([1.0, 0.0]))}
+    base = jax.tree.map(lambda w: w[1], case.params["layers"])
+
+    def first(params: Any, x: Any) -> Any:  # the second layer is not of the parameters
+        x = block(x, jax.tree.map(lambda w: w[0], params["layers"]))
+        return block(x, base) @ params["head"]
+
+    def run(adapter, gated):
+        both = [case.lift(m)(case.params, gated, case.x, ctx=ctx) for m in (scanned, unrolled)]
+        return both, case.forward(adapter, model=first)
+
+    both, want = case.jit(run)(adapter, gated)
+    for got in both:
+        close(got, want)
+
+
 LAWS: dict[str, Callable[[Case], None]] = {
     "L1": empty,
     "L2": identity,
@@ -273,6 +313,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "L12": dtypes_kept,
     "L13": gradients_nonzero,
     "L14": precise,
+    "L15": context_per_layer,
 }
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.bank import Banked
-from jlora.core.method import Method
+from jlora.core.method import Method, rank_of, with_rank
 from jlora.core.site import Arrays, Site
 
 
@@ -56,8 +56,8 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     ranks = {}
     for i, (site, _) in enumerate(first.sites):
         same = [a.sites[i][1] for a in adapters]
-        top = max(same, key=lambda m: getattr(getattr(m, "method", m), "rank", 0))
-        if any(_with_rank(m, top) != top for m in same):
+        top = max(same, key=rank_of)
+        if any(with_rank(m, rank_of(top)) != top for m in same):
             raise ValueError(f"{site.path}: methods differ in more than rank: {same}")
         ranks[site.path] = top
     return Adapter(
@@ -65,14 +65,6 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
         _stack_part([a.frozen for a in adapters], ranks),
         tuple((site, ranks[site.path]) for site, _ in first.sites),
     )
-
-
-def _with_rank(method: Any, top: Any) -> Any:
-    """`method`, or the one that it wraps, of the rank of `top`."""
-    if hasattr(method, "method"):
-        return dataclasses.replace(method, method=_with_rank(method.method, top.method))
-    ranked = hasattr(method, "rank") and hasattr(top, "rank")
-    return dataclasses.replace(method, rank=top.rank) if ranked else method
 
 
 def _stack_part(parts, methods):

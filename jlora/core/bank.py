@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.core.site import InitContext
+
 
 class Banked:
     """Base of `Adapter`."""
@@ -90,10 +92,12 @@ class Banked:
 def _axes(site: Any, method: Any, shared: Any, siblings: Any) -> dict[str, int]:
     """{name: number of axes} of what `method.init` makes at a site; {} where it needs more."""
 
-    def init(key, w):
-        return method.init(key, site.given(w, shared, siblings))
+    single = site.slice()
 
-    w = jax.ShapeDtypeStruct(site.slice().shape, site.dtype)
+    def init(key, w):
+        return method.init(key, single, InitContext(single, w, 0, shared, siblings))
+
+    w = jax.ShapeDtypeStruct(single.shape, site.dtype)
     try:
         made = jax.eval_shape(init, jax.random.key(0), w)
     except Exception:  # a method whose arrays init does not make, or that reads values

@@ -73,26 +73,26 @@ class _Context(Mapping):
 def reads_context(scope: Any, w: Lazy) -> bool:
     """Whether the method's `apply` is more than x @ merge(w, p) here: reads `ctx`, or reports."""
     method = w.method
-    if method is None or not (scope.ctx or scope.reporting):
+    if method is None or not (scope.visible(w) or scope.reporting):
         return False
     if type(method).apply is Method.apply:
         return False
-    ctx, n = _Context(scope.ctx), len(w.of("s"))
+    ctx, n = _Context(scope.visible(w)), len(w.of("s"))
 
     def one(x):
-        own = jax.tree.map(lambda t: t[(0,) * n], w.own)
+        own = jax.tree.map(lambda t: t[(0,) * n], w.parameters())
         m = w.matrix()[(0,) * n]
         matrix = leaf(m, Site(w.site.path, m.shape, "io", m.dtype), method, own, w.shared)
         y = method.apply(x, Weight(matrix, None, x), {**w.shared, **own}, ctx)
-        return isinstance(y, tuple)
+        return len(y) if isinstance(y, tuple) else 1  # with reports, with what it publishes
 
     x = jax.ShapeDtypeStruct((1, w.size("i")), w.dtype)
-    reports: list[bool] = []
+    parts: list[int] = []
     try:
-        jax.eval_shape(lambda x: reports.append(one(x)), x)
+        jax.eval_shape(lambda x: parts.append(one(x)), x)
     except Exception:  # x has other axes than the context is for: it has been read
         return True
-    return ctx.read or (scope.reporting and reports[0])
+    return ctx.read or parts[0] > 2 or (scope.reporting and parts[0] > 1)
 
 
 def delta(scope: Any, w: Any) -> Grid | jax.Array | None:
@@ -111,11 +111,12 @@ def delta(scope: Any, w: Any) -> Grid | jax.Array | None:
 
     for _ in range(stack):
         factors = jax.vmap(factors)
-    uv = factors(w.own)
+    uv = factors(w.parameters())
     if kinds is None and uv is not None:
         return None
-    if reads_context(scope, w) and (uv is None or _of_factors(w.method, uv, stack) is None):
-        return None
+    if reads_context(scope, w):  # per-site side inputs have the axes of the leaf, not of the view
+        if w.side() or uv is None or _of_factors(w.method, uv, stack) is None:
+            return None
     if uv is not None and kinds is not None:
         return Grid(kinds, _spread(w, uv[0], "i"), _spread(w, jnp.swapaxes(uv[1], -1, -2), "o"))
     return w.merged() if w.method.merges else None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Bound, Site
+from jlora.core.site import Arrays, InitContext, Site
 
 
 def key_of(key: jax.Array, text: str) -> jax.Array:
@@ -51,16 +51,18 @@ def _init_site(key, site, method, weights, members, common):
     w = w.dequantize() if hasattr(w, "dequantize") else w
     w = None if isinstance(w, jax.ShapeDtypeStruct) else w
 
-    def one(key, row, w):
-        return method.init(key, site.slice(Bound(w, row, common, members)))
+    single = site.slice()
+
+    def one(key, index, w):
+        return method.init(key, single, InitContext(single, w, index, common, members))
 
     if not site.stack:
         return one(key, 0, w)
     n, axes = math.prod(site.stack), [k for k, c in enumerate(site.kinds) if c == "s"]
     if w is not None:
-        w = jnp.moveaxis(w, axes, range(len(axes))).reshape(n, *site.slice().shape)
-    rows = jnp.arange(n, dtype=jnp.int32)
+        w = jnp.moveaxis(w, axes, range(len(axes))).reshape(n, *single.shape)
+    steps = jnp.arange(n, dtype=jnp.int32)
     made = jax.vmap(one, in_axes=(0, 0, None if w is None else 0))(
-        jax.random.split(key, n), rows, w
+        jax.random.split(key, n), steps, w
     )
     return jax.tree.map(lambda t: t.reshape(*site.stack, *t.shape[1:]), made)

@@ -25,6 +25,8 @@ from jlora.core.site import (
     unfold,
 )
 
+SIDE = "ctx:"  # prefix of the side inputs of a site among its arrays
+
 
 class Atom(NamedTuple):
     """A piece of an axis of the leaf."""
@@ -40,7 +42,7 @@ class Lazy:
     """`base` seen through a view, to be merged with `own` and `shared` only by whoever must."""
 
     base: Any  # array in the current layout, not yet cast; or something with `dequantize()`
-    own: Arrays  # arrays of the method [*stack atoms left, ...]
+    own: Arrays  # arrays of the method and side inputs, [*stack atoms left, ...]
     shared: Arrays  # arrays of the method without stack axes
     site: Site = dataclasses.field(metadata={"static": True})
     method: Method | None = dataclasses.field(metadata={"static": True})  # None: the base alone
@@ -115,16 +117,25 @@ class Lazy:
             transposed(w, inverse_permutation(order)), "".join(atom.kind for atom in self.atoms)
         )
 
+    def parameters(self) -> Arrays:
+        """The arrays of the method alone."""
+        return {name: t for name, t in self.own.items() if not name.startswith(SIDE)}
+
+    def side(self) -> Arrays:
+        """The side inputs of this site (`jlora.core.context`)."""
+        return {name[len(SIDE) :]: t for name, t in self.own.items() if name.startswith(SIDE)}
+
     def prepared(self) -> Arrays:
         """The arrays of the method, prepared for it; of a weight without stack axes."""
         assert self.method is not None
-        return self.method.prepare({**self.shared, **self.own})
+        return self.method.prepare({**self.shared, **self.parameters()})
 
     def merged(self) -> jax.Array:
         """merge(w, p) in the current view: dense, in the current dtype."""
         if self.method is None:
             return self.view()
-        w = merged(self.method, self.matrix(), self.own, self.shared, len(self.of("s")))
+        stack = len(self.of("s"))
+        w = merged(self.method, self.matrix(), self.parameters(), self.shared, stack)
         w = unfold(w, "".join(a.kind for a in self.atoms), [a.size for a in self.atoms])
         w = transposed(w, [a for d in self.dims for a in d])
         return self.cast(w.reshape(self.shape).astype(self.base.dtype))

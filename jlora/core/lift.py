@@ -15,14 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora.core import compat
 from jlora.core.adapter import Adapter
+from jlora.core.context import side_inputs
 from jlora.core.evaluate import DenseWeightError as DenseWeightError
 from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import leaf
 from jlora.core.rules import RULES
-from jlora.core.site import Site
+from jlora.core.site import Arrays, Site
+from jlora.core.unread import check_reads
 
 
 def flatten(params: Any) -> tuple[dict[str, Any], Any]:
@@ -72,6 +75,12 @@ def check(arrays: Mapping[str, Any], adapter: Adapter) -> None:
         got = tuple(arrays[site.path].shape)
         if got != site.shape:
             raise ValueError(f"{site.path}: got shape {got}, expected {site.shape}")
+        dtype = arrays[site.path].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{site.path}: got {jnp.dtype(dtype).name}, expected a floating array, or a leaf "
+                "with dequantize() as of jl.quantize"
+            )
         scale = adapter.frozen.get(site.path, {}).get("scale")
         if scale is not None and scale.shape != site.stack:
             raise ValueError(
@@ -98,21 +107,9 @@ def _given(adapter: Any) -> Adapter:
     return check_adapter(adapter)
 
 
-def check_read(jaxpr: Any, arrays: Mapping[str, Any], adapter: Adapter) -> None:
-    """Raises ValueError where a function uses none of the weights that the adapter changes."""
-    jaxpr, _ = compat.opened(jaxpr)
-    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-    used = {path for path, v in zip(arrays, jaxpr.invars, strict=True) if id(v) in read}
-    sites = [site.path for site, _ in adapter.sites]
-    if sites and not used.intersection(sites):
-        raise ValueError(
-            f"the function reads none of the adapter's weights, {sites[:5]}, from its params: it "
-            "may hold copies of its own (a closure, a bound method); take them from its first "
-            "argument"
-        )
-
-
-def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callable:
+def lift(
+    fn: Callable, *, aux: bool = False, on_dense: str = "error", unread: str = "error"
+) -> Callable:
     """`fn(params, *args)` -> `tuned(params, adapter, *args, ctx=None)`, equal on merged weights.
 
     Args:
@@ -121,20 +118,25 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
         leading axis of steps, a site's second use in one scope is called "path#2".
       on_dense: "error" refuses an operation for which a weight must be merged; "merge" merges
         it there.
+      unread: "error" refuses an adapter with weights that `fn` never reads from its parameters, as
+        where it closes over copies of its own; "allow" is for a part of a model (one encoder).
 
     Returns:
       A function of (params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs).
       `adapter` may be empty ({} or None). `ctx` is a dict of side inputs for the methods (`key`
-      for dropout, token masks, ...). `fn` is called as fn(params, *args, **kwargs,
+      for dropout, token masks, ...); `PerSite` and `per_layer` give sites and layers values of
+      their own. `fn` is called as fn(params, *args, **kwargs,
       **model_kwargs): a keyword of its own that is called `ctx` goes into `model_kwargs`.
 
     Raises (when called):
       DenseWeightError: a weight cannot stay lazy; names path, primitive and source line.
-      ValueError: sites that are not in params or have another shape, or none of which `fn` reads.
+      ValueError: sites that are not in params or have another shape, or that `fn` does not read.
       TypeError: the adapter was forgotten.
     """
     if on_dense not in ("error", "merge"):
         raise ValueError(f"on_dense: got {on_dense!r}, expected 'error' or 'merge'")
+    if unread not in ("error", "allow"):
+        raise ValueError(f"unread: got {unread!r}, expected 'error' or 'allow'")
 
     def tuned(params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs):
         adapter = _given(adapter)
@@ -145,9 +147,11 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
             out = fn(params, *args, **kwargs)
             return (out, {}) if aux else out
         arrays, jaxpr, tree = traced(fn, params, args, kwargs)
-        values = lazy_leaves(arrays, adapter)
-        check_read(jaxpr, arrays, adapter)
-        scope = Scope(RULES, dict(ctx or {}), on_dense, aux)
+        common, side = side_inputs(ctx or {}, adapter.sites)
+        values = lazy_leaves(arrays, adapter, side)
+        if unread == "error":
+            check_reads(jaxpr, arrays, (site.path for site, _ in adapter.sites))
+        scope = Scope(RULES, common, on_dense, aux)
         out = [scope.dense(v) for v in evaluate(scope, jaxpr, values)]
         out = jax.tree.unflatten(tree, out)
         return (out, scope.aux) if aux else out
@@ -155,15 +159,21 @@ def lift(fn: Callable, *, aux: bool = False, on_dense: str = "error") -> Callabl
     return tuned
 
 
-def lazy_leaves(arrays: Mapping[str, Any], adapter: Adapter) -> list[Any]:
-    """The leaves, those lazy that the adapter changes or that are quantised."""
+def lazy_leaves(
+    arrays: Mapping[str, Any], adapter: Adapter, side: Mapping[str, Arrays]
+) -> list[Any]:
+    """The leaves, those lazy that the adapter changes or that are quantised.
+
+    `side` are the side inputs of sites, {path: arrays}.
+    """
     check(arrays, adapter)
     methods = {site.path: (site, method) for site, method in adapter.sites}
 
     def one(path, v):
         if path in methods:
             site, method = methods[path]
-            return leaf(v, site, method, *adapter.arrays(site))
+            own, shared = adapter.arrays(site)
+            return leaf(v, site, method, own | side.get(path, {}), shared)
         if hasattr(v, "dequantize"):
             site = Site(path, tuple(v.shape), "?" * len(v.shape), v.dtype)
             return leaf(v, site, None, {}, {})

@@ -8,7 +8,7 @@ Deviates: nothing.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,13 +108,16 @@ class Join:
 
 
 def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
-    """The method on x [..., d_in]; notes what it reports."""
+    """The method on x [..., d_in]; notes what it reports and publishes."""
     assert w.method is not None
-    ctx = scope.enter(w.site)
+    ctx = scope.enter(w)
     y = w.method.apply(x, Weight(w, own, x), w.prepared(), ctx)
     if isinstance(y, tuple):
-        y, report = y
-        scope.report(w.site.path, report)
+        y, report, *published = y
+        if report:
+            scope.report(w.site.path, report)
+        for values in published:
+            scope.publish(values)
     return y
 
 
@@ -128,7 +131,7 @@ def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.
         return y + low_rank(x, uv[1].T, uv[0].T).astype(y.dtype)
     if not method.merges:
         return None
-    ctx = scope.enter(w.site)
+    ctx = scope.enter(w)
     like = jax.ShapeDtypeStruct((*x.shape[:-1], w.size("i")), x.dtype)
 
     def forward(z):
@@ -143,70 +146,96 @@ def dot_general(scope: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
     if isinstance(lhs, Lazy) and isinstance(rhs, Lazy):
         return None  # the rule of products in `views`
     left = isinstance(lhs, Lazy)
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    w, x, wx = (lhs, rhs, (lc, rc, lb, rb)) if left else (rhs, lhs, (rc, lc, rb, lb))
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    of_lhs, of_rhs = _axes(lhs, lhs_contract, lhs_batch), _axes(rhs, rhs_contract, rhs_batch)
+    w, x, of_w, of_x = (lhs, rhs, of_lhs, of_rhs) if left else (rhs, lhs, of_rhs, of_lhs)
     if scope.uses is not None:
-        wc, _, wb, _ = wx
-        size = math.prod(eqn.outvars[0].aval.shape) * math.prod(w.shape[k] for k in wc)
-        scope.note(w, "dot", {"i": wc, "s": wb}, 2 * size)
+        terms = math.prod(w.shape[k] for k in of_w.contract)
+        flops = 2 * math.prod(eqn.outvars[0].aval.shape) * terms
+        scope.note(w, "dot", {"i": of_w.contract, "s": of_w.batch}, flops)
         return compat.bind(eqn, (w.view(), x) if left else (x, w.view()))
     if w.method is None:
         return None
     x = jnp.asarray(x)
     options = {k: v for k, v in eqn.params.items() if k != "dimension_numbers" and v is not None}
-    y = _product(scope, w, x, wx, left, options)
+    y = _product(scope, w, x, of_w, of_x, left, options)
     return None if y is None else [y.astype(eqn.outvars[0].aval.dtype)]
 
 
-def _product(scope, w, x, dims, left, options):
-    wc, xc, wb, xb = dims
-    wf = [k for k in range(w.ndim) if k not in (*wc, *wb)]
-    alone = [k for k in wf if w.stacks(k)]  # x has no such axis: it is the same for all slices
-    if wb or alone:  # one stack axis less, mapped
-        k, own_x = (wb[0], xb[0]) if wb else (alone[0], None)
-        peeled = w.peel(k)
-        if peeled is None:
-            return None
-        arrays, rebuild = peeled
-        mine = (_less(wc, k), xc if own_x is None else _less(xc, own_x))
-        less = (*mine, _less(wb[1:], k), () if own_x is None else _less(xb[1:], own_x))
-        place = 0 if wb else wf.index(k) + (0 if left else x.ndim - len(xc))
-        template = scope.fork()
-        options = {k: v for k, v in options.items() if k != "out_sharding"}
+class Axes(NamedTuple):
+    """The axes of one operand of a matmul."""
 
-        def one(arrays, x, i):
-            child = template.child(i)
-            return _product(child, rebuild(arrays), x, less, left, options), child.aux
+    contract: tuple[int, ...]  # summed over, in the order of the other operand's
+    batch: tuple[int, ...]  # mapped over together with the other operand's
+    free: tuple[int, ...]  # that the result keeps
 
-        steps = jnp.arange(w.shape[k], dtype=jnp.int32)
-        y, aux = jax.vmap(one, (0, own_x, 0), (place, 0))(arrays, x, steps)
-        scope.join(template, aux)
-        return y
-    xf = [k for k in range(x.ndim) if k not in xc]
-    con, out = Join(w, wc), Join(w, wf)
-    if sorted(con.atoms) == w.of("i") and sorted(out.atoms) == w.of("o"):
+    def without(self, axis: int | None) -> "Axes":
+        """After `axis` is mapped over by `jax.vmap`."""
+        if axis is None:
+            return self
+        kept = (tuple(k - (k > axis) for k in axes if k != axis) for axes in self)
+        return Axes(*kept)
+
+
+def _axes(operand: Any, contract: Sequence[int], batch: Sequence[int]) -> Axes:
+    free = tuple(k for k in range(operand.ndim) if k not in (*contract, *batch))
+    return Axes(tuple(contract), tuple(batch), free)
+
+
+def _product(scope, w, x, of_w, of_x, left, options):
+    """The product in the order of `dot_general`: batch axes, then those free in lhs and in rhs."""
+    unshared = [k for k in of_w.free if w.stacks(k)]  # stack axes that x has no part in
+    if of_w.batch or unshared:
+        return _mapped_product(scope, w, x, of_w, of_x, left, options)
+    ins, outs = Join(w, of_w.contract), Join(w, of_w.free)
+    if sorted(ins.atoms) == w.of("i") and sorted(outs.atoms) == w.of("o"):
         apply = applied
-    elif sorted(con.atoms) == w.of("o") and sorted(out.atoms) == w.of("i"):
+    elif sorted(ins.atoms) == w.of("o") and sorted(outs.atoms) == w.of("i"):
         apply = applied_transposed
     else:
         return None
-    order = [*xf, *xc]
-    back = inverse_permutation(order)
-    n = len(wf)
+    order = [*of_x.free, *of_x.contract]
+    back, kept = inverse_permutation(order), len(of_w.free)
 
-    def own(x2):
-        x1 = transposed(con.split(x2), back)
-        args = (w.view(), x1) if left else (x1, w.view())
-        numbers = ((wc, xc) if left else (xc, wc), ((), ()))
-        y = lax.dot_general(*args, numbers, **options)
-        return out.join(transposed(y, [*range(n, y.ndim), *range(n)]) if left else y)
+    def own(x2):  # [..., d_in] -> [..., d_out], the model's own equation
+        x1 = transposed(ins.split(x2), back)
+        operands = (w.view(), x1) if left else (x1, w.view())
+        contract = (of_w.contract, of_x.contract) if left else (of_x.contract, of_w.contract)
+        y = lax.dot_general(*operands, (contract, ((), ())), **options)
+        return outs.join(_rotated(y, kept) if left else y)
 
-    y = apply(scope, w, con.join(transposed(x, order)), own)
+    y = apply(scope, w, ins.join(transposed(x, order)), own)
     if y is None:
         return None
-    y = out.split(y)
-    return transposed(y, [*range(y.ndim - n, y.ndim), *range(y.ndim - n)]) if left else y
+    y = outs.split(y)
+    return _rotated(y, y.ndim - kept) if left else y
 
 
-def _less(axes: Sequence[int], gone: int) -> tuple[int, ...]:
-    return tuple(k - (k > gone) for k in axes)
+def _mapped_product(scope, w, x, of_w, of_x, left, options):
+    """One stack axis of the weight less, by `jax.vmap`: x has it as a batch axis, or not at all."""
+    if of_w.batch:
+        w_axis, x_axis, out_axis = of_w.batch[0], of_x.batch[0], 0
+    else:
+        w_axis, x_axis = next(k for k in of_w.free if w.stacks(k)), None
+        out_axis = of_w.free.index(w_axis) + (0 if left else len(of_x.free))
+    peeled = w.peel(w_axis)
+    if peeled is None:
+        return None
+    arrays, rebuild = peeled
+    of_w, of_x = of_w.without(w_axis), of_x.without(x_axis)
+    body = scope.fork()
+    options = {k: v for k, v in options.items() if k != "out_sharding"}
+
+    def one(arrays, x, i):
+        child = body.child(i)
+        return _product(child, rebuild(arrays), x, of_w, of_x, left, options), child.aux
+
+    steps = jnp.arange(w.shape[w_axis], dtype=jnp.int32)
+    y, aux = jax.vmap(one, (0, x_axis, 0), (out_axis, 0))(arrays, x, steps)
+    scope.join(body, aux)
+    return y
+
+
+def _rotated(y: jax.Array, by: int) -> jax.Array:
+    """The first `by` axes moved behind the others."""
+    return transposed(y, [*range(by, y.ndim), *range(by)])

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 
 from jlora.core import compat
-from jlora.core.site import Arrays, Site, widened
+from jlora.core.site import Arrays, InitContext, Site, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Method:
 
     rank_axes: ClassVar[Mapping[str, int]] = {}  # name -> rank axis from the end; padded by `stack`
     vectors: ClassVar[bool] = False  # may also adapt leaves that no matmul consumes (biases, norms)
+    indexed: ClassVar[bool] = False  # `apply` finds ctx["index"]: int32 [], its slice in the stack
 
     def prepare(self, p: Arrays) -> Arrays:
         """The arrays of one matrix as `factors`, `merge` and `apply` get them from the core.
@@ -47,8 +48,12 @@ class Method:
         """(trainable, frozen) tensors that all sites of this method share; none by default."""
         return {}, {}
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
-        """(trainable, frozen) arrays of one un-stacked site, in `site.param_dtype`."""
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        """(trainable, frozen) arrays of one un-stacked site, in `site.param_dtype`.
+
+        `context` has what only some methods ask for: the weight itself, the index of the slice in
+        its stack, the shared tensors, the other sites of the method.
+        """
         raise NotImplementedError(f"{type(self).__name__}.init")
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
@@ -72,6 +77,9 @@ class Method:
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
         """y [..., d_out] == x @ merge(w, p); may return (y, {name: report}) instead.
 
+        (y, {name: report}, {name: value}) also publishes: later sites of the same scope (the body
+        of a scan, a checkpoint, the function) find the values in their `ctx`.
+
         `x` is [..., d_in], or stands for it (rows of an embedding, patches of a convolution):
         `x @ m` with m [d_in, k] always works. `x @ w` runs the model's own matmul. `w.dense()`
         is the base matrix, `w.merged(self, p)` the merged one. The floating arrays of `p` have one
@@ -82,6 +90,56 @@ class Method:
             return x @ w.merged(self, p)
         y = x @ w
         return y + low_rank(x, *uv).astype(y.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapper(Method):
+    """Base of methods around another method: they keep its arrays.
+
+    What it means is the subclass's own: `merge` or `factors`, and `apply`. `stack` and the readers
+    of files reach the rank of the innermost method through `rank_of` and `with_rank`.
+    """
+
+    method: Method
+
+    @property
+    def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
+        return self.method.rank_axes
+
+    @property
+    def indexed(self) -> bool:  # type: ignore[override]
+        return self.method.indexed
+
+    def prepare(self, p: Arrays) -> Arrays:
+        """As the wrapped method."""
+        return self.method.prepare(p)
+
+    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+        """As the wrapped method."""
+        return self.method.shared(key, sites)
+
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        """As the wrapped method."""
+        return self.method.init(key, site, context)
+
+
+def innermost(method: Method) -> Method:
+    """The method inside all wrappers."""
+    while isinstance(method, Wrapper):
+        method = method.method
+    return method
+
+
+def rank_of(method: Method) -> int:
+    """The rank of the innermost method, 0 where it has none."""
+    return getattr(innermost(method), "rank", 0)
+
+
+def with_rank(method: Method, rank: int) -> Method:
+    """`method` with the innermost method of another rank; unchanged where it has none."""
+    if isinstance(method, Wrapper):
+        return dataclasses.replace(method, method=with_rank(method.method, rank))
+    return dataclasses.replace(method, rank=rank) if hasattr(method, "rank") else method
 
 
 @jax.custom_jvp

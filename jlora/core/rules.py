@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import combine, compat, views
+from jlora.core.block import mixed
 from jlora.core.conv import conv
 from jlora.core.evaluate import Scope, evaluate
 from jlora.core.lazy import Lazy
 from jlora.core.lookup import gather
 from jlora.core.matmul import dot_general
 from jlora.core.ragged import ragged_dot
+from jlora.core.shards import all_gather, shard_map
 
 Rule = Callable[..., list[Any] | None]
 
@@ -79,12 +81,9 @@ def dot(scope: Scope, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
 
 
 def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Inlined; the outer jit compiles it."""
-    outside = scope.calls_of
-    scope.calls_of = (*outside, eqn)
-    out = evaluate(scope, compat.called(eqn), values)
-    scope.calls_of = outside
-    return out
+    """Inlined; the outer jit compiles it. A `jl.block` may run once per expert instead."""
+    out = mixed(scope, eqn, values)
+    return evaluate(scope.inside(eqn), compat.called(eqn), values) if out is None else out
 
 
 def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
@@ -93,11 +92,12 @@ def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     def body(*inside):
         child = template.child()
         child.inherit(values, inside)
-        return evaluate(child, eqn.params["jaxpr"], inside), child.aux
+        return evaluate(child, eqn.params["jaxpr"], inside), child.aux, child.published
 
     policy, cse = eqn.params["policy"], eqn.params["prevent_cse"]
-    out, aux = jax.checkpoint(body, policy=policy, prevent_cse=cse)(*values)
+    out, aux, published = jax.checkpoint(body, policy=policy, prevent_cse=cse)(*values)
     scope.join(template, aux)
+    scope.publish(published)
     return out
 
 
@@ -230,6 +230,7 @@ def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
 
 
 _SAME = ("copy", "copy_p", "sharding_constraint", "optimization_barrier", "name", "mesh_cast")
+_VARYING = ("pvary", "pcast", "pbroadcast")  # says on which axes of a mesh devices differ
 
 RULES: dict[str, Rule] = {
     "convert_element_type": convert,
@@ -256,11 +257,13 @@ RULES: dict[str, Rule] = {
     "dot_general": dot,
     "conv_general_dilated": conv,
     **dict.fromkeys(("ragged_dot", "ragged_dot_general"), ragged_dot),
+    "shard_map": shard_map,
+    "all_gather": all_gather,
     "any other": combine.unknown,
     "scan": scan,
     "cond": cond,
     "while": while_,
-    **dict.fromkeys((*_SAME, "reshard"), same),
+    **dict.fromkeys((*_SAME, *_VARYING, "reshard"), same),
     **dict.fromkeys(compat.JIT, call),
     **dict.fromkeys(compat.REMAT, remat),
 }

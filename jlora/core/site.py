@@ -49,19 +49,9 @@ def fold(w: jax.Array, kinds: str) -> jax.Array:
 
 
 def unfold(m: jax.Array, kinds: str, shape: Sequence[int]) -> jax.Array:
-    """The inverse_permutation of `fold`."""
+    """The inverse of `fold`."""
     order = _order(kinds)
     return transposed(m.reshape([shape[k] for k in order]), inverse_permutation(order))
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """What `init` may look at while it runs; never stored."""
-
-    weight: jax.Array | None  # the leaf of this slice, in the model's own layout
-    row: jax.Array | int  # flat index of this slice in the stack, int32
-    shared: Arrays  # the tensors that `Method.shared` made
-    siblings: tuple["Site", ...]  # all sites of the same method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +67,6 @@ class Site:
     views: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # it is used through
     refused: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what needs it merged
     group: str = ""  # key of the tensors shared with other sites, "" when there are none
-    bound: Bound | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def _size(self, kind: str) -> tuple[int, ...]:
         return tuple(n for n, c in zip(self.shape, self.kinds, strict=True) if c == kind)
@@ -99,37 +88,28 @@ class Site:
         """The dtype of an adapter's own arrays: the base's, at least float32."""
         return at_least_float32(self.dtype)
 
-    @property
-    def row(self) -> jax.Array | int:
-        return self._bound.row
-
-    @property
-    def shared(self) -> Arrays:
-        return self._bound.shared
-
-    @property
-    def siblings(self) -> tuple["Site", ...]:
-        return self._bound.siblings
-
-    @property
-    def _bound(self) -> Bound:
-        if self.bound is None:
-            raise ValueError(f"{self.path}: only a site given to Method.init knows its weight")
-        return self.bound
-
-    def weight(self) -> jax.Array:
-        """The matrix [d_in, d_out] of this slice, in `param_dtype`; only inside `Method.init`."""
-        w = self._bound.weight
-        if w is None:
-            raise ValueError(f"{self.path}: this method reads the weight; got an abstract one")
-        return fold(w, self.kinds).astype(self.param_dtype)
-
-    def given(self, w: Any, shared: Arrays, siblings: tuple["Site", ...]) -> "Site":
-        """What `Method.init` is given of the first slice, whose weight is `w`."""
-        return self.slice(Bound(w, 0, shared, siblings))
-
-    def slice(self, bound: Bound | None = None) -> "Site":
+    def slice(self) -> "Site":
         """The site without its stack axes."""
         keep = [k for k, c in enumerate(self.kinds) if c != "s"]
         shape, kinds = tuple(self.shape[k] for k in keep), "".join(self.kinds[k] for k in keep)
-        return dataclasses.replace(self, shape=shape, kinds=kinds, bound=bound)
+        return dataclasses.replace(self, shape=shape, kinds=kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitContext:
+    """What `Method.init` may look at beyond the key and the un-stacked site; never stored."""
+
+    site: Site  # of one slice, as `init` gets it
+    leaf: jax.Array | None  # the weight of the slice in the model's layout; None: abstract
+    index: jax.Array | int  # of the slice in the flattened stack, int32; 0 without a stack
+    shared: Arrays  # the tensors that `Method.shared` made
+    siblings: tuple[Site, ...]  # all sites of the same method, with their stacks
+
+    def weight(self) -> jax.Array:
+        """The matrix [d_in, d_out] of the slice, in `site.param_dtype`.
+
+        Raises ValueError where the parameters are abstract.
+        """
+        if self.leaf is None:
+            raise ValueError(f"{self.site.path}: this method reads the weight; got an abstract one")
+        return fold(self.leaf, self.site.kinds).astype(self.site.param_dtype)

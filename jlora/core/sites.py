@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter
-from jlora.core.evaluate import Scope, evaluate
+from jlora.core.evaluate import evaluate
 from jlora.core.init import initialise
 from jlora.core.lazy import Lazy, leaf
 from jlora.core.lift import flatten, is_array, traced
 from jlora.core.method import Method
 from jlora.core.rules import RULES
+from jlora.core.scope import Record, Scope
 from jlora.core.site import Site
 
 MATMULS = ("gather", "dot", "conv", "ragged_dot", "product")
@@ -77,6 +78,9 @@ class Sites:
                 self._check_none_left_out(new, chosen)
             if not new:
                 raise ValueError(self._unmatched(pattern, method, found))
+            codes = [_seen(s) for s in new if _coded(s.dtype)] if method is not None else []
+            if codes:
+                raise ValueError(_CODES.format(pattern=pattern, leaves="\n  ".join(codes)))
             for s in new:
                 chosen[s.path] = (dataclasses.replace(s, group=f"*{number}"), method)
         return [(s, m) for _, (s, m) in sorted(chosen.items()) if m is not None]
@@ -111,13 +115,27 @@ class Sites:
 def _seen(s: Site) -> str:
     """What takes a leaf, and why it is no site."""
     why = f"; needs the merged weight for {', '.join(s.refused)}" if s.refused else ""
+    why += f"; holds {jnp.dtype(s.dtype).name} codes" if _coded(s.dtype) else ""
     if not why and any(op.endswith("of a part") for op in s.ops):
         why = "; one of its axes has two roles: repeated, or summed over here and kept there"
     return f"{s.path} {s.shape}: {_uses(s)}{why}"
 
 
+_CODES = (
+    "the pattern {pattern!r} matches integer codes of quantised weights, to which nothing can be "
+    "added:\n  {leaves}\ngive the dequantised weights, or leaves with `dequantize()` as of "
+    "jl.quantize, to the model that takes plain weights; or leave them out, {{regex: None}}"
+)
+
+
+def _coded(dtype: Any) -> bool:
+    """Whether a matrix of this dtype may be the codes of a quantised weight."""
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits <= 8
+
+
+LOOPS = ("scan", "while", "cond")
 CALLS = (  # what may multiply with a weight where the walk does not look
-    *("custom_jvp_call", "custom_vjp_call", "shard_map", "pallas_call", "scan", "while", "cond"),
+    *(*LOOPS, "custom_jvp_call", "custom_vjp_call", "shard_map", "pallas_call", "tpu_custom_call"),
     *("dot_general", "conv_general_dilated", "ragged_dot_general", "ffi_call", "scaled_dot"),
 )
 
@@ -126,15 +144,14 @@ def _hidden(s: Site) -> bool:
     """Whether a leaf that is no site is a weight still: something linear takes it."""
     if "i" in s.kinds:
         return False
-    for op in s.ops:
-        if op.startswith(("dot ", "ragged_dot ")):  # after something, or of a part
-            return True
-        if (
-            op in CALLS
-            and sum(k == "o" and n > 1 for k, n in zip(s.kinds, s.shape, strict=True)) > 1
-        ):
-            return True
-    return False
+    return any(_linear(op, s.shape) for op in s.ops)
+
+
+def _linear(op: str, shape: tuple[int, ...]) -> bool:
+    """Whether an operation that no rule takes may be a matmul with a leaf, or hide one."""
+    if op.startswith(("dot ", "ragged_dot ")):  # after something, or of a part
+        return True
+    return op.split(" after ")[0] in CALLS and sum(n > 1 for n in shape) > 1
 
 
 _COST = (
@@ -161,8 +178,11 @@ def _flops(n: int) -> str:
 
 def _matches(pattern: str, site: Site) -> bool:
     if pattern == "all-linear":
-        looked_up = any(op.startswith("gather") for op in site.ops)
-        return bool({"dot", "ragged_dot"} & {*site.ops}) and not looked_up
+        if any(op.startswith("gather") for op in site.ops):
+            return False
+        if {*MATMULS} & {*site.ops}:
+            return bool({"dot", "ragged_dot"} & {*site.ops})
+        return "i" in site.kinds and any(_linear(op, site.shape) for op in site.ops)
     try:
         return re.search(pattern, site.path) is not None
     except re.error as e:
@@ -185,7 +205,7 @@ def sites(fn: Callable, params: Any, /, *args: Any, **kwargs: Any) -> Sites:
 
 def _table(fn: Callable, params: Any, args: Any, kwargs: Any, merging: bool = False) -> Sites:
     """`merging`: whether a matmul counts that sees a weight after what needs it merged."""
-    scope = Scope(RULES, {}, uses=[])
+    scope = Scope(RULES, {}, record=Record(uses=[]))
     leaves, tree = jax.tree.flatten((params, args, kwargs))
     where = [k for k, v in enumerate(leaves) if is_array(v)]
 
@@ -206,7 +226,8 @@ def _table(fn: Callable, params: Any, args: Any, kwargs: Any, merging: bool = Fa
             use = _Use(op, kinds, views, (*merged, *([refused] if refused else [])), bool(merged),
                        round(flops * share))  # fmt: skip
             uses.setdefault(site.path, (site, []))[1].append(use)
-    rows = (_site(site, found, merging) for site, found in uses.values())
+    rows = [_site(site, found, merging) for site, found in uses.values()]
+    rows = [s for s in rows if "i" in s.kinds or _hidden(s) or not _coded(s.dtype)]
     return Sites(tuple(sorted(rows, key=lambda s: s.path)))
 
 
@@ -222,7 +243,7 @@ class _Use(NamedTuple):
 
 
 def _unknown(path: str, v: Any) -> Any:
-    if not jnp.issubdtype(v.dtype, jnp.floating):
+    if not (jnp.issubdtype(v.dtype, jnp.floating) or (_coded(v.dtype) and len(v.shape) > 1)):
         return v
     site = Site(path, tuple(v.shape), "?" * len(v.shape), jnp.dtype(v.dtype))
     return leaf(v, site, None, {}, {})
@@ -268,6 +289,9 @@ def _site(site: Site, found: list[_Use], merging: bool) -> Site:
             return f"{u.op} after {u.refused[0].split(chr(39))[1]}"
         return u.op if u.kinds else f"{u.op} of a part"
 
+    hidden = any(_linear(named(u), site.shape) and u.op not in LOOPS for u in found)
+    if merging and "i" not in kinds and hidden and len(site.shape) > 1:
+        kinds = "s" * (len(site.shape) - 2) + "io"  # the usual layout: a kernel does not tell
     return dataclasses.replace(
         site,
         kinds=kinds,

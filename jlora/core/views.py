@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.core import compat
+from jlora.core.evaluate import evaluate
 from jlora.core.grid import Grid, delta, reads_context, rebuilt
 from jlora.core.lazy import Atom, Lazy
 
@@ -239,13 +240,30 @@ def identity(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
     inner, _ = compat.opened(compat.called(eqn))
     places = {id(v): k for k, v in enumerate(inner.invars)}
     if inner.eqns or any(id(v) not in places for v in inner.outvars):
-        return None
+        return _looked_through(scope, eqn, values) if scope.uses is not None else None
     if scope.uses is not None:
         out = [values[places[id(v)]] for v in inner.outvars]
         name = eqn.primitive.name.removesuffix("_call")
         return [seen(v, v.view(), name, range(v.ndim)) if isinstance(v, Lazy) else v for v in out]
     dense = [merged_where_exact(scope, eqn, v) if isinstance(v, Lazy) else v for v in values]
     return None if any(v is None for v in dense) else compat.bind(eqn, dense)
+
+
+def _looked_through(scope: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """In the abstract walk: what a function with a gradient of its own does with weights.
+
+    It needs them merged; the matmuls in it tell their axes.
+    """
+    mark = ("!" + scope.place(eqn), frozenset())
+    inside = [
+        v.replace(base=v.view(), casts=(), views=(*v.views, mark)) if isinstance(v, Lazy) else v
+        for v in values
+    ]
+    outside = scope.calls_of
+    scope.calls_of = (*outside, eqn)
+    out = evaluate(scope, compat.called(eqn), inside)
+    scope.calls_of = outside
+    return out
 
 
 def merged_where_exact(scope: Any, eqn: Any, w: Lazy) -> jax.Array | None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
@@ -38,11 +39,19 @@ class Bases(NamedTuple):
     right: Array  # [r, d_out], orthonormal rows
 
 
-def bases(gradient: Array, rank: int, *, eta: float = 1.0) -> Bases:
-    """The bases of one site from a summed gradient of the full weight [d_in, d_out].
+def bases(gradient: Float[Array, "d_in d_out"], rank: int, *, eta: float = 1.0) -> Bases:
+    """The bases of one site from a summed gradient.
 
-    `eta` is the size of the step that the core starts with. Raises ValueError for a rank outside
-    1..min(d_in, d_out).
+    Args:
+      gradient: of the full weight.
+      rank: r, 1..min(d_in, d_out).
+      eta: size of the step that the core starts with; 1.
+
+    Returns:
+      left [d_in, r], core [r, r], right [r, d_out].
+
+    Raises:
+      ValueError: a rank out of range.
     """
     if not 1 <= rank <= min(gradient.shape):
         raise ValueError(f"rank: got {rank}, expected in 1..{min(gradient.shape)}")
@@ -50,8 +59,23 @@ def bases(gradient: Array, rank: int, *, eta: float = 1.0) -> Bases:
     return Bases(u[:, :rank], jnp.diag(s[:rank]), v[:rank])
 
 
-def fed_sb(left: Array, cores: Array, right: Array, weights: Array) -> LowRank:
-    """The exact average of one site: u = L mean(C), v = R."""
+def fed_sb(
+    left: Float[Array, "d_in r"],
+    cores: Float[Array, "n r r"],
+    right: Float[Array, "r d_out"],
+    weights: Float[Array, "n"],
+) -> LowRank:
+    """The exact average of one site: u = L mean(C), v = R.
+
+    Args:
+      left: shared basis of the inputs.
+      cores: of the clients.
+      right: shared basis of the outputs.
+      weights: shares, summing to 1.
+
+    Returns:
+      u [d_in, r], v [r, d_out].
+    """
     return LowRank(
         jnp.matmul(left, weighted(weights, cores), precision=lax.Precision.HIGHEST), right
     )
@@ -67,9 +91,9 @@ SYSTEM = Aggregation(
     name="Fed-SB",
     paper="Singhal 2025, 2502.15436",
     symbol="fed_sb",
+    claim="fed_sb",
     evidence="exact; bases by dense SVD; gradient of the core through the bases",
     rows=(70,),
-    missing="clients with real data",
     aggregate=_from_factors,
     exact=True,
     shared="uv",

@@ -20,24 +20,48 @@ Deviates: nothing.
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Shaped
 
 from jlora.algebra import LowRank
 from jlora.contracts.aggregation import Aggregation, Round
 
 
-def fedavg(bank: LowRank, weights: Array) -> LowRank:
-    """The mean of the factors of one site."""
+def fedavg(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """The mean of the factors of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: shares, summing to 1.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     return LowRank(*(weighted(weights, t) for t in bank))
 
 
-def shares(counts: Array) -> Array:
-    """p_k = n_k / sum n, [N] float32, from the numbers of examples [N]; a count of 0 is absent."""
+def shares(counts: Shaped[Array, "n"]) -> Array:
+    """The clients' shares, n_k / sum n.
+
+    Args:
+      counts: numbers of examples; a count of 0 is absent.
+
+    Returns:
+      [N] float32.
+    """
     counts = jnp.asarray(counts).astype(jnp.float32)
     return counts / jnp.sum(counts)
 
 
-def weighted(weights: Array, x: Array) -> Array:
-    """sum_k w_k x_k over the leading axis of x [N, ...]."""
+def weighted(weights: Float[Array, "n"], x: Float[Array, "n ..."]) -> Array:
+    """The weighted sum over the leading axis.
+
+    Args:
+      weights: of any sign.
+      x: what is summed.
+
+    Returns:
+      [...].
+    """
     return jnp.einsum("n,n...->...", weights.astype(x.dtype), x, precision=lax.Precision.HIGHEST)
 
 
@@ -45,6 +69,7 @@ SYSTEM = Aggregation(
     name="FedIT, the average of factors",
     paper="Zhang 2023, 2305.05644",
     symbol="fedavg",
+    claim="fedit",
     evidence="numpy value; how far it is from the average of the deltas",
     aggregate=lambda bank, weights: Round(fedavg(bank, weights)),
 )

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora import algebra
 from jlora.algebra import LowRank
@@ -40,10 +41,18 @@ class FedEx(NamedTuple):
     residual: LowRank  # to be added to the frozen weight
 
 
-def fedex(bank: LowRank, weights: Array, *, rank: int | None = None) -> FedEx:
-    """The mean of the factors of one site and its residual, cut to `rank` if given.
+def fedex(bank: LowRank, weights: Float[Array, "n"], *, rank: int | None = None) -> FedEx:
+    """The mean of the factors of one site and its residual.
 
     Raises ValueError for a rank < 1.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: shares, summing to 1.
+      rank: that the residual is cut to, at least 1; None: it is exact, of rank (N + 1) R.
+
+    Returns:
+      Mean and residual, both factored.
     """
     mean, exact = fedavg(bank, weights), concat(bank, weights)
     u = jnp.concatenate([exact.u, -mean.u], axis=-1)
@@ -58,6 +67,7 @@ SYSTEM = Aggregation(
     name="FedEx-LoRA",
     paper="Singhal 2024, 2410.09432",
     symbol="fedex",
+    claim="fedex",
     evidence="mean and residual are exact; tail of a cut residual; mutation check",
     aggregate=lambda bank, weights: Round(*fedex(bank, weights)),
     exact=True,

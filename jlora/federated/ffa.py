@@ -23,25 +23,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.contracts.aggregation import Aggregation, Round
 from jlora.federated.fedavg import weighted
 
 
-def ffa(bank: LowRank, weights: Array) -> LowRank:
-    """The exact average of one site, of rank R.
+def ffa(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """The exact average of one site.
 
-    Raises ValueError where the clients' u differ (checked outside of transformations only: the
-    average of v means nothing then).
+    Clients whose u differ are an error outside of transformations: the average of v means nothing
+    then.
+
+    Args:
+      bank: u [N, d_in, R], all equal, v [N, R, d_out].
+      weights: shares, summing to 1.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
     """
     if not isinstance(bank.u, jax.core.Tracer):
         require_shared(bank.u)
     return LowRank(bank.u[0], weighted(weights, bank.v))
 
 
-def require_shared(u: Array) -> None:
-    """Raises ValueError naming the first client whose u [N, ...] is not that of client 0."""
+def require_shared(u: Float[Array, "n ..."]) -> None:
+    """Refuses clients whose u is not that of client 0.
+
+    Args:
+      u: of the clients.
+
+    Raises:
+      ValueError: the first client that differs.
+    """
     differs = np.asarray(jnp.any(u != u[:1], axis=tuple(range(1, u.ndim))))
     if differs.any():
         k = int(np.argmax(differs))
@@ -52,9 +67,9 @@ SYSTEM = Aggregation(
     name="FFA-LoRA",
     paper="Sun 2024, 2403.12313",
     symbol="ffa",
+    claim="ffa",
     evidence="exact; alpha and rate are one setting; noise is linear; mutation check",
     rows=(69,),
-    missing="clients with real data",
     aggregate=lambda bank, weights: Round(ffa(bank, weights)),
     exact=True,
     shared="u",

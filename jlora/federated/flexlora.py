@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora import algebra
 from jlora.algebra import LowRank
@@ -30,10 +31,19 @@ from jlora.contracts.aggregation import Aggregation, Round
 from jlora.merging.exact.concat import concat
 
 
-def flexlora(bank: LowRank, weights: Array, *, ranks: Sequence[int]) -> LowRank:
-    """One adapter for each of `ranks`, zero-padded to the largest.
+def flexlora(bank: LowRank, weights: Float[Array, "n"], *, ranks: Sequence[int]) -> LowRank:
+    """One adapter per client rank, zero-padded to the largest.
 
-    Raises ValueError for a rank < 1.
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: shares, summing to 1.
+      ranks: of the clients, each at least 1.
+
+    Returns:
+      u [N, d_in, R'], v [N, R', d_out], R' the largest rank that is useful.
+
+    Raises:
+      ValueError: a rank < 1.
     """
     if min(ranks, default=0) < 1:
         raise ValueError(f"ranks: got {tuple(ranks)}, expected each at least 1")
@@ -42,7 +52,15 @@ def flexlora(bank: LowRank, weights: Array, *, ranks: Sequence[int]) -> LowRank:
 
 
 def cut(x: LowRank, ranks: Sequence[int]) -> LowRank:
-    """The leading columns and rows of one adapter for each rank, zeros beyond; a leading axis."""
+    """The leading columns and rows of one adapter for each rank, zeros beyond.
+
+    Args:
+      x: u [d_in, R], v [R, d_out].
+      ranks: of the clients.
+
+    Returns:
+      u [N, d_in, R], v [N, R, d_out].
+    """
     r = x.u.shape[-1]
     live = jnp.arange(r)[None, :] < jnp.asarray(ranks)[:, None]
     return LowRank(
@@ -62,6 +80,7 @@ SYSTEM = Aggregation(
     name="FlexLoRA",
     paper="Bai 2024, 2402.11505",
     symbol="flexlora",
+    claim="flexlora",
     evidence="best of each rank by dense SVD; mutation check",
     kind="composition",
     aggregate=_whole,

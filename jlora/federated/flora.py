@@ -19,14 +19,23 @@ Deviates: scales are folded in before, so clients of different alpha / r stack c
 """
 
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.contracts.aggregation import Aggregation, Round
 from jlora.merging.exact.concat import concat
 
 
-def flora(bank: LowRank, weights: Array) -> LowRank:
-    """The stacked adapter of one site."""
+def flora(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """The stacked adapter of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: shares, summing to 1.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+    """
     return concat(bank, weights)
 
 
@@ -34,10 +43,10 @@ SYSTEM = Aggregation(
     name="FLoRA",
     paper="Wang 2024, 2409.05976",
     symbol="flora",
+    claim="flora",
     evidence="exact for clients of other ranks and alpha, on a model; p squared is seen",
     kind="composition",
     rows=(68,),
-    missing="clients with real data",
     aggregate=lambda bank, weights: Round(flora(bank, weights)),
     exact=True,
 )

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.contracts.aggregation import Aggregation, Round
@@ -32,13 +33,29 @@ from jlora.federated.fedavg import fedavg
 from jlora.federated.flexlora import cut
 
 
-def hetlora(bank: LowRank, weights: Array) -> LowRank:
-    """The padded average of one site, weighted by the norms of the deltas."""
+def hetlora(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """The padded average of one site, weighted by the norms of the deltas.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: prior shares p_k.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     return fedavg(bank, norm_weights(bank, weights))
 
 
-def norm_weights(bank: LowRank, weights: Array) -> Array:
-    """The w_k of the equation, [N], sum to 1."""
+def norm_weights(bank: LowRank, weights: Float[Array, "n"]) -> Array:
+    """The weights w_k of the equation.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: prior shares p_k.
+
+    Returns:
+      [N], summing to 1.
+    """
     left = jnp.einsum("nir,nis->nrs", bank.u, bank.u, precision=lax.Precision.HIGHEST)
     right = jnp.einsum("nro,nso->nrs", bank.v, bank.v, precision=lax.Precision.HIGHEST)
     squared = jnp.sum(left * right, axis=(-2, -1))
@@ -49,9 +66,17 @@ def norm_weights(bank: LowRank, weights: Array) -> Array:
 
 
 def truncate(x: LowRank, ranks: Sequence[int]) -> LowRank:
-    """What each client gets of the average: u [N, d_in, R], v [N, R, d_out], zeros beyond r_k.
+    """What each client gets of the average, zeros beyond its rank.
 
-    Raises ValueError for a rank outside 1..R.
+    Args:
+      x: u [d_in, R], v [R, d_out].
+      ranks: of the clients, each in 1..R.
+
+    Returns:
+      u [N, d_in, R], v [N, R, d_out].
+
+    Raises:
+      ValueError: a rank out of range.
     """
     most = x.u.shape[-1]
     if min(ranks, default=0) < 1 or max(ranks) > most:
@@ -60,7 +85,15 @@ def truncate(x: LowRank, ranks: Sequence[int]) -> LowRank:
 
 
 def tail(x: LowRank, keep: int) -> Array:
-    """|u beyond column `keep`| times |v beyond row `keep`|, scalar; finite gradient at zero."""
+    """|u beyond column `keep`| times |v beyond row `keep`|; its gradient at zero is finite.
+
+    Args:
+      x: u [d_in, R], v [R, d_out].
+      keep: leading ranks that do not count.
+
+    Returns:
+      [].
+    """
     u, v = (jnp.sum(jnp.square(t)) for t in (x.u[:, keep:], x.v[keep:]))
     squared = u * v
     live = squared > 0
@@ -68,9 +101,19 @@ def tail(x: LowRank, keep: int) -> Array:
 
 
 def pruned_rank(before: LowRank, after: LowRank, *, rank: int, gamma: float = 0.99) -> Array:
-    """The rank of a client after a round, int32: floor(gamma rank), at least 1, or `rank`.
+    """The rank of a client after a round: floor(gamma rank), at least 1, or `rank`.
 
-    Raises ValueError for gamma outside (0, 1] or rank outside 1..R.
+    Args:
+      before: its factors at the start of the round.
+      after: its factors at the end.
+      rank: its rank, 1..R.
+      gamma: share of the rank that pruning keeps, in (0, 1]; 0.99.
+
+    Returns:
+      [] int32.
+
+    Raises:
+      ValueError: gamma or rank out of range.
     """
     if not 0.0 < gamma <= 1.0:
         raise ValueError(f"gamma: got {gamma}, expected 0 < gamma <= 1")
@@ -85,6 +128,7 @@ SYSTEM = Aggregation(
     name="HetLoRA",
     paper="Cho 2024, 2401.06432",
     symbol="hetlora",
+    claim="hetlora",
     evidence="numpy value; idle clients do not dilute; self-pruning; mutation check",
     aggregate=lambda bank, weights: Round(hetlora(bank, weights)),
 )

@@ -28,6 +28,7 @@ gradient of |c| is not a number. Clients that agree get c = 0 exactly.
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
@@ -38,7 +39,7 @@ from jlora.numerics import einsum
 
 def lora_fair(
     bank: LowRank,
-    weights: Array,
+    weights: Float[Array, "n"],
     *,
     similarity: str = "cos",
     penalty: float = 0.01,
@@ -47,7 +48,19 @@ def lora_fair(
 ) -> LowRank:
     """The corrected mean factors of one site.
 
-    Raises ValueError for another similarity, a negative penalty, or steps < 1.
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: shares, summing to 1.
+      similarity: "cos", as in the paper, or "fro", in closed form.
+      penalty: lambda, at least 0; 0.01, as in the paper.
+      steps: of descent with "cos", at least 1; 300.
+      rate: of descent; 0.5.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+
+    Raises:
+      ValueError: another similarity, a negative penalty, or steps < 1.
     """
     if similarity not in ("cos", "fro"):
         raise ValueError(f"similarity: got {similarity!r}, expected 'cos' or 'fro'")
@@ -101,8 +114,8 @@ SYSTEM = Aggregation(
     name="LoRA-FAIR",
     paper="Bian 2024, 2411.14961",
     symbol="lora_fair",
+    claim="lora_fair",
     evidence="closed form is stationary; cosine reaches it; equal clients unchanged",
     rows=(67,),
-    missing="clients with real data",
     aggregate=lambda bank, weights: Round(lora_fair(bank, weights)),
 )

@@ -24,6 +24,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.contracts.initialisation import Initialisation, Params
 from jlora.core.adapter import Adapter
@@ -34,7 +35,7 @@ from jlora.core.site import Arrays, Site, fold
 from jlora.methods.low_rank.pissa import PiSSA, principal
 
 
-def pissa(key: jax.Array, adapter: Adapter, params: Params, niter: int | None = None) -> Adapter:
+def pissa(key: PRNGKeyArray, adapter: Adapter, params: Params, niter: int | None = None) -> Adapter:
     """The adapter with a, b, a0 and b0 of every site set from the principal part of its weight.
 
     Args:

@@ -4,17 +4,23 @@ from jlora.io import exported as exported
 from jlora.io.diffusers import load_diffusers, save_diffusers
 from jlora.io.errors import FormatError
 from jlora.io.kohya.files import load_kohya, save_kohya
-from jlora.io.names import NameMap, bert, llama, vit, vit4
+from jlora.io.names import NameMap
 from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft.directory import load_peft, peft_extras, save_peft
 from jlora.io.peft.replication import replicate_layers
 from jlora.io.peft.table import Table
+from jlora.io.presets import bert, llama, vit, vit4
+from jlora.io.slices import sliced
+from jlora.io.stacks import easydel, gemma, keras_hub, tunix
 
 __all__ = [
     "FormatError",
     "NameMap",
     "Table",
     "bert",
+    "easydel",
+    "gemma",
+    "keras_hub",
     "llama",
     "load_diffusers",
     "load_kohya",
@@ -26,6 +32,8 @@ __all__ = [
     "save_diffusers",
     "save_kohya",
     "save_peft",
+    "sliced",
+    "tunix",
     "vit",
     "vit4",
 ]

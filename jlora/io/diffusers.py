@@ -42,6 +42,7 @@ from jlora.io.peft.lora import DORA, LORA, MAGNITUDE, MATRIX, TABLE
 from jlora.io.peft.read import ROOT, stacked
 from jlora.io.peft.table import Arrays, Read, scale_of
 from jlora.io.peft.write import torch_side
+from jlora.io.slices import sliced
 
 METADATA = "lora_adapter_metadata"
 OURS = (*MATRIX, *TABLE, MAGNITUDE, ALPHA)
@@ -134,6 +135,7 @@ def save_diffusers(
       ValueError: a site has no name, or two have the same.
     """
     one_adapter(adapter, "save_diffusers")
+    adapter = sliced(adapter, names)
     source = Path(path)
     tensors, fields, table = torch_side(source, adapter, names, None)
     if table not in (LORA, DORA):

@@ -15,6 +15,7 @@ from jax import export
 
 from jlora.core.adapter import Adapter
 from jlora.io import orbax
+from jlora.io.json_file import parse_json
 
 NAME = "jlora.Adapter"
 
@@ -26,8 +27,12 @@ def to_bytes(static: Any) -> bytes:
 
 
 def from_bytes(data: bytes) -> Any:
-    """The inverse of `to_bytes`; FormatError for a method that is not of `jlora.methods`."""
-    return (orbax._sites(Path(NAME), json.loads(data), None),)
+    """The inverse of `to_bytes`.
+
+    Raises:
+      FormatError: no description of sites, or a method that is not of `jlora.methods`.
+    """
+    return (orbax.sites_of(Path(NAME), parse_json(NAME, data)),)
 
 
 def register() -> None:

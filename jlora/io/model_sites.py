@@ -97,19 +97,22 @@ def model_sites(params_or_sites: Any, names: NameMap, layout: str | None = None)
                 f"layout: got {layout!r} for sites, which say their own; expected None"
             )
         biases = biased(table) if isinstance(params_or_sites, Sites) else None
-        return ModelSites(table, biases)
+        return ModelSites({path: names.site(site) for path, site in table.items()}, biases)
     leaves, _ = flatten(params_or_sites)
     sites, inferred, undecided = {}, set(), set()
     for path, leaf in leaves.items():
-        site = leaf if isinstance(leaf, Site) else _inferred(path, leaf, names, layout)
+        if isinstance(leaf, Site):
+            sites[path] = names.site(leaf)
+            continue
+        site = _inferred(path, leaf, names, layout)
         if site is None:
             continue
-        sites[path] = site
-        if site is not leaf:
-            inferred.add(path)
-            square = site.kinds.endswith(("io", "oi")) and site.shape[-1] == site.shape[-2]
-            if square and layout is None and "gather" not in site.ops:
-                undecided.add(path)
+        sites[path] = names.site(site)
+        inferred.add(path)
+        square = site.kinds.endswith(("io", "oi")) and site.shape[-1] == site.shape[-2]
+        said = layout is not None or names.kinds(path) is not None
+        if square and not said and "gather" not in site.ops:
+            undecided.add(path)
     known = (frozenset(inferred), frozenset(undecided))
     return ModelSites(sites, biased(leaves), *known, weights=leaves)
 
@@ -150,15 +153,25 @@ def _inferred(path: str, leaf: Any, names: NameMap, layout: str | None) -> Site 
     if shape is None:
         raise ValueError(f"{path}: got a {type(leaf).__name__}, expected an array: a rule names it")
     shape = tuple(shape)
+    kinds = names.kinds(path)
+    if kinds is not None:
+        if len(kinds) != len(shape):
+            raise ValueError(f"{path}: got shape {shape}, expected axes {kinds!r} by the name map")
+        ops = ("gather",) if _is_table(path) else ("dot",) if "i" in kinds else ()
+        return Site(path, shape, kinds, leaf.dtype, ops)
     if names.is_parameter(path) and len(shape) == stack + 1:
         return Site(path, shape, "s" * stack + "o", leaf.dtype)
     experts = names.is_parameter(path) and len(shape) == stack + 3
     if len(shape) != stack + experts + 2:
         raise ValueError(
             f"{path}: shape {shape} is not [{stack} stack axes, in, out]; pass sites "
-            "from jl.sites instead of parameters"
+            "from jl.sites instead of parameters, or give the name map's rule its kinds"
         )
-    table = path.removesuffix("/value").rpartition("/")[2] == "embedding"
+    table = _is_table(path)
     kinds = "io" if table else LAYOUTS[layout or "in_out"]
     ops = ("gather",) if table else ("dot",)
     return Site(path, shape, "s" * (stack + experts) + kinds, leaf.dtype, ops)
+
+
+def _is_table(path: str) -> bool:
+    return path.removesuffix("/value").rpartition("/")[2] == "embedding"

@@ -3,6 +3,9 @@
 A `NameMap` maps one un-stacked weight, site path plus indices on its stack axes, to the dotted name
 of a torch module. It is written in one direction only; the other one is found by listing the sites
 at hand, so every regular expression will do and ambiguous maps are errors, not guesses.
+
+A leaf may be several torch modules: a stack of layers, whose slices have numbers, or a stack of
+parts, whose slices have names (Gemma's ``kv_einsum``: ``{k_proj|v_proj}``), or both.
 """
 
 from __future__ import annotations
@@ -11,15 +14,13 @@ import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from jlora.core.site import Site
+from jlora.io.rule import BRACKETS, INDICES, PLACE, Match, check, rule_of
 
-INDICES = "ijkl"
-BRACKETS = re.compile(r"(.*)\[([^\[\]]+?)(\.T)?\]")
 PART = re.compile(r".*\[\d+:\d+\]")
-LAYERS = r"layers(?:[/_](?P<i>\d+))?/"  # a stack, or a list or keys of single layers
 
 
 class HasPath(Protocol):
@@ -49,30 +50,33 @@ class NameMap:
     ``NameMap({r"layers/attention/(query|key)/kernel": r"encoder.layer.{i}.attention.self.\1"})``
 
     Attributes:
-      rules: regex on the whole site path -> template. ``\1``, ``\g<name>`` are groups of the regex;
-        ``{i}``, ``{j}``, ... the indices on the first, second, ... stack axis. In models without
-        stacks a group named ``i`` takes the place of the first index: ``layers_(?P<i>\d+)/...``.
-        The first rule that matches wins. ``module[name]``, or ``module[name.T]``, is a parameter
-        `name` of a module, see `peft_parameters` and, for vectors, `vectors`. ``module[0:8]`` is
-        the first eight outputs of a module that is fused in the files, and ``q + k + v`` three
-        modules of the files that are one site, see `fused`.
+      rules: regex on the whole site path (without the ``/value`` of an NNX state) -> template, or
+        (template, kinds). ``\1``, ``\g<name>`` are groups of the regex; ``{i}``, ``{j}``, ... the
+        indices on the first, second, ... stack axis. In models without stacks a group named ``i``
+        takes the place of the first index: ``layers_(?P<i>\d+)/...``. ``{k_proj|v_proj}`` are the
+        names of the slices of a stack axis: that of the first letter which the template lacks.
+        Kinds have one letter per axis of the leaf, ``"soio"``: 's' a stack, 'i' an input, 'o' an
+        output; without them stack axes come first. The first rule that matches wins.
+        ``module[name]``, or ``module[name.T]``, is a parameter `name` of a module, see
+        `peft_parameters` and, for vectors, `vectors`. ``module[0:8]`` is the first eight outputs of
+        a module that is fused in the files, and ``q + k + v`` three modules of the files that are
+        one site, see `fused`.
       prefix: put before every module name: ``"bert."`` for a `BertForSequenceClassification`.
       layer_offset: added to ``{i}``: the first layer of the adapter within the torch model, where
         the adapter is for the upper layers only.
     """
 
-    rules: Mapping[str, str]
+    rules: Mapping[str, str | Sequence[str]]
     prefix: str = ""
     layer_offset: int = 0
 
     def __post_init__(self):
-        for pattern in self.rules:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"name map: {pattern!r} is no regular expression: {error}"
-                ) from None
+        if not isinstance(self.rules, Mapping):
+            raise ValueError(
+                f"name map: got {str(self.rules)[:80]!r}, expected {{pattern: template}}"
+            )
+        for pattern, value in self.rules.items():
+            check(pattern, value)
         if self.layer_offset < 0:
             raise ValueError(f"name map: {self.layer_offset=} is negative")
 
@@ -80,51 +84,101 @@ class NameMap:
         """A copy with other `prefix` or `layer_offset`."""
         return dataclasses.replace(self, **changes)
 
+    def find(self, path: str) -> Match | None:
+        """The first rule that matches `path`."""
+        names = dict.fromkeys((path, path.removesuffix("/value")))
+        for order, (pattern, value) in enumerate(self.rules.items()):
+            for name in names:
+                match = re.fullmatch(pattern, name)
+                if match is not None:
+                    return Match(order, rule_of(pattern, value), match)
+        return None
+
     def module(self, path: str, index: tuple[int, ...] = ()) -> str:
         """Torch module of slice `index` of the site at `path`.
 
         Raises:
           ValueError: no rule matches, or the template and the stack axes do not fit each other.
         """
-        for pattern, template in self.rules.items():
-            match = re.fullmatch(pattern, path)
-            if match is None:
-                continue
-            indices = dict(zip(INDICES, index, strict=False))
-            named = match.groupdict().get("i")
-            if named is not None:
-                if indices:
-                    raise ValueError(f"name map: {path!r} has stack axes and a group 'i' as well")
-                indices["i"] = int(named)
-            if "i" in indices:
-                indices["i"] += self.layer_offset
-            wanted = set(re.findall(r"\{(\w+)\}", template))
-            if wanted != set(indices):
-                raise ValueError(
-                    f"name map: template {template!r} wants {sorted(wanted)}, site {path!r} "
-                    f"has {sorted(indices)}"
-                )
-            name = match.expand(template)
-            for key, value in indices.items():
-                name = name.replace(f"{{{key}}}", str(value))
-            return " + ".join(self.prefix + part for part in name.split(" + "))
-        raise ValueError(
-            f"name map: no rule for site {path!r}; nearest: {near(path, self.rules) or 'none'}"
-        )
+        found = self.find(path)
+        if found is None:
+            raise ValueError(
+                f"name map: no rule for site {path!r}; nearest: {near(path, self.rules) or 'none'}"
+            )
+        template, axes, numbers = found.rule.template, found.axes(), found.numbers()
+        if "i" in numbers and len(index) > len(axes):
+            raise ValueError(f"name map: {path!r} has stack axes and a group 'i' as well")
+        if len(index) != len(axes) or numbers.keys() - {*PLACE.findall(template)}:
+            has = sorted({*INDICES[: len(index)], *numbers})
+            raise ValueError(
+                f"name map: template {template!r} wants {sorted({*axes, *numbers})}, site "
+                f"{path!r} has {has}"
+            )
+        values = dict(numbers)
+        names: dict[str, str] = {}
+        for (letter, slices), at in zip(axes.items(), index, strict=True):
+            if slices and at >= len(slices):
+                raise ValueError(f"name map: {path!r} has a slice {at}, expected {slices}")
+            if slices:
+                names["|".join(slices)] = slices[at]
+            else:
+                values[letter] = at
+        if "i" in values:
+            values["i"] += self.layer_offset
+        names |= {letter: str(value) for letter, value in values.items()}
+        try:
+            name = found.match.expand(PLACE.sub(lambda place: names[place[1]], template))
+        except (re.error, IndexError) as error:
+            raise ValueError(f"name map: template {template!r} of {path!r}: {error}") from error
+        return " + ".join(self.prefix + part for part in name.split(" + "))
 
     def stack_axes(self, path: str) -> int | None:
         """How many stack axes the site at `path` must have by its rule; None without a rule."""
-        for pattern, template in self.rules.items():
-            match = re.fullmatch(pattern, path)
-            if match is not None:
-                named = match.groupdict().get("i") is not None
-                return len(set(re.findall(r"\{(\w+)\}", template))) - named
-        return None
+        found = self.find(path)
+        return None if found is None else len(found.axes())
+
+    def kinds(self, path: str) -> str | None:
+        """One letter per axis of the leaf at `path`, where its rule says so."""
+        found = self.find(path)
+        return None if found is None else found.rule.kinds
+
+    def site(self, site: Site) -> Site:
+        """`site` with the stack axes of its rule, which the function may use as outputs.
+
+        Raises:
+          ValueError: the rule has another layout, or names another number of slices.
+        """
+        found = self.find(site.path)
+        if found is None:
+            return site
+        axes, kinds = found.axes(), found.rule.kinds
+        if kinds is None and not any(axes.values()):
+            return site
+        if kinds is None:
+            n = len(axes)
+            kinds = "s" * n + site.kinds[n:]
+        fits = len(kinds) == len(site.kinds) and all(
+            said == seen or (said, seen) == ("s", "o")
+            for said, seen in zip(kinds, site.kinds, strict=True)
+        )
+        if not fits or ("i" not in site.kinds and kinds.strip("so")):
+            raise ValueError(
+                f"name map: {site.path!r} {site.shape} has axes {kinds!r} by its rule, "
+                f"{site.kinds!r} by its use (s stack, i in, o out)"
+            )
+        made = dataclasses.replace(site, kinds=kinds)
+        for slices, size in zip(axes.values(), made.stack, strict=False):
+            if slices and len(slices) != size:
+                raise ValueError(
+                    f"name map: {site.path!r} {site.shape} has {size} slices, the rule names "
+                    f"{list(slices)}"
+                )
+        return made
 
     def is_parameter(self, path: str) -> bool:
         """Whether the rule of the site at `path` names a parameter of a module."""
-        rules = (t for pattern, t in self.rules.items() if re.fullmatch(pattern, path))
-        template = next(rules, "")
+        found = self.find(path)
+        template = "" if found is None else found.rule.template
         return BRACKETS.fullmatch(template) is not None and PART.fullmatch(template) is None
 
     def parameters(self, sites: Iterable[Site]) -> list[Parameter]:
@@ -139,10 +193,10 @@ class NameMap:
         for site in sites:
             if "i" not in site.kinds:
                 continue
-            order = next((k for k, p in enumerate(self.rules) if re.fullmatch(p, site.path)), None)
-            if order is None or not self.is_parameter(site.path):
+            rule = self.find(site.path)
+            if rule is None or not self.is_parameter(site.path):
                 continue
-            named = self.stack_axes(site.path) or 0
+            order, named = rule.order, len(rule.axes())
             if len(site.stack) - named not in (0, 1):
                 raise ValueError(f"name map: {site.path!r} has stack {site.stack}, names {named}")
             for index in itertools.product(*map(range, site.stack[:named])):
@@ -226,117 +280,3 @@ def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
     return difflib.get_close_matches(
         word[:200], [w[:200] for w in itertools.islice(words, 2000)], n, 0.3
     )
-
-
-def bert(prefix: str = "", layer_offset: int = 0) -> NameMap:
-    """BERT, RoBERTa, MiniLM: `jlora.models.encoder` to transformers' `BertModel`.
-
-    Args:
-      prefix: ``"bert."`` where the torch model is a `BertFor...`.
-      layer_offset: first layer of the adapter in the torch model, for adapters of upper layers.
-    """
-    layer = "encoder.layer.{i}"
-    rules = {
-        LAYERS + r"attention/(query|key|value)/kernel": layer + r".attention.self.\2",
-        LAYERS + r"attention/out/kernel": layer + ".attention.output.dense",
-        LAYERS + r"ffn/up/kernel": layer + ".intermediate.dense",
-        LAYERS + r"ffn/down/kernel": layer + ".output.dense",
-        r"embeddings/(word|position)/embedding": r"embeddings.\1_embeddings",
-        r"embeddings/type/embedding": "embeddings.token_type_embeddings",
-        r"pooler/kernel": "pooler.dense",
-        LAYERS + r"attention/(query|key|value)/bias": layer + r".attention.self.\2[bias]",
-        LAYERS + r"attention/out/bias": layer + ".attention.output.dense[bias]",
-        LAYERS + r"ffn/up/bias": layer + ".intermediate.dense[bias]",
-        LAYERS + r"ffn/down/bias": layer + ".output.dense[bias]",
-        LAYERS + r"attention/norm/scale": layer + ".attention.output.LayerNorm[weight]",
-        LAYERS + r"attention/norm/bias": layer + ".attention.output.LayerNorm[bias]",
-        LAYERS + r"ffn/norm/scale": layer + ".output.LayerNorm[weight]",
-        LAYERS + r"ffn/norm/bias": layer + ".output.LayerNorm[bias]",
-        r"embeddings/norm/scale": "embeddings.LayerNorm[weight]",
-        r"embeddings/norm/bias": "embeddings.LayerNorm[bias]",
-        r"pooler/bias": "pooler.dense[bias]",
-    }
-    return NameMap(rules, prefix, layer_offset)
-
-
-def llama(prefix: str = "model.", layer_offset: int = 0) -> NameMap:
-    """Llama, Mistral, Qwen: scanned or listed layers to transformers' `LlamaForCausalLM`.
-
-    Known site paths: ``layers/attention/{query,key,value,out}/kernel`` and
-    ``layers/ffn/{gate,up,down}/kernel`` stacked on layers (or ``layers/3/..``), and the unrolled
-    ``[model/]layers/3/self_attn/q_proj/kernel`` (also ``layers_3``) of Flax ports; biases and norms
-    (``input_layernorm/scale`` or ``/weight``) of the same.
-
-    Args:
-      prefix: ``""`` where the torch model is a bare `LlamaModel`.
-      layer_offset: as in `NameMap`.
-    """
-    layer, flax = "layers.{i}", r"(?:model/)?" + LAYERS
-    rules = {
-        LAYERS + r"attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".self_attn.\2_proj",
-        LAYERS + r"attention/out/kernel": layer + ".self_attn.o_proj",
-        LAYERS + r"ffn/(gate|up|down)/kernel": layer + r".mlp.\2_proj",
-        flax + r"(self_attn|mlp)/(\w+_proj)/kernel": layer + r".\2.\3",
-        r"(?:model/)?embed_tokens/embedding": "embed_tokens",
-        LAYERS + r"attention/(q|k|v)(?:uery|ey|alue)/bias": layer + r".self_attn.\2_proj[bias]",
-        LAYERS + r"attention/out/bias": layer + ".self_attn.o_proj[bias]",
-        flax + r"(self_attn|mlp)/(\w+_proj)/bias": layer + r".\2.\3[bias]",
-        flax + r"(input_layernorm|post_attention_layernorm)/(?:scale|weight)": layer
-        + r".\2[weight]",
-        r"(?:model/)?norm/(?:scale|weight)": "norm[weight]",
-    }
-    return NameMap(rules, prefix, layer_offset)
-
-
-def vit(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
-    """ViT: scanned or listed layers to the `ViTForImageClassification` of transformers 5.
-
-    Known site paths: those of `bert`, and the unrolled
-    ``[vit/]encoder/layer/3/attention/attention/query/kernel`` of Flax ports.
-
-    Args:
-      prefix: ``""`` where the torch model is a bare `ViTModel`.
-      layer_offset: as in `NameMap`.
-    """
-    layer = "layers.{i}"
-    flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
-    rules = {
-        LAYERS + r"attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".attention.\2_proj",
-        LAYERS + r"attention/out/kernel": layer + ".attention.o_proj",
-        LAYERS + r"ffn/up/kernel": layer + ".mlp.fc1",
-        LAYERS + r"ffn/down/kernel": layer + ".mlp.fc2",
-        flax + r"attention/attention/(q|k|v)(?:uery|ey|alue)/kernel": layer + r".attention.\2_proj",
-        flax + r"attention/output/dense/kernel": layer + ".attention.o_proj",
-        flax + r"intermediate/dense/kernel": layer + ".mlp.fc1",
-        flax + r"output/dense/kernel": layer + ".mlp.fc2",
-        **_vit_norms(layer),
-    }
-    return NameMap(rules, prefix, layer_offset)
-
-
-def _vit_norms(layer: str) -> dict[str, str]:
-    return {
-        LAYERS + r"attention/norm/scale": layer + ".layernorm_before[weight]",
-        LAYERS + r"attention/norm/bias": layer + ".layernorm_before[bias]",
-        LAYERS + r"ffn/norm/scale": layer + ".layernorm_after[weight]",
-        LAYERS + r"ffn/norm/bias": layer + ".layernorm_after[bias]",
-        r"norm/scale": "layernorm[weight]",
-        r"norm/bias": "layernorm[bias]",
-    }
-
-
-def vit4(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
-    """As `vit`, with the module names of transformers 4: ``encoder.layer.3.attention...``."""
-    layer = "encoder.layer.{i}"
-    flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
-    rules = {
-        LAYERS + r"attention/(query|key|value)/kernel": layer + r".attention.attention.\2",
-        LAYERS + r"attention/out/kernel": layer + ".attention.output.dense",
-        LAYERS + r"ffn/up/kernel": layer + ".intermediate.dense",
-        LAYERS + r"ffn/down/kernel": layer + ".output.dense",
-        flax + r"attention/attention/(query|key|value)/kernel": layer + r".attention.attention.\2",
-        flax + r"attention/output/dense/kernel": layer + ".attention.output.dense",
-        flax + r"(intermediate|output)/dense/kernel": layer + r".\2.dense",
-        **_vit_norms(layer),
-    }
-    return NameMap(rules, prefix, layer_offset)

@@ -36,6 +36,16 @@ CONTENTS = {  # of a checkpoint: what Orbax writes, and the merge command
     *("arrays", "meta", "_CHECKPOINT_METADATA", "commit_success.txt", "descriptor"),
     "jlora_merge.json",
 }
+FIELDS = {  # of a site's description, with what they must be
+    "path": "text",
+    "shape": "a list of sizes",
+    "kinds": "letters of 's', 'i', 'o'",
+    "dtype": "the name of a dtype",
+    "ops": "a list of names",
+    "flops": "a whole number",
+    "group": "text",
+    "method": "a type and its fields",
+}
 Names = list[tuple[str, str, str]]  # (part, site path or group, array name), in order of their keys
 
 
@@ -223,13 +233,55 @@ def _site_json(folder: Path, site: Site, method: Method) -> dict[str, Any]:
     }
 
 
-def _sites(folder: Path, entries: list, like: Adapter | None) -> tuple[tuple[Site, Method], ...]:
+def sites_of(folder: Path, entries: Any) -> tuple[tuple[Site, Method], ...]:
+    """Sites and methods by their description, of the library's methods only.
+
+    Raises:
+      FormatError: it is none.
+    """
+    try:
+        return _sites(folder, entries, None)
+    except FormatError:
+        raise
+    except Exception as error:  # whatever a method says of fields that it does not have
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FormatError(folder, f"damaged description of sites: {first[:200]}") from error
+
+
+def _site(folder: Path, number: int, entry: Any) -> Site:
+    """One site; its fields are checked, as nothing later does."""
+    where = f"site {number}"
+    if not isinstance(entry, dict) or entry.keys() != FIELDS.keys():
+        got = sorted(entry)[:9] if isinstance(entry, dict) else entry
+        raise FormatError(folder, f"{where}: got {str(got)[:200]}, expected {sorted(FIELDS)}")
+    shape, kinds, ops = (entry[key] for key in ("shape", "kinds", "ops"))
+    good = {
+        "path": isinstance(entry["path"], str),
+        "shape": isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape),
+        "kinds": isinstance(kinds, str) and set(kinds) <= {*"sio"},
+        "dtype": isinstance(entry["dtype"], str),
+        "ops": isinstance(ops, list) and all(isinstance(op, str) for op in ops),
+        "flops": type(entry["flops"]) is int,
+        "group": isinstance(entry["group"], str),
+        "method": isinstance(entry["method"], dict),
+    }
+    for key, is_good in good.items():
+        if not is_good:
+            raise FormatError(
+                folder, f"{where}: got {key} {str(entry[key])[:80]!r}, expected {FIELDS[key]}"
+            )
+    if len(kinds) != len(shape):
+        raise FormatError(folder, f"{where}: got kinds {kinds!r}, expected one for each of {shape}")
+    plain = {key: entry[key] for key in ("path", "kinds", "flops", "group")}
+    return Site(shape=tuple(shape), ops=tuple(ops), dtype=jnp.dtype(entry["dtype"]), **plain)
+
+
+def _sites(folder: Path, entries: Any, like: Adapter | None) -> tuple[tuple[Site, Method], ...]:
+    if not isinstance(entries, list):
+        raise FormatError(folder, f"sites: got {type(entries).__name__}, expected a list")
     found = []
     for number, entry in enumerate(entries):
-        fields: dict[str, Any] = {k: v for k, v in entry.items() if k != "method"}
-        fields |= {"shape": tuple(entry["shape"]), "ops": tuple(entry["ops"])}
-        fields["dtype"] = jnp.dtype(entry["dtype"])
-        site = Site(**fields)
+        site = _site(folder, number, entry)
         if like is None:
             found.append((site, _from_json(folder, entry["method"])))
             continue

@@ -14,7 +14,6 @@ Deviates: duplicate keys, non-finite numbers and headers over 16 MiB are errors 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import stat
@@ -29,6 +28,7 @@ import safetensors
 import safetensors.numpy
 
 from jlora.io.errors import FormatError
+from jlora.io.json_file import parse_json
 
 MAX_HEADER = 16 * 2**20
 MAX_BYTES = 8 * 2**30
@@ -232,29 +232,6 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def parse_json(path: str | os.PathLike[str], data: bytes) -> Any:
-    """JSON as the standard has it: no duplicate keys, NaN, or nesting without end.
-
-    A byte order mark, which editors put in front of UTF-8, is left aside.
-    """
-
-    def unique(pairs):
-        result = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"duplicate key {key[:80]!r}")
-            result[key] = value
-        return result
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(path, f"bad JSON ({error})") from error
 
 
 def _start(

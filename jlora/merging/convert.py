@@ -25,7 +25,7 @@ Deviates: nothing.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from jlora.core.method import Method
 from jlora.core.site import Arrays, Site, fold
 from jlora.merging.engine.inputs import to_adapter
 from jlora.system import System
+from jlora.types import Dynamic, Tree
 
 
 class Converted(NamedTuple):
@@ -55,20 +56,31 @@ class Converted(NamedTuple):
 
 def to_lora(
     adapter: Adapter,
-    params: Any = None,
+    params: Tree = None,
     *,
     rank: int | None = None,
     energy: float | None = None,
     error: float | None = None,
 ) -> Converted:
-    """The adapter as LoRA; at most one of `rank`, `energy`, `error`. Jit-able without the last two.
+    """The adapter as LoRA. Jit-able without `energy` and `error`.
 
-    Raises ValueError: a delta that depends on the activation; parameters that are needed and not
-    given, or that lack a site; two budgets, or one outside of its range.
+    Args:
+      adapter: one adapter of any methods, no bank.
+      params: the parameters it was made for; None: they are not needed, as all deltas are factored.
+      rank: of the result, at least 1; None: nothing is cut.
+      energy: share of each site's squared norm that is kept, in (0, 1]; None: nothing is cut.
+      error: relative error over all sites together, in [0, 1); None: nothing is cut.
+
+    Returns:
+      The adapter with its errors: `Converted`.
+
+    Raises:
+      ValueError: a delta that depends on the activation; parameters that are needed and not given,
+        or that lack a site; two budgets, or one outside of its range.
     """
     one_adapter(adapter, "to_lora")
     _check_budget(rank, energy, error)
-    weights: Mapping[str, Any] = {}
+    weights: Mapping[str, Dynamic] = {}
     if params is not None:
         weights = {k: v for k, v in flatten(params)[0].items() if is_array(v)}
         check(weights, adapter)
@@ -95,10 +107,17 @@ def to_lora(
     return Converted(to_adapter(kept, [s for s, _ in adapter.sites]), errors, norms, total)
 
 
-def converted(adapter: Adapter, params: Any) -> Adapter:
+def converted(adapter: Adapter, params: Tree) -> Adapter:
     """The adapter itself where all deltas are factored, else as LoRA, exactly.
 
     Raises ValueError as `to_lora` does.
+
+    Args:
+      adapter: one adapter of any methods.
+      params: the parameters that it was made for.
+
+    Returns:
+      An adapter whose deltas are all factored.
     """
     check({k: v for k, v in flatten(params)[0].items() if is_array(v)}, adapter)
     if all(factored(adapter, *row) for row in adapter.sites):
@@ -107,7 +126,16 @@ def converted(adapter: Adapter, params: Any) -> Adapter:
 
 
 def factored(adapter: Adapter, site: Site, method: Method) -> bool:
-    """Whether a site's delta is read off its arrays without the weight."""
+    """Whether a site's delta is read off its arrays without the weight.
+
+    Args:
+      adapter: the adapter that holds the site's arrays.
+      site: the site.
+      method: its method.
+
+    Returns:
+      False where the delta needs the weight, or the activation.
+    """
     if not method.merges:
         return False
     try:
@@ -145,7 +173,7 @@ def _ranks(adapter, spectra, rank, energy, error) -> dict[str, int | None]:
     return ranks
 
 
-def _values(adapter: Adapter, site: Site, method: Method, weights: Mapping[str, Any]) -> Array:
+def _values(adapter: Adapter, site: Site, method: Method, weights: Mapping[str, Dynamic]) -> Array:
     if factored(adapter, site, method):
         return algebra.singular_values(adapter.replace(sites=((site, method),)))[site.path]
     own, shared = adapter.arrays(site)
@@ -154,7 +182,7 @@ def _values(adapter: Adapter, site: Site, method: Method, weights: Mapping[str, 
 
 
 def _cut(
-    adapter: Adapter, site: Site, method: Method, weights: Mapping[str, Any], rank: int | None
+    adapter: Adapter, site: Site, method: Method, weights: Mapping[str, Dynamic], rank: int | None
 ) -> tuple[LowRank, Array, Array]:
     """(delta, error [*stack], norm [*stack]) of a site."""
     if not factored(adapter, site, method):
@@ -175,13 +203,13 @@ def _cut(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _dense(w: Any, own: Arrays, shared: Arrays, site: Site, method: Method, rank: int | None):
+def _dense(w: Dynamic, own: Arrays, shared: Arrays, site: Site, method: Method, rank: int | None):
     """Singular values [S, k] of the slices' deltas, or with `rank` (u, s, v), slice by slice."""
     w = fold(w.dequantize() if hasattr(w, "dequantize") else w, site.kinds)
     count = math.prod(site.stack)
     flat = jax.tree.map(lambda t: t.reshape(count, *t.shape[len(site.stack) :]), (w, own))
 
-    def one(pair: tuple[Array, Arrays]) -> Any:
+    def one(pair: tuple[Array, Arrays]) -> Dynamic:
         m, arrays = pair
         after = merged(method, m, arrays, shared, 0)
         d = after - m.astype(after.dtype)

@@ -48,9 +48,17 @@ class Overlap(NamedTuple):
 
 
 def sign_conflict(bank: Deltas, *, block: int = 64) -> dict[str, Conflict]:
-    """{path: Conflict} of a bank [N, *stack, ...], `block` rows of each delta at a time.
+    """How often the adapters of a bank disagree on the sign of an element.
 
-    Raises ValueError for a block < 1.
+    Args:
+      bank: {path: deltas [N, *stack, ...]}, factored.
+      block: rows of each delta that exist at a time; 64 keeps the dense part small.
+
+    Returns:
+      {path: Conflict}.
+
+    Raises:
+      ValueError: a block < 1.
     """
     if block < 1:
         raise ValueError(f"block: got {block}, expected at least 1")
@@ -65,7 +73,14 @@ def sign_conflict(bank: Deltas, *, block: int = 64) -> dict[str, Conflict]:
 
 
 def overlap(bank: Deltas) -> dict[str, Overlap]:
-    """{path: Overlap} of a bank [N, *stack, ...]; a zero delta overlaps with nothing."""
+    """How much of their input and output spaces the adapters of a bank share.
+
+    Args:
+      bank: {path: deltas [N, *stack, ...]}, factored.
+
+    Returns:
+      {path: Overlap}; a zero delta overlaps with nothing.
+    """
     out = {}
     for path, (u, s, v) in algebra.svd(bank).items():
         size = max(u.shape[-2], v.shape[-1])

@@ -20,29 +20,23 @@ import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import PRNGKeyArray
 
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
 from jlora.core.adapter import Adapter
 from jlora.merging.convert import converted
-from jlora.merging.engine.inputs import gather, keys_of, slice_weights, to_adapter
-from jlora.merging.engine.run import (
-    apply,
-    check_finite,
-    check_rank,
-    checked,
-    largest_rank,
-    listed,
-    lookup,
-    split,
-)
+from jlora.merging.engine.inputs import Ids, Weights, gather, keys_of, slice_weights, to_adapter
+from jlora.merging.engine.options import check_rank, lookup, split
+from jlora.merging.engine.run import apply, check_finite, checked, largest_rank, listed
 from jlora.merging.engine.streamed import Solver, distance, flip
 from jlora.merging.engine.table import Merging
+from jlora.types import Dynamic, Tree
 
 
 class Merged(NamedTuple):
@@ -69,28 +63,34 @@ class Merged(NamedTuple):
 def certified(
     name: str,
     adapters: Sequence[Adapter] | Adapter,
-    weights: Any = None,
+    weights: Weights | None = None,
     *,
-    params: Any = None,
-    key: Array | None = None,
-    ids: Any = None,
+    options: Mapping[str, Dynamic] | None = None,
+    params: Tree = None,
+    key: PRNGKeyArray | None = None,
+    ids: Ids | None = None,
     missing: str = "error",
     out_rank: int | None = None,
-    **options: Any,
 ) -> Merged:
-    """`merge` with ranks and errors; the arguments, and what is raised, are those of `merge`."""
+    """`merge` with the ranks of the result and its errors.
+
+    Args and Raises are those of `jlora.merging.merge`.
+
+    Returns:
+      The adapter, its ranks and errors: `Merged`.
+    """
     row = lookup(name)
     if params is not None:
         adapters = [converted(a, params) for a in listed(adapters)]
-    bank, weights, sites = gather(adapters, weights, missing=missing)
-    checked(row, bank, weights, key, options)
-    made = apply(row, bank, weights, key=key, ids=ids, **options)
+    bank, w, sites = gather(adapters, weights, missing=missing)
+    checked(row, bank, w, key, options or {})
+    made = apply(row, bank, w, options, key=key, ids=ids)
     cut = made
     if out_rank is not None:
         check_rank("out_rank", out_rank, largest_rank(made))
         cut = algebra.truncate(made, out_rank).deltas
     check_finite(name, cut)
-    errors, norms = distances(row, bank, weights, made, cut, key=key, ids=ids, options=options)
+    errors, norms = distances(row, bank, w, made, cut, key=key, ids=ids, options=options)
     return Merged(
         to_adapter(cut, sites),
         {p: algebra.low_rank(d).u.shape[-1] for p, d in cut.items()},
@@ -104,13 +104,13 @@ def certified(
 def distances(
     row: Merging,
     bank: Deltas,
-    weights: Any,
+    weights: Weights,
     made: Deltas,
     cut: Deltas,
     *,
-    key: Array | None = None,
-    ids: Any = None,
-    options: Mapping[str, Any] | None = None,
+    key: PRNGKeyArray | None = None,
+    ids: Ids | None = None,
+    options: Mapping[str, Dynamic] | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """|M - u v| and |M| of each site and slice.
 
@@ -152,12 +152,12 @@ def distances(
 
 @functools.partial(jax.jit, static_argnums=5)
 def _measured(
-    bank: LowRank, factors: LowRank, weights: Array, keys: Any, arrays: Any, kind: Any
+    bank: LowRank, factors: LowRank, weights: Array, keys: Dynamic, arrays: Dynamic, kind: Dynamic
 ) -> tuple[Array, Array]:
     """(|M - u v|, |M|) [S] of slices [S, N, ...], one after the other."""
     make, by_outputs, block, static = kind
 
-    def one(x: Any) -> tuple[Array, Array]:
+    def one(x: Dynamic) -> tuple[Array, Array]:
         low, made, w, keys = x
         if by_outputs:
             low, made = flip(low), flip(made)

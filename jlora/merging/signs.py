@@ -17,11 +17,12 @@ Deviates: nothing.
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 
 
-def absorbed(bank: LowRank, weights: Array) -> tuple[LowRank, Array]:
+def absorbed(bank: LowRank, weights: Float[Array, "n"]) -> tuple[LowRank, Array]:
     """The bank with the signs of its weights, and their magnitudes.
 
     Args:
@@ -35,11 +36,26 @@ def absorbed(bank: LowRank, weights: Array) -> tuple[LowRank, Array]:
     return LowRank(bank.u * sign.astype(bank.u.dtype)[:, None, None], bank.v), weights * sign
 
 
-def present(weights: Array) -> Array:
-    """1 for adapters whose weight is not 0, else 0; [N], not differentiated."""
+def present(weights: Float[Array, "n"]) -> Array:
+    """Which adapters have a weight that is not 0; not differentiated.
+
+    Args:
+      weights: of any sign.
+
+    Returns:
+      [N], 1 or 0.
+    """
     return (weights != 0).astype(weights.dtype)
 
 
-def without_absent(bank: LowRank, weights: Array) -> LowRank:
-    """The bank with zero deltas in the place of adapters whose weight is 0."""
+def without_absent(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """The bank with zero deltas in the place of adapters whose weight is 0.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+
+    Returns:
+      u [N, d_in, R], v [N, R, d_out].
+    """
     return LowRank(bank.u * present(weights).astype(bank.u.dtype)[:, None, None], bank.v)

@@ -21,12 +21,15 @@ from jlora.methods.orthogonal.hra import HRA as HRA
 from jlora.methods.orthogonal.oft import OFT as OFT
 from jlora.methods.orthogonal.road import RoAd as RoAd
 from jlora.methods.routed.experts import Experts as Experts
+from jlora.methods.routed.mixlora import MixLoRA as MixLoRA
 from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning
 from jlora.methods.selective.trainable_tokens import TrainableTokens as TrainableTokens
 from jlora.methods.shared_basis.pvera import PVeRA as PVeRA
 from jlora.methods.shared_basis.randlora import RandLoRA as RandLoRA
+from jlora.methods.shared_basis.unilora import UniLoRA as UniLoRA
+from jlora.methods.shared_basis.vblora import VBLoRA as VBLoRA
 from jlora.methods.shared_basis.vera import VeRA as VeRA
 from jlora.methods.sparse.fourierft import FourierFT as FourierFT
 from jlora.methods.sparse.shira import SHiRA as SHiRA

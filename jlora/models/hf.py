@@ -4,7 +4,8 @@
 our names -> theirs; ``fixed``: fields that change the function and have one implemented value,
 absent means that value; ``optional``: ours that may be absent.
 
-``read_leaves(directory, names, plain, ours, ignore)``: ``model.safetensors`` as a tree; ``names``:
+``read_leaves(directory, names, plain, ours, ignore)``: ``model.safetensors`` (or the shards of
+its index) as a tree; ``names``:
 (leaf, name, stored shape) of every tensor; ``plain``: the file's name -> that name; ``ours(name,
 value)``: the stored tensor in our layout; ``ignore``: a regex of names that are left alone. Leaves
 below ``layers/`` come once a layer, in order, and are stacked.
@@ -17,7 +18,7 @@ Reference: published checkpoints.
 Deviates: no.
 """
 
-import json
+import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from jlora.io import safetensors_file
+from jlora.io.inside import inside
+from jlora.io.json_file import read_json
 from jlora.models.encoder_config import Params
 
 T = TypeVar("T")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_INDEX = 64 << 20  # bytes
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
@@ -40,7 +46,7 @@ def read_config(
 ) -> T:  # fmt: skip
     """``config.json`` as a `kind`."""
     path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8-sig"))  # editors add a byte order mark
+    raw = read_json(path)
     for field, expected in fixed.items():
         if (got := raw.get(field, expected)) != expected:
             raise ValueError(f"{path}: {field}: got {got!r}, expected {expected!r}")
@@ -50,26 +56,49 @@ def read_config(
     return kind(**{ours: raw[name] for ours, name in fields.items() if name in raw})
 
 
+def shards(directory: str | Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: one, or those that its index names.
+
+    Args:
+      directory: of the checkpoint.
+
+    Raises:
+      ValueError: the index is no index, or names a file outside `directory`.
+    """
+    single, index = (Path(directory) / name for name in (SINGLE, INDEX))
+    if single.exists() or not index.exists():
+        return [single]
+    raw = safetensors_file.parse_json(index, safetensors_file.read_bytes(index, MAX_INDEX))
+    names = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: weight_map: got {type(names).__name__}, expected an object")
+    return [inside(directory, name, index) for name in sorted({*map(str, names.values())})]
+
+
 def read_leaves(
     directory: str | Path, names: Sequence[tuple[str, str, tuple[int, ...]]],
     plain: Callable[[str], str], ours: Callable[[str, np.ndarray], np.ndarray], ignore: str,
 ) -> Params:  # fmt: skip
     """``model.safetensors`` as a tree of our leaves."""
-    path = Path(directory) / "model.safetensors"
     leaves: dict[str, list[np.ndarray]] = {}
-    with safe_open(path, framework="flax") as file:
-        stored: dict[str, str] = {}
-        for name in file.keys():
-            if (short := plain(name)) in stored:
-                raise ValueError(f"{path}: got {short} twice: {stored[short]!r} and {name!r}")
-            stored[short] = name
+    with contextlib.ExitStack() as opened:
+        stored: dict[str, tuple[str, Any, Path]] = {}
+        for path in shards(directory):
+            file = opened.enter_context(safe_open(path, framework="flax"))
+            for name in file.keys():
+                if (short := plain(name)) in stored:
+                    first = stored[short][0]
+                    raise ValueError(f"{path}: got {short} twice: {first!r} and {name!r}")
+                stored[short] = name, file, path
+        path = Path(directory)
         known = {name for _, name, _ in names}
         missing = sorted(known - stored.keys())
         surplus = sorted(n for n in stored.keys() - known if not re.fullmatch(ignore, n))
         if missing or surplus:
             raise ValueError(f"{path}: missing tensors {missing}, surplus tensors {surplus}")
         for leaf, name, shape in names:
-            value = read_tensor(file, stored[name], shape, path)
+            original, file, source = stored[name]
+            value = read_tensor(file, original, shape, source)
             leaves.setdefault(leaf, []).append(ours(name, value))
     return nest({leaf: stack_leaf(leaf, parts, path) for leaf, parts in leaves.items()})
 

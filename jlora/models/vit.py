@@ -18,7 +18,7 @@ the class token. Parameters are a plain dict; every leaf below ``layers`` has a 
                 ffn       {up | down {kernel, bias}, norm}
     norm        {scale, bias}
 
-The paths of the kernels are those of `jlora.io.names.vit` and `vit4`, so PEFT adapters of a
+The paths of the kernels are those of `jlora.io.vit` and `vit4`, so PEFT adapters of a
 ``ViTModel`` load. ``load(directory)`` reads ``config.json`` and ``model.safetensors``.
 
 Errors: ``ValueError`` for images of another shape, a width that the heads do not divide and a side

@@ -18,13 +18,13 @@ Deviates: the rates of embedding tables are not set apart, as the official code 
 """
 
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jlora.contracts.optimizer import Optimizer
+from jlora.types import Dynamic, Tree
 
 
 def lora_plus(ratio: float = 16.0, names: Collection[str] = ("b",)) -> optax.GradientTransformation:
@@ -43,16 +43,16 @@ def lora_plus(ratio: float = 16.0, names: Collection[str] = ("b",)) -> optax.Gra
     if not ratio > 0:
         raise ValueError(f"ratio: got {ratio}, expected a positive number")
 
-    def name(path: Any) -> str:
+    def name(path: Dynamic) -> str:
         return str(getattr(path[-1], "key", path[-1])) if path else ""
 
-    def init(params: Any) -> optax.EmptyState:
+    def init(params: Tree) -> optax.EmptyState:
         found = {name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
         if not found & set(names):
             raise ValueError(f"names: got {sorted(names)}, expected some of {sorted(found)}")
         return optax.EmptyState()
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Dynamic, Dynamic]:
         del params
 
         def scaled(path, u):

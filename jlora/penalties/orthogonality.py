@@ -45,7 +45,14 @@ def orthogonality(adapter: Adapter) -> jax.Array:
 
 
 def orthogonal(adapter: Adapter) -> Adapter:
-    """An adapter whose penalty is zero: Q of the QR decomposition of every factor."""
+    """An adapter whose penalty is zero: Q of the QR decomposition of every factor.
+
+    Args:
+      adapter: of AdaLoRA sites.
+
+    Returns:
+      The adapter with orthogonal factors.
+    """
     out = dict(adapter.trainable)
     for site, _ in adapter.sites:
         p = out[site.path]

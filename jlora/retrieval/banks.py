@@ -17,15 +17,17 @@ Source: textbook.
 Deviates: nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from jlora import algebra
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 class Retrieved(NamedTuple):
@@ -36,11 +38,20 @@ class Retrieved(NamedTuple):
     scores: Array  # [k], cosines
 
 
-def duplicates(bank: Any, *, cosine: float = 0.999) -> np.ndarray:
-    """For each adapter of a bank the first one that it equals up to `cosine`, [N] int.
+def duplicates(bank: Dynamic, *, cosine: float = 0.999) -> np.ndarray:
+    """For each adapter of a bank the first one that it equals.
 
     An adapter is compared with those kept so far; `np.unique` of the result are the ids to keep.
-    Raises ValueError for a cosine outside (0, 1].
+
+    Args:
+      bank: a bank, or its deltas.
+      cosine: from which on two adapters are the same, in (0, 1]; 0.999 tells retrained ones apart.
+
+    Returns:
+      [N] int.
+
+    Raises:
+      ValueError: a cosine out of range.
     """
     if not 0.0 < cosine <= 1.0:
         raise ValueError(f"cosine: got {cosine}, expected 0 < cosine <= 1")
@@ -53,11 +64,19 @@ def duplicates(bank: Any, *, cosine: float = 0.999) -> np.ndarray:
     return first
 
 
-def cluster(bank: Any, *, count: int | None = None, cosine: float | None = None) -> np.ndarray:
-    """A label for each adapter, [N] int, numbered in the order of first members.
+def cluster(bank: Dynamic, *, count: int | None = None, cosine: float | None = None) -> np.ndarray:
+    """A label for each adapter of a bank, numbered in the order of first members.
 
-    Pairs are joined until `count` clusters are left, or while their linkage is at least `cosine`.
-    Raises ValueError unless exactly one is given, or for a count outside 1..N.
+    Args:
+      bank: a bank, or its deltas.
+      count: pairs are joined until so many clusters are left, 1..N; None: `cosine` is given.
+      cosine: pairs are joined while their linkage is at least this; None: `count` is given.
+
+    Returns:
+      [N] int.
+
+    Raises:
+      ValueError: not exactly one is given, or a count out of range.
     """
     if (count is None) == (cosine is None):
         raise ValueError(f"got {count=} {cosine=}, expected exactly one of them")
@@ -80,10 +99,26 @@ def cluster(bank: Any, *, count: int | None = None, cosine: float | None = None)
     return member[member.any(1)].T.argmax(1)  # a cluster's row is that of its first member
 
 
-def retrieve(query: Array, conditions: Array, *, count: int, temperature: float = 0.1) -> Retrieved:
-    """The `count` adapters whose conditions [N, C] are closest to the query [C].
+def retrieve(
+    query: Float[Array, "c"],
+    conditions: Float[Array, "n c"],
+    *,
+    count: int,
+    temperature: float = 0.1,
+) -> Retrieved:
+    """The adapters whose conditions are closest to a query.
 
-    Raises ValueError for a count outside 1..N, or a temperature <= 0.
+    Args:
+      query: a condition.
+      conditions: of the adapters.
+      count: how many, 1..N.
+      temperature: of the weights, > 0; 0.1.
+
+    Returns:
+      Ids, weights and cosines, closest first.
+
+    Raises:
+      ValueError: a count or a temperature out of range.
     """
     if not 1 <= count <= conditions.shape[0]:
         raise ValueError(f"count: got {count}, expected 1 to {conditions.shape[0]}")

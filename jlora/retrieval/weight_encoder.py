@@ -29,36 +29,56 @@ Deviates: each slice of a stacked site is a token of its own probes; sizes are a
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import algebra
 from jlora.core.init import key_of
 from jlora.core.site import Arrays, Site
 from jlora.numerics import matmul
 from jlora.system import System
+from jlora.types import Dynamic, Tree
 
 
 def kind_of(path: str) -> str:
-    """The path without its numbers: layers/3/attention/query -> layers/#/attention/query."""
+    """The kind of a site: its path without numbers.
+
+    Args:
+      path: "layers/3/attention/query".
+
+    Returns:
+      "layers/#/attention/query".
+    """
     return re.sub(r"\d+", "#", path)
 
 
 def init_encoder(
-    key: Array,
+    key: PRNGKeyArray,
     sites: Sequence[Site],
     *,
     out: int,
     width: int = 64,
     probes: int = 1,
     kind: Callable[[str], str] = kind_of,
-) -> dict[str, Any]:
-    """Parameters of the encoder for adapters of `sites`.
+) -> dict[str, Dynamic]:
+    """Parameters of the encoder.
 
-    Raises ValueError for sites of one kind with different d_out.
+    Args:
+      key: of the initial values.
+      sites: of the adapters that are to be encoded.
+      out: size of an embedding.
+      width: of the transformer block; 64.
+      probes: per site, P; 1, as in the official code.
+      kind: the kind of a path; sites of one kind share a projection.
+
+    Returns:
+      A dictionary of arrays.
+
+    Raises:
+      ValueError: sites of one kind with different d_out.
     """
     kinds: dict[str, int] = {}
     for site in sites:
@@ -83,10 +103,20 @@ def init_encoder(
     }
 
 
-def tokens(params: dict[str, Any], adapter: Any, kind: Callable[[str], str] = kind_of) -> Array:
-    """The tokens of an adapter (or its deltas), [T, width], in the order of sorted paths.
+def tokens(
+    params: dict[str, Tree], adapter: Dynamic, kind: Callable[[str], str] = kind_of
+) -> Array:
+    """The tokens of an adapter, in the order of sorted paths.
 
     Raises KeyError for a site that the encoder does not know.
+
+    Args:
+      params: of `init_encoder`.
+      adapter: an adapter, or its deltas.
+      kind: as for `init_encoder`.
+
+    Returns:
+      [T, width].
     """
     deltas, rows = algebra.deltas(adapter), []
     for path in sorted(deltas):
@@ -97,11 +127,25 @@ def tokens(params: dict[str, Any], adapter: Any, kind: Callable[[str], str] = ki
 
 
 def encode(
-    params: dict[str, Any], adapter: Any, *, heads: int = 4, kind: Callable[[str], str] = kind_of
+    params: dict[str, Tree],
+    adapter: Dynamic,
+    *,
+    heads: int = 4,
+    kind: Callable[[str], str] = kind_of,
 ) -> Array:
-    """The embedding of an adapter (or its deltas), [out], of unit length.
+    """The embedding of an adapter.
 
-    Raises ValueError where heads do not divide the width.
+    Args:
+      params: of `init_encoder`.
+      adapter: an adapter, or its deltas.
+      heads: of the attention, a divisor of the width; 4.
+      kind: as for `init_encoder`.
+
+    Returns:
+      [out], of unit length.
+
+    Raises:
+      ValueError: heads that do not divide the width.
     """
     width = _width(params)
     if width % heads:
@@ -115,17 +159,37 @@ def encode(
     return _unit(matmul(_norm(x[:1]), params["head"]))[0]
 
 
-def contrastive(z: Array, t: Array, *, temperature: float = 0.07) -> Array:
-    """InfoNCE between embeddings of adapters z [N, out] and of their texts t [N, out]; scalar."""
+def contrastive(
+    z: Float[Array, "n out"], t: Float[Array, "n out"], *, temperature: float = 0.07
+) -> Array:
+    """InfoNCE between adapters and their descriptions.
+
+    Args:
+      z: embeddings of adapters.
+      t: of their texts, of any length.
+      temperature: theta; 0.07, as in CLIP.
+
+    Returns:
+      [].
+    """
     logits = matmul(z, _unit(t).mT) / temperature
     both = [jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=a))) for a in (0, 1)]
     return -(both[0] + both[1]) / 2
 
 
-def retrieve(z: Array, query: Array, k: int) -> tuple[Array, Array]:
-    """(indices [k], cosines [k]) of the adapters z [N, out] nearest to a text query [out].
+def retrieve(z: Float[Array, "n out"], query: Float[Array, "out"], k: int) -> tuple[Array, Array]:
+    """The adapters nearest to a text.
 
-    Raises ValueError for k not in 1..N.
+    Args:
+      z: embeddings of adapters.
+      query: of the text.
+      k: how many, 1..N.
+
+    Returns:
+      Indices [k] and cosines [k], nearest first.
+
+    Raises:
+      ValueError: k out of range.
     """
     if not 1 <= k <= z.shape[0]:
         raise ValueError(f"k: got {k}, expected in 1..{z.shape[0]}")

@@ -21,21 +21,38 @@ Reference: the sparse-dispatch literature; `jax.lax.ragged_dot`.
 Deviates: nothing; all three drop no token.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
 
 from jlora.routing.router import dense_weights
 from jlora.system import System
+from jlora.types import Dynamic
 
 BACKENDS = ("dense", "gather", "ragged")
 
 
 def dispatch(
-    x: Any, a: jax.Array, b: jax.Array, ids: jax.Array, weights: jax.Array, backend: str = "dense"
+    x: Dynamic,
+    a: Float[Array, "experts d_in r"],
+    b: Float[Array, "experts r d_out"],
+    ids: Int[Array, "... k"],
+    weights: Float[Array, "... k"],
+    backend: str = "dense",
 ) -> jax.Array:
-    """x [..., d_in] -> [..., d_out], in the dtype of x; the other arrays are cast to it.
+    """Every token through its own experts.
+
+    Args:
+      x: tokens [..., d_in], or what stands for them with the back-end "dense".
+      a: first factors; cast to the dtype of x, as are all others.
+      b: second factors.
+      ids: the experts of each token.
+      weights: their weights, scales included.
+      backend: "dense", "gather" or "ragged"; "dense" works for any x and any transformation.
+
+    Returns:
+      [..., d_out], in the dtype of x.
 
     Raises:
       ValueError: an unknown back-end, or one that needs tokens as an array and x is not one.
@@ -53,7 +70,7 @@ def dispatch(
     return y.reshape(*lead, -1)
 
 
-def _dense(x: Any, a: jax.Array, b: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+def _dense(x: Dynamic, a: jax.Array, b: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     experts, d_in, rank = a.shape
     h = x @ jnp.moveaxis(a, 0, 1).reshape(d_in, experts * rank)
     gates = jnp.repeat(dense_weights(ids, weights, experts), rank, axis=-1)

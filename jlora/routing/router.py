@@ -17,16 +17,25 @@ Source: paper (balance loss), generalised from k = 1 by dividing the counts by T
 Deviates: nothing. Softmax over the chosen logits equals softmax over all, then renormalised.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
 
 from jlora.contracts.router import Route, Router, Routes
+from jlora.types import Dynamic, Tree
 
 
-def top_k(logits: jax.Array, k: int) -> Routes:
-    """Routes of logits [..., E]; ties go to the lower index, so logits should not start equal.
+def top_k(logits: Float[Array, "... experts"], k: int) -> Routes:
+    """The k experts of largest logits of every token; ties go to the lower index, so logits should
+    not start equal.
+
+    Args:
+      logits: of the router.
+      k: experts per token, 1..E.
+
+    Returns:
+      Experts, weights, balance loss and load.
 
     Raises:
       ValueError: k not in 1..E.
@@ -50,8 +59,8 @@ def router(k: int) -> Route:
     """
 
     def route(
-        logits: jax.Array, state: Any, train: bool, mask: jax.Array | None = None
-    ) -> tuple[Routes, Any]:
+        logits: jax.Array, state: Tree, train: bool, mask: jax.Array | None = None
+    ) -> tuple[Routes, Dynamic]:
         routes = top_k(logits, k)
         if mask is not None:
             balance, load = _masked_balance(logits, routes.ids, mask)
@@ -84,8 +93,19 @@ def _balance(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return experts * jnp.sum(load * mean), load
 
 
-def dense_weights(ids: jax.Array, weights: jax.Array, experts: int) -> jax.Array:
-    """The weights [..., k] as rows [..., E], zero for experts that were not chosen."""
+def dense_weights(
+    ids: Int[Array, "... k"], weights: Float[Array, "... k"], experts: int
+) -> jax.Array:
+    """The weights of the chosen experts as rows over all experts.
+
+    Args:
+      ids: the chosen experts.
+      weights: their weights.
+      experts: E.
+
+    Returns:
+      [..., E], zero for experts that were not chosen.
+    """
     hot = jax.nn.one_hot(ids, experts, dtype=weights.dtype)
     return jnp.sum(hot * weights[..., None], axis=-2)
 

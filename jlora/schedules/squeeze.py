@@ -33,11 +33,12 @@ with the rank), so learning rates keep their meaning.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool
 
 from jlora import numerics
 from jlora.algebra import FRESH
@@ -45,6 +46,7 @@ from jlora.contracts.schedule import Schedule
 from jlora.core.adapter import Adapter
 from jlora.methods.low_rank.lora import LoRA
 from jlora.numerics import matmul
+from jlora.types import Dynamic, Tree
 
 MOMENTS = {"mu": 1, "trace": 1, "acc_grads": 1, "nu": 2}  # field of an optax state -> power
 
@@ -84,7 +86,7 @@ def squeeze(adapter: Adapter, rank: int) -> Squeezed:
     return _squeeze(adapter, rank, rank)
 
 
-def anneal(adapter: Adapter, rank: Any) -> Squeezed:
+def anneal(adapter: Adapter, rank: Dynamic) -> Squeezed:
     """The same with arrays of the same shape, zero beyond `rank`, which may be traced.
 
     Args, Returns and Raises are those of `squeeze`. Both factors are zero beyond `rank`, so that
@@ -93,10 +95,21 @@ def anneal(adapter: Adapter, rank: Any) -> Squeezed:
     return _squeeze(adapter, rank, None)
 
 
-def schedule(step: Any, *, start: int, stop: int, source: int, target: int) -> Array:
-    """The rank of a step, int32: `source` before `start`, `target` from `stop` on, linear between.
+def schedule(step: Dynamic, *, start: int, stop: int, source: int, target: int) -> Array:
+    """The rank of a step: `source` before `start`, `target` from `stop` on, linear between.
 
-    Raises ValueError: stop <= start, or target not in 1..source.
+    Args:
+      step: [] int, may be traced.
+      start: the step from which on the rank falls.
+      stop: the step where it has fallen.
+      source: the rank at first.
+      target: the rank at last, 1..source.
+
+    Returns:
+      [] int32.
+
+    Raises:
+      ValueError: stop <= start, or a target out of range.
     """
     if stop <= start or not 1 <= target <= source:
         raise ValueError(
@@ -107,14 +120,22 @@ def schedule(step: Any, *, start: int, stop: int, source: int, target: int) -> A
     return jnp.round(source + (target - source) * done).astype(jnp.int32)
 
 
-def project(state: Any, maps: dict[str, Maps], trainable: Any) -> Any:
-    """An optax state after a compression; `trainable` is the tree before it.
+def project(state: Tree, maps: dict[str, Maps], trainable: Tree) -> Dynamic:
+    """An optax state after a compression.
 
     Raises ValueError for a tree of the shape of `trainable` in a field that is not in `MOMENTS`.
+
+    Args:
+      state: of the optimizer, before it.
+      maps: of the compression, by path.
+      trainable: the tree before it.
+
+    Returns:
+      The state, its moments projected.
     """
     shape = jax.tree.structure(trainable)
 
-    def walk(node: Any, name: str) -> Any:
+    def walk(node: Dynamic, name: str) -> Dynamic:
         if jax.tree.structure(node) == shape and isinstance(node, dict):
             if name not in MOMENTS:
                 raise ValueError(f"{name}: got moments, expected one of {sorted(MOMENTS)}")
@@ -135,7 +156,7 @@ def _project(t: dict[str, Array], maps: Maps, power: int) -> dict[str, Array]:
     return {"a": a.astype(t["a"].dtype), "b": b.astype(t["b"].dtype)}
 
 
-def _squeeze(adapter: Adapter, rank: Any, width: int | None) -> Squeezed:
+def _squeeze(adapter: Adapter, rank: Dynamic, width: int | None) -> Squeezed:
     trainable, maps, errors, rows = {}, {}, {}, []
     for site, method in adapter.sites:
         own = adapter.trainable[site.path]
@@ -156,7 +177,7 @@ def _squeeze(adapter: Adapter, rank: Any, width: int | None) -> Squeezed:
     return Squeezed(Adapter(trainable, adapter.frozen, tuple(rows)), maps, errors)
 
 
-def _pair(a: Array, b: Array, rank: Any, width: int) -> tuple[Array, Array, Maps, Array]:
+def _pair(a: Array, b: Array, rank: Dynamic, width: int) -> tuple[Array, Array, Maps, Array]:
     """(a' [d_in, width], b' [width, d_out], maps, error); columns beyond `rank` are zero.
 
     Columns of a' that the delta does not need are directions that singular vectors leave free.
@@ -197,8 +218,16 @@ def _pad(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
 
 
-def first_ranks(state: dict[str, Array], rank: Any) -> dict[str, Array]:
-    """Masks that keep the first `rank` ranks, as `anneal` orders them, of arrays [*stack, R]."""
+def first_ranks(state: dict[str, Bool[Array, "*stack r"]], rank: Dynamic) -> dict[str, Array]:
+    """Masks that keep the first ranks, as `anneal` orders them.
+
+    Args:
+      state: masks, for their shapes.
+      rank: how many are kept; may be traced.
+
+    Returns:
+      {path: [*stack, R] bool}.
+    """
     return {p: jnp.broadcast_to(jnp.arange(m.shape[-1]) < rank, m.shape) for p, m in state.items()}
 
 
@@ -214,7 +243,7 @@ def _kept(masks: dict[str, Array]) -> Array:
     return jnp.sum(first.reshape(-1, first.shape[-1])[0])
 
 
-def _shrink(adapter: Adapter, state: Any, masks: dict[str, Array]) -> tuple[Adapter, Any]:
+def _shrink(adapter: Adapter, state: Tree, masks: dict[str, Array]) -> tuple[Adapter, Dynamic]:
     """Adapter and optax state with the kept ranks alone."""
     found = squeeze(adapter, int(_kept(masks)))
     return found.adapter, project(state, found.maps, adapter.trainable)

@@ -39,8 +39,8 @@ import numpy as np
 
 from jlora.core import compat
 from jlora.core.adapter import Adapter
-from jlora.core.method import Method
-from jlora.core.site import Arrays, at_least_float32
+from jlora.core.method import Wrapper
+from jlora.core.site import Arrays, InitContext, Site, at_least_float32
 from jlora.system import System
 
 GROUP, INDEX = "served rows", "index"  # group of sites that share nothing else; its array
@@ -48,7 +48,7 @@ THIN = 16  # factors of a rank up to it are written out
 
 
 @dataclasses.dataclass(frozen=True)
-class Row(Method):
+class Row(Wrapper):
     """`method` on the arrays that `index` picks; p is {"index": [], name + "[]": [N, ...]}.
 
     A matrix that ends in its rank is kept transposed, name + "[].T": its rows are then copied
@@ -57,11 +57,12 @@ class Row(Method):
     Not for `jl.init`: it stands for adapters that there are.
     """
 
-    method: Method
-
     @property
     def merges(self) -> bool:
         return self.method.merges
+
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        raise NotImplementedError("Row: stands for adapters that exist; use jl.rows(bank)")
 
     def prepare(self, p: Arrays) -> Arrays:
         """The arrays of one adapter; only those are made float32."""

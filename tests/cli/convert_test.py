@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +115,7 @@ def test_a_name_map_takes_a_jax_adapter_to_peft_and_back(tmp_path, mine):
         assert np.array_equal(tensors[key], expected)
     run(tmp_path / "peft", tmp_path / "back", "--to", "orbax", "--names", names, "--like", mine)
     again = jl.io.restore_adapter(tmp_path / "back")
-    jax.tree.map(np.testing.assert_array_equal, again.trainable, adapter.trainable)
+    chex.assert_trees_all_equal(again.trainable, adapter.trainable)
 
 
 @pytest.mark.parametrize(

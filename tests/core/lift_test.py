@@ -456,7 +456,7 @@ def test_vectors_are_merged_where_they_are_used(law):
     class Shift(jl.Method):
         vectors = True
 
-        def init(self, key, site):
+        def init(self, key, site, context):
             return {"v": jnp.zeros(site.d_out, site.param_dtype)}, {}
 
         def merge(self, w, p):

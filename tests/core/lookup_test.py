@@ -86,7 +86,7 @@ class Common(jl.Method):
     def shared(self, key, sites):
         return {"t": jnp.ones(2, sites[0].param_dtype)}, {}
 
-    def init(self, key, site):
+    def init(self, key, site, context):
         u = jax.random.normal(key, (site.d_in, 2), site.param_dtype)
         return {"u": u, "v": jnp.ones((2, site.d_out), site.param_dtype)}, {}
 

@@ -53,8 +53,8 @@ def merged_instead(monkeypatch):
 def not_identity(monkeypatch):
     init = jl.LoRA.init
 
-    def one(self, key, site):
-        trainable, frozen = init(self, key, site)
+    def one(self, key, site, context):
+        trainable, frozen = init(self, key, site, context)
         return {**trainable, "b": trainable["b"] + 1}, frozen
 
     monkeypatch.setattr(jl.LoRA, "init", one)

@@ -23,7 +23,7 @@ IDS = np.array([[0, 3, 1], [2, 2, 5]], np.int32)
 class MergeOnly(jl.Method):
     """W' = W * (1 + v): no fast path."""
 
-    def init(self, key, site):
+    def init(self, key, site, context):
         return {"v": jnp.zeros((site.d_in, site.d_out), site.param_dtype)}, {}
 
     def merge(self, w, p):
@@ -34,7 +34,7 @@ class MergeOnly(jl.Method):
 class Scaled(jl.Method):
     """W' = diag(1 + l) W, by scaling x."""
 
-    def init(self, key, site):
+    def init(self, key, site, context):
         return {"l": jnp.zeros(site.d_in, site.param_dtype)}, {}
 
     def merge(self, w, p):
@@ -49,7 +49,7 @@ class Scaled(jl.Method):
 class Rotated(jl.Method):
     """W' = (I + R) W, by multiplying x."""
 
-    def init(self, key, site):
+    def init(self, key, site, context):
         return {"r": jnp.zeros((site.d_in, site.d_in), site.param_dtype)}, {}
 
     def merge(self, w, p):
@@ -63,10 +63,10 @@ class Rotated(jl.Method):
 class Normed(jl.Method):
     """W' = (W + U V) with the column norms of W; reads the weight, scales y."""
 
-    def init(self, key, site):
+    def init(self, key, site, context):
         u = jax.random.normal(key, (site.d_in, 2), site.param_dtype)
         v = jnp.zeros((2, site.d_out), site.param_dtype)
-        return {"u": u, "v": v}, {"norm": jnp.linalg.norm(site.weight(), axis=0)}
+        return {"u": u, "v": v}, {"norm": jnp.linalg.norm(context.weight(), axis=0)}
 
     def merge(self, w, p):
         full = w + p["u"] @ p["v"]

@@ -84,9 +84,18 @@ def change_line(folder, line):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "task.json").unlink(), r"task\.json is missing"),
-        (lambda f: (f / "task.json").write_text("{"), r"task\.json is not JSON"),
-        (lambda f: (f / "task.json").write_text("[]"), r"task\.json: expected an object, got list"),
+        (
+            lambda f: (f / "task.json").unlink(),
+            r"task\.json: missing, expected a JSON object",
+        ),
+        (
+            lambda f: (f / "task.json").write_text("{"),
+            r"task\.json: got no JSON .*, expected",
+        ),
+        (
+            lambda f: (f / "task.json").write_text("[]"),
+            r"task\.json: got list, expected",
+        ),
         (lambda f: change_meta(f, colour="red"), "unknown key 'colour'; known:"),
         (lambda f: change_meta(f, class_names=["a"]), "'class_names' must be two non-empty texts"),
         (lambda f: change_meta(f, class_names=["a", "a"]), "are the same for both classes: 'a'"),

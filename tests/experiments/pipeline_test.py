@@ -1,223 +1,115 @@
-"""The whole experiment in small form, through its command line: resume, determinism, PEFT, users.
-
-One undisturbed run (the smoke flagfile) is shared by all tests; a second one is killed twice.
-"""
+"""The protocol of stages, on stages that count how often their pieces are made."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from experiments.stages import user_tasks
-
-ROOT = Path(__file__).parents[2]
-SMOKE = ROOT / "experiments" / "flags" / "text_smoke.flags"
-USER = Path(__file__).parent / "fixtures" / "user_task"
-
-pytestmark = pytest.mark.slow
+from experiments import pipeline
+from experiments.config import Config
+from experiments.pipeline import Context, Piece, Stage
+from experiments.processes import Processes
+from experiments.workdir import StageError, write_json
 
 
-def command(workdir: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, "-m", "experiments.cond_pdiff",
-        f"--flagfile={SMOKE}", f"--workdir={workdir}", *more,
+def counting(name="zoo", inputs=(), made=None, count=4, fail=None):
+    """A stage whose piece k writes k**2; `made` lists the pieces that were made."""
+    made = [] if made is None else made
+
+    def pieces(context, prepared):
+        def make(k, folder, bar):
+            if k == fail:
+                raise FloatingPointError(f"piece {k}")
+            made.append(k)
+            write_json(folder / f"{k}.json", [k**2 + prepared])
+            bar.step(k + 1)
+
+        return [
+            Piece(f"{k}.json", k + 1, lambda folder, bar, k=k: make(k, folder, bar))
+            for k in range(count)
+        ]
+
+    def read(context, prepared, done):
+        values = [json.loads((done.path / f"{k}.json").read_text())[0] for k in range(count)]
+        assert done.info == {"pieces": count}
+        return sum(values) + sum(context.products[i] for i in inputs)
+
+    return Stage(
+        name, inputs, "piece", read, lambda product: f"sum {product}",
+        prepare=lambda context: 10, pieces=pieces,
+        finish=lambda context, prepared, folder: {"pieces": count},
+    )  # fmt: skip
+
+
+def test_a_stage_is_made_once_and_read_back_the_same(tmp_path):
+    made = []
+    stage, context = counting(made=made), Context(Config(), tmp_path)
+    assert stage.run(context) == 0 + 1 + 4 + 9 + 40
+    assert sorted(made) == [0, 1, 2, 3]
+    assert stage.run(context) == 54 and len(made) == 4
+    assert stage.folder(context).path.name == f"zoo-{Config().key('zoo')}"
+
+
+def test_a_killed_stage_resumes_with_the_missing_pieces(tmp_path):
+    made, context = [], Context(Config(), tmp_path)
+    with pytest.raises(FloatingPointError, match="piece 2"):
+        counting(made=made, fail=2).run(context)
+    assert made == [0, 1] and not counting().folder(context).done
+    assert counting(made=made).run(context) == 54
+    assert made == [0, 1, 2, 3]
+
+
+def test_processes_divide_the_pieces_and_the_first_commits(tmp_path, monkeypatch):
+    """Two processes one after the other; a barrier that does not wait stands for the real one."""
+    barriers = []
+    monkeypatch.setattr(Processes, "wait", lambda self, name: barriers.append(name))
+    made = ([], [])
+    second = Context(Config(), tmp_path, processes=Processes(1, 2))
+    with pytest.raises(StageError, match="not finished"):  # as process 0 has not committed
+        counting(made=made[1]).run(second)
+    assert counting(made=made[0]).run(Context(Config(), tmp_path, processes=Processes(0, 2))) == 54
+    assert sorted(made[0] + made[1]) == [0, 1, 2, 3] and made[0] and made[1]
+    assert barriers[:2] == barriers[2:] and len(set(barriers)) == 2  # the same ones, each once
+    assert counting(made=made[1]).run(second) == 54  # read by the other
+
+
+def test_a_file_that_changed_is_found_before_anything_is_computed(tmp_path):
+    context = Context(Config(), tmp_path)
+    counting().run(context)
+    (counting().folder(context).path / "1.json").write_text("[7]")
+    prepared = []
+    stage = Stage("zoo", (), "piece", lambda *a: 0, str, prepare=prepared.append)
+    with pytest.raises(StageError, match=r"1\.json: damaged"):
+        stage.run(context)
+    assert not prepared
+
+
+def test_the_loop_gives_each_stage_the_products_it_names(tmp_path, capsys):
+    stages = (counting("data"), counting("zoo", ("data",)), counting("codec", ("data", "zoo")))
+    context = pipeline.run(stages, ["codec", "zoo"], Context(Config(), tmp_path))
+    assert dict(context.products) == {"data": 54, "zoo": 108, "codec": 216}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "sum" in line]
+    assert [line.split("(")[0] for line in lines] == [
+        "      data: sum 54 ", "       zoo: sum 108 ", "     codec: sum 216 ",
     ]  # fmt: skip
+    assert set(pipeline.Times(tmp_path).all()) == {"data", "zoo", "codec"}
+    with pytest.raises(StageError, match=r"'zoo': got no product of \['data'\], expected all"):
+        stages[1].run(Context(Config(), tmp_path))
+    again = pipeline.load(stages, Context(Config(), tmp_path))
+    assert again.products == context.products
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    # One host device: the tests' own setting of eight is for sharding tests. The runs share what
-    # the first one compiled.
-    compiled = tmp_path_factory.mktemp("compiled")
-    return os.environ | {
-        "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled),
-    }  # fmt: skip
+def test_a_stage_that_is_not_asked_for_must_be_finished(tmp_path):
+    stages = (counting("data"), counting("zoo", ("data",)), counting("codec", ("zoo",)))
+    with pytest.raises(StageError, match="stage 'zoo' is needed and not finished; add it to"):
+        pipeline.run(stages, ["codec"], Context(Config(), tmp_path))
+    with pytest.raises(StageError, match="'data' is not finished; run it first"):
+        pipeline.load(stages, Context(Config(seed=1, data_seed=1), tmp_path))
+    pipeline.run(stages, ["zoo"], Context(Config(), tmp_path))
+    assert pipeline.run(stages, ["codec"], Context(Config(), tmp_path)).products["codec"] == 162
 
 
-@pytest.fixture(scope="module")
-def call(environment):
-    def run(workdir: Path, *more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            command(workdir, *more), cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-
-    return run
-
-
-def figures(workdir: Path) -> dict:
-    report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
-    report["config"].pop("command")
-    return {k: v for k, v in report.items() if k != "times"}
-
-
-@pytest.fixture(scope="module")
-def finished(call, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("run")
-    done = call(workdir)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("stdout", "stderr"):
-        (workdir / name).write_text(getattr(done, name), encoding="utf-8")
-    return workdir
-
-
-def test_every_stage_leaves_what_it_promises(finished):
-    report = figures(finished)
-    for key in ("base", "trained", "soup", "mean_adapter", "pdiff_task_norm", "pdiff_global"):
-        assert key in report["summary"]
-    cell = next(iter(report["table"].values()))["generated"]
-    assert cell["n"] == 3 and 0 <= cell["mean"] <= 1
-    assert set(report["unseen"]) == {"unseen_pair", "unseen_label", "unseen_corpus"}
-    page = (finished / "report.html").read_text(encoding="utf-8")
-    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
-    assert list(finished.glob("tensorboard/*/events*"))
-
-
-def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
-    """1,102 lines of the checkpointer's INFO messages stood between the bars."""
-    lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
-    stages = "data zoo codec denoiser sample evaluate".split()
-    for stage in stages:
-        assert any(f"{stage:>10}: 100%" in line for line in lines), stage
-        assert (
-            sum(line.startswith(f"{stage:>10}: ") and line.endswith(" s)") for line in lines) == 1
-        )
-    kept = [line for line in lines if line.strip() and "%|" not in line]
-    assert len(kept) == len(stages), kept
-    shown = (finished / "stdout").read_text(encoding="utf-8").splitlines()
-    assert len(shown) < 60 and shown[-1].startswith("Report: ")
-
-
-def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, call, environment, tmp_path):
-    """SIGKILL inside the zoo and inside the denoiser; then the same command again."""
-    for mark in ("zoo-*/work_001/step_10", "denoiser-*/work/diffusion/step_50"):
-        run = subprocess.Popen(
-            command(tmp_path), cwd=ROOT, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        for _ in range(6000):
-            if list(tmp_path.glob(mark)) or run.poll() is not None:
-                break
-            time.sleep(0.05)
-        assert run.poll() is None, "the run ended before it could be killed"
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        assert not (tmp_path / "report.json").exists()
-    done = call(tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert figures(tmp_path) == figures(finished)
-    for name in ("tokens.npy",):
-        ours = next(tmp_path.glob(f"sample-*/{name}"))
-        theirs = next(finished.glob(f"sample-*/{name}"))
-        np.testing.assert_array_equal(np.load(ours), np.load(theirs))
-
-
-def test_what_is_wrong_is_found_before_any_stage_is_opened(call, tmp_path):
-    for flag, text in (
-        ("--zoo_lr=-1", "error: zoo_lr: got -1.0, expected > 0"),
-        (f"--task_dir={tmp_path / 'nowhere'}", "nowhere is not a folder"),
-    ):
-        done = call(tmp_path / "run", flag)
-        assert done.returncode == 2 and text in done.stderr
-        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
-
-
-def test_a_damaged_checkpoint_is_one_clear_error(finished, call, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    file = max(next(copy.glob("zoo-*/chunk_000")).rglob("*"), key=lambda p: p.stat().st_size)
-    file.write_bytes(file.read_bytes()[:-7])
-    done = call(copy, "--stage=report")
-    assert done.returncode == 2
-    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(error) == 1 and "damaged" in error[0] and file.name in error[0]
-    assert "Traceback" not in done.stderr
-
-
-def test_an_unknown_value_is_one_clear_error(call, tmp_path):
-    done = call(tmp_path, "--codec=magic")
-    assert done.returncode != 0 and "--codec" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    done = call(copy, f"--task_dir={USER}", "--stage=sample,evaluate")
-    assert done.returncode == 0, done.stderr[-3000:]
-    scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
-    (name,) = scores
-    cells = scores[name]
-    assert set(user_tasks.ORDER) <= set(cells)
-    assert all(cell["n"] == 16 for cell in cells.values())  # texts, not adapters
-    assert cells["generated"]["adapters"] == 3
-    assert "16 test texts (8 birds, 8 mushrooms): chance is 50.0 %" in done.stdout
-    assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
-
-
-def test_glue_from_a_local_folder_goes_the_same_way(call, tmp_path):
-    """Two sets in the hub's format; the zoo stage trains on them as on any other task."""
-    for name, fields in (("sst2", ["sentence"]), ("mrpc", ["sentence1", "sentence2"])):
-        (tmp_path / "glue" / name).mkdir(parents=True)
-        for split, rows in (("train", range(200)), ("validation", range(200, 240))):
-            lines = [
-                dict.fromkeys(
-                    fields, f"{chr(97 + i % 26) * (i // 26 + 1)} is {('bad', 'good')[i % 2]}"
-                )
-                | {"label": i % 2}
-                for i in rows
-            ]
-            text = "\n".join(map(json.dumps, lines))
-            (tmp_path / "glue" / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    done = call(tmp_path / "run", f"--tasks=glue:{tmp_path / 'glue'}", "--stage=data,zoo")
-    assert done.returncode == 0, done.stderr[-3000:]
-    (zoo,) = (tmp_path / "run").glob("zoo-*")
-    runs = json.loads((zoo / "runs.json").read_text(encoding="utf-8"))
-    assert {name for _, tasks, _ in runs for name in tasks} == {"glue-sst2", "glue-mrpc"}
-    done = call(tmp_path / "run", "--tasks=glue:nowhere", "--stage=data")
-    assert done.returncode == 2
-    assert "error: tasks: got 'glue:nowhere', expected glue:DIR with DIR a folder" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-# PEFT 0.21 asks newer transformers for an attribute under its old name.
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_generated_peft_adapters_give_the_same_logits_in_torch(finished, tmp_path):
-    """The real PEFT on the real torch model, against `jl.lift` on ours, <= 1e-4."""
-    import jax
-    import jax.numpy as jnp
-    import torch
-    from peft import PeftModel
-    from transformers import BertModel
-
-    import jlora as jl
-    from experiments.stages import tiny_base
-    from jlora.models import encoder
-
-    config, params, tokenizer = tiny_base.make()
-    encoder.save(tmp_path / "base", config, params)
-    folder = next(finished.glob("sample-*/adapters/peft/*"))
-    ids, mask = tokenizer.encode_batch(["rowing a small boat", "a pot of soup with salt"], 16)
-
-    model = BertModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
-    tuned = PeftModel.from_pretrained(model, folder).eval()
-    with torch.no_grad():
-        theirs = tuned(torch.tensor(ids), torch.tensor(mask.astype(int))).last_hidden_state
-        plain = tuned.get_base_model()
-        with tuned.disable_adapter():
-            before = plain(torch.tensor(ids), torch.tensor(mask.astype(int))).last_hidden_state
-
-    def apply(params, ids, mask):
-        return encoder.run(params, encoder.embed(config, params, ids), mask, config)
-
-    adapter = jl.io.load_peft(folder, jl.io.bert(), params, layout="in_out")
-    ours = jax.jit(jl.lift(apply))(params, adapter, jnp.asarray(ids), jnp.asarray(mask))
-    real = mask[..., None]
-    assert np.abs((np.asarray(ours) - theirs.numpy()) * real).max() <= 1e-4
-    assert np.abs((before.numpy() - theirs.numpy()) * real).max() > 1e-3  # it does something
+def test_a_stage_without_a_folder_runs_in_process_0_alone(tmp_path):
+    page = Stage("report", (), "page", lambda c, p, done: done.path, str, kept=False)
+    assert page.run(Context(Config(), tmp_path)) == tmp_path
+    assert page.run(Context(Config(), tmp_path, processes=Processes(1, 2))) is None
+    assert not list(tmp_path.iterdir())

@@ -122,7 +122,7 @@ def test_a_damaged_file_is_named(report, tmp_path):
 
 
 def verdicts(report):
-    return {claim["name"]: claim for claim in claims.judge(report)}
+    return {claim["name"]: claim for claim in claims.check(report)}
 
 
 def test_claims_follow_the_figures_and_never_hide_a_failure(report):
@@ -177,7 +177,7 @@ def small(tasks, gain):
         report["unseen"][level] = schema.plain(build.level(rows, level))
     for cell in (cell for points in report["steps"].values() for cell in points.values()):
         cell |= {"values": cell["values"][:tasks], "n": len(cell["values"][:tasks])}
-    report["claims"] = schema.plain(claims.judge(report))
+    report["claims"] = schema.plain(claims.check(report))
     return report
 
 

@@ -14,7 +14,7 @@ def test_bounds_are_those_of_scipy(right, texts):
 
 
 def test_sixteen_texts_say_nothing_of_44_percent_and_a_hundred_do_of_84():
-    assert wilson.against(wilson.interval(7 / 16, 16), 0.5) == "not told apart from"
+    assert wilson.against(wilson.interval(7 / 16, 16), 0.5) == "not distinguishable from"
     assert wilson.against(wilson.interval(0.84, 100), 0.5) == "above"
     assert wilson.against(wilson.interval(0.2, 100), 0.5) == "below"
 

@@ -66,7 +66,7 @@ def test_the_terminal_says_when_a_figure_is_not_above_chance(mine):
     rows = {line.split()[0]: line for line in shown if line.startswith("  ")}
     assert set(user_tasks.ORDER) <= set(rows)  # each rival has its row
     assert rows["trained"].endswith("above chance")
-    assert rows["generated"].endswith(("not told apart from chance", "below chance"))
+    assert rows["generated"].endswith(("not distinguishable from chance", "below chance"))
 
 
 def test_an_adapter_is_trained_on_the_users_own_texts(mine, tmp_path):

@@ -3,12 +3,12 @@
 import errno
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from experiments import cond_pdiff, workdir
+from experiments import cond_pdiff, pipeline, workdir
 from experiments.config import Config
 from experiments.workdir import Stage, StageError, load_tree, save_tree
 
@@ -27,9 +27,8 @@ def test_trees_come_back_bitwise(tmp_path):
     save_tree(tmp_path / "t", tree)
     back = load_tree(tmp_path / "t", tree)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        assert got.dtype == want.dtype
-        np.testing.assert_array_equal(got, want)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, tree)
+    chex.assert_trees_all_equal(back, tree)
 
 
 def test_missing_damaged_or_foreign_trees_are_one_clear_error(tmp_path):
@@ -115,5 +114,5 @@ def test_a_marker_of_other_bytes_is_one_line(tmp_path):
 def test_damaged_times_are_found_at_the_start_by_path(tmp_path, text):
     (tmp_path / "times.json").write_text(text)
     with pytest.raises(StageError, match=r"times\.json: got .*, expected .*; delete it"):
-        cond_pdiff.pipeline(Config(), tmp_path, ["data"], None, "")
+        pipeline.run(cond_pdiff.stages(), ["data"], pipeline.Context(Config(), tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["times.json"]

@@ -11,6 +11,7 @@ import pytest
 
 import jlora as jl
 from experiments.config import Config
+from experiments.pipeline import Done
 from experiments.progress import Progress
 from experiments.stages import sample, world, zoo, zoo_training
 from experiments.workdir import StageError
@@ -121,16 +122,15 @@ def test_a_nan_in_a_zoo_adapter_is_named(made, tmp_path, monkeypatch):
         return tree
 
     monkeypatch.setattr(zoo, "load_tree", poisoned)
-    monkeypatch.setattr(zoo.Stage, "verify", lambda self: {})
     name = zoo.plan(made)[8 + 2].name
     with pytest.raises(StageError, match=f"run '{name}' has NaN or infinity"):
-        zoo.read(made, tmp_path)
+        zoo.load(made, Done(tmp_path, {}))
 
 
 def test_an_unknown_task_is_named(made):
     with pytest.raises(StageError, match="no task named 'nobody'"):
         made.task("nobody")
-    draws = sample.Draws(np.zeros((1, 2, 3)), [("a", "generated")])
+    draws = sample.Samples(np.zeros((1, 2, 3)), [("a", "generated")])
     with pytest.raises(StageError, match="no 'generated' adapter was sampled for task 'nobody'"):
         draws.of("nobody", "generated")
 

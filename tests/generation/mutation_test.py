@@ -12,7 +12,7 @@ from jlora.generation.codecs import token as codec_token
 from jlora.generation.diffusion import ema, guidance, loss, samplers
 from jlora.generation.tokens import normalise
 from jlora.generation.tokens import site_tokens as tokens
-from tests.mutants import load
+from tests.doubles import load
 
 
 def times(factor):

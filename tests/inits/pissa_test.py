@@ -1,5 +1,6 @@
 """PiSSA as an initialisation: numpy's SVD in float64, the adapter of `jl.init`, refusals."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,8 +67,8 @@ def test_it_is_the_adapter_of_init_bit_for_bit(adapter):
     for niter in (None, 2):
         want = adapter_of(PiSSA(rank=3, alpha=6.0, niter=niter), params)
         got = pissa(KEY, adapter, params, niter=niter)
-        jax.tree.map(np.testing.assert_array_equal, got.trainable, want.trainable)
-        jax.tree.map(np.testing.assert_array_equal, got.frozen, want.frozen)
+        chex.assert_trees_all_equal(got.trainable, want.trainable)
+        chex.assert_trees_all_equal(got.frozen, want.frozen)
 
 
 def test_the_scale_is_the_adapters_own_not_that_of_its_method(adapter):

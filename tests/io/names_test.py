@@ -67,3 +67,56 @@ def test_errors_name_the_site_and_what_is_near():
         bert(layer_offset=-1)
     with pytest.raises(ValueError, match="stack axes and a group"):
         llama().module("layers_7/self_attn/q_proj/kernel", (1,))
+
+
+def test_slices_have_names_with_and_without_layers():
+    names = NameMap(
+        {
+            r"layer_(?P<i>\d+)/kv": "l.{i}.{k_proj|v_proj}",
+            "layers/kv": "l.{i}.{k_proj|v_proj}",
+            "turned": "l.{j}.{k_proj|v_proj}",  # [2, layers]
+            r"moe_(?P<i>\d+)/(?P<j>\d+)/up": "l.{i}.experts.{j}.up",
+        },
+        layer_offset=4,
+    )
+    assert names.module("layer_3/kv", (1,)) == "l.7.v_proj"
+    assert names.module("layers/kv", (3, 0)) == "l.7.k_proj"
+    assert names.module("turned", (1, 3)) == "l.3.v_proj"
+    assert names.module("moe_1/2/up") == "l.5.experts.2.up"
+    assert [names.stack_axes(p) for p in ("layer_0/kv", "layers/kv", "moe_1/2/up")] == [1, 2, 0]
+    with pytest.raises(ValueError, match=r"has a slice 2, expected \('k_proj', 'v_proj'\)"):
+        names.module("layer_0/kv", (2,))
+    with pytest.raises(ValueError, match=r"wants \['j'\]|wants \['i', 'j'\]"):
+        names.module("layer_0/kv")
+
+
+def test_a_group_that_the_pattern_lacks():
+    with pytest.raises(ValueError, match="of 'a': invalid group reference 1"):
+        NameMap({"a": r"m.\1"}).module("a")
+    with pytest.raises(ValueError, match="of 'a': unknown group name"):
+        NameMap({"a": r"m.\g<x>"}).module("a")
+
+
+def test_the_value_of_an_nnx_state_is_no_part_of_a_name():
+    assert llama().module("layers/0/mlp/up_proj/kernel/value") == "model.layers.0.mlp.up_proj"
+    assert NameMap({"a/value": "b"}).module("a/value") == "b"
+
+
+@pytest.mark.parametrize(
+    "rules, why",
+    [
+        ({"a": "{layer}"}, "got {layer}, expected an index"),
+        ({"a": "{k|k}"}, r"got {k\|k}, expected an index .* or the names of slices"),
+        ({"a": "{k|}"}, "expected an index"),
+        ({"a": ("{i}", "io")}, "'s' for 1 of them"),
+        ({"a": ("m", "sio")}, "'s' for 0 of them"),
+        ({"a": ("m", "xo")}, "a letter of 's', 'i', 'o' per axis"),
+        ({"a": 3}, r"expected pattern: template or pattern: \[template, kinds\]"),
+        ({3: "a"}, "expected pattern: template"),
+        ({"a": ["m", "io", "io"]}, "expected pattern: template"),
+        (["a"], "expected {pattern: template}"),
+    ],
+)
+def test_rules_are_checked_when_they_are_written(rules, why):
+    with pytest.raises(ValueError, match=why):
+        NameMap(rules)

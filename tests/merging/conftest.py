@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 import jlora as jl
-from jlora.merging.engine.laws import World
+from jlora.merging.engine.law_world import World
 
 D_IN, D_OUT = 8, 12
 TYPES = {  # site -> the methods of three adapters there; all of rank 4 or less

@@ -179,7 +179,7 @@ def test_different_types_merge_together(base):
     for path in got:
         want = sum(c * np.asarray(d[path], np.float64) for c, d in zip(w, deltas, strict=True))
         np.testing.assert_allclose(got[path], want, atol=1e-4)
-    cut = jl.merging.merge("truncated", many, w, params=base, rank=4)
+    cut = jl.merging.merge("truncated", many, w, options={"rank": 4}, params=base)
     best = {p: np.linalg.svd(d, compute_uv=False) for p, d in got.items()}
     for path, d in jl.delta(base, cut).items():
         error = np.linalg.norm(np.asarray(d) - got[path], axis=(-2, -1))

@@ -36,7 +36,7 @@ def whole(name, path, **more):
 
 
 def check(name, options, more):
-    got = certified(name, ADAPTERS, W, **options, **more)
+    got = certified(name, ADAPTERS, W, options=options, **more)
     made, squares = jl.algebra.deltas(got.adapter), []
     for path in SHAPES:
         m = whole(name, path, options={k: v for k, v in options.items() if k != "rank"}, **more)
@@ -84,11 +84,11 @@ def test_mutation_the_error_of_another_adapter(monkeypatch):
 
 
 def test_a_rank_beyond_a_site_is_full_there_and_reported():
-    got = certified("truncated", ADAPTERS, W, rank=4)
+    got = certified("truncated", ADAPTERS, W, options={"rank": 4})
     assert got.ranks == {"wide": 4, "small": 4}
-    got = certified("truncated", ADAPTERS, W, rank=10)
+    got = certified("truncated", ADAPTERS, W, options={"rank": 10})
     assert got.ranks == {"wide": 4, "small": 4}, "N R directions exist"
-    low = jl.algebra.deltas(merge("magnitude", ADAPTERS, W, density=1.0, rank=10))
+    low = jl.algebra.deltas(merge("magnitude", ADAPTERS, W, options={"density": 1.0, "rank": 10}))
     assert [low[p].u.shape[-1] for p in SHAPES] == [10, 6]
 
 
@@ -96,7 +96,7 @@ def test_a_rank_beyond_a_site_is_full_there_and_reported():
 @pytest.mark.parametrize("name", ["ties", "truncated", "tsv", "cart", "peft_svd"])
 def test_a_rank_beyond_every_site_is_refused(name, rank):
     with pytest.raises(ValueError, match=f"{name}: rank: got {rank}, expected 1 to 10"):
-        merge(name, ADAPTERS, W, rank=rank)
+        merge(name, ADAPTERS, W, options={"rank": rank})
 
 
 def test_an_out_rank_beyond_every_site_is_refused():
@@ -115,7 +115,7 @@ def test_an_out_rank_beyond_every_site_is_refused():
 )
 def test_unknown_options_are_refused_with_those_known(name, options, text):
     with pytest.raises(ValueError, match=text):
-        merge(name, ADAPTERS, W, key=jax.random.key(0), **options)
+        merge(name, ADAPTERS, W, options=options, key=jax.random.key(0))
 
 
 def test_factor_mix_cannot_subtract():

@@ -123,6 +123,9 @@ BROKEN = [
      "weight_encoder.embedding_by_numpy", ()),
     ("AutoLoRA: gated fusion", "gated_fusion", ' + w["both"] * base * own', "",
      "weight_encoder.gate_by_numpy", ()),
+    ("LoRA Composite", "composite", "return base + jnp", "return jnp",
+     "composite.the_weighted_mean_of_predictions_by_numpy", ()),
+    ("LoRA Switch", "composite", "// stay", "// 1", "composite.turns_by_hand", ()),
     ("LCM-LoRA arithmetic", "lcm_arithmetic", "[*strengths, strength]", "[strength, *strengths]",
      "lcm_arithmetic.value_by_dense_matrices_where_sites_differ", ()),
     # --- around them ---

@@ -2,6 +2,7 @@
 
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,15 +73,13 @@ def test_it_is_two_learning_rates_weight_decay_included():
     rates = {"a": optax.adamw(1e-3, weight_decay=0.1), "b": optax.adamw(8e-3, weight_decay=0.1)}
     both, _ = trained(optax.partition(rates, labels), 5)
     ours, _ = trained(optax.chain(optax.adamw(1e-3, weight_decay=0.1), lora_plus(8.0)), 5)
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(both), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(ours, both, rtol=1e-5, atol=1e-7)
 
 
 def test_limit_ratio_one_changes_nothing():
     plain, _ = trained(optax.adam(1e-3), 3)
     ours, _ = trained(optax.chain(optax.adam(1e-3), lora_plus(1.0)), 3)
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(ours, plain)
 
 
 def test_claim_at_the_rate_of_a_it_needs_less_than_half_the_steps():

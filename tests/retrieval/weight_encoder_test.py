@@ -201,7 +201,7 @@ def test_gate_by_numpy():
     a, b = norm(np.asarray(y))[:, None], norm(np.asarray(parts))
     g = 1 / (1 + np.exp(-(n["base"] * a + n["own"] * b + n["both"] * a * b + n["bias"])))
     expected = n["out"] * (g * np.asarray(parts)).sum(1)
-    np.testing.assert_allclose(fuse(p, y, parts), expected, atol=1e-4)
+    np.testing.assert_allclose(fuse(p, y, parts, jnp.ones(3)), expected, atol=1e-4)
     assert 0 < g.min() and g.max() < 1
 
 

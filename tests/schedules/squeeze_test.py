@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ def test_scale_is_kept_and_alpha_moves():
 def test_the_error_of_a_negative_scale_is_positive():
     a = adapter()
     turned = a.replace(frozen=jax.tree.map(lambda t: -t, a.frozen))
-    jax.tree.map(np.testing.assert_array_equal, squeeze(turned, 2).errors, squeeze(a, 2).errors)
+    chex.assert_trees_all_equal(squeeze(turned, 2).errors, squeeze(a, 2).errors)
 
 
 def test_first_moments_follow_exactly_where_nothing_is_lost():

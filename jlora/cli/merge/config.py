@@ -13,7 +13,8 @@
             - {filter: self_attn, value: [0.1, 0.9]}
             - {value: 0.5}
     parameters: {rank: 16}             # options of the method; numbers may be as above
-    names: llama                       # site names of Orbax checkpoints: bert, llama, vit, vit4
+    names: llama                       # site names of Orbax checkpoints: bert, llama, vit, vit4,
+                                       # gemma, tunix, keras_hub, easydel; or {pattern: template}
     prefix: ""                         # of module names, in front of those of the base
     missing: error                     # or zero: adapters without a site add nothing there
     seed: 0                            # of randomised methods
@@ -60,7 +61,10 @@ UNREAD = {
 }
 HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")  # of the Hugging Face hub: user/name@revision
 PLAIN = NameMap({r"(.+)/(?:kernel|embedding)": r"\1"})  # sites that are called as the torch modules
-NAMES = {"bert": io.bert, "llama": io.llama, "vit": io.vit, "vit4": io.vit4}
+NAMES = {
+    **{"bert": io.bert, "llama": io.llama, "vit": io.vit, "vit4": io.vit4},
+    **{"gemma": io.gemma, "tunix": io.tunix, "keras_hub": io.keras_hub, "easydel": io.easydel},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +260,10 @@ def _names(value: Any, prefix: str) -> NameMap:
     if value is None:
         return PLAIN.replace(prefix=prefix)
     if isinstance(value, Mapping):
-        return NameMap({str(k): str(v) for k, v in value.items()}, prefix)
+        try:
+            return NameMap(value, prefix)
+        except ValueError as error:
+            raise ConfigError(f"names: {error}") from error
     _one_of(value, tuple(NAMES), "names")
     named = NAMES[value]()
     return named.replace(prefix=prefix + named.prefix)

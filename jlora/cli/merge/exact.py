@@ -113,7 +113,7 @@ def _cut_off(
     lost = _total(s[rank:])
     if plan.row.certificate is not None and "rank" in chunk.options:
         one, weights, _ = _slice(plan, bank, 0, path, index)
-        more = bound(plan.row, {"": one}, weights, **chunk.options)
+        more = bound(plan.row, {"": one}, weights, chunk.options)
         lost = _total([lost, float(more[""])])
     return lost, _total([*s[:rank], lost])
 

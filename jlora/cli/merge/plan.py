@@ -96,7 +96,7 @@ def run_chunk(plan: Plan, chunk: Chunk, bank: Deltas, seed: int, jit: bool = Tru
     except ValueError as error:
         raise ConfigError(f"parameters: {error}") from error
     full = largest_rank(bank)  # of all sites: a rank may be full at those of this chunk
-    return apply(plan.row, part, weights, key=key, jit=jit, full=full, **chunk.options)
+    return apply(plan.row, part, weights, chunk.options, key=key, jit=jit, full=full)
 
 
 def said(row: Merging, chunk: Chunk) -> dict[str, Any]:

@@ -16,16 +16,20 @@ leave-one-task-out error on the training tasks.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jlora import algebra
+from jlora.contracts.generator import Generator, checked
+from jlora.core.adapter import Adapter
 from jlora.generation.baselines import soup
-from jlora.system import System
 
 KINDS = ("cosine", "distance")
+TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # tried by `fit`
 
 
 def similarity(
@@ -105,10 +109,59 @@ def choose_temperature(
     return float(temperatures[int(np.argmin(errors))]), errors
 
 
-SYSTEM = System(
+class SoftSoup(NamedTuple):
+    """The state of the generator."""
+
+    examples: soup.Examples
+    temperature: Float[Array, ""]  # of least leave-one-task-out error
+
+
+def fit(
+    key: PRNGKeyArray, conditions: Float[Array, "n E"], tasks: Int[Array, "n"], bank: Adapter
+) -> SoftSoup:
+    """The soups of all tasks, and the temperature that predicts each best from the others.
+
+    Args:
+      key: not used.
+      conditions: of each adapter.
+      tasks: of each adapter; at least two different ones.
+      bank: n adapters that differ in what is trained alone.
+
+    Raises:
+      ValueError: as `soup.examples` and `choose_temperature` do.
+    """
+    del key
+    found = soup.examples(conditions, tasks, bank)
+    alike = similarity(found.conditions, found.conditions)
+    groups = jnp.arange(len(found.conditions), dtype=jnp.int32)
+    best, _ = choose_temperature(alike, algebra.gram(found.soups), groups, TEMPERATURES)
+    return SoftSoup(found, jnp.asarray(best, conditions.dtype))
+
+
+def generate(key: PRNGKeyArray, state: SoftSoup, condition: Float[Array, "E"]) -> Adapter:
+    """The softmax-weighted soup of the tasks whose conditions are alike, by cosine.
+
+    Args:
+      key: not used.
+      state: of `fit`.
+      condition: of the new task.
+
+    Raises:
+      ValueError: a condition of another width, or one that is not finite.
+    """
+    del key
+    found, tau = state
+    query = checked(condition, found.conditions.shape[1])[None]
+    return soup.mixed(softmax(similarity(query, found.conditions), tau), found.soups)
+
+
+SYSTEM = Generator(
     name="Nearest-condition and softmax soups",
     paper="none (jlora)",
     symbol="softmax",
     evidence="similarities by numpy; limits; temperature by leave-one-task-out",
     kind="composition",
+    fit=fit,
+    generate=generate,
+    orderless=True,
 )

@@ -31,16 +31,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from jlora import numerics
+from jlora import algebra, numerics
+from jlora.contracts.generator import Generator, checked
+from jlora.core.adapter import Adapter
 from jlora.generation.baselines import soup
 from jlora.generation.baselines.soup import matmul
-from jlora.system import System
 
 KINDS = ("linear", "cosine", "rbf")
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """linear x.y; cosine x.y/(|x||y|); rbf exp(-|x-y|^2 / (2 width^2))."""
@@ -239,10 +241,59 @@ def median_distance(conditions: Float[Array, "n E"]) -> float:
     return float(np.median(apart))
 
 
-SYSTEM = System(
+class RidgeGenerator(NamedTuple):
+    """The state of the generator."""
+
+    kernel: Kernel  # static
+    ridge: Ridge  # over one condition per task
+    soups: Adapter  # bank of one soup per task
+
+
+def learn(
+    key: PRNGKeyArray, conditions: Float[Array, "n E"], tasks: Int[Array, "n"], bank: Adapter
+) -> RidgeGenerator:
+    """The soups of all tasks, with kernel and penalty by leave-one-task-out error.
+
+    Args:
+      key: not used.
+      conditions: of each adapter.
+      tasks: of each adapter; at least two different ones.
+      bank: n adapters that differ in what is trained alone.
+
+    Raises:
+      ValueError: as `soup.examples` and `choose` do.
+    """
+    del key
+    found = soup.examples(conditions, tasks, bank)
+    groups = jnp.arange(len(found.conditions), dtype=jnp.int32)
+    best = choose(found.conditions, algebra.gram(found.soups), groups)
+    fitted = fit(best.kernel, found.conditions, best.penalty)
+    return RidgeGenerator(best.kernel, fitted, found.soups)
+
+
+def generate(key: PRNGKeyArray, state: RidgeGenerator, condition: Float[Array, "E"]) -> Adapter:
+    """The adapter that ridge predicts.
+
+    Args:
+      key: not used.
+      state: of `learn`.
+      condition: of the new task.
+
+    Raises:
+      ValueError: a condition of another width, or one that is not finite.
+    """
+    del key
+    query = checked(condition, state.ridge.conditions.shape[1])[None]
+    return soup.mixed(weights(state.kernel, state.ridge, query), state.soups)
+
+
+SYSTEM = Generator(
     name="Kernel ridge from condition to adapter",
     paper="Saunders 1998; Cawley 2004",
     symbol="choose",
     evidence="leave-one-task-out against a refit loop; limits",
     kind="component",
+    fit=learn,
+    generate=generate,
+    orderless=True,
 )

@@ -19,14 +19,16 @@ Deviates: soups there average full weights, here deltas.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jlora import algebra
+from jlora.contracts.generator import Generator, checked
+from jlora.core.adapter import Adapter
 from jlora.system import System
 
 # Differences of inner products lose half the digits: full precision on every device.
@@ -139,10 +141,96 @@ def squared_error(
     return jnp.maximum(squared_norms - 2 * jnp.sum(weights * cross, axis=1) + fit, 0)
 
 
-SYSTEM = System(
+class Examples(NamedTuple):
+    """A bank and the conditions of its tasks: the state of generators that interpolate."""
+
+    conditions: Float[Array, "tasks E"]  # of each task, the mean over its adapters
+    soups: Adapter  # bank of one soup per task; what is frozen is shared
+
+
+def examples(conditions: Float[Array, "n E"], tasks: Int[Array, "n"], bank: Adapter) -> Examples:
+    """One soup and one condition per task.
+
+    Args:
+      conditions: of each adapter.
+      tasks: of each adapter, in any numbering.
+      bank: n adapters that differ in what is trained alone.
+
+    Returns:
+      `Examples`, tasks in the order of their numbers.
+
+    Raises:
+      ValueError: a frozen factor that differs between adapters, or a condition that is not finite.
+    """
+    require_shared(bank.frozen)
+    if not np.isfinite(np.asarray(conditions)).all():
+        raise ValueError("conditions: got numbers that are not finite")
+    found, groups = np.unique(np.asarray(tasks), return_inverse=True)
+    weights = task_weights(jnp.asarray(groups, jnp.int32), len(found), conditions.dtype)
+    frozen = jax.tree.map(lambda t: t[: len(found)], bank.frozen)
+    soups = bank.replace(trainable=combine(weights, bank.trainable), frozen=frozen)
+    return Examples(matmul(weights, conditions), soups)
+
+
+def mixed(weights: Float[Array, "1 tasks"], soups: Adapter) -> Adapter:
+    """One adapter: the weighted sum of a bank that shares what is frozen.
+
+    Args:
+      weights: one row.
+      soups: the bank.
+    """
+    trainable = jax.tree.map(lambda t: t[0], combine(weights, soups.trainable))
+    return soups.replace(trainable=trainable, frozen=jax.tree.map(lambda t: t[0], soups.frozen))
+
+
+def fit(
+    key: PRNGKeyArray, conditions: Float[Array, "n E"], tasks: Int[Array, "n"], bank: Adapter
+) -> Examples:
+    """What the mean adapter needs.
+
+    Args:
+      key: not used.
+      conditions: of each adapter; their width is checked, their values count in nothing.
+      tasks: of each adapter.
+      bank: n adapters.
+    """
+    del key
+    return examples(conditions, tasks, bank)
+
+
+def generate(key: PRNGKeyArray, state: Examples, condition: Float[Array, "E"]) -> Adapter:
+    """The mean of all tasks' soups, whatever the condition: what a generator has to beat first.
+
+    Args:
+      key: not used.
+      state: of `fit`.
+      condition: checked, and not used.
+
+    Raises:
+      ValueError: a condition of another width, or one that is not finite.
+    """
+    del key
+    checked(condition, state.conditions.shape[1])
+    return mixed(mean_weights(state.conditions.shape[0], condition.dtype), state.soups)
+
+
+_SOUPS = System(
     name="Adapter soups",
     paper="Wortsman 2022, 2203.05482",
     symbol="delta_soups",
+    claim="soups",
     evidence="exact at full rank, certified below; mutation check",
     kind="composition",
 )
+_MEAN = Generator(
+    name="Mean adapter",
+    paper="none (baseline)",
+    symbol="generate",
+    evidence="the mean over tasks by numpy",
+    kind="component",
+    breaks={"conditioned": "it is the same adapter for every condition"},
+    fit=fit,
+    generate=generate,
+    orderless=True,
+)
+SYSTEMS = (_SOUPS, _MEAN)

@@ -26,6 +26,7 @@ from jlora.io.model_sites import model_sites
 from jlora.io.names import NameMap, near
 from jlora.io.peft.read import stacked
 from jlora.io.peft.table import Arrays, Read
+from jlora.io.slices import sliced
 
 
 def load_kohya(
@@ -103,6 +104,7 @@ def save_kohya(
       ValueError: a site has no name, or two have the same.
     """
     one_adapter(adapter, "save_kohya")
+    adapter = sliced(adapter, names)
     source = Path(path)
     tensors: Arrays = {}
     for site, method in adapter.sites:

@@ -48,6 +48,7 @@ from jlora.io.peft.read import (
 from jlora.io.peft.table import Read, Table, check_site, scale_of
 from jlora.io.peft.tables import table_of
 from jlora.io.peft.write import extra_tensors, torch_side
+from jlora.io.slices import sliced
 from jlora.methods.low_rank.lora import LoRA
 from jlora.methods.selective.ln_tuning import LNTuning
 
@@ -86,6 +87,7 @@ def save_peft(
       ValueError: a site has no name, or the adapter is a bank.
     """
     one_adapter(adapter, "save_peft")
+    adapter = sliced(adapter, names)
     folder = Path(path)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
     adapter, vectors, alone = peft_vectors.split(folder, adapter, names)

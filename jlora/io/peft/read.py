@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.adapter import Adapter
-from jlora.core.method import Method
+from jlora.core.method import Method, rank_of
 from jlora.core.site import Site
 from jlora.io import safetensors_file
 from jlora.io.errors import FormatError
@@ -183,14 +183,17 @@ def join(
     shared: Arrays,
 ) -> Adapter:
     """The adapter of all slices read."""
-    trainable, frozen, done = {}, {}, []
+    trainable: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    done = []
     group = ""
     if table.shared:
         try:
             common = table.read_shared(shared)
         except ValueError as error:
             raise FormatError(path, str(error)) from error
-        group, frozen[GROUP] = GROUP, {k: _device(path, k, v) for k, v in common.items()}
+        group, part = GROUP, trainable if table.trains_shared else frozen
+        part[GROUP] = {k: _device(path, k, v) for k, v in common.items()}
     for where in sorted(slices):
         site = Site(**{**_fields(sites[where]), "group": group})
         method, trainable[where], frozen[where] = stacked(path, site, slices[where], table.sparse)
@@ -205,7 +208,7 @@ def stacked(
 
     Layers that lack are zeros where the method allows it (`sparse`); smaller ranks are padded.
     """
-    top = max(slices.values(), key=lambda read: _rank(read.method))
+    top = max(slices.values(), key=lambda read: rank_of(read.method))
     if len(slices) < np.prod(site.stack, dtype=int) and not sparse:
         raise FormatError(
             path,
@@ -229,11 +232,6 @@ def stacked(
                 whole[name][(*index, *(slice(0, n) for n in array.shape))] = array
         parts.append({name: _device(path, name, array) for name, array in whole.items()})
     return top.method, parts[0], parts[1]
-
-
-def _rank(method: Any) -> int:
-    """The rank of a method, or of the one that it wraps."""
-    return getattr(getattr(method, "method", method), "rank", 0)
 
 
 def _form(arrays: Arrays, rank_axes: Mapping[str, int]) -> dict[str, str]:

@@ -74,7 +74,8 @@ class Table:
       write_shared: shared arrays -> tensors by key.
       regrow: (config, un-stacked site and tensors of each module) -> shared tensors by key, where
         the file has only their seed; None where it must have them.
-      read_shared: tensors by key -> frozen shared arrays.
+      read_shared: tensors by key -> shared arrays.
+      trains_shared: the shared arrays are trained, not frozen.
     """
 
     type: str
@@ -100,6 +101,7 @@ class Table:
     weighs: bool = False
     write_shared: Callable[[Arrays], Arrays] = dict
     read_shared: Callable[[Arrays], Arrays] = dict
+    trains_shared: bool = False
     regrow: Callable[[Mapping[str, Any], Sequence[tuple[Site, Arrays]]], Arrays | None] | None = (
         None
     )

@@ -12,6 +12,7 @@ from jlora.io.peft.lora import ADALORA, DORA, HIRA, KASA, LORA
 from jlora.io.peft.lycoris import LOHA, LOKR
 from jlora.io.peft.rotations import DELORA, HRA_TABLE, ROAD
 from jlora.io.peft.seeded import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
+from jlora.io.peft.shared_vectors import UNILORA, VBLORA
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
@@ -22,6 +23,7 @@ TABLES: tuple[Table, ...] = (
     *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING),
     *(BAT_TABLE, MISS, C3A_TABLE, GRALORA),  # BAT is a form of MISS
     *(HRA_TABLE, ROAD, DELORA),
+    *(VBLORA, UNILORA),
     *(SHIRA, SUPERTUNING, FOURIERFT, WAVEFT),
     *(RANDLORA, PVERA),
     *(PEANUT, DEFT_TABLE, GLORA),

@@ -3,13 +3,13 @@
 ==========================================  ===================================================
 what it changes                             types
 ==========================================  ===================================================
-a weight, by a method to come               FROD OSF TINYLORA UNILORA VBLORA
+a weight, by a method to come               FROD OSF TINYLORA
 a weight, by more than its file holds       ADAMSS PSOFT
 biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
                                             PREFIX_TUNING PROMPT_TUNING P_TUNING
-a model alongside the model                    SHADOW
+a model alongside the model                 SHADOW
 ==========================================  ===================================================
 
 Source: peft 0.21.2, read for its behaviour.
@@ -26,10 +26,10 @@ UNSAVED = (
 PARTS = "it trains biases or rows of a table, no matrices"
 DYNAMIC = "what it adds depends on tokens or tasks, so it is no change of a weight"
 PROMPTS = "it adds tokens or a cache and changes no weight"
-BESIDE = "it is a model beside the model"
+BESIDE = "it is a model alongside the model"
 
 _GROUPS = {
-    TO_COME: "FROD OSF TINYLORA UNILORA VBLORA",
+    TO_COME: "FROD OSF TINYLORA",
     UNSAVED: "ADAMSS PSOFT",
     PARTS: "BEFT TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",

@@ -22,21 +22,22 @@ Source: paper; density and gamma as in mergekit (formula only).
 Deviates: elements equal to a threshold are on its upper side together.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, shared, summed, voted
-from jlora.merging.engine.record import Merging
-from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
+from jlora.merging.engine.partial import partial
+from jlora.merging.engine.record import TRIMMED, Merging
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor
+from jlora.merging.engine.threshold import Density
 
 
 def breadcrumbs(
-    bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
-    normalize: bool = False, scale: Array | float = 1.0, rank: int | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.85, gamma: float = 0.01,
+    normalize: bool = False, scale: Float[Array, ""] | float = 1.0, rank: int | None = None,
     solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
     """Breadcrumbs with a weighted sum, on one site.
@@ -69,8 +70,8 @@ def breadcrumbs(
 
 
 def breadcrumbs_ties(
-    bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
-    vote: str = "sum", normalize: bool = True, scale: Array | float = 1.0,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.85, gamma: float = 0.01,
+    vote: str = "sum", normalize: bool = True, scale: Float[Array, ""] | float = 1.0,
     rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
     """Breadcrumbs with the vote of TIES, on one site.
@@ -105,26 +106,57 @@ def breadcrumbs_ties(
 
 
 def breadcrumbs_rule(
-    bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
-    normalize: bool = False, scale: Array | float = 1.0, block: int | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.85, gamma: float = 0.01,
+    normalize: bool = False, scale: Float[Array, ""] | float = 1.0, block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M of the weighted sum by row blocks; the arguments are those of `breadcrumbs`."""
+    """M of the weighted sum by row blocks.
+
+    Args are those of `breadcrumbs`; `block` is how many rows a `Solver` reads at a time.
+
+    Args:
+      block: rows at a time; None: as many as the solver takes.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+    """
     band = banded(bank, density, gamma, block)
     return partial(summed, band, shared(weights, normalize), scale)
 
 
 def breadcrumbs_ties_rule(
-    bank: LowRank, weights: Array, *, density: Any = 0.85, gamma: float = 0.01,
-    vote: str = "sum", normalize: bool = True, scale: Array | float = 1.0,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.85, gamma: float = 0.01,
+    vote: str = "sum", normalize: bool = True, scale: Float[Array, ""] | float = 1.0,
     block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M of the vote by row blocks; the arguments are those of `breadcrumbs_ties`."""
+    """M of the vote by row blocks.
+
+    Args are those of `breadcrumbs_ties`.
+
+    Args:
+      block: rows at a time; None: as many as the solver takes.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+    """
     band = banded(bank, density, gamma, block)
     return partial(voted, band, weights, scale, vote=vote, normalize=normalize)
 
 
-def banded(bank: LowRank, density: Any, gamma: float, block: int | None = None) -> Sparsify:
-    """The function [N, b, d_out] -> the same without outliers and small elements."""
+def banded(bank: LowRank, density: Density, gamma: float, block: int | None = None) -> Sparsify:
+    """The sparsification that drops outliers and small elements.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      density: share of the elements that is kept, in (0, 1]; one number, or one for each adapter.
+      gamma: share of the largest elements that is dropped, in [0, 1).
+      block: rows that are read at a time for the thresholds; None: as many as the solver takes.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: the deltas, sparse.
+
+    Raises:
+      ValueError: gamma out of range.
+    """
     (n, d_in, _), d_out = bank.u.shape, bank.v.shape[-1]
     if not 0.0 <= gamma < 1.0:
         raise ValueError(f"gamma: got {gamma}, expected 0 <= gamma < 1")
@@ -150,13 +182,14 @@ SYSTEMS = (
         name="breadcrumbs",
         paper="Davari 2023, 2312.06795",
         symbol="breadcrumbs",
+        claim="breadcrumbs",
         function=breadcrumbs,
         loop="map",
         options={"density": 0.5},
         rule=breadcrumbs_rule,
         breaks={
-            "weight_one": "small elements are trimmed",
-            "idempotent": "small elements are trimmed",
+            "weight_one": TRIMMED,
+            "idempotent": TRIMMED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),
@@ -164,13 +197,14 @@ SYSTEMS = (
         name="breadcrumbs_ties",
         paper="Davari 2023, 2312.06795",
         symbol="breadcrumbs_ties",
+        claim="breadcrumbs_ties",
         function=breadcrumbs_ties,
         loop="map",
         options={"density": 0.5},
         rule=breadcrumbs_ties_rule,
         breaks={
-            "weight_one": "small elements are trimmed",
-            "idempotent": "small elements are trimmed",
+            "weight_one": TRIMMED,
+            "idempotent": TRIMMED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),

@@ -25,16 +25,18 @@ Deviates: the masks come from the weighted sum, so with weights 1 they are the p
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.election import signed, spread, weighted
+from jlora.merging.engine.partial import partial
 from jlora.merging.engine.record import Merging
-from jlora.merging.engine.streamed import Rule, Solver, factor, partial
+from jlora.merging.engine.streamed import Rule, Solver, factor
 
 
 def consensus(
-    bank: LowRank, weights: Array, *, sharpness: float = 0.4, least: int = 2,
-    scale: Array | float = 1.0, rank: int | None = None, solver: Solver | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, sharpness: float = 0.4, least: int = 2,
+    scale: Float[Array, ""] | float = 1.0, rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
     """Consensus task arithmetic on one site.
 
@@ -59,10 +61,19 @@ def consensus(
 
 
 def consensus_rule(
-    bank: LowRank, weights: Array, *, sharpness: float = 0.4, least: int = 2,
-    scale: Array | float = 1.0,
+    bank: LowRank, weights: Float[Array, "n"], *, sharpness: float = 0.4, least: int = 2,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> Rule:  # fmt: skip
-    """M by row blocks; the arguments are those of `consensus`."""
+    """M by row blocks.
+
+    Args are those of `consensus`.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+
+    Raises:
+      ValueError: sharpness or `least` out of range.
+    """
     n = bank.u.shape[0]
     if sharpness < 0:
         raise ValueError(f"sharpness: got {sharpness}, expected at least 0")
@@ -81,8 +92,19 @@ def _agreed(
     return jnp.where(jnp.sum(uses, axis=0) >= least, total, jnp.zeros_like(total))
 
 
-def task_masks(d: Array, total: Array, sharpness: float) -> Array:
-    """The elements that each task uses, [N, b, d_out] int32."""
+def task_masks(
+    d: Float[Array, "n b d_out"], total: Float[Array, "b d_out"], sharpness: float
+) -> Array:
+    """The elements that each task uses.
+
+    Args:
+      d: deltas, with the signs of their weights.
+      total: the merged delta T.
+      sharpness: mu, at least 0.
+
+    Returns:
+      [N, b, d_out] int32, 1 or 0.
+    """
     return (jnp.abs(d) >= sharpness * jnp.abs(total[None] - d)).astype(jnp.int32)
 
 
@@ -90,6 +112,7 @@ SYSTEM = Merging(
     name="consensus",
     paper="Wang 2024, 2405.07813",
     symbol="consensus",
+    claim="consensus",
     function=consensus,
     loop="map",
     options={"least": 1},

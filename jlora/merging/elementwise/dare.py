@@ -22,25 +22,33 @@ Source: paper; the vote is TIES's, weights as in mergekit (formula only).
 Deviates: the density is rounded to a multiple of 2^-16, and the rescaling is that of the rounded.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Key
 
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import STEPS, dropped
-from jlora.merging.engine.record import Merging
-from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
+from jlora.merging.engine.partial import partial
+from jlora.merging.engine.record import DROPPED, Merging
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor
+from jlora.merging.engine.threshold import Density
 
 
 def dare_linear(
-    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, normalize: bool = False,
-    scale: Array | float = 1.0, rank: int | None = None, solver: Solver | None = None,
-) -> LowRank:  # fmt: skip
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: Density = 0.2,
+    normalize: bool = False,
+    scale: Float[Array, ""] | float = 1.0,
+    rank: int | None = None,
+    solver: Solver | None = None,
+) -> LowRank:
     """DARE with a weighted sum, on one site.
 
     Args:
@@ -68,10 +76,17 @@ def dare_linear(
 
 
 def dare_ties(
-    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, vote: str = "sum",
-    normalize: bool = True, scale: Array | float = 1.0, rank: int | None = None,
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: Density = 0.2,
+    vote: str = "sum",
+    normalize: bool = True,
+    scale: Float[Array, ""] | float = 1.0,
+    rank: int | None = None,
     solver: Solver | None = None,
-) -> LowRank:  # fmt: skip
+) -> LowRank:
     """DARE with the vote of TIES, on one site.
 
     Args:
@@ -101,24 +116,56 @@ def dare_ties(
 
 
 def dare_linear_rule(
-    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, normalize: bool = False,
-    scale: Array | float = 1.0,
-) -> Rule:  # fmt: skip
-    """M_linear by row blocks; the arguments are those of `dare_linear`."""
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: Density = 0.2,
+    normalize: bool = False,
+    scale: Float[Array, ""] | float = 1.0,
+) -> Rule:
+    """M_linear by row blocks.
+
+    Args are those of `dare_linear`.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+    """
     return partial(summed, dropping(bank, density, keys), shared(weights, normalize), scale)
 
 
 def dare_ties_rule(
-    bank: LowRank, weights: Array, *, keys: Array, density: Any = 0.2, vote: str = "sum",
-    normalize: bool = True, scale: Array | float = 1.0,
-) -> Rule:  # fmt: skip
-    """M_ties by row blocks; the arguments are those of `dare_ties`."""
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: Density = 0.2,
+    vote: str = "sum",
+    normalize: bool = True,
+    scale: Float[Array, ""] | float = 1.0,
+) -> Rule:
+    """M_ties by row blocks.
+
+    Args are those of `dare_ties`.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+    """
     drop = dropping(bank, density, keys)
     return partial(voted, drop, weights, scale, vote=vote, normalize=normalize)
 
 
-def dropping(bank: LowRank, density: Any, keys: Array) -> Sparsify:
-    """The function ([N, b, d_out], [b]) -> the same, masked and rescaled."""
+def dropping(bank: LowRank, density: Density, keys: Key[Array, "n"]) -> Sparsify:
+    """The sparsification that drops elements at random and rescales the rest.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      density: share that is kept, in [2^-16, 1]; one number, or one for each adapter.
+      keys: one for each adapter.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: the deltas, masked and rescaled.
+    """
     keep = shares(density, bank.u.shape[0])
     if threshold.is_one(density):
         return partial(everything)
@@ -129,8 +176,19 @@ def _masked(keep: Array, keys: Array, d: Array, numbers: Array) -> Array:
     return dropped(d, keep[:, None, None], keys, numbers)
 
 
-def shares(density: Any, adapters: int) -> Array:
-    """Keep probabilities [N] float32, checked unless they are a traced array."""
+def shares(density: Density, adapters: int) -> Array:
+    """Keep probabilities of all adapters, checked unless they are a traced array.
+
+    Args:
+      density: one number, or one for each adapter, in [2^-16, 1].
+      adapters: N.
+
+    Returns:
+      [N] float32.
+
+    Raises:
+      ValueError: a density out of range, or another number of them.
+    """
     if isinstance(density, jax.Array):
         return jnp.broadcast_to(density.astype(jnp.float32), (adapters,))
     p = np.asarray(density, np.float32)
@@ -144,14 +202,15 @@ SYSTEMS = (
         name="dare_linear",
         paper="Yu 2023, 2311.03099",
         symbol="dare_linear",
+        claim="dare_linear",
         function=dare_linear,
         randomised=True,
         loop="map",
         options={"density": 0.5},
         rule=dare_linear_rule,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),
@@ -159,14 +218,15 @@ SYSTEMS = (
         name="dare_ties",
         paper="Yu 2023, 2311.03099",
         symbol="dare_ties",
+        claim="dare_ties",
         function=dare_ties,
         randomised=True,
         loop="map",
         options={"density": 0.5},
         rule=dare_ties_rule,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),

@@ -29,19 +29,29 @@ Deviates: rescales each element by its own probability, as the paper does and me
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Key
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.election import everything, shared, summed, voted
 from jlora.merging.engine.masks import dropped
-from jlora.merging.engine.record import Merging
-from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, flip, partial
+from jlora.merging.engine.partial import partial
+from jlora.merging.engine.record import DROPPED, Merging
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, flip
 
 
 def della(
-    bank: LowRank, weights: Array, *, keys: Array, density: float = 0.5, epsilon: float = 0.15,
-    vote: str = "sum", normalize: bool = True, scale: Array | float = 1.0,
-    rank: int | None = None, solver: Solver | None = None,
-) -> LowRank:  # fmt: skip
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: float = 0.5,
+    epsilon: float = 0.15,
+    vote: str = "sum",
+    normalize: bool = True,
+    scale: Float[Array, ""] | float = 1.0,
+    rank: int | None = None,
+    solver: Solver | None = None,
+) -> LowRank:
     """DELLA with the vote of TIES, on one site.
 
     Args:
@@ -73,10 +83,17 @@ def della(
 
 
 def della_linear(
-    bank: LowRank, weights: Array, *, keys: Array, density: float = 0.5, epsilon: float = 0.15,
-    normalize: bool = False, scale: Array | float = 1.0, rank: int | None = None,
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: float = 0.5,
+    epsilon: float = 0.15,
+    normalize: bool = False,
+    scale: Float[Array, ""] | float = 1.0,
+    rank: int | None = None,
     solver: Solver | None = None,
-) -> LowRank:  # fmt: skip
+) -> LowRank:
     """DELLA with a weighted sum, on one site.
 
     Args:
@@ -107,25 +124,55 @@ def della_linear(
 
 
 def della_rule(
-    turned: LowRank, weights: Array, *, keys: Array, density: float = 0.5,
+    turned: LowRank, weights: Float[Array, "n"], *, keys: Key[Array, "n"], density: float = 0.5,
     epsilon: float = 0.15, vote: str = "sum", normalize: bool = True,
-    scale: Array | float = 1.0,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> Rule:  # fmt: skip
-    """M^T by blocks of outputs, of the transposed bank; the arguments are those of `della`."""
+    """M^T of the vote by blocks of outputs.
+
+    Args are those of `della`.
+
+    Args:
+      turned: the transposed bank, u [N, d_out, R], v [N, R, d_in].
+
+    Returns:
+      A function of deltas [N, b, d_in] and output numbers [b]: rows of M^T [b, d_in].
+    """
     drop = magprune(density, epsilon, keys)
     return partial(voted, drop, weights, scale, vote=vote, normalize=normalize)
 
 
 def della_linear_rule(
-    turned: LowRank, weights: Array, *, keys: Array, density: float = 0.5,
-    epsilon: float = 0.15, normalize: bool = False, scale: Array | float = 1.0,
+    turned: LowRank, weights: Float[Array, "n"], *, keys: Key[Array, "n"], density: float = 0.5,
+    epsilon: float = 0.15, normalize: bool = False, scale: Float[Array, ""] | float = 1.0,
 ) -> Rule:  # fmt: skip
-    """M^T by blocks of outputs, of the transposed bank; the arguments of `della_linear`."""
+    """M^T of the weighted sum by blocks of outputs.
+
+    Args are those of `della_linear`.
+
+    Args:
+      turned: the transposed bank, u [N, d_out, R], v [N, R, d_in].
+
+    Returns:
+      A function of deltas [N, b, d_in] and output numbers [b]: rows of M^T [b, d_in].
+    """
     return partial(summed, magprune(density, epsilon, keys), shared(weights, normalize), scale)
 
 
-def magprune(density: float, epsilon: float, keys: Array) -> Sparsify:
-    """The function ([N, b, d_in], [b] outputs) -> the same, dropped by rank and rescaled."""
+def magprune(density: float, epsilon: float, keys: Key[Array, "n"]) -> Sparsify:
+    """The sparsification that drops small elements of an output more often, and rescales.
+
+    Args:
+      density: mean share that is kept.
+      epsilon: half the width of the range of keep probabilities.
+      keys: one for each adapter.
+
+    Returns:
+      A function of deltas [N, b, d_in] and output numbers [b]: the deltas, sparse.
+
+    Raises:
+      ValueError: density and epsilon out of range.
+    """
     if density == 1.0:
         return partial(everything)
     if epsilon < 0 or not (0 < density - epsilon and density + epsilon < 1):
@@ -146,6 +193,7 @@ SYSTEMS = (
         name="della",
         paper="Deep 2024, 2406.11617",
         symbol="della",
+        claim="della",
         function=della,
         randomised=True,
         loop="map",
@@ -153,8 +201,8 @@ SYSTEMS = (
         rule=della_rule,
         by_outputs=True,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),
@@ -162,6 +210,7 @@ SYSTEMS = (
         name="della_linear",
         paper="Deep 2024, 2406.11617",
         symbol="della_linear",
+        claim="della_linear",
         function=della_linear,
         randomised=True,
         loop="map",
@@ -169,8 +218,8 @@ SYSTEMS = (
         rule=della_linear_rule,
         by_outputs=True,
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
         },
         evidence="dense numpy value, limits, the paper's claim in small; law suite",
     ),

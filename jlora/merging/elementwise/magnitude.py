@@ -17,20 +17,21 @@ Source: paper; PEFT's `magnitude_prune_svd` is the same formula.
 Deviates: elements equal to the threshold are all kept.
 """
 
-from typing import Any
-
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.elementwise.ties import trimmed
 from jlora.merging.engine.election import shared, summed
-from jlora.merging.engine.record import Merging
-from jlora.merging.engine.streamed import Rule, Solver, factor, partial
+from jlora.merging.engine.partial import partial
+from jlora.merging.engine.record import TRIMMED, Merging
+from jlora.merging.engine.streamed import Rule, Solver, factor
+from jlora.merging.engine.threshold import Density
 
 
 def magnitude(
-    bank: LowRank, weights: Array, *, density: Any = 0.2, normalize: bool = False,
-    scale: Array | float = 1.0, rank: int | None = None, solver: Solver | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.2, normalize: bool = False,
+    scale: Float[Array, ""] | float = 1.0, rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
     """The pruned sum of one site.
 
@@ -59,10 +60,19 @@ def magnitude(
 
 
 def magnitude_rule(
-    bank: LowRank, weights: Array, *, density: Any = 0.2, normalize: bool = False,
-    scale: Array | float = 1.0, block: int | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.2, normalize: bool = False,
+    scale: Float[Array, ""] | float = 1.0, block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M by row blocks; the arguments are those of `magnitude`, `block` the rows of a `Solver`."""
+    """M by row blocks.
+
+    Args are those of `magnitude`.
+
+    Args:
+      block: rows at a time; None: as many as the solver takes.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+    """
     return partial(summed, trimmed(bank, density, block), shared(weights, normalize), scale)
 
 
@@ -70,13 +80,14 @@ SYSTEM = Merging(
     name="magnitude",
     paper="Yadav 2023, 2306.01708 (trimming alone)",
     symbol="magnitude",
+    claim="magnitude",
     function=magnitude,
     loop="map",
     options={"density": 0.5},
     rule=magnitude_rule,
     breaks={
-        "weight_one": "small elements are trimmed",
-        "idempotent": "small elements are trimmed",
+        "weight_one": TRIMMED,
+        "idempotent": TRIMMED,
     },
     evidence="dense numpy value, limits, the paper's claim in small; law suite",
 )

@@ -25,6 +25,7 @@ Deviates: weights are kept (the paper's are 1/N).
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
@@ -32,7 +33,7 @@ from jlora.merging.exact.concat import concat
 from jlora.merging.signs import present
 
 
-def model_stock(bank: LowRank, weights: Array, *, outputs: bool = False) -> LowRank:
+def model_stock(bank: LowRank, weights: Float[Array, "n"], *, outputs: bool = False) -> LowRank:
     """Model stock on one site.
 
     Args:
@@ -47,8 +48,17 @@ def model_stock(bank: LowRank, weights: Array, *, outputs: bool = False) -> LowR
     return LowRank(u, v * ratio(bank, present(weights), outputs=outputs)[None])
 
 
-def ratio(bank: LowRank, there: Array | None = None, *, outputs: bool = False) -> Array:
-    """t as [1], or [d_out]; of the adapters that are 1 in `there` [N], or of all."""
+def ratio(bank: LowRank, there: Float[Array, "n"] | None = None, *, outputs: bool = False) -> Array:
+    """The interpolation ratio t between the base and the sum.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      there: 1 for the adapters that count, else 0; None: all count.
+      outputs: one ratio per output instead of one per site; False, as in the paper.
+
+    Returns:
+      [1], or [d_out] with `outputs`.
+    """
     if bank.u.shape[0] == 1:
         return jnp.ones((1,), bank.u.dtype)
     there = jnp.ones(bank.u.shape[0], bank.u.dtype) if there is None else there
@@ -74,6 +84,7 @@ SYSTEM = Merging(
     name="model_stock",
     paper="Jang 2024, 2403.19522",
     symbol="model_stock",
+    claim="model_stock",
     function=model_stock,
     breaks={
         "signs": "the ratio is that of the adapters as they were trained",

@@ -25,22 +25,28 @@ Deviates: the weights multiply the energies (the paper has none); elements equal
 are all kept.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import majority, signed, spread
+from jlora.merging.engine.partial import partial
 from jlora.merging.engine.record import Merging
-from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, fold, partial
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, fold
+from jlora.types import Dynamic
 
 
 def sce(
-    bank: LowRank, weights: Array, *, density: float = 0.1, scale: Array | float = 1.0,
-    rank: int | None = None, solver: Solver | None = None,
-) -> LowRank:  # fmt: skip
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    density: float = 0.1,
+    scale: Float[Array, ""] | float = 1.0,
+    rank: int | None = None,
+    solver: Solver | None = None,
+) -> LowRank:
     """SCE on one site.
 
     Args:
@@ -65,13 +71,26 @@ def sce(
 
 
 def sce_rule(
-    bank: LowRank, weights: Array, *, density: float = 0.1, scale: Array | float = 1.0,
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    density: float = 0.1,
+    scale: Float[Array, ""] | float = 1.0,
     block: int | None = None,
-) -> Rule:  # fmt: skip
-    """M by row blocks; the arguments are those of `sce`, `block` the rows of a `Solver`."""
+) -> Rule:
+    """M by row blocks.
+
+    Args are those of `sce`.
+
+    Args:
+      block: rows at a time; None: as many as the solver takes.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+    """
     select = _selection(bank, weights, density, block)
 
-    def energy(carry: Array, d: Array, numbers: Array, along: Any) -> Array:
+    def energy(carry: Array, d: Array, numbers: Array, along: Dynamic) -> Array:
         return carry + jnp.sum(select(d, numbers) ** 2, axis=(1, 2))
 
     raw = jnp.abs(weights) * fold(bank, energy, jnp.zeros(weights.shape, bank.u.dtype), block)
@@ -88,8 +107,16 @@ def _fused(select: Sparsify, eta: Array, scale: Array | float, d: Array, numbers
     return scale * jnp.sum(w * x, axis=0) / jnp.where(share == 0, jnp.ones_like(share), share)
 
 
-def variance(d: Array, weights: Array) -> Array:
-    """Over the adapters whose weight is not 0: [N, ..., c], [N] -> [1, ..., c]."""
+def variance(d: Float[Array, "n ... c"], weights: Float[Array, "n"]) -> Array:
+    """The variance of each element over the adapters whose weight is not 0.
+
+    Args:
+      d: deltas.
+      weights: of the adapters.
+
+    Returns:
+      [1, ..., c].
+    """
     live = spread((weights != 0).astype(d.dtype), d)
     count = jnp.maximum(jnp.sum(live), jnp.ones((), d.dtype))
     mean = jnp.sum(live * d, axis=0, keepdims=True) / count
@@ -106,7 +133,7 @@ def _selection(bank: LowRank, weights: Array, density: float, block: int | None)
     def statistic(d: Array) -> Array:
         return variance(signed(d, weights), weights)
 
-    def live(carry: Array, d: Array, numbers: Array, along: Any) -> Array:
+    def live(carry: Array, d: Array, numbers: Array, along: Dynamic) -> Array:
         return carry + jnp.sum(statistic(d) > 0, dtype=jnp.int32)
 
     nonzero = fold(bank, live, jnp.zeros((), jnp.int32), block)
@@ -130,6 +157,7 @@ SYSTEM = Merging(
     name="sce",
     paper="Wan 2024, 2408.07990",
     symbol="sce",
+    claim="sce",
     function=sce,
     loop="map",
     options={"density": 0.5},

@@ -16,6 +16,7 @@ Deviates: nothing; it is linear, so it is exact on factors and nothing is stream
 """
 
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.election import shared
@@ -24,7 +25,11 @@ from jlora.merging.exact.concat import concat, concat_error
 
 
 def task_arithmetic(
-    bank: LowRank, weights: Array, *, normalize: bool = False, scale: Array | float = 1.0
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    normalize: bool = False,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> LowRank:
     """The scaled weighted sum of one site.
 
@@ -44,6 +49,7 @@ SYSTEM = Merging(
     name="task_arithmetic",
     paper="Ilharco 2022, 2212.04089",
     symbol="task_arithmetic",
+    claim="task_arithmetic",
     function=task_arithmetic,
     certificate=concat_error,
     tight=True,

@@ -19,21 +19,22 @@ Deviates: elements equal to the threshold are all kept; the result is M's best r
 as the randomised SVD of `streamed.py` finds it.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine import threshold
 from jlora.merging.engine.election import everything, voted
-from jlora.merging.engine.record import Merging
-from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor, partial
+from jlora.merging.engine.partial import partial
+from jlora.merging.engine.record import TRIMMED, Merging
+from jlora.merging.engine.streamed import Rule, Solver, Sparsify, factor
+from jlora.merging.engine.threshold import Density
 
 
 def ties(
-    bank: LowRank, weights: Array, *, density: Any = 0.2, vote: str = "sum",
-    normalize: bool = True, scale: Array | float = 1.0, rank: int | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.2, vote: str = "sum",
+    normalize: bool = True, scale: Float[Array, ""] | float = 1.0, rank: int | None = None,
     solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
     """TIES on one site.
@@ -65,16 +66,34 @@ def ties(
 
 
 def ties_rule(
-    bank: LowRank, weights: Array, *, density: Any = 0.2, vote: str = "sum",
-    normalize: bool = True, scale: Array | float = 1.0, block: int | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: Density = 0.2, vote: str = "sum",
+    normalize: bool = True, scale: Float[Array, ""] | float = 1.0, block: int | None = None,
 ) -> Rule:  # fmt: skip
-    """M by row blocks; the arguments are those of `ties`, `block` the rows of a `Solver`."""
+    """M by row blocks.
+
+    Args are those of `ties`.
+
+    Args:
+      block: rows at a time; None: as many as the solver takes.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: M's rows [b, d_out].
+    """
     trim = trimmed(bank, density, block)
     return partial(voted, trim, weights, scale, vote=vote, normalize=normalize)
 
 
-def trimmed(bank: LowRank, density: Any, block: int | None = None) -> Sparsify:
-    """The function [N, b, d_out] -> the same without all but the largest elements."""
+def trimmed(bank: LowRank, density: Density, block: int | None = None) -> Sparsify:
+    """The sparsification that keeps the largest elements of each delta.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      density: share of the elements that is kept, in (0, 1]; one number, or one for each adapter.
+      block: rows that are read at a time for the thresholds; None: as many as the solver takes.
+
+    Returns:
+      A function of deltas [N, b, d_out] and row numbers [b]: the deltas, sparse.
+    """
     (n, d_in, _), d_out = bank.u.shape, bank.v.shape[-1]
     k = threshold.kept(density, n, d_in * d_out)
     if threshold.is_one(density):
@@ -90,13 +109,14 @@ SYSTEM = Merging(
     name="ties",
     paper="Yadav 2023, 2306.01708",
     symbol="ties",
+    claim="ties",
     function=ties,
     loop="map",
     options={"density": 0.5},
     rule=ties_rule,
     breaks={
-        "weight_one": "small elements are trimmed",
-        "idempotent": "small elements are trimmed",
+        "weight_one": TRIMMED,
+        "idempotent": TRIMMED,
     },
     evidence="dense numpy value, limits, the paper's claim in small; law suite",
 )

@@ -22,20 +22,23 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PRNGKeyArray
 
 from jlora.algebra import LowRank
 from jlora.core.adapter import Adapter
 from jlora.merging.convert import converted
-from jlora.merging.engine.inputs import Gathered, gather, keys_of, slice_weights
-from jlora.merging.engine.run import apply, checked, listed, lookup, split
+from jlora.merging.engine.inputs import Gathered, Ids, Weights, gather, keys_of, slice_weights
+from jlora.merging.engine.options import lookup, split
+from jlora.merging.engine.run import apply, checked, listed
 from jlora.merging.engine.streamed import deltas, flip
 from jlora.merging.engine.table import Merging
+from jlora.types import Dynamic, Tree
 
 ROWS = 256  # of a block by default
 
@@ -52,14 +55,14 @@ class Block(NamedTuple):
 def merged_delta(
     name: str,
     adapters: Sequence[Adapter] | Adapter,
-    weights: Any,
+    weights: Weights,
     site_path: str,
     *,
     row_block: int = ROWS,
-    options: Mapping[str, Any] | None = None,
-    params: Any = None,
-    key: Array | None = None,
-    ids: Any = None,
+    options: Mapping[str, Dynamic] | None = None,
+    params: Tree = None,
+    key: PRNGKeyArray | None = None,
+    ids: Ids | None = None,
     missing: str = "error",
 ) -> Iterator[Block]:
     """The merged delta of one site in blocks, exact: added to the base they are the merged weight.
@@ -105,13 +108,23 @@ def blocks(
     site_path: str,
     *,
     row_block: int = ROWS,
-    options: Mapping[str, Any] | None = None,
-    key: Array | None = None,
-    ids: Any = None,
+    options: Mapping[str, Dynamic] | None = None,
+    key: PRNGKeyArray | None = None,
+    ids: Ids | None = None,
 ) -> Iterator[Block]:
     """`merged_delta` of adapters that are gathered already; `given.weights` are used.
 
     Args, Yields and Raises are those of `merged_delta`.
+
+    Args:
+      row: the method.
+      given: the bank, its weights and sites, as `gather` returns them.
+
+    Returns:
+      Blocks of M as host arrays, one after the other.
+
+    Raises:
+      ValueError: as `merged_delta` does.
     """
     if row_block < 1:
         raise ValueError(f"row_block: got {row_block}, expected at least 1")
@@ -119,7 +132,7 @@ def blocks(
         raise ValueError(f"{row.name}: merges all sites at once, expected a method of single sites")
     if site_path not in given.bank:
         raise ValueError(f"site: got {site_path!r}, expected one of {sorted(given.bank)}")
-    low: Any = given.bank[site_path]
+    low: Dynamic = given.bank[site_path]
     options = dict(options or {})
     n, stack = low.u.shape[0], low.u.shape[1:-2]
     checked(row, {site_path: low}, given.weights, key, options)
@@ -131,7 +144,9 @@ def blocks(
         keys = keys_of(key, site_path, count, n, ids)
     if row.rule is None or options.get("rank") is not None:
         part = {site_path: low}
-        found: Any = apply(row, part, _only(given.weights, site_path), key=key, ids=ids, **options)
+        found: Dynamic = apply(
+            row, part, _only(given.weights, site_path), options, key=key, ids=ids
+        )
         factors = LowRank(*(t.reshape(1, count, *t.shape[-2:]).swapaxes(0, 1)
                             for t in found[site_path]))  # fmt: skip
         return _blocks(_alone, False, factors, weights[:, :1], None, {}, stack, row_block)
@@ -144,8 +159,8 @@ def blocks(
 
 
 def _blocks(
-    make: Callable[..., Any], by_outputs: bool, bank: LowRank, weights: Array, keys: Any,
-    options: dict[str, Any], stack: tuple[int, ...], row_block: int,
+    make: Callable[..., Dynamic], by_outputs: bool, bank: LowRank, weights: Array, keys: Dynamic,
+    options: dict[str, Dynamic], stack: tuple[int, ...], row_block: int,
 ) -> Iterator[Block]:  # fmt: skip
     """The blocks of slices [S, N, ...]."""
     arrays, static = split(options)
@@ -167,19 +182,21 @@ def _blocks(
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _prepared(low: LowRank, weights: Array, keys: Any, arrays: Any, make: Any, static: Any) -> Any:
+def _prepared(
+    low: LowRank, weights: Array, keys: Dynamic, arrays: Dynamic, make: Dynamic, static: Dynamic
+) -> Dynamic:
     """The rule of a slice, a PyTree: thresholds and the like are computed here, once."""
     extra = {} if keys is None else {"keys": keys}
     return make(low, weights, **extra, **arrays, **dict(static))
 
 
 @jax.jit
-def _block(rule: Any, u: Array, v: Array, start: Array) -> Array:
+def _block(rule: Dynamic, u: Array, v: Array, start: Array) -> Array:
     """Rows of M from u [N, b, R], v [N, R, d_out]; row numbers from `start` on."""
     return rule(deltas(u, v), start + jnp.arange(u.shape[1], dtype=jnp.int32))
 
 
-def _alone(low: LowRank, weights: Array) -> Any:
+def _alone(low: LowRank, weights: Array) -> Dynamic:
     """The rule of factors that are merged already."""
     return jax.tree_util.Partial(_first)
 
@@ -188,5 +205,5 @@ def _first(d: Array, numbers: Array) -> Array:
     return d[0]
 
 
-def _only(weights: Any, path: str) -> Any:
+def _only(weights: Weights, path: str) -> Dynamic:
     return {path: weights[path]} if isinstance(weights, Mapping) else weights

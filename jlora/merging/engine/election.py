@@ -24,13 +24,20 @@ sign of the result.
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 from jlora.merging.engine.streamed import Sparsify
 
 VOTES = ("sum", "count")
 
 
-def elect(x: Array, weights: Array, *, vote: str = "sum", normalize: bool = True) -> Array:
+def elect(
+    x: Float[Array, "n ..."],
+    weights: Float[Array, "n"],
+    *,
+    vote: str = "sum",
+    normalize: bool = True,
+) -> Array:
     """The merged elements.
 
     Args:
@@ -57,50 +64,132 @@ def elect(x: Array, weights: Array, *, vote: str = "sum", normalize: bool = True
     return total / jnp.where(share == 0, jnp.ones_like(share), share)
 
 
-def majority(y: Array, vote: str) -> Array:
-    """The elected sign [...] of y [N, ...]: +1 or -1."""
+def majority(y: Float[Array, "n ..."], vote: str) -> Array:
+    """The elected sign of each element.
+
+    Args:
+      y: elements, times their weights.
+      vote: "sum" or "count", as in `elect`.
+
+    Returns:
+      [...], +1 or -1.
+    """
     tally = jnp.sum(y if vote == "sum" else jnp.sign(y), axis=0)
     return jnp.where(tally >= 0, jnp.ones_like(tally), -jnp.ones_like(tally))
 
 
-def weighted(x: Array, weights: Array) -> Array:
-    """sum_n w_n x_n."""
+def weighted(x: Float[Array, "n ..."], weights: Float[Array, "n"]) -> Array:
+    """The weighted sum over the adapters.
+
+    Args:
+      x: elements.
+      weights: of any sign.
+
+    Returns:
+      sum_n w_n x_n, [...].
+    """
     return jnp.sum(spread(weights, x) * x, axis=0)
 
 
-def shared(weights: Array, normalize: bool) -> Array:
-    """The weights [N] of a sum, with `normalize` over sum |w_n| (1 where that is 0)."""
+def shared(weights: Float[Array, "n"], normalize: bool) -> Array:
+    """The weights of a sum.
+
+    Args:
+      weights: of any sign.
+      normalize: divide by sum |w_n| (by 1 where that is 0).
+
+    Returns:
+      [N].
+    """
     if not normalize:
         return weights
     total = jnp.sum(jnp.abs(weights))
     return weights / jnp.where(total == 0, jnp.ones_like(total), total)
 
 
-def signed(x: Array, weights: Array) -> Array:
-    """x [N, ...] with the signs of the weights: what a weight |w_n| is then the weight of."""
+def signed(x: Float[Array, "n ..."], weights: Float[Array, "n"]) -> Array:
+    """The elements with the signs of the weights: what a weight |w_n| is then the weight of.
+
+    Args:
+      x: elements.
+      weights: of any sign.
+
+    Returns:
+      As x.
+    """
     return jnp.where(spread(weights, x) < 0, -x, x)
 
 
-def spread(weights: Array, x: Array) -> Array:
-    """[N] as [N, 1, ..., 1]."""
+def spread(weights: Float[Array, "n"], x: Float[Array, "n ..."]) -> Array:
+    """The weights in the shape that broadcasts over the elements.
+
+    Args:
+      weights: one per adapter.
+      x: elements, whose dtype the result has.
+
+    Returns:
+      [N, 1, ..., 1].
+    """
     return weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def voted(
-    sparsify: Sparsify, weights: Array, scale: Array | float, d: Array, numbers: Array,
-    *, vote: str, normalize: bool,
-) -> Array:  # fmt: skip
-    """A block [b, d_out] of scale * elect(w, sparsify(d)), d [N, b, d_out]; for `partial`."""
+    sparsify: Sparsify,
+    weights: Float[Array, "n"],
+    scale: Float[Array, ""] | float,
+    d: Float[Array, "n b d_out"],
+    numbers: Int[Array, "b"],
+    *,
+    vote: str,
+    normalize: bool,
+) -> Array:
+    """A block of scale * elect(w, sparsify(d)); for `partial`.
+
+    Args:
+      sparsify: deltas and row numbers to sparse deltas.
+      weights: of any sign.
+      scale: lambda.
+      d: rows of all deltas.
+      numbers: the numbers of those rows.
+      vote: as in `elect`.
+      normalize: as in `elect`.
+
+    Returns:
+      [b, d_out].
+    """
     return scale * elect(sparsify(d, numbers), weights, vote=vote, normalize=normalize)
 
 
 def summed(
-    sparsify: Sparsify, weights: Array, scale: Array | float, d: Array, numbers: Array
+    sparsify: Sparsify,
+    weights: Float[Array, "n"],
+    scale: Float[Array, ""] | float,
+    d: Float[Array, "n b d_out"],
+    numbers: Int[Array, "b"],
 ) -> Array:
-    """A block [b, d_out] of scale * sum_n w_n sparsify(d)_n, d [N, b, d_out]; for `partial`."""
+    """A block of scale * sum_n w_n sparsify(d)_n; for `partial`.
+
+    Args:
+      sparsify: deltas and row numbers to sparse deltas.
+      weights: of any sign.
+      scale: lambda.
+      d: rows of all deltas.
+      numbers: the numbers of those rows.
+
+    Returns:
+      [b, d_out].
+    """
     return scale * weighted(sparsify(d, numbers), weights)
 
 
-def everything(d: Array, numbers: Array) -> Array:
-    """The sparsification that keeps all."""
+def everything(d: Float[Array, "n b d_out"], numbers: Int[Array, "b"]) -> Array:
+    """The sparsification that keeps all.
+
+    Args:
+      d: rows of all deltas.
+      numbers: not used.
+
+    Returns:
+      d.
+    """
     return d

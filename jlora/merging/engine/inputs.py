@@ -19,41 +19,57 @@ Deviates: nothing.
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import PRNGKeyArray
 
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
 from jlora.core.adapter import Adapter
-from jlora.core.init import key_of
 from jlora.core.method import Method
 from jlora.core.site import Site
 from jlora.methods.low_rank.lora import LoRA
+from jlora.types import Dynamic
+
+# of N adapters: [N], or {path: [N] or [N, *stack]}
+Weights = ArrayLike | Sequence[float] | Mapping[str, ArrayLike]
+Ids = ArrayLike | Sequence[int]  # [N], names of adapters in the keys of random masks
 
 
 class Gathered(NamedTuple):
     """The inputs of a merge."""
 
     bank: Deltas  # path -> LowRank(u [N, *stack, d_in, R], v [N, *stack, R, d_out])
-    weights: Any  # [N], or path -> [N, *stack]
+    weights: Dynamic  # [N], or path -> [N, *stack]
     sites: tuple[Site, ...]  # in the order of `bank`
 
 
 def gather(
-    adapters: Sequence[Adapter] | Adapter, weights: Any = None, *, missing: str = "error"
+    adapters: Sequence[Adapter] | Adapter, weights: Weights | None = None, *, missing: str = "error"
 ) -> Gathered:
     """A bank of deltas from a list of adapters of any methods and ranks, or from one bank.
 
-    `weights` is [N] (1/N each where it is None), or {path: [N] or [N, *stack]} with every site.
-    With `missing="zero"` an adapter without a site adds nothing there; otherwise all adapters must
-    have the same sites. Values are checked outside of transformations only.
+    Values are checked outside of transformations only.
 
-    Raises ValueError: no adapters; other sites, shapes or dtypes; a method without a factored
-    delta; values that are not finite; weights of another length; something that is no bank.
+    Args:
+      adapters: a list of adapters, or one Adapter whose arrays lead with an axis of adapters.
+      weights: [N], or {path: [N] or [N, *stack]} with every site; None: 1/N each.
+      missing: "error": all adapters must have the same sites; "zero": an adapter without a site
+        adds nothing there.
+
+    Returns:
+      Bank, weights and sites.
+
+    Raises:
+      ValueError: no adapters; other sites, shapes or dtypes; a method without a factored delta;
+        values that are not finite; weights of another length; something that is no bank.
     """
     if isinstance(adapters, Adapter):
         every = [(adapters.sites, _bank(adapters))]
@@ -80,23 +96,35 @@ def per_site(
     loop: str = "vmap",
     ranks: tuple[str, ...] = (),
 ) -> Callable[..., Deltas]:
-    """`fn(bank, weights [N], **options)` of one site and slice, as a function of whole `Deltas`.
+    """A merge of one site and one slice as a function of whole `Deltas`.
 
-    The result takes (bank, weights, key=None, ids=None, **options). `loop="map"` runs the slices
-    one after the other, so that the memory is that of one. Options named in `ranks` are at most
-    min(d_in, d_out) of each site. With `randomised`, `fn` also gets
-    `keys` [N], made of `key`, the path, the slice and `ids` [N] (0..N-1 where it is None).
+    Args:
+      fn: `fn(bank, weights [N], **options)` of one site and slice.
+      randomised: `fn` also gets `keys` [N], made of `key`, the path, the slice and `ids`.
+      loop: "map" runs the slices one after the other, so that the memory is that of one; "vmap",
+        the default, all at once.
+      ranks: names of options that are at most min(d_in, d_out) of each site.
+
+    Returns:
+      A function of (bank, weights, key=None, ids=None, **options); ids [N] are 0..N-1 where None.
+
+    Raises:
+      ValueError: another `loop`; when called, a randomised merge without a key.
     """
     if loop not in ("vmap", "map"):
         raise ValueError(f"loop: got {loop!r}, expected 'vmap' or 'map'")
 
     def run(
-        bank: Deltas, weights: Any, key: Array | None = None, ids: Any = None, **options: Any
+        bank: Deltas,
+        weights: Weights,
+        key: Array | None = None,
+        ids: Ids | None = None,
+        **options: Dynamic,
     ) -> Deltas:
         if randomised and key is None:
             raise ValueError(f"{getattr(fn, '__name__', fn)}: got no key, expected one")
 
-        def one(x: tuple[LowRank, Array, Any]) -> LowRank:
+        def one(x: tuple[LowRank, Array, Dynamic]) -> LowRank:
             low, w, keys = x
             full = min(low.u.shape[-2], low.v.shape[-1])
             fitted = {k: min(options[k], full) for k in ranks if options.get(k) is not None}
@@ -108,13 +136,15 @@ def per_site(
             for path in paths:
                 low = _slices(bank[path])
                 s, n = low.u.shape[:2]
-                w = slice_weights(weights, path, n, s).astype(low.u.dtype)
-                keys = keys_of(key, path, s, n, ids) if randomised and key is not None else None
-                parts.append((low, w, keys))
-            joined = jax.tree.map(lambda *t: jnp.concatenate(t), *parts)
+                parts.append((low, slice_weights(weights, path, n, s).astype(low.u.dtype)))
+            keys = None
+            if randomised and key is not None:
+                every = [(p, low.u.shape[0]) for p, (low, _) in zip(paths, parts, strict=True)]
+                keys = keys_of_sites(key, every, parts[0][0].u.shape[1], ids)
+            joined = (*jax.tree.map(lambda *t: jnp.concatenate(t), *parts), keys)
             made = jax.vmap(one)(joined) if loop == "vmap" else lax.map(one, joined)
             start = 0
-            for path, (low, _, _) in zip(paths, parts, strict=True):
+            for path, (low, _) in zip(paths, parts, strict=True):
                 s, stack = low.u.shape[0], bank[path][0].shape[1:-2]
                 part = (start, start + s, stack)
                 out[path] = jax.tree.map(lambda t, part=part: _unflat(t, *part), made)
@@ -125,9 +155,17 @@ def per_site(
 
 
 def to_adapter(deltas: Deltas, sites: Sequence[Site]) -> Adapter:
-    """A plain LoRA adapter (scale 1) of deltas [*lead, *stack, ...]; with `lead`, a bank.
+    """A plain LoRA adapter of scale 1 from deltas.
 
-    Raises ValueError for a site without delta, or a delta of another shape.
+    Args:
+      deltas: {path: [*lead, *stack, ...]}; with `lead` the result is a bank.
+      sites: the sites of the result.
+
+    Returns:
+      The adapter; alpha is the rank.
+
+    Raises:
+      ValueError: a site without delta, or a delta of another shape.
     """
     trainable, frozen, rows = {}, {}, []
     for site in sites:
@@ -144,23 +182,63 @@ def to_adapter(deltas: Deltas, sites: Sequence[Site]) -> Adapter:
     return Adapter(trainable, frozen, tuple(rows))
 
 
-def keys_of(key: Array, path: str, slices: int, size: int, ids: Any = None) -> Array:
-    """One key for each slice and adapter of a site [S, N]."""
+def keys_of(key: PRNGKeyArray, path: str, slices: int, size: int, ids: Ids | None = None) -> Array:
+    """One key for each slice and adapter of a site.
+
+    Args:
+      key: of the whole merge.
+      path: the site.
+      slices: S.
+      size: N.
+      ids: [N], names of the adapters; None: 0..N-1.
+
+    Returns:
+      [S, N] keys.
+    """
+    return keys_of_sites(key, ((path, slices),), size, ids)
+
+
+def keys_of_sites(
+    key: PRNGKeyArray, sites: Sequence[tuple[str, int]], size: int, ids: Ids | None = None
+) -> Array:
+    """`keys_of` of several sites, one after the other.
+
+    All at once: a program that draws them for each site compiles as many generators.
+
+    Args:
+      key: of the whole merge.
+      sites: path and number of slices of each.
+      size: N.
+      ids: [N], names of the adapters; None: 0..N-1.
+
+    Returns:
+      [sum of all S, N] keys.
+    """
     ids = jnp.arange(size, dtype=jnp.uint32) if ids is None else jnp.asarray(ids, jnp.uint32)
-    rows = jnp.arange(slices, dtype=jnp.uint32)
+    numbers = np.asarray([(zlib.crc32(p.encode()), s) for p, n in sites for s in range(n)], "u4")
     fold = jax.random.fold_in
-    site = key_of(key, path)
-    return jax.vmap(lambda s: jax.vmap(lambda n: fold(fold(site, s), n))(ids))(rows)
+
+    def one(path: Array, row: Array) -> Array:
+        return jax.vmap(lambda n: fold(fold(fold(key, path), row), n))(ids)
+
+    return jax.vmap(one)(jnp.asarray(numbers[:, 0]), jnp.asarray(numbers[:, 1]))
 
 
-def slice_weights(weights: Any, path: str, size: int, slices: int) -> Array:
-    """The weights of a site as [S, N]; `weights` is [N], or path -> [N, *stack]."""
+def slice_weights(weights: Weights, path: str, size: int, slices: int) -> Array:
+    """The weights of a site for each of its slices.
+
+    Args:
+      weights: [N], or {path: [N] or [N, *stack]}.
+      path: the site.
+      size: N.
+      slices: S.
+
+    Returns:
+      [S, N].
+    """
     w = weights[path] if isinstance(weights, Mapping) else weights
     w = jnp.asarray(w).reshape(size, -1)
     return jnp.broadcast_to(w, (size, slices)).T
-
-
-# --- reading ------------------------------------------------------------------------------------
 
 
 def _read(adapter: Adapter, site: Site, method: Method, who: str) -> LowRank:
@@ -253,7 +331,7 @@ def _finite(bank: Deltas) -> None:
                 raise ValueError(f"adapter {k}: {path}: got nan or inf, expected finite values")
 
 
-def _weights(weights: Any, size: int, sites: tuple[Site, ...]) -> Any:
+def _weights(weights: Weights | None, size: int, sites: tuple[Site, ...]) -> Dynamic:
     if weights is None:
         return jnp.full(size, 1.0 / size, jnp.float32)
     if isinstance(weights, Mapping):
@@ -264,7 +342,7 @@ def _weights(weights: Any, size: int, sites: tuple[Site, ...]) -> Any:
     return _checked(weights, "weights", size, ())
 
 
-def _checked(w: Any, where: str, size: int, stack: tuple[int, ...]) -> Array:
+def _checked(w: Dynamic, where: str, size: int, stack: tuple[int, ...]) -> Array:
     w = jnp.asarray(w, None if hasattr(w, "dtype") else jnp.float32)
     if w.shape not in {(size,), (size, *stack)}:
         raise ValueError(f"{where}: got shape {w.shape}, expected one for each of {size} adapters")
@@ -275,12 +353,9 @@ def _checked(w: Any, where: str, size: int, stack: tuple[int, ...]) -> Array:
     return w
 
 
-# --- batching -----------------------------------------------------------------------------------
-
-
 def _alike(bank: Deltas) -> list[list[str]]:
     """The paths, in groups of one shape [d_in, R, d_out] and dtype."""
-    groups: dict[Any, list[str]] = {}
+    groups: dict[Dynamic, list[str]] = {}
     for path, (u, v) in bank.items():  # type: ignore[misc]
         groups.setdefault((u.shape[-2:], v.shape[-2:], u.dtype), []).append(path)
     return list(groups.values())
@@ -290,7 +365,7 @@ def _unflat(t: Array, start: int, stop: int, stack: tuple[int, ...]) -> Array:
     return t[start:stop].reshape(*stack, *t.shape[1:])
 
 
-def _slices(low: Any) -> LowRank:
+def _slices(low: Dynamic) -> LowRank:
     """[N, *stack, p, q] as [S, N, p, q]."""
     n, stack = low.u.shape[0], low.u.shape[1:-2]
     s = math.prod(stack)

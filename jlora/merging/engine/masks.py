@@ -16,12 +16,22 @@ that the mean is exact.
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int, Key
 
 STEPS = 2**16
 
 
-def words(keys: Array, numbers: Array, columns: int) -> Array:
-    """Random bits [N, b, columns] uint16 of the rows `numbers` [b]; keys [N]."""
+def words(keys: Key[Array, "n"], numbers: Int[Array, "b"], columns: int) -> Array:
+    """Random bits of some rows.
+
+    Args:
+      keys: one for each adapter.
+      numbers: the rows.
+      columns: how many bits words a row has.
+
+    Returns:
+      [N, b, columns] uint16.
+    """
 
     def row(key: Array, i: Array) -> Array:
         bits = jax.random.bits(jax.random.fold_in(key, i), (-(-columns // 2),), jnp.uint32)
@@ -30,13 +40,37 @@ def words(keys: Array, numbers: Array, columns: int) -> Array:
     return jax.vmap(lambda key: jax.vmap(lambda i: row(key, i))(numbers))(keys)
 
 
-def steps(keep: Array) -> Array:
-    """Probabilities as multiples of 2^-16, uint32; those that would be 0 become 1."""
+def steps(keep: Float[Array, "..."]) -> Array:
+    """Probabilities as multiples of 2^-16; those that would be 0 become 1.
+
+    Args:
+      keep: probabilities, in (0, 1].
+
+    Returns:
+      [...] uint32.
+    """
     return jnp.clip(jnp.round(keep * STEPS), 1.0, float(STEPS)).astype(jnp.uint32)
 
 
-def dropped(d: Array, keep: Array, keys: Array, numbers: Array, rescale: bool = True) -> Array:
-    """Deltas [N, b, c] kept with probabilities `keep` [N, b, c] or [N, 1, 1], and rescaled."""
+def dropped(
+    d: Float[Array, "n b c"],
+    keep: Float[Array, "n ..."],
+    keys: Key[Array, "n"],
+    numbers: Int[Array, "b"],
+    rescale: bool = True,
+) -> Array:
+    """Deltas of which elements are kept at random.
+
+    Args:
+      d: the deltas.
+      keep: probabilities [N, b, c] or [N, 1, 1].
+      keys: one for each adapter.
+      numbers: the numbers of the rows.
+      rescale: divide what is kept by its probability; True, so that the mean is d.
+
+    Returns:
+      [N, b, c].
+    """
     p = steps(keep)
     mask = words(keys, numbers, d.shape[-1]).astype(jnp.uint32) < p
     kept = jnp.where(mask, d, jnp.zeros_like(d))

@@ -23,10 +23,19 @@ memory         no array is as large as a quarter of a dense delta, at a site of 
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jlora.system import System
+from jlora.types import Dynamic
 
+# reasons that several records of `breaks` share
+TRIMMED = "small elements are trimmed"
+DROPPED = "elements are dropped at random"
+BLIND_VOTE = "PEFT's vote does not see weights"
+AS_WRITTEN = "the factors are merged as they are written"
+SUMMED_APART = "factors are summed apart: N copies of weight 1/N give N times one"
+FLAT = "the spectrum is flattened"
+SMALL_ENTRIES = "small entries are trimmed"
 UNITS = "units are clustered as they are: minus one is not the mirror image of it"
 HELD = "by the factors: the singular bases are held fixed (by the weights it is exact)"
 
@@ -56,15 +65,15 @@ class Merging(System):
 
     suite: ClassVar[tuple[str, ...]] = ("tests/merging/engine/laws_test.py",)
 
-    function: Callable[..., Any]  # of one site and slice, or of whole Deltas
+    function: Callable[..., Dynamic]  # of one site and slice, or of whole Deltas
     scope: str = "site"  # "site": fn(LowRank, weights) -> LowRank; "adapter": of Deltas
     size: int | None = None  # the number of adapters it takes; None: any
     randomised: bool = False  # a site's function takes `keys` [N], an adapter's `key`
     loop: str = "vmap"  # "map": slices one after the other, to bound the memory
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the laws
-    certificate: Callable[..., Any] | None = None  # (bank, weights, **options) -> error bound
+    options: Mapping[str, Dynamic] = dataclasses.field(default_factory=dict)  # for the laws
+    certificate: Callable[..., Dynamic] | None = None  # (bank, weights, **options) -> error bound
     tight: bool = False  # the certificate is the error itself
-    rule: Callable[..., Any] | None = None  # element-wise: (bank, weights, **options) -> `Rule`
+    rule: Callable[..., Dynamic] | None = None  # element-wise: (bank, weights, **options) -> `Rule`
     by_outputs: bool = False  # the rule is of the transposed bank: its blocks are outputs
     signed: bool = True  # negative weights have a meaning; else they are refused
     capped: bool = True  # an option `rank` beyond a site's min(d_in, d_out) means full rank there

@@ -5,67 +5,70 @@
 Deviates: nothing.
 """
 
-import difflib
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PRNGKeyArray
 
 from jlora import algebra
 from jlora.algebra import Deltas
 from jlora.core.adapter import Adapter
 from jlora.merging.convert import converted
-from jlora.merging.engine.inputs import gather, per_site, to_adapter
-from jlora.merging.engine.table import METHODS, Merging
-
-ELSEWHERE = {  # what others call a method -> what it is here
-    "linear": ("concat (the weighted sum, exactly)", "truncated (the same, cut to a rank)"),
-    "average": ("concat, without weights",),
-    "cat": ("concat", "peft_cat"),
-    "svd": ("truncated", "peft_svd"),
-    "magnitude_prune": ("magnitude", "peft_magnitude_prune"),
-    "ties_svd": ("ties", "peft_ties_svd"),
-    "task_addition": ("task_arithmetic",),
-    "passthrough": ("concat with one model",),
-}
+from jlora.merging.engine.inputs import Ids, Weights, gather, per_site, to_adapter
+from jlora.merging.engine.options import check_options, check_rank, lookup, split
+from jlora.merging.engine.table import Merging
+from jlora.types import Dynamic, Tree
 
 
 def merge(
     name: str,
     adapters: Sequence[Adapter] | Adapter,
-    weights: Any = None,
+    weights: Weights | None = None,
     *,
-    params: Any = None,
-    key: Array | None = None,
-    ids: Any = None,
+    options: Mapping[str, Dynamic] | None = None,
+    params: Tree = None,
+    key: PRNGKeyArray | None = None,
+    ids: Ids | None = None,
     missing: str = "error",
     out_rank: int | None = None,
-    **options: Any,
 ) -> Adapter:
-    """A plain LoRA adapter that merges `adapters` (a list of any methods and ranks, or a bank).
+    """Merges adapters into one plain LoRA adapter.
 
-    `weights` is [N], 1/N each where it is None, or {path: [N, *stack]}. `key` is required by
-    randomised methods; `ids` [N] name the adapters in their keys. With `params`, methods without a
-    factored delta (DoRA, OFT, IA3, HiRA) are converted first, exactly, and sites are looked up in
-    the parameters. `out_rank` cuts the result to a rank. A rank that a site is too small for means
-    full rank there; one that all sites are too small for is an error. Arrays among `options` are
-    traced, other options are static. `certified` also says what is cut off, and the ranks.
+    A rank that a site is too small for means full rank there; one that all sites are too small for
+    is an error. `jlora.merging.certified` also says what is cut off, and the ranks.
 
-    Raises ValueError as `gather` and `checked` do, for an unknown name, a rank out of range, and
-    (outside of transformations) where the result is not finite.
+    Args:
+      name: of the method, as `jlora systems merging` lists them.
+      adapters: a list of adapters of any methods and ranks, or a bank.
+      weights: [N], or {path: [N] or [N, *stack]}; None: 1/N each.
+      options: of the method, by name: `{"density": 0.2}`. Arrays are traced, others are static.
+        None: its defaults.
+      params: parameters, with which methods without a factored delta (DoRA, OFT, IA3, HiRA) are
+        converted first, exactly; None: there are none of those.
+      key: required by randomised methods.
+      ids: [N], names of the adapters in their keys; None: 0..N-1.
+      missing: "error": all adapters must have the same sites; "zero": one without a site adds
+        nothing there.
+      out_rank: the result is cut to this rank, at most; None: nothing is cut.
+
+    Returns:
+      A LoRA adapter of scale 1.
+
+    Raises:
+      ValueError: as `gather` and `checked` raise; an unknown name, a rank out of range, and
+        (outside of transformations) a result that is not finite.
     """
     row = lookup(name)
     if params is not None:
         adapters = [converted(a, params) for a in listed(adapters)]
-    bank, weights, sites = gather(adapters, weights, missing=missing)
-    checked(row, bank, weights, key, options)
-    made = apply(row, bank, weights, key=key, ids=ids, **options)
+    bank, w, sites = gather(adapters, weights, missing=missing)
+    checked(row, bank, w, key, options or {})
+    made = apply(row, bank, w, options, key=key, ids=ids)
     if out_rank is not None:
         check_rank("out_rank", out_rank, largest_rank(made))
         made = algebra.truncate(made, out_rank).deltas
@@ -74,63 +77,108 @@ def merge(
 
 
 def certificate(
-    name: str, adapters: Sequence[Adapter] | Adapter, weights: Any = None, **options: Any
+    name: str,
+    adapters: Sequence[Adapter] | Adapter,
+    weights: Weights | None = None,
+    *,
+    options: Mapping[str, Dynamic] | None = None,
 ) -> dict[str, Array]:
-    """{path: [*stack]}: how far a merge is, at most, from the exact weighted sum (Frobenius).
+    """How far a merge is, at most, from the exact weighted sum.
 
-    Raises ValueError as `merge` does, and for a method that gives no certificate.
+    Args:
+      name: of the method, one with a certificate.
+      adapters: a list of adapters, or a bank.
+      weights: [N], or {path: [N] or [N, *stack]}; None: 1/N each.
+      options: of the method, by name; None: its defaults.
+
+    Returns:
+      {path: [*stack]}, Frobenius norms.
+
+    Raises:
+      ValueError: as `merge` raises, and for a method that gives no certificate.
     """
     row = lookup(name)
-    bank, weights, _ = gather(adapters, weights)
-    return bound(row, bank, weights, **options)
+    bank, w, _ = gather(adapters, weights)
+    return bound(row, bank, w, options)
 
 
 def peak_memory(
     name: str,
     adapters: Sequence[Adapter] | Adapter,
-    weights: Any = None,
+    weights: Weights | None = None,
     *,
-    key: Array | None = None,
+    options: Mapping[str, Dynamic] | None = None,
+    key: PRNGKeyArray | None = None,
     missing: str = "error",
-    **options: Any,
 ) -> dict[str, int]:
-    """Bytes of a merge as compiled here, without running it: "adapters", "merged", "temporary".
+    """What a merge needs as compiled here, without running it.
 
-    Their sum is the peak. Raises ValueError as `merge` does.
+    Args:
+      name: of the method.
+      adapters: a list of adapters, or a bank.
+      weights: [N], or {path: [N] or [N, *stack]}; None: 1/N each.
+      options: of the method, by name; None: its defaults.
+      key: required by randomised methods.
+      missing: as in `merge`.
+
+    Returns:
+      Bytes of "adapters", "merged" and "temporary"; their sum is the peak.
+
+    Raises:
+      ValueError: as `merge` raises.
     """
     row = lookup(name)
-    bank, weights, _ = gather(adapters, weights, missing=missing)
-    run = functools.partial(apply, row, key=key, jit=False, **options)
-    merged, temporary = memory_of(run, bank, weights)
+    bank, w, _ = gather(adapters, weights, missing=missing)
+    run = functools.partial(apply, row, options=options, key=key, jit=False)
+    merged, temporary = memory_of(run, bank, w)
     return {"adapters": _bytes(bank), "merged": merged, "temporary": temporary}
 
 
-def memory_of(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
-    """Bytes of the results and of the temporary arrays of a function, as compiled."""
+def memory_of(function: Callable[..., Dynamic], *args: Dynamic) -> tuple[int, int]:
+    """What a function needs, as compiled; it is not run.
+
+    Args:
+      function: to be jitted.
+      *args: its arguments.
+
+    Returns:
+      Bytes of the results, and of the temporary arrays.
+    """
     program = jax.jit(function)
     stats = program.lower(*args).compile().memory_analysis()
     return _bytes(jax.eval_shape(program, *args)), stats.temp_size_in_bytes if stats else 0
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: Tree) -> int:
     return sum(math.prod(t.shape) * t.dtype.itemsize for t in jax.tree.leaves(tree))
 
 
-def bound(row: Merging, bank: Deltas, weights: Any, **options: Any) -> dict[str, Array]:
-    """`certificate` of a row of the table on a bank of deltas."""
+def bound(
+    row: Merging, bank: Deltas, weights: Weights, options: Mapping[str, Dynamic] | None = None
+) -> dict[str, Array]:
+    """`certificate` of a method on a bank of deltas.
+
+    Args:
+      row: the method.
+      bank: {path: deltas [N, *stack, ...]}.
+      weights: [N], or {path: [N] or [N, *stack]}.
+      options: of the method, by name; None: its defaults.
+
+    Returns:
+      {path: [*stack]}.
+
+    Raises:
+      ValueError: a method without a certificate.
+    """
     if row.certificate is None:
         raise ValueError(f"{row.name}: expected a method with a certificate, got one without")
-    run: Any = per_site(row.certificate)
-    return run(algebra.widened(bank), weights, **options)
+    run: Dynamic = per_site(row.certificate)
+    return run(algebra.widened(bank), weights, **(options or {}))
 
 
-def options_of(row: Merging) -> dict[str, Any]:
-    """The options that a method takes, with their defaults."""
-    parameters = list(inspect.signature(row.function).parameters.values())[2:]
-    return {p.name: p.default for p in parameters if p.name not in ("key", "keys", "ids")}
-
-
-def checked(row: Merging, bank: Deltas, weights: Any, key: Any, options: Mapping[str, Any]) -> None:
+def checked(
+    row: Merging, bank: Deltas, weights: Weights, key: Dynamic, options: Mapping[str, Dynamic]
+) -> None:
     """What can be known before a merge is run.
 
     Args:
@@ -161,49 +209,40 @@ def checked(row: Merging, bank: Deltas, weights: Any, key: Any, options: Mapping
             )
 
 
-RENAMED = {"normalise": "normalize", "strength": "scale", "lambda": "scale"}
-
-
-def check_options(row: Merging, options: Mapping[str, Any]) -> None:
-    """ValueError for an option that a method does not have, with those that it has."""
-    known = options_of(row)
-    for name in options:
-        if name not in known:
-            new = RENAMED.get(name)
-            hint = f"; {name} is called {new} here" if new in known else ""
-            raise ValueError(
-                f"{row.name}: options: got {name!r}, expected one of {sorted(known)}{hint}"
-            )
-
-
-def lookup(name: str) -> Merging:
-    """The row of a method; ValueError for an unknown name."""
-    if name not in METHODS:
-        close = ELSEWHERE.get(str(name)) or difflib.get_close_matches(str(name), METHODS, 3)
-        hint = f"; for {name!r} use {' or '.join(close)}" if close else ""
-        raise ValueError(f"merge method: got {name!r}, expected one of {sorted(METHODS)}{hint}")
-    return METHODS[name]
-
-
 def apply(
     row: Merging,
     bank: Deltas,
-    weights: Any,
+    weights: Weights,
+    options: Mapping[str, Dynamic] | None = None,
     *,
-    key: Array | None = None,
-    ids: Any = None,
+    key: PRNGKeyArray | None = None,
+    ids: Ids | None = None,
     jit: bool = True,
     full: int | None = None,
-    **options: Any,
 ) -> Deltas:
-    """A row of the table on a bank of deltas, jitted once for each set of static options.
+    """A method on a bank of deltas, jitted once for each set of static options.
 
-    An option `rank` means full rank at sites that are smaller; `full` is the largest
-    min(d_in, d_out) of a merge that this bank is only a part of.
+    An option `rank` means full rank at sites that are smaller.
 
-    Raises ValueError for an option that the method does not have, and for a rank that is no whole
-    number of at least 1, or beyond every site's min(d_in, d_out).
+    Args:
+      row: the method.
+      bank: {path: deltas [N, *stack, ...]}.
+      weights: [N], or {path: [N] or [N, *stack]}.
+      options: of the method, by name; None: its defaults.
+      key: required by randomised methods.
+      ids: [N], names of the adapters in their keys; None: 0..N-1.
+      jit: False runs it inside of another transformation.
+      full: the largest min(d_in, d_out) of a merge that this bank is only a part of; None: it is
+        the whole.
+
+    Returns:
+      {path: merged deltas}.
+
+    Raises:
+      ValueError: an option that the method does not have; a rank that is no whole number of at
+        least 1, or beyond every site's min(d_in, d_out).
     """
+    options = options or {}
     check_options(row, options)
     if row.capped and options.get("rank") is not None:
         check_rank(f"{row.name}: rank", options["rank"], max(full or 0, largest_rank(bank)))
@@ -215,26 +254,27 @@ def apply(
 
 
 def largest_rank(bank: Deltas) -> int:
-    """The largest min(d_in, d_out) of all sites."""
+    """The largest min(d_in, d_out) of all sites.
+
+    Args:
+      bank: {path: deltas}.
+
+    Returns:
+      The full rank of the largest site.
+    """
     every = [algebra.low_rank(d) for d in bank.values()]
     return max(min(d.u.shape[-2], d.v.shape[-1]) for d in every)
 
 
-def check_rank(name: str, rank: Any, full: int) -> None:
-    """ValueError unless rank is a whole number in 1..full, the largest min(d_in, d_out)."""
-    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 1 <= rank <= full:
-        raise ValueError(
-            f"{name}: got {rank}, expected 1 to {full}, the largest min(d_in, d_out) of the sites"
-        )
-
-
-def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
-    """(arrays, which are traced; the others, sorted, which are static)."""
-    arrays = {k: v for k, v in options.items() if isinstance(v, jax.Array | np.ndarray)}
-    return arrays, tuple(sorted((k, v) for k, v in options.items() if k not in arrays))
-
-
 def listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
+    """A bank as a list of adapters; a list as it is.
+
+    Args:
+      adapters: a list, or one Adapter whose arrays lead with an axis of adapters.
+
+    Returns:
+      The adapters, one by one.
+    """
     if not isinstance(adapters, Adapter):
         return adapters
     arrays = jax.tree.leaves((adapters.trainable, adapters.frozen))
@@ -242,7 +282,15 @@ def listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
 
 
 def check_finite(name: str, made: Deltas) -> None:
-    """ValueError, outside of transformations, where a merge by `name` is not finite."""
+    """Refuses a merge that is not finite; inside of transformations nothing is checked.
+
+    Args:
+      name: of the method, for the error.
+      made: {path: merged delta}.
+
+    Raises:
+      ValueError: nan or inf.
+    """
     if any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(made)):
         return
     for path, parts in made.items():

@@ -24,27 +24,45 @@ Deviates: nothing.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.system import System
+from jlora.types import Dynamic
 
 dot = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-def support(s: Array, size: int) -> Array:
-    """1 where a singular value [..., k] of a matrix with `size` rows or columns is not noise."""
+def support(s: Float[Array, "... k"], size: int) -> Array:
+    """Which singular values are not noise; not differentiated.
+
+    Args:
+      s: singular values.
+      size: rows or columns of the matrix, whichever are more.
+
+    Returns:
+      [..., k], 1 or 0.
+    """
     tol = 4 * size * jnp.finfo(s.dtype).eps * jnp.max(s, axis=-1, keepdims=True)
     return lax.stop_gradient((s > tol).astype(s.dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def spectral(f: Callable[..., Array], c: Array, *args: Any) -> Array:
-    """X f(S, *args) Y^T of c [p, q]; `f` static, [k] -> [k]; float `args` may be traced."""
+def spectral(f: Callable[..., Float[Array, "k"]], c: Float[Array, "p q"], *args: Dynamic) -> Array:
+    """X f(S, *args) Y^T of a matrix with the SVD X S Y^T.
+
+    Args:
+      f: all singular values [k] to [k], symmetric; static.
+      c: the matrix.
+      *args: further arguments of f; floats may be traced.
+
+    Returns:
+      [p, q].
+    """
     x, s, y = numerics.svd(c)
     return dot("ik,k,kj->ij", x, f(s, *args), y)
 
@@ -76,8 +94,15 @@ def _spectral_jvp(f, primals, tangents):
 
 
 @jax.custom_jvp
-def basis(u: Array) -> Array:
-    """Orthonormal columns [d, p] whose span holds that of u [d, n], p = min(d, n)."""
+def basis(u: Float[Array, "d n"]) -> Array:
+    """Orthonormal columns whose span holds that of u.
+
+    Args:
+      u: any columns.
+
+    Returns:
+      [d, min(d, n)].
+    """
     return numerics.qr(u)[0]
 
 
@@ -95,11 +120,19 @@ def _basis_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def top_basis(rank: int, live: bool, c: Array, keep: Any) -> tuple[Array, Array]:
-    """(y [rank, q], s [rank]): the leading right singular vectors of c [p, q], and their values.
+def top_basis(rank: int, live: bool, c: Float[Array, "p q"], keep: Dynamic) -> tuple[Array, Array]:
+    """The leading right singular vectors of c, and their values.
 
-    `rank` <= min(p, q). Both are zero after the first `keep` [], and with `live` also where a
-    value is noise. The derivative of y is that of the span of what is left.
+    The derivative of the vectors is that of the span of what is left.
+
+    Args:
+      rank: how many, at most min(p, q).
+      live: whether directions whose value is noise become zero.
+      c: the matrix.
+      keep: [], how many of them are not zero; may be traced.
+
+    Returns:
+      (y [rank, q], s [rank]).
     """
     _, s, y = numerics.svd(c)
     kept = _kept(rank, live, c, s, keep)[:rank]
@@ -123,23 +156,37 @@ def _top_basis_jvp(rank, live, primals, tangents):
     return (y[:rank] * kept[:, None], s[:rank] * kept), (step, jnp.diagonal(a)[:rank] * kept)
 
 
-def _kept(rank: int, live: bool, c: Array, s: Array, keep: Any) -> Array:
+def _kept(rank: int, live: bool, c: Array, s: Array, keep: Dynamic) -> Array:
     first = (jnp.arange(s.shape[0]) < jnp.minimum(keep, rank)).astype(s.dtype)
     return first * support(s, max(c.shape)) if live else first
 
 
-def top_pair(c: Array, rank: int) -> tuple[Array, Array, Array, Array]:
-    """(x [p, k], b [k, k], y [k, q], s [k]): c cut to `rank` is x @ b @ y, in bases of subspaces.
+def top_pair(c: Float[Array, "p q"], rank: int) -> tuple[Array, Array, Array, Array]:
+    """c cut to a rank as x @ b @ y, in bases of subspaces.
 
     Columns of x and rows of y are zero where the singular value is. With the derivatives of
     `top_basis`, whatever is the same for (x Q, Q^T b R, R^T y) is differentiated exactly.
+
+    Args:
+      c: the matrix.
+      rank: k, at most min(p, q).
+
+    Returns:
+      (x [p, k], b [k, k], y [k, q], s [k]).
     """
     (x, s), (y, _) = top_basis(rank, True, c.T, rank), top_basis(rank, True, c, rank)
     return x.T, dot("kp,pq,lq->kl", x, c, y), y, s
 
 
-def polar(m: Array) -> Array:
-    """The orthogonal polar factor of m [p, q], zero on what m sends to zero."""
+def polar(m: Float[Array, "p q"]) -> Array:
+    """The orthogonal polar factor, zero on what m sends to zero.
+
+    Args:
+      m: the matrix.
+
+    Returns:
+      [p, q].
+    """
     return spectral(_ones, m)
 
 
@@ -147,7 +194,7 @@ def _ones(s: Array) -> Array:
     return support(s, s.shape[0])
 
 
-def _quotient(x: Array, y: Array, near: Any, limit: Array) -> Array:
+def _quotient(x: Array, y: Array, near: Dynamic, limit: Array) -> Array:
     far = jnp.abs(y) > near
     return jnp.where(far, x / jnp.where(far, y, jnp.ones_like(y)), limit)
 

@@ -30,15 +30,17 @@ Deviates: blocks of a large M are recomputed for each pass; the error is measure
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
 from jlora.numerics import matmul
+from jlora.types import Dynamic, Tree
 
 Rule = Callable[[Array, Array], Array]  # ([N, b, d_out], [b] int32) -> [b, d_out]
 Sparsify = Callable[[Array, Array], Array]  # the same arguments -> [N, b, d_out]
@@ -62,35 +64,18 @@ class Solver:
             if value is not None and value < low:
                 raise ValueError(f"{name}: got {value}, expected at least {low}")
 
-    def stores(self, d_in: int, d_out: int, dtype: Any) -> bool:
-        """Whether M of these shapes is kept."""
+    def stores(self, d_in: int, d_out: int, dtype: Dynamic) -> bool:
+        """Whether M itself is kept.
+
+        Args:
+          d_in: rows of M.
+          d_out: columns of M.
+          dtype: of its elements.
+
+        Returns:
+          `store`; where that is None, whether M takes `STORED` bytes or less.
+        """
         return d_in * d_out * dtype.itemsize <= STORED if self.store is None else self.store
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """A function with its static options; two of the same are equal, so jit knows them again."""
-
-    function: Callable[..., Any]
-    static: tuple[tuple[str, Any], ...]  # sorted (name, value), hashable
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args, **dict(self.static))
-
-
-def partial(function: Callable[..., Array], *arrays: Any, **static: Any) -> Any:
-    """`function(*arrays, deltas, numbers, **static)` as a function of the last two.
-
-    Args:
-      function: of a module's top level; rows of its result depend on rows of the deltas alone.
-      arrays: PyTrees, traced or not.
-      static: hashable options.
-
-    Returns:
-      A PyTree whose leaves are `arrays`, unlike a closure: what a rule reads of the whole bank
-      (thresholds) leaves `jit` with it, and is not computed again for each block of rows.
-    """
-    return jax.tree_util.Partial(Bound(function, tuple(sorted(static.items()))), *arrays)
 
 
 class Factored(NamedTuple):
@@ -102,48 +87,100 @@ class Factored(NamedTuple):
 
 
 def fold(
-    bank: LowRank, step: Callable[[Any, Array, Array, Any], Any], init: Any, block: int | None,
-    *rows: Array,
-) -> Any:  # fmt: skip
-    """carry = step(carry, deltas [N, b, d_out], row numbers [b], rows' blocks [b, ...]) over M.
+    bank: LowRank, step: Callable[..., Tree], init: Tree, block: int | None,
+    *rows: Float[Array, "d_in ..."],
+) -> Dynamic:  # fmt: skip
+    """carry = step(carry, deltas, row numbers, blocks of `rows`) over all row blocks of M.
 
-    `rows` are arrays [d_in, ...] read along; what lies beyond d_in is zero.
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      step: of (carry, deltas [N, b, d_out], row numbers [b], blocks of `rows` [b, ...]).
+      init: the carry at first.
+      block: b; None: as many rows as fill 2 MiB, at most 32.
+      *rows: arrays read along; what lies beyond d_in is zero.
+
+    Returns:
+      The last carry.
     """
     u, numbers, *along = _blocked(bank, block, rows)
 
     @jax.checkpoint  # differentiated, blocks are computed again instead of kept
-    def one(carry: Any, x: Any) -> tuple[Any, None]:
+    def one(carry: Tree, x: Dynamic) -> tuple[Dynamic, None]:
         return step(carry, deltas(x[0], bank.v), x[1], x[2:]), None
 
     return lax.scan(one, init, (u, numbers, *along))[0]
 
 
-def rows_of(bank: LowRank, rule: Rule, after: Callable[[Array], Array], block: int | None) -> Array:
-    """`after` of each merged block [b, d_out], as [d_in, ...]."""
+def rows_of(
+    bank: LowRank,
+    rule: Rule,
+    after: Callable[[Float[Array, "b d_out"]], Float[Array, "b ..."]],
+    block: int | None,
+) -> Array:
+    """A function of each merged block, for all rows.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      rule: of M.
+      after: what is computed of a block.
+      block: b; None: as in `fold`.
+
+    Returns:
+      [d_in, ...].
+    """
     u, numbers = _blocked(bank, block, ())
 
     @jax.checkpoint
-    def one(x: Any) -> Array:
+    def one(x: Dynamic) -> Array:
         return after(rule(deltas(x[0], bank.v), x[1]))
 
     out = lax.map(one, (u, numbers))
     return out.reshape(-1, *out.shape[2:])[: bank.u.shape[1]]
 
 
-def deltas(u: Array, v: Array) -> Array:
-    """u_n v_n [N, b, d_out]; the same in every pass."""
+def deltas(u: Float[Array, "n b r"], v: Float[Array, "n r d_out"]) -> Array:
+    """u_n v_n of all adapters; the same in every pass.
+
+    Args:
+      u: left factors.
+      v: right factors.
+
+    Returns:
+      [N, b, d_out].
+    """
     return jnp.einsum("nbr,nro->nbo", u, v, precision=lax.Precision.HIGHEST)
 
 
 def dense(bank: LowRank, rule: Rule, *, block: int | None = None) -> Array:
-    """M itself [d_in, d_out], in one pass."""
+    """M itself, in one pass.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      rule: of M.
+      block: rows at a time; None: as in `fold`.
+
+    Returns:
+      [d_in, d_out].
+    """
     return rows_of(bank, rule, lambda m: m, block)
 
 
-def into(bank: LowRank, rule: Rule, base: Array, *, block: int | None = None) -> Array:
-    """base + M in the base's dtype, block by block; under jit of a donated base, in its place.
+def into(
+    bank: LowRank, rule: Rule, base: Float[Array, "d_in d_out"], *, block: int | None = None
+) -> Array:
+    """base + M, block by block; under jit of a donated base, in its place.
 
-    Raises ValueError for a base that is not [d_in, d_out].
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      rule: of M.
+      base: what M is added to.
+      block: rows at a time; None: as in `fold`.
+
+    Returns:
+      [d_in, d_out], in the base's dtype.
+
+    Raises:
+      ValueError: a base that is not [d_in, d_out].
     """
     d_in, d_out = bank.u.shape[1], bank.v.shape[-1]
     if base.shape != (d_in, d_out):
@@ -169,9 +206,19 @@ def into(bank: LowRank, rule: Rule, base: Array, *, block: int | None = None) ->
 def factor(
     bank: LowRank, rule: Rule, rank: int | None = None, solver: Solver | None = None
 ) -> LowRank:
-    """M as u [d_in, rank] and v [rank, d_out]; `rank` is N R, at most full, where it is None.
+    """M as factors, by a randomised range finder.
 
-    Raises ValueError for a rank < 1 or beyond min(d_in, d_out).
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      rule: of M.
+      rank: of the factors, 1 to min(d_in, d_out); None: N R, at most full.
+      solver: how M is read; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank] with orthonormal columns, v [rank, d_out].
+
+    Raises:
+      ValueError: a rank out of range.
     """
     solver = solver or Solver()
     (n, d_in, r), d_out = bank.u.shape, bank.v.shape[-1]
@@ -197,7 +244,13 @@ def factor(
 def certified(
     bank: LowRank, rule: Rule, rank: int | None = None, solver: Solver | None = None
 ) -> Factored:
-    """`factor`, its true error and the norm of M, by one more pass."""
+    """`factor`, its true error and the norm of M, by one more pass.
+
+    Args and Raises are those of `factor`.
+
+    Returns:
+      Factors, |M - u v| and |M|.
+    """
     solver = solver or Solver()
     low = factor(bank, rule, rank, solver)
     error, norm = distance(bank, rule, low, block=solver.block)
@@ -207,9 +260,19 @@ def certified(
 def distance(
     bank: LowRank, rule: Rule, low: LowRank, *, block: int | None = None
 ) -> tuple[Array, Array]:
-    """(|M - u v|, |M|), Frobenius, of any factors u [d_in, r], v [r, d_out]."""
+    """How far factors are from M.
 
-    def step(carry: Any, d: Array, numbers: Array, along: Any) -> Any:
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      rule: of M.
+      low: any factors u [d_in, r], v [r, d_out].
+      block: rows at a time; None: as in `fold`.
+
+    Returns:
+      (|M - u v|, |M|), Frobenius.
+    """
+
+    def step(carry: Tree, d: Array, numbers: Array, along: Dynamic) -> Dynamic:
         m = rule(d, numbers)
         gap = m - matmul(along[0], low.v)
         return carry + jnp.stack([jnp.sum(gap * gap), jnp.sum(m * m)])
@@ -219,11 +282,18 @@ def distance(
 
 
 def flip(x: LowRank) -> LowRank:
-    """The transposed deltas: rows become columns."""
+    """The transposed deltas: rows become columns.
+
+    Args:
+      x: u [..., d_in, R], v [..., R, d_out].
+
+    Returns:
+      u [..., d_out, R], v [..., R, d_in].
+    """
     return LowRank(x.v.mT, x.u.mT)
 
 
-def _products(bank: LowRank, rule: Rule, solver: Solver) -> tuple[Any, Any]:
+def _products(bank: LowRank, rule: Rule, solver: Solver) -> tuple[Dynamic, Dynamic]:
     """The functions g -> M g and q -> M^T q."""
     if solver.stores(bank.u.shape[1], bank.v.shape[-1], bank.u.dtype):
         m = dense(bank, rule, block=solver.block)
@@ -251,7 +321,7 @@ def _basis(y: Array) -> Array:
 def _left(bank: LowRank, rule: Rule, q: Array, block: int | None) -> Array:
     """M^T q [d_out, k]."""
 
-    def step(carry: Array, d: Array, numbers: Array, along: Any) -> Array:
+    def step(carry: Array, d: Array, numbers: Array, along: Dynamic) -> Array:
         return carry + matmul(rule(d, numbers).T, along[0])
 
     shape = (bank.v.shape[-1], q.shape[-1])

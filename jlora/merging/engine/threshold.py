@@ -18,30 +18,48 @@ Deviates: elements that are equal to the threshold are all kept (a top-k picks s
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.streamed import fold
+from jlora.types import Dynamic, Tree
 
+Density = float | Sequence[float] | Float[Array, "*n"]  # a share, or one for each adapter
 Statistic = Callable[[Array], Array]  # [N, ..., c] -> [M, ..., c], elementwise in the last axes
 WAYS, SAMPLE = 16, 1024
 NORMAL, INFINITY = 0x00800000, 0x7F800000  # the bits of the smallest normal float32, and of inf
 
 
-def magnitude(d: Array) -> Array:
+def magnitude(d: Float[Array, "n ... c"]) -> Array:
+    """|D|, the statistic of TIES and of magnitude pruning.
+
+    Args:
+      d: deltas.
+
+    Returns:
+      [N, ..., c].
+    """
     return jnp.abs(d)
 
 
-def kept(density: Any, adapters: int, elements: int) -> Array:
-    """How many of `elements` a density keeps, rounded down: [N] int32.
+def kept(density: Density, adapters: int, elements: int) -> Array:
+    """How many elements a density keeps, rounded down.
 
-    `density` is a number, one for each adapter, or a traced array (which is not checked).
-    Raises ValueError for a density outside (0, 1], one that keeps nothing, or the wrong number.
+    Args:
+      density: in (0, 1]; a number, one for each adapter, or a traced array (which is not checked).
+      adapters: N.
+      elements: of each delta.
+
+    Returns:
+      [N] int32.
+
+    Raises:
+      ValueError: a density outside (0, 1], one that keeps nothing, or the wrong number of them.
     """
     if isinstance(density, jax.Array):
         k = jnp.floor(density * elements).astype(jnp.int32)
@@ -56,15 +74,32 @@ def kept(density: Any, adapters: int, elements: int) -> Array:
     return jnp.asarray([int(x * elements) for x in values], jnp.int32)
 
 
-def is_one(density: Any) -> bool:
-    """Whether nothing is dropped, known without values of traced arrays."""
+def is_one(density: Density) -> bool:
+    """Whether nothing is dropped, known without values of traced arrays.
+
+    Args:
+      density: a number, one for each adapter, or an array.
+
+    Returns:
+      False for a traced array.
+    """
     return not isinstance(density, jax.Array) and bool(np.all(np.asarray(density) == 1.0))
 
 
 def kth_largest(
-    bank: LowRank, statistic: Statistic, k: Array, *, block: int | None = None
+    bank: LowRank, statistic: Statistic, k: Int[Array, "m"], *, block: int | None = None
 ) -> Array:
-    """Thresholds [M] float32 so that k_m elements of statistic m are >= t_m; k [M] in 1..size."""
+    """The thresholds so that k_m elements of statistic m are at or above.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      statistic: deltas [N, ..., c] to [M, ..., c] >= 0.
+      k: elements that are kept, 1..size.
+      block: rows at a time; None: as many as the solver takes.
+
+    Returns:
+      [M] float32.
+    """
     bank = lax.stop_gradient(bank)
     first = _bits(_sampled(bank, statistic, k))
     m = k.shape[0]
@@ -72,14 +107,14 @@ def kth_largest(
     def count(at: Array) -> Array:  # [M, WAYS] bits -> how many are >= it
         cut = lax.bitcast_convert_type(at, jnp.float32)
 
-        def step(carry: Array, d: Array, numbers: Array, along: Any) -> Array:
+        def step(carry: Array, d: Array, numbers: Array, along: Dynamic) -> Array:
             x = statistic(d).astype(jnp.float32)
             above = [(x >= cut[:, j, None, None]).sum(1, dtype=jnp.int32) for j in range(WAYS)]
             return carry + jnp.stack(above).sum(-1, dtype=jnp.int32).T
 
         return fold(bank, step, jnp.zeros((m, WAYS), jnp.int32), block)
 
-    def step(state: Any) -> Any:
+    def step(state: Tree) -> Dynamic:
         low, high, at, found, done = state
         n = count(at)
         enough = n >= k[:, None]  # decreasing in the threshold
@@ -100,8 +135,16 @@ def kth_largest(
     return lax.bitcast_convert_type(found, jnp.float32)
 
 
-def above(x: Array, threshold: Array) -> Array:
-    """Which elements of a statistic [M, b, c] are kept, compared as they were counted."""
+def above(x: Float[Array, "m b c"], threshold: Float[Array, "m"]) -> Array:
+    """Which elements of a statistic are kept, compared as they were counted.
+
+    Args:
+      x: the statistic.
+      threshold: of `kth_largest`.
+
+    Returns:
+      [M, b, c] bool.
+    """
     return x.astype(jnp.float32) >= threshold[:, None, None]
 
 

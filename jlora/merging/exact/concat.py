@@ -16,20 +16,37 @@ Deviates: nothing.
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 
 
-def concat(bank: LowRank, weights: Array) -> LowRank:
-    """The exact weighted sum of one site."""
+def concat(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """The exact weighted sum of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+    """
     n, d_in, r = bank.u.shape
     u = bank.u * weights[:, None, None]
     return LowRank(jnp.moveaxis(u, 0, 1).reshape(d_in, n * r), bank.v.reshape(n * r, -1))
 
 
-def concat_error(bank: LowRank, weights: Array) -> Array:
-    """Its certificate: zero, []."""
+def concat_error(bank: LowRank, weights: Float[Array, "n"]) -> Array:
+    """The certificate of `concat`: it is exact.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: not used.
+
+    Returns:
+      Zero, [].
+    """
     return jnp.zeros((), bank.u.dtype)
 
 
@@ -37,6 +54,7 @@ SYSTEM = Merging(
     name="concat",
     paper="Prabhakar 2024, 2410.13025; Wang 2024, 2409.05976",
     symbol="concat",
+    claim="concat",
     function=concat,
     certificate=concat_error,
     tight=True,

@@ -24,6 +24,7 @@ Deviates: deltas are the vectors, no base is added; a fixed number of steps inst
 """
 
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
@@ -32,7 +33,7 @@ from jlora.merging.exact.slerp import mean_direction
 from jlora.merging.signs import absorbed
 
 
-def karcher(bank: LowRank, weights: Array, *, steps: int = 10) -> LowRank:
+def karcher(bank: LowRank, weights: Float[Array, "n"], *, steps: int = 10) -> LowRank:
     """The spherical mean of one site.
 
     Args:
@@ -56,6 +57,7 @@ SYSTEM = Merging(
     name="karcher",
     paper="Goddard 2024, 2403.13257 (mergekit)",
     symbol="karcher",
+    claim="karcher",
     function=karcher,
     evidence="stationarity of the mean; law suite",
 )

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.core.adapter import Adapter
 from jlora.merging.engine.inputs import gather, per_site, to_adapter
@@ -39,11 +40,21 @@ def lcm_arithmetic(
     style: float | Sequence[float] = 0.8,
     strength: float = 1.0,
 ) -> Adapter:
-    """The sum of one style, or several with a strength each, and an acceleration vector.
+    """The sum of one style, or of several, and an acceleration vector.
 
     Adapters may have different sites; one without a site adds nothing there.
 
-    Raises ValueError for another number of strengths than styles, and as `gather` does.
+    Args:
+      styles: one adapter, or a list of them.
+      acceleration: the adapter that makes the model fast.
+      style: l1, one strength or one for each style; 0.8, as in the paper.
+      strength: l2, of the acceleration; 1, as in the paper.
+
+    Returns:
+      A LoRA adapter of the summed ranks.
+
+    Raises:
+      ValueError: another number of strengths than styles, and as `gather` does.
     """
     many = [styles] if isinstance(styles, Adapter) else list(styles)
     strengths = [style] * len(many) if isinstance(style, int | float) else list(style)
@@ -56,8 +67,19 @@ def lcm_arithmetic(
     return to_adapter(per_site(concat)(bank, weights), sites)
 
 
-def boundary(t: Array, *, sigma: float = 0.5, scale: float = 10.0) -> tuple[Array, Array]:
-    """(c_s, c_o) of a consistency model at time t: (1, 0) at 0, so f(z, 0) = z exactly."""
+def boundary(
+    t: Float[Array, "*times"], *, sigma: float = 0.5, scale: float = 10.0
+) -> tuple[Array, Array]:
+    """The boundary condition of a consistency model: (1, 0) at t = 0, so that f(z, 0) = z exactly.
+
+    Args:
+      t: times, in [0, 1].
+      sigma: standard deviation of the data; 0.5, as in the paper's code.
+      scale: s, of the time; 10, as in the paper's code.
+
+    Returns:
+      (c_s, c_o), each [*times].
+    """
     moved = jnp.square(scale * t)
     return sigma**2 / (moved + sigma**2), scale * t / jnp.sqrt(moved + sigma**2)
 

@@ -32,6 +32,7 @@ themselves: with negative ones t leaves 0..1, and the result is as large as that
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
@@ -41,7 +42,7 @@ from jlora.merging.signs import absorbed
 from jlora.merging.spectral.core_space import to_core
 
 
-def slerp(bank: LowRank, weights: Array, *, axis: str = "out") -> LowRank:
+def slerp(bank: LowRank, weights: Float[Array, "2"], *, axis: str = "out") -> LowRank:
     """Spherical interpolation of two adapters, of one site.
 
     Args:
@@ -71,7 +72,7 @@ def slerp(bank: LowRank, weights: Array, *, axis: str = "out") -> LowRank:
     return concat(LowRank(bank.u * c[:, :, None], bank.v), one)
 
 
-def nuslerp(bank: LowRank, weights: Array, *, axis: str = "flat") -> LowRank:
+def nuslerp(bank: LowRank, weights: Float[Array, "2"], *, axis: str = "flat") -> LowRank:
     """Spherical interpolation of two adapters as whole vectors, of one site.
 
     Args, Returns and Raises are those of `slerp`; the default of `axis` is mergekit's "flat".
@@ -79,7 +80,7 @@ def nuslerp(bank: LowRank, weights: Array, *, axis: str = "flat") -> LowRank:
     return slerp(bank, weights, axis=axis)
 
 
-def multislerp(bank: LowRank, weights: Array) -> LowRank:
+def multislerp(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
     """One step of the spherical mean, from the direction of the mean; of one site.
 
     Args:
@@ -93,10 +94,18 @@ def multislerp(bank: LowRank, weights: Array) -> LowRank:
     return concat(bank, mean_direction(bank, weights, 1))
 
 
-def mean_direction(bank: LowRank, weights: Array, steps: int) -> Array:
-    """Coefficients [N] of the spherical mean times the mean norm, after `steps` steps.
+def mean_direction(bank: LowRank, weights: Float[Array, "n"], steps: int) -> Array:
+    """Coefficients of the spherical mean times the mean norm.
 
-    weights [N] >= 0. Zero deltas are left out; all coefficients are 0 where nothing is left.
+    Zero deltas are left out; all coefficients are 0 where nothing is left.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: >= 0.
+      steps: of the iteration.
+
+    Returns:
+      [N].
     """
     n = weights.shape[0]
     y = to_core(bank).cores.reshape(n, -1)
@@ -130,8 +139,15 @@ def mean_direction(bank: LowRank, weights: Array, steps: int) -> Array:
     return jnp.where(some, c * jnp.sum(alpha * norm), jnp.zeros_like(c))
 
 
-def safe_norm(x: Array) -> Array:
-    """Norm over the last axis, of derivative zero at zero."""
+def safe_norm(x: Float[Array, "... n"]) -> Array:
+    """The norm over the last axis, of derivative zero at zero.
+
+    Args:
+      x: vectors.
+
+    Returns:
+      [...].
+    """
     square = jnp.sum(x * x, axis=-1)
     some = square > 0
     return jnp.where(some, jnp.sqrt(jnp.where(some, square, jnp.ones_like(square))), 0)
@@ -166,6 +182,7 @@ SYSTEMS = (
         name="slerp",
         paper="Goddard 2024, 2403.13257 (mergekit)",
         symbol="slerp",
+        claim="slerp",
         function=slerp,
         size=2,
         evidence="numpy value; law suite",
@@ -174,6 +191,7 @@ SYSTEMS = (
         name="nuslerp",
         paper="Goddard 2024, 2403.13257 (mergekit)",
         symbol="nuslerp",
+        claim="nuslerp",
         function=nuslerp,
         size=2,
         evidence="numpy value; law suite",
@@ -182,6 +200,7 @@ SYSTEMS = (
         name="multislerp",
         paper="Goddard 2024, 2403.13257 (mergekit)",
         symbol="multislerp",
+        claim="multislerp",
         function=multislerp,
         evidence="numpy value; law suite",
     ),

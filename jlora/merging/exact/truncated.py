@@ -21,19 +21,21 @@ Source: textbook.
 Deviates: nothing.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
 from jlora.merging.engine.spectral_functions import dot, top_basis
 from jlora.merging.spectral.core_space import to_core
+from jlora.types import Dynamic
 
 
-def truncated(bank: LowRank, weights: Array, *, rank: int, keep: Any = None) -> LowRank:
+def truncated(
+    bank: LowRank, weights: Float[Array, "n"], *, rank: int, keep: Dynamic = None
+) -> LowRank:
     """The weighted sum cut to a rank.
 
     Args:
@@ -62,8 +64,16 @@ def truncated(bank: LowRank, weights: Array, *, rank: int, keep: Any = None) -> 
     return LowRank(u, dot("k,kq,qo->ko", root, y, core.right))
 
 
-def truncation_error(bank: LowRank, weights: Array, *, rank: int, keep: Any = None) -> Array:
-    """The Frobenius norm of what `truncated` cuts off, []; exact."""
+def truncation_error(
+    bank: LowRank, weights: Float[Array, "n"], *, rank: int, keep: Dynamic = None
+) -> Array:
+    """The Frobenius norm of what `truncated` cuts off; exact.
+
+    Args are those of `truncated`.
+
+    Returns:
+      [].
+    """
     core = to_core(bank)
     s = numerics.svd(dot("n,npq->pq", weights, core.cores), compute_uv=False)
     kept = rank if keep is None else jnp.minimum(keep, rank)
@@ -74,6 +84,7 @@ SYSTEM = Merging(
     name="truncated",
     paper="Eckart 1936 (textbook)",
     symbol="truncated",
+    claim="truncated",
     function=truncated,
     options={"rank": 4},
     certificate=truncation_error,

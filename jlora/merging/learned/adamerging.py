@@ -23,28 +23,36 @@ trimmed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.core.adapter import Adapter
 from jlora.merging.engine.inputs import gather
 from jlora.merging.learned.coefficients import Learned, everywhere, learn
 from jlora.system import System
+from jlora.types import Batch
 
 
-def entropy(logits: Array) -> Array:
-    """The mean over leading axes of the entropy of softmax(logits), in nats."""
+def entropy(logits: Float[Array, "... classes"]) -> Array:
+    """The mean entropy of predictions.
+
+    Args:
+      logits: before softmax.
+
+    Returns:
+      [], in nats.
+    """
     logp = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.mean(jnp.sum(jnp.exp(logp) * logp, axis=-1))
 
 
 def adamerging(
-    tasks: Sequence[Callable[[Adapter, Any], Array]],
+    tasks: Sequence[Callable[[Adapter, Batch], Float[Array, "... classes"]]],
     adapters: Sequence[Adapter] | Adapter,
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     *,
     layerwise: bool = True,
     start: float = 0.3,
@@ -52,10 +60,20 @@ def adamerging(
 ) -> Learned:
     """Coefficients for which every task's predictions are certain.
 
-    tasks[k](adapter, batch) are the logits of task k; batches[k] are its unlabelled inputs with a
-    leading axis of steps, one Adam step each.
+    Args:
+      tasks: tasks[k](adapter, batch) are the logits of task k.
+      adapters: a list, or a bank.
+      batches: for each task its unlabelled inputs, with a leading axis of steps, one Adam step
+        each.
+      layerwise: a coefficient for every site and slice; True, as in the paper's better variant.
+      start: the first value of all coefficients; 0.3, as in the paper.
+      rate: of Adam; 1e-3, as in the paper.
 
-    Raises ValueError for other numbers of tasks and batches, and as `gather` and `learn` do.
+    Returns:
+      The merged adapter, its coefficients, and the loss of each step.
+
+    Raises:
+      ValueError: other numbers of tasks and batches, and as `gather` and `learn` do.
     """
     if len(tasks) != len(batches) or not tasks:
         raise ValueError(
@@ -64,7 +82,7 @@ def adamerging(
     gathered = gather(adapters)
     first = everywhere(gathered, start) if layerwise else jnp.full_like(gathered.weights, start)
 
-    def loss(adapter: Adapter, batch: Sequence[Any]) -> Array:
+    def loss(adapter: Adapter, batch: Sequence[Batch]) -> Array:
         parts = [entropy(f(adapter, x)) for f, x in zip(tasks, batch, strict=True)]
         return sum(parts[1:], parts[0])
 

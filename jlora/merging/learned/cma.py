@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.system import System
@@ -40,22 +41,41 @@ class Found(NamedTuple):
 
 
 def population(n: int) -> int:
-    """Samples a generation for n numbers."""
+    """How many samples a generation has.
+
+    Args:
+      n: numbers that are searched for.
+
+    Returns:
+      4 + floor(3 log n).
+    """
     return 4 + int(3 * math.log(n))
 
 
 def minimise(
-    f: Callable[[Array], Array],
-    start: Array,
-    key: Array,
+    f: Callable[[Float[Array, "n"]], Float[Array, ""]],
+    start: Float[Array, "n"],
+    key: PRNGKeyArray,
     *,
     generations: int,
     sigma: float = 0.5,
     bound: float | None = None,
 ) -> Found:
-    """Searches from `start` [n] with samples of spread `sigma`; f maps [n] to a scalar.
+    """Searches for the minimum of a function of a few numbers.
 
-    Raises ValueError for generations < 1, sigma <= 0 or bound <= 0.
+    Args:
+      f: what is minimised.
+      start: the first mean.
+      key: of the samples.
+      generations: how many, at least 1.
+      sigma: spread of the first samples, > 0; 0.5.
+      bound: of the absolute value of each number, > 0; None: none.
+
+    Returns:
+      The best point, its value, and the best value of each generation.
+
+    Raises:
+      ValueError: generations < 1, sigma <= 0 or bound <= 0.
     """
     if generations < 1 or sigma <= 0 or (bound is not None and bound <= 0):
         raise ValueError(

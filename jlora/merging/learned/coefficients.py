@@ -19,7 +19,7 @@ Deviates: nothing.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,36 +31,64 @@ from jlora.core.adapter import Adapter
 from jlora.merging.engine.inputs import Gathered, per_site, to_adapter
 from jlora.merging.exact.concat import concat
 from jlora.system import System
+from jlora.types import Batch, Dynamic, Tree
 
-Loss = Callable[[Adapter, Any], Array]
+Loss = Callable[[Adapter, Dynamic], Array]
 
 
 class Learned(NamedTuple):
     """What learning found."""
 
     adapter: Adapter  # the merge at the coefficients below
-    coefficients: Any  # [N], or {path: [N, *stack]}
+    coefficients: Dynamic  # [N], or {path: [N, *stack]}
     values: Array  # [steps], the objective before each step
 
 
 def everywhere(gathered: Gathered, value: float) -> dict[str, Array]:
-    """Coefficients of one value for every site, slice and adapter, {path: [N, *stack]}."""
+    """Coefficients of one value for every site, slice and adapter.
+
+    Args:
+      gathered: the bank.
+      value: of all coefficients.
+
+    Returns:
+      {path: [N, *stack]}.
+    """
     return {
         path: jnp.full(low[0].shape[:-2], value, low[0].dtype)
         for path, low in gathered.bank.items()
     }
 
 
-def mixed(gathered: Gathered, coefficients: Any, fn: Callable = concat) -> Adapter:
-    """The adapter of coefficients; `fn` of one site, an exact sum by default."""
+def mixed(gathered: Gathered, coefficients: Dynamic, fn: Callable = concat) -> Adapter:
+    """The adapter of coefficients.
+
+    Args:
+      gathered: the bank.
+      coefficients: [N], or {path: [N, *stack]}.
+      fn: a merge of one site; `concat`, an exact sum, by default.
+
+    Returns:
+      A LoRA adapter.
+    """
     made: Deltas = per_site(fn)(gathered.bank, coefficients)
     return to_adapter(made, gathered.sites)
 
 
 def penalised(loss: Loss, gathered: Gathered, l1: float, fn: Callable = concat) -> Callable:
-    """(coefficients, batch) -> loss of the merge plus l1 times the mean of |coefficients|."""
+    """A loss of coefficients: that of the merge, plus l1 times the mean of |coefficients|.
 
-    def objective(coefficients: Any, batch: Any) -> Array:
+    Args:
+      loss: of (adapter, batch).
+      gathered: the bank.
+      l1: strength of the penalty, >= 0.
+      fn: a merge of one site; an exact sum by default.
+
+    Returns:
+      A function of (coefficients, batch).
+    """
+
+    def objective(coefficients: Dynamic, batch: Batch) -> Array:
         value = loss(mixed(gathered, coefficients, fn), batch)
         flat = jnp.concatenate([c.reshape(-1) for c in jax.tree.leaves(coefficients)])
         return value + l1 * jnp.mean(jnp.abs(flat)).astype(value.dtype)
@@ -71,8 +99,8 @@ def penalised(loss: Loss, gathered: Gathered, l1: float, fn: Callable = concat) 
 def learn(
     loss: Loss,
     gathered: Gathered,
-    start: Any,
-    batches: Any,
+    start: Dynamic,
+    batches: Batch,
     *,
     rate: float = 1e-2,
     l1: float = 0.0,
@@ -81,10 +109,21 @@ def learn(
 ) -> Learned:
     """Adam on the coefficients, one step per batch; jitted by the caller, or run as it is.
 
-    `start` is [N] or {path: [N, *stack]}; with `bound` the coefficients are projected to
-    [-bound, bound] after each step.
+    Args:
+      loss: of (adapter, batch).
+      gathered: the bank.
+      start: the first coefficients, [N] or {path: [N, *stack]}.
+      batches: examples with a leading axis of steps.
+      rate: of Adam, > 0; 1e-2.
+      l1: strength of the penalty on |coefficients|, >= 0; 0: none.
+      bound: coefficients are projected to [-bound, bound] after each step; None: they are free.
+      fn: a merge of one site; an exact sum by default.
 
-    Raises ValueError for rate <= 0, l1 < 0 or bound <= 0.
+    Returns:
+      The merged adapter, its coefficients, and the loss of each step.
+
+    Raises:
+      ValueError: rate <= 0, l1 < 0 or bound <= 0.
     """
     if rate <= 0 or l1 < 0 or (bound is not None and bound <= 0):
         raise ValueError(
@@ -93,7 +132,7 @@ def learn(
     optimizer = optax.adam(rate)
     slope = jax.value_and_grad(penalised(loss, gathered, l1, fn))
 
-    def step(carry: Any, batch: Any) -> tuple[Any, Array]:
+    def step(carry: Tree, batch: Batch) -> tuple[Dynamic, Array]:
         c, state = carry
         value, g = slope(c, batch)
         with jax.numpy_dtype_promotion("standard"):  # adam raises a float to an integer power
@@ -105,7 +144,7 @@ def learn(
     return Learned(mixed(gathered, c, fn), c, values)
 
 
-def _project(coefficients: Any, bound: float | None) -> Any:
+def _project(coefficients: Dynamic, bound: float | None) -> Dynamic:
     if bound is None:
         return coefficients
     return jax.tree.map(lambda t: jnp.clip(t, -bound, bound), coefficients)

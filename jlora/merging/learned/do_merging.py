@@ -32,6 +32,7 @@ depends on their basis); one side after the other; all lengths relative to the b
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
@@ -41,7 +42,12 @@ from jlora.numerics import einsum
 
 
 def do_merging(
-    bank: LowRank, weights: Array, *, steps: int = 100, rate: float = 0.5, gamma: float = 0.01
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    steps: int = 100,
+    rate: float = 0.5,
+    gamma: float = 0.01,
 ) -> LowRank:
     """The merge of one site.
 
@@ -66,8 +72,16 @@ def do_merging(
     return decoupled(orthogonalised(bank, steps=steps, rate=rate, gamma=gamma), weights)
 
 
-def decoupled(bank: LowRank, weights: Array) -> LowRank:
-    """Magnitudes averaged, directions summed."""
+def decoupled(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """Magnitudes averaged, directions summed.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+    """
     squared = jnp.sum(einsum("nir,nrs->nis", bank.u, _gram(bank.v.mT)) * bank.u, axis=-1)
     live = squared > 0
     m = jnp.where(live, jnp.sqrt(jnp.where(live, squared, jnp.ones_like(squared))), 0.0)
@@ -82,7 +96,17 @@ def decoupled(bank: LowRank, weights: Array) -> LowRank:
 def orthogonalised(
     bank: LowRank, *, steps: int = 100, rate: float = 0.5, gamma: float = 0.01
 ) -> LowRank:
-    """The bank after descent on both sides, of the same ranks."""
+    """The bank after descent on both sides, of the same ranks.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      steps: of descent on each side, as in `do_merging`.
+      rate: of descent, relative to the bank's squared norm, as in `do_merging`.
+      gamma: how dear it is to move a delta, as in `do_merging`.
+
+    Returns:
+      u [N, d_in, R], v [N, R, d_out].
+    """
     if not steps or bank.u.shape[0] == 1:
         return bank
     u = _apart(bank.u, _gram(bank.v.mT), steps, rate, gamma)
@@ -91,7 +115,14 @@ def orthogonalised(
 
 
 def overlap(bank: LowRank) -> tuple[Array, Array]:
-    """Both sums of squared overlaps, of inputs and of outputs, over |W|^4 of the bank."""
+    """How much the adapters of a bank share inputs and outputs.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+
+    Returns:
+      The sums of squared overlaps of inputs and of outputs, over |W|^4 of the bank.
+    """
     norm = jnp.sum(_gram(bank.u) * _gram(bank.v.mT)) ** 2
     return tuple(  # type: ignore[return-value]
         _crossed(x, _gram(y)) / norm for x, y in ((bank.u, bank.v.mT), (bank.v.mT, bank.u))
@@ -137,21 +168,21 @@ SYSTEMS = (
         name="do_merging",
         paper="Zheng 2025, 2505.15875",
         symbol="do_merging",
+        claim="do_merging",
         function=do_merging,
         breaks={
             "idempotent": "equal adapters overlap, and are pushed apart",
         },
         evidence="descent and decoupling by dense numpy; a loud adapter keeps no direction",
         rows=(47,),
-        claim="do_merging",
     ),
     Merging(
         name="do_decoupled",
         paper="Zheng 2025, 2505.15875",
         symbol="decoupled",
+        claim="do_decoupled",
         function=decoupled,
         evidence="numpy value; the direction does not see the scale of an adapter",
         rows=(47,),
-        claim="do_merging",
     ),
 )

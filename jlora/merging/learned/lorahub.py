@@ -24,10 +24,10 @@ the gradient variant and the delta space are ours.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.algebra import LowRank
 from jlora.core.adapter import Adapter
@@ -37,9 +37,10 @@ from jlora.merging.exact.concat import concat
 from jlora.merging.learned import cma
 from jlora.merging.learned.coefficients import Learned, Loss, learn, mixed, penalised
 from jlora.system import System
+from jlora.types import Batch
 
 
-def factor_mix(bank: LowRank, weights: Array) -> LowRank:
+def factor_mix(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
     """(sum w u)(sum w v) of one site: the composition of the paper.
 
     Args:
@@ -57,8 +58,8 @@ def factor_mix(bank: LowRank, weights: Array) -> LowRank:
 def lorahub(
     loss: Loss,
     adapters: Sequence[Adapter] | Adapter,
-    batch: Any,
-    key: Array,
+    batch: Batch,
+    key: PRNGKeyArray,
     *,
     budget: int = 40,
     space: str = "factors",
@@ -66,10 +67,26 @@ def lorahub(
     l1: float = 0.05,
     sigma: float = 0.5,
 ) -> Learned:
-    """Coefficients by at most `budget` evaluations of loss(adapter, batch) (one generation more
-    than none is always made). The values are the best of each generation.
+    """Coefficients by search without gradients.
 
-    Raises ValueError for another space, and as `gather` does.
+    At least one generation is made, whatever the budget.
+
+    Args:
+      loss: of (adapter, batch).
+      adapters: a list, or a bank.
+      batch: the labelled examples.
+      key: of the search.
+      budget: evaluations of the loss, at most; 40, as in the paper.
+      space: "factors", as in the paper, or "deltas".
+      bound: of the absolute value of coefficients; 1.5, as in the paper.
+      l1: strength of the penalty on |coefficients|; 0.05, as in the paper.
+      sigma: spread of the first samples; 0.5.
+
+    Returns:
+      The merged adapter, its coefficients, and the best loss of each generation.
+
+    Raises:
+      ValueError: another space, and as `gather` does.
     """
     fn, gathered = _space(space), gather(adapters)
     objective = penalised(loss, gathered, l1, fn)
@@ -84,16 +101,29 @@ def lorahub(
 def lorahub_gradient(
     loss: Loss,
     adapters: Sequence[Adapter] | Adapter,
-    batches: Any,
+    batches: Batch,
     *,
     space: str = "deltas",
     bound: float = 1.5,
     l1: float = 0.05,
     rate: float = 5e-2,
 ) -> Learned:
-    """Coefficients by Adam from 1/N, one step for each of `batches` (a leading axis).
+    """Coefficients by Adam from 1/N.
 
-    Raises ValueError for another space, and as `gather` and `learn` do.
+    Args:
+      loss: of (adapter, batch).
+      adapters: a list, or a bank.
+      batches: labelled examples with a leading axis of steps, one Adam step each.
+      space: "deltas", which can be descended on, or "factors", as in the paper.
+      bound: of the absolute value of coefficients; 1.5, as in the paper.
+      l1: strength of the penalty on |coefficients|; 0.05, as in the paper.
+      rate: of Adam; 5e-2.
+
+    Returns:
+      The merged adapter, its coefficients, and the loss of each step.
+
+    Raises:
+      ValueError: another space, and as `gather` and `learn` do.
     """
     fn, gathered = _space(space), gather(adapters)
     return learn(loss, gathered, gathered.weights, batches, rate=rate, l1=l1, bound=bound, fn=fn)

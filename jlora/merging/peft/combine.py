@@ -20,7 +20,6 @@ Deviates: PEFT's result keeps `use_rslora` and then scales by sqrt(r); here the 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,7 @@ from jlora.core.adapter import Adapter
 from jlora.merging.engine.inputs import to_adapter
 from jlora.merging.peft import factors as peft_factor
 from jlora.methods.low_rank.lora import LoRA
+from jlora.types import Dynamic
 
 KINDS: dict[str, Callable[..., LowRank]] = {
     "linear": peft_factor.peft_linear,
@@ -44,9 +44,27 @@ KINDS: dict[str, Callable[..., LowRank]] = {
 
 def peft_merge(
     kind: str, adapters: Sequence[Adapter], weights: Sequence[float], *,
-    masks: Mapping[str, LowRank] | None = None, **options: Any,
+    options: Mapping[str, Dynamic] | None = None,
+    masks: Mapping[str, LowRank] | None = None,
 ) -> Adapter:  # fmt: skip
-    """A LoRA adapter of scale 1. `masks` {path: [N, *stack, ...]} are those of dare_*."""
+    """Merges LoRA adapters as PEFT's `add_weighted_adapter` does, to its last bit.
+
+    Args:
+      kind: PEFT's `combination_type`, one of those without SVD.
+      adapters: LoRA adapters of one rank with the same sites.
+      weights: [N], of any sign.
+      options: `density`, `vote`, `keys`, by name, as the functions of `factors` take them; None:
+        their defaults.
+      masks: {path: [N, *stack, ...]}, 0 and 1, of "dare_linear" and "dare_ties"; None: drawn from
+        `keys`.
+
+    Returns:
+      A LoRA adapter of scale 1.
+
+    Raises:
+      ValueError: an unknown kind, another number of weights than adapters, and adapters that are
+        not LoRA or differ in sites or rank.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {sorted(KINDS)}")
     if len(weights) != len(adapters) or not adapters:
@@ -59,11 +77,11 @@ def peft_merge(
         root = np.sqrt(np.abs(signed))
         roots = (jnp.asarray(np.where(signed >= 0, root, -root), jnp.float32),
                  jnp.asarray(root, jnp.float32))  # fmt: skip
-        given: Any = {"scales": jnp.asarray(scales)} if kind == "cat" else {"roots": roots}
+        given: Dynamic = {"scales": jnp.asarray(scales)} if kind == "cat" else {"roots": roots}
         given |= {} if masks is None else {"masks": masks[site.path]}
 
-        def one(low: LowRank, given: Any) -> LowRank:
-            return KINDS[kind](low, jnp.asarray(w, jnp.float32), **given, **options)
+        def one(low: LowRank, given: Dynamic) -> LowRank:
+            return KINDS[kind](low, jnp.asarray(w, jnp.float32), **given, **(options or {}))
 
         run = one
         for _ in site.stack:

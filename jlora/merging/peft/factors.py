@@ -27,72 +27,167 @@ Deviates: of elements equal to the threshold all are kept. torch adds the last f
 banks of 8 and more in another order: there the last bit may differ.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Key
 
 from jlora.algebra import LowRank
 from jlora.merging.elementwise.dare import shares
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import (
+    AS_WRITTEN,
+    BLIND_VOTE,
+    DROPPED,
+    SUMMED_APART,
+    TRIMMED,
+    Merging,
+)
 from jlora.merging.engine.threshold import kept
 from jlora.merging.exact.concat import concat
+from jlora.types import Dynamic
 
 VOTES = ("total", "frequency")
 Roots = tuple[Array, Array] | None  # (± c, c), each [N]; from the weights alone where it is None
 
 
-def peft_linear(bank: LowRank, weights: Array, *, roots: Roots = None) -> LowRank:
-    """`combination_type="linear"`."""
+def peft_linear(bank: LowRank, weights: Float[Array, "n"], *, roots: Roots = None) -> LowRank:
+    """`combination_type="linear"`: weighted sums of A and of B.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      roots: c_n of A and of B; None: taken from the weights in float32.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     return _both(bank, weights, roots, total)
 
 
-def peft_cat(bank: LowRank, weights: Array, *, scales: Array | None = None) -> LowRank:
-    """`combination_type="cat"`."""
+def peft_cat(
+    bank: LowRank, weights: Float[Array, "n"], *, scales: Float[Array, "n"] | None = None
+) -> LowRank:
+    """`combination_type="cat"`: factors side by side.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      scales: s_n, multiplied after the weights; None: all 1, they are folded in.
+
+    Returns:
+      u [d_in, N R], v [N R, d_out].
+    """
     low = LowRank(bank.u * weights[:, None, None], bank.v)
     return concat(low, jnp.ones_like(weights) if scales is None else scales)
 
 
 def peft_magnitude_prune(
-    bank: LowRank, weights: Array, *, density: float = 0.5, roots: Roots = None
+    bank: LowRank, weights: Float[Array, "n"], *, density: float = 0.5, roots: Roots = None
 ) -> LowRank:
-    """`combination_type="magnitude_prune"`."""
+    """`combination_type="magnitude_prune"`: weighted sums of pruned factors.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      density: share of the elements of a factor that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      roots: c_n of A and of B; None: taken from the weights in float32.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     return _both(bank, weights, roots, lambda x, c: total(pruned(x, density), c))
 
 
 def peft_ties(
-    bank: LowRank, weights: Array, *, density: float = 0.5, vote: str = "total",
+    bank: LowRank, weights: Float[Array, "n"], *, density: float = 0.5, vote: str = "total",
     roots: Roots = None,
 ) -> LowRank:  # fmt: skip
-    """`combination_type="ties"`."""
+    """`combination_type="ties"`: pruned factors, of which those of the majority's sign are
+    averaged.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      density: share of the elements of a factor that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      vote: "total", PEFT's default, or "frequency".
+      roots: c_n of A and of B; None: taken from the weights in float32.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     return _both(bank, weights, roots, lambda x, c: disjoint(pruned(x, density), c, vote))
 
 
 def peft_dare_linear(
-    bank: LowRank, weights: Array, *, density: float = 0.5, keys: Array | None = None,
-    masks: LowRank | None = None, roots: Roots = None,
-) -> LowRank:  # fmt: skip
-    """`combination_type="dare_linear"`; masks of 0 and 1 shaped as the bank, or keys [N]."""
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    density: float = 0.5,
+    keys: Key[Array, "n"] | None = None,
+    masks: LowRank | None = None,
+    roots: Roots = None,
+) -> LowRank:
+    """`combination_type="dare_linear"`: weighted sums of randomly dropped factors.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      density: share that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      keys: of the masks; None: `masks` are given.
+      masks: 0 and 1, shaped as the bank; None: drawn from `keys`.
+      roots: c_n of A and of B; None: taken from the weights in float32.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     return _both(_dropped(bank, density, keys, masks), weights, roots, total)
 
 
 def peft_dare_ties(
-    bank: LowRank, weights: Array, *, density: float = 0.5, vote: str = "total",
-    keys: Array | None = None, masks: LowRank | None = None, roots: Roots = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: float = 0.5, vote: str = "total",
+    keys: Key[Array, "n"] | None = None, masks: LowRank | None = None, roots: Roots = None,
 ) -> LowRank:  # fmt: skip
-    """`combination_type="dare_ties"`; masks of 0 and 1 shaped as the bank, or keys [N]."""
+    """`combination_type="dare_ties"`: as "ties", of randomly dropped factors.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      density: share that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      vote: "total", PEFT's default, or "frequency".
+      keys: of the masks; None: `masks` are given.
+      masks: 0 and 1, shaped as the bank; None: drawn from `keys`.
+      roots: c_n of A and of B; None: taken from the weights in float32.
+
+    Returns:
+      u [d_in, R], v [R, d_out].
+    """
     low = _dropped(bank, density, keys, masks)
     return _both(low, weights, roots, lambda x, c: disjoint(x, c, vote))
 
 
-def total(x: Array, c: Array) -> Array:
-    """sum_n c_n x_n, each product rounded before it is added, in order."""
+def total(x: Float[Array, "n p q"], c: Float[Array, "n"]) -> Array:
+    """sum_n c_n x_n, each product rounded before it is added, in order.
+
+    Args:
+      x: factors.
+      c: coefficients.
+
+    Returns:
+      [p, q].
+    """
     return _sum(c[:, None, None] * x)
 
 
-def pruned(x: Array, density: float) -> Array:
-    """x [N, p, q], each with its floor(density * p * q) largest elements, else 0."""
+def pruned(x: Float[Array, "n p q"], density: float) -> Array:
+    """Factors with their largest elements alone.
+
+    Args:
+      x: factors.
+      density: floor(density p q) elements of each are kept, in (0, 1].
+
+    Returns:
+      [N, p, q].
+    """
     n, size = x.shape[0], x.shape[1] * x.shape[2]
     kept(density, n, size)
     if density == 1.0:
@@ -102,8 +197,20 @@ def pruned(x: Array, density: float) -> Array:
     return jnp.where((flat >= low).reshape(x.shape), x, jnp.zeros_like(x))
 
 
-def disjoint(x: Array, c: Array, vote: str) -> Array:
-    """Elements of the majority's sign, weighted by c, over their number."""
+def disjoint(x: Float[Array, "n p q"], c: Float[Array, "n"], vote: str) -> Array:
+    """The elements of the majority's sign, weighted, over their number.
+
+    Args:
+      x: factors.
+      c: coefficients.
+      vote: "total" or "frequency".
+
+    Returns:
+      [p, q].
+
+    Raises:
+      ValueError: another vote.
+    """
     if vote not in VOTES:
         raise ValueError(f"vote: got {vote!r}, expected one of {VOTES}")
     tally = _sum(x if vote == "total" else jnp.sign(x))
@@ -117,7 +224,7 @@ def _sum(x: Array) -> Array:
     return lax.scan(lambda t, y: (t + y, None), jnp.zeros_like(x[0]), x)[0]
 
 
-def _both(bank: LowRank, weights: Array, roots: Roots, h: Any) -> LowRank:
+def _both(bank: LowRank, weights: Array, roots: Roots, h: Dynamic) -> LowRank:
     if roots is None:
         size = jnp.abs(weights)
         root = jnp.where(size > 0, jnp.sqrt(jnp.where(size > 0, size, jnp.ones_like(size))), size)
@@ -125,7 +232,7 @@ def _both(bank: LowRank, weights: Array, roots: Roots, h: Any) -> LowRank:
     return LowRank(h(bank.u, roots[0]), h(bank.v, roots[1]))
 
 
-def _dropped(bank: LowRank, density: float, keys: Array | None, masks: Any) -> LowRank:
+def _dropped(bank: LowRank, density: float, keys: Array | None, masks: Dynamic) -> LowRank:
     shares(density, 1)
     if density == 1.0:
         return bank
@@ -154,11 +261,12 @@ SYSTEMS = (
         name="peft_linear",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_linear",
+        claim="peft_linear",
         function=peft_linear,
         kind="composition",
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -167,6 +275,7 @@ SYSTEMS = (
         name="peft_cat",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_cat",
+        claim="peft_cat",
         function=peft_cat,
         kind="composition",
         evidence="PEFT's bits on its own models; numpy value",
@@ -176,13 +285,14 @@ SYSTEMS = (
         name="peft_magnitude_prune",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_magnitude_prune",
+        claim="peft_magnitude_prune",
         function=peft_magnitude_prune,
         kind="composition",
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "small elements are trimmed",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": TRIMMED,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -191,15 +301,16 @@ SYSTEMS = (
         name="peft_ties",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_ties",
+        claim="peft_ties",
         function=peft_ties,
         kind="composition",
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "small elements are trimmed",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": TRIMMED,
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -208,14 +319,15 @@ SYSTEMS = (
         name="peft_dare_linear",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_dare_linear",
+        claim="peft_dare_linear",
         function=peft_dare_linear,
         kind="composition",
         randomised=True,
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "elements are dropped at random",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": DROPPED,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),
@@ -224,16 +336,17 @@ SYSTEMS = (
         name="peft_dare_ties",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_dare_ties",
+        claim="peft_dare_ties",
         function=peft_dare_ties,
         kind="composition",
         randomised=True,
         options={"density": 0.5},
         breaks={
-            "idempotent": "factors are summed apart: N copies of weight 1/N give N times one",
-            "gauge": "the factors are merged as they are written",
-            "weight_one": "elements are dropped at random",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "idempotent": SUMMED_APART,
+            "gauge": AS_WRITTEN,
+            "weight_one": DROPPED,
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
         },
         evidence="PEFT's bits on its own models; numpy value",
         tests=("tests/merging/peft/peft_torch_test.py",),

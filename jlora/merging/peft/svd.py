@@ -25,45 +25,87 @@ Deviates: equal to PEFT's product, not its bits (another SVD; signs of singular 
 so `svd_clamp`, which depends on those signs, is not offered. `density` 1 prunes nothing.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Key
 
 from jlora.algebra import LowRank
 from jlora.merging.elementwise.dare import dropping
 from jlora.merging.elementwise.ties import trimmed
 from jlora.merging.engine.election import spread, weighted
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import BLIND_VOTE, DROPPED, TRIMMED, Merging
 from jlora.merging.engine.streamed import Rule, Solver, factor
 from jlora.merging.exact.truncated import truncated, truncation_error
 from jlora.merging.peft.factors import VOTES
+from jlora.types import Dynamic
 
 
-def peft_svd(bank: LowRank, weights: Array, *, rank: int | None = None) -> LowRank:
-    """`combination_type="svd"`, by the core SVD: exact."""
+def peft_svd(bank: LowRank, weights: Float[Array, "n"], *, rank: int | None = None) -> LowRank:
+    """`combination_type="svd"`, by the core SVD: exact.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      rank: of the result; None: R, as PEFT's largest rank.
+
+    Returns:
+      u [d_in, rank], v [rank, d_out].
+    """
     return truncated(bank, weights, rank=_rank(bank, rank))
 
 
-def peft_svd_error(bank: LowRank, weights: Array, *, rank: int | None = None) -> Array:
-    """The Frobenius norm of what `peft_svd` cuts off, []; exact."""
+def peft_svd_error(bank: LowRank, weights: Float[Array, "n"], *, rank: int | None = None) -> Array:
+    """The Frobenius norm of what `peft_svd` cuts off; exact.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      rank: of the result; None: R.
+
+    Returns:
+      [].
+    """
     return truncation_error(bank, weights, rank=_rank(bank, rank))
 
 
 def peft_magnitude_prune_svd(
-    bank: LowRank, weights: Array, *, density: float = 0.5, rank: int | None = None,
+    bank: LowRank, weights: Float[Array, "n"], *, density: float = 0.5, rank: int | None = None,
     solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """`combination_type="magnitude_prune_svd"`."""
+    """`combination_type="magnitude_prune_svd"`: the weighted sum of pruned deltas.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      density: share of the elements of a delta that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      rank: of the result; None: R, as PEFT's largest rank.
+      solver: how the merged matrix is read, by row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank], v [rank, d_out].
+    """
     trim = trimmed(bank, density)
     return _factor(bank, lambda d, numbers: weighted(trim(d, numbers), weights), rank, solver)
 
 
 def peft_ties_svd(
-    bank: LowRank, weights: Array, *, density: float = 0.5, vote: str = "total",
+    bank: LowRank, weights: Float[Array, "n"], *, density: float = 0.5, vote: str = "total",
     rank: int | None = None, solver: Solver | None = None,
 ) -> LowRank:  # fmt: skip
-    """`combination_type="ties_svd"`."""
+    """`combination_type="ties_svd"`: pruned deltas, of which those of the majority's sign are
+    averaged.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      density: share of the elements of a delta that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      vote: "total", PEFT's default, or "frequency".
+      rank: of the result; None: R, as PEFT's largest rank.
+      solver: how the merged matrix is read, by row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank], v [rank, d_out].
+    """
     trim = trimmed(bank, density)
     return _factor(
         bank, lambda d, numbers: _disjoint(trim(d, numbers), weights, vote), rank, solver
@@ -71,19 +113,59 @@ def peft_ties_svd(
 
 
 def peft_dare_linear_svd(
-    bank: LowRank, weights: Array, *, keys: Array, density: float = 0.5, rank: int | None = None,
-    masks: Array | None = None, solver: Solver | None = None,
-) -> LowRank:  # fmt: skip
-    """`combination_type="dare_linear_svd"`; masks of 0 and 1 [N, d_in, d_out] replace the keys."""
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: float = 0.5,
+    rank: int | None = None,
+    masks: Float[Array, "n d_in d_out"] | None = None,
+    solver: Solver | None = None,
+) -> LowRank:
+    """`combination_type="dare_linear_svd"`: the weighted sum of randomly dropped deltas.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      keys: one for each adapter, of the masks.
+      density: share that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      rank: of the result; None: R, as PEFT's largest rank.
+      masks: 0 and 1, instead of the keys; None: drawn.
+      solver: how the merged matrix is read, by row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank], v [rank, d_out].
+    """
     drop = _drop(bank, density, keys, masks)
     return _factor(bank, lambda d, numbers: weighted(drop(d, numbers), weights), rank, solver)
 
 
 def peft_dare_ties_svd(
-    bank: LowRank, weights: Array, *, keys: Array, density: float = 0.5, vote: str = "total",
-    rank: int | None = None, masks: Array | None = None, solver: Solver | None = None,
-) -> LowRank:  # fmt: skip
-    """`combination_type="dare_ties_svd"`; masks of 0 and 1 [N, d_in, d_out] replace the keys."""
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    keys: Key[Array, "n"],
+    density: float = 0.5,
+    vote: str = "total",
+    rank: int | None = None,
+    masks: Float[Array, "n d_in d_out"] | None = None,
+    solver: Solver | None = None,
+) -> LowRank:
+    """`combination_type="dare_ties_svd"`: as "ties_svd", of randomly dropped deltas.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      keys: one for each adapter, of the masks.
+      density: share that is kept, in (0, 1]; 0.5 (PEFT has no default).
+      vote: "total", PEFT's default, or "frequency".
+      rank: of the result; None: R, as PEFT's largest rank.
+      masks: 0 and 1, instead of the keys; None: drawn.
+      solver: how the merged matrix is read, by row blocks; None: `Solver()`.
+
+    Returns:
+      u [d_in, rank], v [rank, d_out].
+    """
     drop = _drop(bank, density, keys, masks)
 
     def rule(d: Array, numbers: Array) -> Array:
@@ -111,7 +193,7 @@ def _disjoint(x: Array, weights: Array, vote: str) -> Array:
     return jnp.sum(spread(weights, x) * x * agree, axis=0) / number
 
 
-def _drop(bank: LowRank, density: float, keys: Array, masks: Array | None) -> Any:
+def _drop(bank: LowRank, density: float, keys: Array, masks: Array | None) -> Dynamic:
     if masks is None:
         return dropping(bank, density, keys)
     p = jnp.asarray(density, bank.u.dtype)
@@ -123,6 +205,7 @@ SYSTEMS = (
         name="peft_svd",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_svd",
+        claim="peft_svd",
         function=peft_svd,
         kind="composition",
         loop="map",
@@ -135,13 +218,14 @@ SYSTEMS = (
         name="peft_magnitude_prune_svd",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_magnitude_prune_svd",
+        claim="peft_magnitude_prune_svd",
         function=peft_magnitude_prune_svd,
         kind="composition",
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "small elements are trimmed",
-            "idempotent": "small elements are trimmed",
+            "weight_one": TRIMMED,
+            "idempotent": TRIMMED,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },
@@ -152,16 +236,17 @@ SYSTEMS = (
         name="peft_ties_svd",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_ties_svd",
+        claim="peft_ties_svd",
         function=peft_ties_svd,
         kind="composition",
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "small elements are trimmed",
+            "weight_one": TRIMMED,
             "idempotent": "PEFT divides by the number of adapters that agree: N copies of weight "
             "1/N give 1/N of one",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },
@@ -172,14 +257,15 @@ SYSTEMS = (
         name="peft_dare_linear_svd",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_dare_linear_svd",
+        claim="peft_dare_linear_svd",
         function=peft_dare_linear_svd,
         kind="composition",
         randomised=True,
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "elements are dropped at random",
-            "idempotent": "elements are dropped at random",
+            "weight_one": DROPPED,
+            "idempotent": DROPPED,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },
@@ -190,17 +276,18 @@ SYSTEMS = (
         name="peft_dare_ties_svd",
         paper="Mangrulkar 2022, PEFT 0.21.2",
         symbol="peft_dare_ties_svd",
+        claim="peft_dare_ties_svd",
         function=peft_dare_ties_svd,
         kind="composition",
         randomised=True,
         loop="map",
         options={"density": 0.5},
         breaks={
-            "weight_one": "elements are dropped at random",
+            "weight_one": DROPPED,
             "idempotent": "PEFT divides by the number of adapters that agree: N copies of weight "
             "1/N give 1/N of one",
-            "signs": "PEFT's vote does not see weights",
-            "absent": "PEFT's vote does not see weights",
+            "signs": BLIND_VOTE,
+            "absent": BLIND_VOTE,
             "difference": "ranks beyond an adapter's are cut off: what they add to the derivative "
             "is left out",
         },

@@ -25,6 +25,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
@@ -34,7 +35,11 @@ from jlora.merging.spectral.core_space import from_core, to_core
 
 
 def cart(
-    bank: LowRank, weights: Array, *, rank: int | None = None, scale: Array | float = 1.0
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    rank: int | None = None,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> LowRank:
     """The centre and the low-rank parts around it, of one site.
 
@@ -70,6 +75,7 @@ SYSTEM = Merging(
     name="cart",
     paper="Choi 2024, 2412.12153",
     symbol="cart",
+    claim="cart",
     function=cart,
     options={"rank": 2, "scale": 0.5},
     evidence="numpy value; law suite",

@@ -27,16 +27,18 @@ the entrywise merge, do not depend on the gauge of an adapter; the official code
 Weights are ours. Gradients hold the singular bases fixed.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import algebra, numerics
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import HELD, SMALL_ENTRIES, Merging
 from jlora.merging.engine.spectral_functions import basis, dot
 from jlora.merging.signs import without_absent
+from jlora.types import Dynamic
 
 
 class Core(NamedTuple):
@@ -48,14 +50,29 @@ class Core(NamedTuple):
 
 
 def to_core(bank: LowRank) -> Core:
-    """The cores of a bank of one site, in any orthonormal bases."""
+    """The cores of a bank of one site, in any orthonormal bases.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+
+    Returns:
+      left [d_in, p], cores [N, p, q], right [q, d_out].
+    """
     left, right = basis(_columns(bank.u)), basis(_columns(bank.v.mT)).T
     cores = dot("ip,nir,nro,qo->npq", left, bank.u, bank.v, right)
     return Core(left, cores, right)
 
 
-def from_core(core: Core, merged: Array) -> LowRank:
-    """left @ merged @ right, of rank min(p, q); merged [p, q]."""
+def from_core(core: Core, merged: Float[Array, "p q"]) -> LowRank:
+    """left @ merged @ right as factors.
+
+    Args:
+      core: the bases.
+      merged: the merged core.
+
+    Returns:
+      Factors of rank min(p, q).
+    """
     if merged.shape[0] < merged.shape[1]:
         return LowRank(core.left, dot("pq,qo->po", merged, core.right))
     return LowRank(dot("ip,pq->iq", core.left, merged), core.right)
@@ -63,11 +80,11 @@ def from_core(core: Core, merged: Array) -> LowRank:
 
 def merge_core(
     bank: LowRank,
-    weights: Array,
+    weights: Float[Array, "n"],
     *,
     rule: str = "ties",
-    density: Any = 0.2,
-    scale: Array | float = 1.0,
+    density: float | tuple[float, ...] = 0.2,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> LowRank:
     """The cores of the balanced singular bases, merged entry by entry.
 
@@ -94,8 +111,26 @@ def merge_core(
     return from_core(core, scale * entrywise(core.cores, weights, rule, density))
 
 
-def entrywise(x: Array, weights: Array, rule: str, density: Any) -> Array:
-    """Tensors [N, ...] merged entry by entry; `density` a number, or a tuple of N of them."""
+def entrywise(
+    x: Float[Array, "n ..."],
+    weights: Float[Array, "n"],
+    rule: str,
+    density: float | tuple[float, ...],
+) -> Array:
+    """Tensors merged entry by entry.
+
+    Args:
+      x: one tensor per adapter.
+      weights: of any sign.
+      rule: "ties" (trim, elect, mean) or "sum".
+      density: share of the entries that "ties" keeps, in (0, 1]; a number, or a tuple of N of them.
+
+    Returns:
+      [...].
+
+    Raises:
+      ValueError: another rule.
+    """
     w = weights.reshape(-1, *[1] * (x.ndim - 1))
     if rule == "sum":
         return jnp.sum(w * x, axis=0)
@@ -111,10 +146,19 @@ def entrywise(x: Array, weights: Array, rule: str, density: Any) -> Array:
     return jnp.where(some, jnp.sum(agree * y, axis=0) / jnp.where(some, total, 1.0), 0.0)
 
 
-def largest(x: Array, density: float, size: Any = None) -> Array:
-    """1 at the `density` (0, 1] largest magnitudes of x, else 0; at least one entry is kept.
+def largest(x: Float[Array, "..."], density: float, size: Dynamic = None) -> Array:
+    """Which entries are among the largest magnitudes; at least one is.
 
-    `size` [] counts the entries where some of x are padding; all of them if None.
+    Args:
+      x: the entries.
+      density: share of them, in (0, 1].
+      size: [], how many of the entries are no padding; None: all.
+
+    Returns:
+      As x, 1 or 0.
+
+    Raises:
+      ValueError: a density out of range.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density: got {density}, expected 0 < density <= 1")
@@ -142,12 +186,12 @@ SYSTEM = Merging(
     name="core_space",
     paper="Panariello 2025; Yadav 2023, 2306.01708",
     symbol="merge_core",
+    claim="core_space",
     function=merge_core,
     options={"density": 0.2},
     breaks={
-        "weight_one": "small entries are trimmed",
-        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
-        "exact)",
+        "weight_one": SMALL_ENTRIES,
+        "difference": HELD,
     },
     evidence="numpy value; law suite",
 )

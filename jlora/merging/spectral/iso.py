@@ -27,21 +27,42 @@ Directions of value zero count neither in the mean nor in the result. Weights ar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import FLAT, Merging
 from jlora.merging.engine.spectral_functions import dot, polar, spectral, support, top_pair
 from jlora.merging.spectral.core_space import from_core, to_core
 
 
-def iso_c(bank: LowRank, weights: Array) -> LowRank:
-    """The weighted sum with a flat spectrum."""
+def iso_c(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
+    """The weighted sum with a flat spectrum.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+
+    Returns:
+      u [d_in, k], v [k, d_out], k = min(p, q).
+    """
     core = to_core(bank)
     return from_core(core, spectral(_flat, dot("n,npq->pq", weights, core.cores)))
 
 
-def iso_cts(bank: LowRank, weights: Array, *, common: float = 0.8) -> LowRank:
-    """The common space of the sum, and the own space of each adapter, with a flat spectrum."""
+def iso_cts(bank: LowRank, weights: Float[Array, "n"], *, common: float = 0.8) -> LowRank:
+    """The common space of the sum, and the own space of each adapter, with a flat spectrum.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      weights: of any sign.
+      common: share of the dimensions that the common space gets, in [0, 1]; 0.8, as in the paper.
+
+    Returns:
+      u [d_in, k], v [k, d_out], k = min(p, q).
+
+    Raises:
+      ValueError: common out of range.
+    """
     if not 0.0 <= common <= 1.0:
         raise ValueError(f"common: got {common}, expected 0 <= common <= 1")
     core = to_core(bank)
@@ -88,10 +109,11 @@ SYSTEMS = (
         name="iso_c",
         paper="Marczak 2025, 2502.04959",
         symbol="iso_c",
+        claim="iso_c",
         function=iso_c,
         breaks={
-            "weight_one": "the spectrum is flattened",
-            "idempotent": "the spectrum is flattened",
+            "weight_one": FLAT,
+            "idempotent": FLAT,
         },
         evidence="numpy value; law suite",
     ),
@@ -99,10 +121,11 @@ SYSTEMS = (
         name="iso_cts",
         paper="Marczak 2025, 2502.04959",
         symbol="iso_cts",
+        claim="iso_cts",
         function=iso_cts,
         breaks={
-            "weight_one": "the spectrum is flattened",
-            "idempotent": "the spectrum is flattened",
+            "weight_one": FLAT,
+            "idempotent": FLAT,
         },
         evidence="numpy value; law suite",
     ),

@@ -22,13 +22,12 @@ Deviates: entries are trimmed within a site and a layer, the official code trims
 Weights are ours. Gradients hold the basis fixed.
 """
 
-from typing import Any
-
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import HELD, SMALL_ENTRIES, Merging
 from jlora.merging.engine.spectral_functions import dot
 from jlora.merging.signs import without_absent
 from jlora.merging.spectral.core_space import entrywise, to_core
@@ -36,11 +35,11 @@ from jlora.merging.spectral.core_space import entrywise, to_core
 
 def knots(
     bank: LowRank,
-    weights: Array,
+    weights: Float[Array, "n"],
     *,
     rule: str = "ties",
-    density: Any = 0.2,
-    scale: Array | float = 1.0,
+    density: float | tuple[float, ...] = 0.2,
+    scale: Float[Array, ""] | float = 1.0,
 ) -> LowRank:
     """The merge of one site in the common basis of its outputs.
 
@@ -70,13 +69,13 @@ SYSTEM = Merging(
     name="knots",
     paper="Stoica 2024, 2410.19735",
     symbol="knots",
+    claim="knots",
     function=knots,
     options={"density": 0.2},
     breaks={
-        "weight_one": "small entries are trimmed",
-        "idempotent": "small entries are trimmed",
-        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
-        "exact)",
+        "weight_one": SMALL_ENTRIES,
+        "idempotent": SMALL_ENTRIES,
+        "difference": HELD,
     },
     evidence="numpy value; law suite",
 )

@@ -33,6 +33,7 @@ weights (the paper has none); an empty cluster adds nothing; padding (zero units
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import algebra
 from jlora.algebra import LowRank
@@ -44,7 +45,7 @@ from jlora.numerics import einsum
 
 def lego(
     bank: LowRank,
-    weights: Array,
+    weights: Float[Array, "n"],
     *,
     rank: int | None = None,
     steps: int = 10,
@@ -106,25 +107,44 @@ def lego(
 
 def lego_spectral(
     bank: LowRank,
-    weights: Array,
+    weights: Float[Array, "n"],
     *,
     rank: int | None = None,
     steps: int = 10,
     reweight: bool = True,
     norm: str = "l2",
 ) -> LowRank:
-    """`lego` on the units of the SVD; Args, Returns and Raises are those of `lego`."""
+    """`lego` on the units of the SVD.
+
+    Args, Returns and Raises are those of `lego`.
+    """
     return lego(
         bank, weights, rank=rank, steps=steps, units="spectral", reweight=reweight, norm=norm
     )
 
 
-def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
-    """Memberships [P, K], 0 or 1, of units (a [P, d_in], b [P, d_out]); none of a dead one.
+def clusters(
+    a: Float[Array, "p d_in"],
+    b: Float[Array, "p d_out"],
+    live: Float[Array, "p"],
+    k: int,
+    steps: int,
+) -> Array:
+    """k-means on rank-one units.
 
     Not differentiated. Starts from the longest unit, then always the one farthest from all chosen.
     Singular vectors of one adapter are all equally far: ties (up to 1e-4) go to the longer unit and
     to the centre chosen first, so that rounding decides nothing.
+
+    Args:
+      a: inputs of the units.
+      b: outputs of the units.
+      live: 1 for units that count, else 0.
+      k: K, clusters.
+      steps: of k-means.
+
+    Returns:
+      Memberships [P, K], 0 or 1; none of a unit that does not count.
     """
     a, b, live = map(lax.stop_gradient, (a, b, live))
     size = jnp.sum(a * a, axis=1) * jnp.sum(b * b, axis=1)
@@ -163,7 +183,14 @@ def clusters(a: Array, b: Array, live: Array, k: int, steps: int) -> Array:
 
 
 def spectral(bank: LowRank) -> LowRank:
-    """The bank in the basis of its singular vectors, balanced, signs fixed."""
+    """The bank in the basis of its singular vectors, balanced, signs fixed.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+
+    Returns:
+      The same deltas.
+    """
     u, s, v = algebra.svd({"": bank})[""]
     least = jnp.finfo(s.dtype).eps * max(u.shape[-2], v.shape[-1]) * s[:, :1]
     root = jnp.where(s > least, jnp.sqrt(s), jnp.zeros_like(s))[:, None, :]  # padding stays zero
@@ -190,6 +217,7 @@ SYSTEMS = (
         name="lego",
         paper="Zhao 2024, 2409.16167",
         symbol="lego",
+        claim="lego",
         function=lego,
         capped=False,
         breaks={
@@ -198,12 +226,12 @@ SYSTEMS = (
         },
         evidence="loops by numpy; shuffled copies are one adapter; K = pool is the sum",
         rows=(48,),
-        claim="lego",
     ),
     Merging(
         name="lego_spectral",
         paper="Zhao 2024, 2409.16167",
         symbol="lego_spectral",
+        claim="lego_spectral",
         function=lego_spectral,
         capped=False,
         breaks={
@@ -213,6 +241,5 @@ SYSTEMS = (
         },
         evidence="as lego, on units without gauge",
         rows=(48,),
-        claim="lego",
     ),
 )

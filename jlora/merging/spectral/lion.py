@@ -30,6 +30,7 @@ video transformer, is not here. A zero delta adds nothing.
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.algebra import LowRank
@@ -41,9 +42,9 @@ from jlora.numerics import einsum
 
 def lion(
     bank: LowRank,
-    weights: Array,
+    weights: Float[Array, "n"],
     *,
-    inputs: Array | None = None,
+    inputs: Float[Array, "t d_in"] | None = None,
     orthogonal: bool = False,
     floor: float = 1e-4,
 ) -> LowRank:
@@ -79,23 +80,46 @@ def lion(
 
 
 def lion_orthogonal(
-    bank: LowRank, weights: Array, *, inputs: Array | None = None, floor: float = 1e-4
+    bank: LowRank,
+    weights: Float[Array, "n"],
+    *,
+    inputs: Float[Array, "t d_in"] | None = None,
+    floor: float = 1e-4,
 ) -> LowRank:
-    """`lion` with the deltas made orthogonal; Args, Returns and Raises are those of `lion`."""
+    """`lion` with the deltas made orthogonal.
+
+    Args, Returns and Raises are those of `lion`.
+    """
     return lion(bank, weights, orthogonal=True, inputs=inputs, floor=floor)
 
 
-def overlap(bank: LowRank, inputs: Array | None = None) -> Array:
-    """Cosines between the features of the adapters of one site, [N, N]; 0 for a zero delta."""
+def overlap(bank: LowRank, inputs: Float[Array, "t d_in"] | None = None) -> Array:
+    """Cosines between the features of the adapters of one site.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      inputs: what features are of; None: white noise.
+
+    Returns:
+      [N, N]; 0 for a zero delta.
+    """
     gram = features(bank, inputs)
     _, scale = _norms(gram)
     return gram * scale[:, None] * scale[None, :]
 
 
-def features(bank: LowRank, inputs: Array | None = None) -> Array:
-    """Inner products of the features x D_n [N, N]; of the deltas where there are no inputs.
+def features(bank: LowRank, inputs: Float[Array, "t d_in"] | None = None) -> Array:
+    """Inner products of the features x D_n.
 
-    Raises ValueError for inputs that are not [T, d_in].
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+      inputs: x; None: white noise, inner products of the deltas.
+
+    Returns:
+      [N, N].
+
+    Raises:
+      ValueError: inputs that are not [T, d_in].
     """
     u = bank.u
     if inputs is not None:

@@ -26,17 +26,18 @@ that the gauge of an adapter does not matter; the official code takes them raw.
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from jlora import algebra
 from jlora.algebra import LowRank
-from jlora.merging.engine.record import Merging
+from jlora.merging.engine.record import HELD, SMALL_ENTRIES, Merging
 from jlora.merging.engine.spectral_functions import dot, support
 from jlora.merging.signs import absorbed, present
 from jlora.merging.spectral.core_space import largest
 
 
 def robust_merge(
-    bank: LowRank, weights: Array, *, density: float = 0.2, floor: float = 0.8
+    bank: LowRank, weights: Float[Array, "n"], *, density: float = 0.2, floor: float = 0.8
 ) -> LowRank:
     """The merge of one site, of the rank of its adapters.
 
@@ -72,9 +73,15 @@ def robust_merge(
 
 
 def canonical(bank: LowRank) -> tuple[Array, Array, Array]:
-    """Balanced singular factors of each adapter, signs fixed, and 1 where a value is not zero.
+    """Balanced singular factors of each adapter, signs fixed.
 
-    a [N, d_in, r], b [N, r, d_out], live [N, r]. Gradients hold the singular bases fixed.
+    Gradients hold the singular bases fixed.
+
+    Args:
+      bank: u [N, d_in, R], v [N, R, d_out].
+
+    Returns:
+      a [N, d_in, r], b [N, r, d_out], and live [N, r]: 1 where a singular value is not zero.
     """
     u, s, v = lax.stop_gradient(algebra.svd({"": bank})[""])
     top = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=1, keepdims=True), axis=1)
@@ -90,13 +97,13 @@ SYSTEM = Merging(
     name="robust_merge",
     paper="Zeng 2025, 2502.17159",
     symbol="robust_merge",
+    claim="robust_merge",
     function=robust_merge,
     options={"density": 0.5},
     breaks={
-        "weight_one": "small entries are trimmed",
+        "weight_one": SMALL_ENTRIES,
         "idempotent": "the second factor is averaged: N copies give 1/N of one",
-        "difference": "by the factors: the singular bases are held fixed (by the weights it is "
-        "exact)",
+        "difference": HELD,
     },
     evidence="numpy value; law suite",
 )

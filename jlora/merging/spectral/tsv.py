@@ -25,6 +25,7 @@ of singular value zero are left out. Weights are ours (the official code sums, w
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
@@ -33,7 +34,7 @@ from jlora.merging.signs import present
 from jlora.merging.spectral.core_space import from_core, to_core
 
 
-def tsv(bank: LowRank, weights: Array, *, rank: int | None = None) -> LowRank:
+def tsv(bank: LowRank, weights: Float[Array, "n"], *, rank: int | None = None) -> LowRank:
     """The merge of one site by orthogonalised task singular vectors.
 
     Args:
@@ -65,6 +66,7 @@ SYSTEM = Merging(
     name="tsv",
     paper="Gargiulo 2025, 2412.00081",
     symbol="tsv",
+    claim="tsv",
     function=tsv,
     breaks={
         "idempotent": "equal directions are made orthogonal: N copies give 1/N of one",

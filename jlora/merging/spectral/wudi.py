@@ -23,6 +23,7 @@ Deviates: the exact minimum of least norm. Weights are ours.
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from jlora.algebra import LowRank
 from jlora.merging.engine.record import Merging
@@ -31,7 +32,7 @@ from jlora.merging.signs import absorbed
 from jlora.merging.spectral.core_space import from_core, to_core
 
 
-def wudi(bank: LowRank, weights: Array) -> LowRank:
+def wudi(bank: LowRank, weights: Float[Array, "n"]) -> LowRank:
     """The minimiser of the interference of one site.
 
     Args:
@@ -48,8 +49,16 @@ def wudi(bank: LowRank, weights: Array) -> LowRank:
     return from_core(core, dot("pr,rq->pq", inverse, targets))
 
 
-def interference(cores: Array, weights: Array) -> tuple[Array, Array]:
-    """(P [N q, p], Q [N q, q]) of cores [N, p, q]: the loss of C is |P C - Q|^2."""
+def interference(cores: Float[Array, "n p q"], weights: Float[Array, "n"]) -> tuple[Array, Array]:
+    """The interference as a least-squares problem: the loss of C is |P C - Q|^2.
+
+    Args:
+      cores: of the adapters.
+      weights: of their losses, >= 0.
+
+    Returns:
+      (P [N q, p], Q [N q, q]).
+    """
     norm = jnp.sum(cores**2, axis=(1, 2))
     live = (norm > 0) & (weights > 0)
     one = jnp.ones_like(norm)
@@ -68,6 +77,7 @@ SYSTEM = Merging(
     name="wudi",
     paper="Cheng 2025, 2503.08099",
     symbol="wudi",
+    claim="wudi",
     function=wudi,
     atol=0.001,
     breaks={

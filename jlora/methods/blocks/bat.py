@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -45,7 +45,7 @@ class BAT(Method):
     def __post_init__(self) -> None:
         check_whole("BAT.block", self.block)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """b [d_out / block, block, block], zeros."""
         n = self.block
         if site.d_in % n or site.d_out % n:

@@ -31,7 +31,7 @@ import numpy as np
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -48,7 +48,7 @@ class C3A(Method):
     def __post_init__(self) -> None:
         check_whole("C3A.block", self.block)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """kernel [d_out / block, d_in / block, block], zeros."""
         n = self.block
         if site.d_in % n or site.d_out % n:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -59,7 +59,7 @@ class GraLoRA(Method):
                 f"GraLoRA.rank: got {self.rank}, expected a multiple of blocks = {self.blocks}"
             )
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a, b = 0, and with `hybrid` a_all, b_all = 0; frozen scale []."""
         k, dtype, keys = self.blocks, site.param_dtype, jax.random.split(key)
         for name, size in (("d_in", site.d_in), ("d_out", site.d_out)):

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -56,7 +56,7 @@ class MiSS(Method):
         if self.mini is not None:
             check_whole("MiSS.mini", self.mini)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """d [rank, d_out or mini], zeros."""
         if self.rank > site.d_in:
             raise ValueError(

@@ -38,8 +38,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.conv import window
-from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.method import Method, Wrapper
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.methods.decomposed.dora import column_norms, gain, row_norms
 from jlora.methods.kronecker.lokr import LoKr
 from jlora.methods.low_rank.loha import LoHa
@@ -48,7 +48,7 @@ from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
-class Decomposed(Method):
+class Decomposed(Wrapper):
     """`method` for the directions of the columns (or rows), `m` for their lengths.
 
     Raises:
@@ -56,7 +56,6 @@ class Decomposed(Method):
         `by` other than "out" and "in".
     """
 
-    method: Method
     by: str = "out"  # whose lengths: "out" of the columns, "in" of the rows
 
     def __post_init__(self) -> None:
@@ -65,25 +64,17 @@ class Decomposed(Method):
         if self.by not in ("out", "in"):
             raise ValueError(f"Decomposed.by: expected 'out' or 'in', got {self.by!r}")
 
-    @property
-    def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
-        return self.method.rank_axes
-
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
-        """As the method."""
-        return self.method.shared(key, sites)
-
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """The method's own arrays and m = the norms of what it begins as.
 
         m is [d_out]; by rows [1, channels], or [channels, 1] where the channels come before the
         window in d_in (torch's layout).
         """
-        trainable, frozen = self.method.init(key, site)
+        trainable, frozen = self.method.init(key, site, context)
         if "m" in trainable | frozen:
             raise ValueError(f"Decomposed: {type(self.method).__name__} has an `m` of its own")
-        p = {**site.shared, **frozen, **trainable}
-        norms = self._norms(site.weight(), p, rows_shape(site) if self.by == "in" else None)
+        p = {**context.shared, **frozen, **trainable}
+        norms = self._norms(context.weight(), p, rows_shape(site) if self.by == "in" else None)
         return {**trainable, "m": norms}, frozen
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:

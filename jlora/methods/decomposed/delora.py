@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 FLOOR = 1e-4  # of a length
@@ -57,8 +57,8 @@ class DeLoRA(Method):
     def __post_init__(self) -> None:
         check_whole("DeLoRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
-        w, bound = site.weight(), 1 / math.sqrt(site.d_in)
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        w, bound = context.weight(), 1 / math.sqrt(site.d_in)
         trainable = {
             "a": jax.random.uniform(key, (site.d_in, self.rank), w.dtype, -bound, bound),
             "b": jnp.zeros((self.rank, site.d_out), w.dtype),

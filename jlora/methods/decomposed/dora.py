@@ -45,7 +45,7 @@ from jax import lax
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 LOST = 1 / 16  # of its terms: a smaller sum is computed again
@@ -124,9 +124,9 @@ class DoRA(Method):
     def __post_init__(self) -> None:
         check_whole("DoRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out] = 0, m [d_out] = the column norms of W; frozen scale []."""
-        w, bound = site.weight(), 1 / math.sqrt(site.d_in)
+        w, bound = context.weight(), 1 / math.sqrt(site.d_in)
         a = jax.random.uniform(key, (site.d_in, self.rank), w.dtype, -bound, bound)
         b = jnp.zeros((self.rank, site.d_out), w.dtype)
         scale = self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

@@ -45,7 +45,7 @@ from jlora import algebra
 from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -83,7 +83,7 @@ class LoKr(Method):
             if got is not None:
                 check_whole(f"LoKr.{name}", got)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """w1 or a1, b1, and w2 or a2, b2 and perhaps t2; frozen scale []."""
         before, channels, after = window(site)
         (i1, i2), (o1, o2) = split(channels, self.factor), split(site.d_out, self.factor)

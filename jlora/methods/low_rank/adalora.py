@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 STD, TINY = 0.02, 1e-5
@@ -51,7 +51,7 @@ class AdaLoRA(Method):
     def __post_init__(self):
         check_whole("AdaLoRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         dtype, (first, second) = site.param_dtype, jax.random.split(key)
         a = STD * jax.random.normal(first, (site.d_in, self.rank), dtype)
         b = STD * jax.random.normal(second, (self.rank, site.d_out), dtype)

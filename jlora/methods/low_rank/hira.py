@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -46,7 +46,7 @@ class HiRA(Method):
     def __post_init__(self) -> None:
         check_whole("HiRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out] = 0."""
         bound, dtype = 1 / math.sqrt(site.d_in), site.param_dtype
         a = jax.random.uniform(key, (site.d_in, self.rank), dtype, -bound, bound)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -50,7 +50,7 @@ class LoCon(Method):
     def __post_init__(self) -> None:
         check_whole("LoCon.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [channels, r], t [before, after, r, r], b [r, d_out]; frozen scale []."""
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key)
         before, channels, after = window(site)

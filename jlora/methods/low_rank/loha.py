@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -55,7 +55,7 @@ class LoHa(Method):
     def __post_init__(self) -> None:
         check_whole("LoHa.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a1, a2 [d_in, r], b1, b2 [r, d_out], or with cores t1, t2; frozen scale []."""
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
         before, channels, after = window(site)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -63,7 +63,7 @@ class LoRA(Method):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         shape, dtype = (site.d_in, self.rank), site.param_dtype
         if "gather" in site.ops:
             a = jax.random.normal(key, shape, dtype) / math.sqrt(self.rank)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -84,12 +84,12 @@ class PiSSA(Method):
     def __post_init__(self) -> None:
         check_whole("PiSSA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out]; frozen a0, b0, equal to them, and scale []."""
         limit = min(site.d_in, site.d_out)
         if not 1 <= self.rank <= limit:
             raise ValueError(f"{site.path}: PiSSA rank expected in 1..{limit}, got {self.rank}")
-        w, scale = site.weight(), self.alpha / self.rank
+        w, scale = context.weight(), self.alpha / self.rank
         a, b = principal(key, w, self.rank, scale, self.niter)
         return {"a": a, "b": b}, {"a0": a, "b0": b, "scale": jnp.asarray(scale, w.dtype)}
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from jlora import numerics
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -65,7 +65,7 @@ class BOFT(Method):
         if self.stages > 1 and self.block % 2:
             raise ValueError(f"BOFT.block: expected even with {self.stages} stages: {self.block}")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """r [stages, d_in / block, block, block] = 0, s [d_out] = 1."""
         chunk = 2 ** (self.stages - 1) * self.block
         if site.d_in % chunk:

@@ -42,7 +42,7 @@ from jlora import numerics
 from jlora.core import compat
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -64,7 +64,7 @@ class HRA(Method):
     def __post_init__(self) -> None:
         check_whole("HRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """u [d_in, rank], equal in pairs but for `gram_schmidt`."""
         if self.rank % 2 and not self.gram_schmidt:
             raise ValueError(

@@ -30,7 +30,7 @@ import numpy as np
 
 from jlora import numerics
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -51,7 +51,7 @@ class OFT(Method):
             if got is not None and got < 2:
                 raise ValueError(f"OFT.{name}: expected at least 2, got {got}")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """q [d_in / block or 1, block (block - 1) / 2], zeros."""
         if site.d_in % self.block:
             raise ValueError(

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -55,7 +55,7 @@ class RoAd(Method):
         if self.group % 2:
             raise ValueError(f"RoAd.group: got {self.group}, expected an even number")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """theta [variant d_out / 2] = 0, alpha of the same shape = 1."""
         if site.d_out % self.group:
             raise ValueError(

@@ -7,7 +7,9 @@ s = alpha / rank -> `scale`; k -> `top_k`.
     y = x W + s \\sum_{e \\in I(x)} g_e(x) \\; x A_e B_e, \\qquad
     g(x) = \\mathrm{softmax}_{I(x)}(x R), \\quad I(x) = \\mathrm{top}_k(x R)
 
-The delta depends on x, so there is no merged weight. Reported through `aux`: `balance`, the scalar
+With `decision` the sites of a block share one router: the first of them, which `router` matches,
+decides and publishes g, and the later ones of the same scope read it. The delta depends on x, so
+there is no merged weight. Reported through `aux`: `balance`, the scalar
 of `routing.router` to be added to the loss with a small weight, and `load` [E].
 
 Init: A_e uniform in ±1/sqrt(d_in), B_e = 0 (the identity); R ~ N(0, 0.02^2), not zero, because ties
@@ -23,6 +25,7 @@ Deviates: the balance loss is Switch's; three dispatch back-ends that agree.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -31,7 +34,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.routing import dispatch, router
 from jlora.system import System
 
@@ -51,6 +54,8 @@ class Experts(Method):
     rank: int = 8
     alpha: float = dataclasses.field(default=16.0, compare=False)
     backend: str = "dense"
+    decision: str = ""  # name under which sites of one scope share a router; "": each has its own
+    router: str = ""  # with `decision`: regex on paths, the sites that have a router
 
     def __post_init__(self) -> None:
         check_whole("Experts.rank", self.rank)
@@ -61,25 +66,42 @@ class Experts(Method):
                 f"Experts.backend: expected one of {dispatch.BACKENDS}, got {self.backend!r}"
             )
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """router [d_in, E], a [E, d_in, r], b [E, r, d_out] = 0; frozen scale []."""
         ka, kr = jax.random.split(key)
         e, r, dtype, bound = self.experts, self.rank, site.param_dtype, 1 / math.sqrt(site.d_in)
         trainable = {
-            "router": 0.02 * jax.random.normal(kr, (site.d_in, e), dtype),
             "a": jax.random.uniform(ka, (e, site.d_in, r), dtype, -bound, bound),
             "b": jnp.zeros((e, r, site.d_out), dtype),
         }
+        if not self.decision or re.search(self.router, site.path):
+            trainable["router"] = 0.02 * jax.random.normal(kr, (site.d_in, e), dtype)
         return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
-        """x [..., d_in] -> ([..., d_out], {"balance": [], "load": [E]})."""
+        """x [..., d_in] -> ([..., d_out], {"balance": [], "load": [E]}); shared: published, read.
+
+        Raises:
+          ValueError: no site before this one in its scope made the decision.
+        """
         y = x @ w
-        logits = (x @ p["router"].astype(x.dtype)).astype(p["router"].dtype)
-        routes = router.top_k(logits, self.top_k)
+        if "router" in p:
+            logits = (x @ p["router"].astype(x.dtype)).astype(p["router"].dtype)
+            routes = router.top_k(logits, self.top_k)
+        elif self.decision in ctx:
+            routes = ctx[self.decision]
+        else:
+            raise ValueError(
+                f"Experts: no site before this one decided {self.decision!r}; expected one that "
+                f"matches {self.router!r} in the same scope"
+            )
         ids, weights = routes.ids, p["scale"] * routes.weights
         delta = dispatch.dispatch(x, p["a"], p["b"], ids, weights, self.backend)
-        return y + delta.astype(y.dtype), {"balance": routes.balance, "load": routes.load}
+        y = y + delta.astype(y.dtype)
+        if "router" not in p:
+            return y
+        report = {"balance": routes.balance, "load": routes.load}
+        return (y, report, {self.decision: routes}) if self.decision else (y, report)
 
 
 SYSTEM = System(
@@ -93,6 +115,7 @@ SYSTEM = System(
         Experts(experts=3, top_k=2, rank=2),
         Experts(experts=3, top_k=2, rank=2, backend="gather"),
         Experts(experts=3, top_k=2, rank=2, backend="ragged"),
+        Experts(experts=3, top_k=2, rank=2, decision="shared", router="up"),
     ),
     breaks={
         "L3": "the delta depends on the activation, so there is no merged weight",

@@ -15,36 +15,14 @@ Deviates: a pattern selects the biases; any vector that it matches is trained.
 """
 
 import dataclasses
-from typing import ClassVar
 
-import jax
-
-from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.methods.selective.trained_vector import ANY_USE, TrainedVector
 from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
-class BitFit(Method):
+class BitFit(TrainedVector):
     """Trainable `v` [n], the new bias."""
-
-    vectors: ClassVar[bool] = True
-
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
-        """v [n], the base's.
-
-        Raises:
-          ValueError: the leaf is no vector.
-        """
-        if "i" in site.kinds:
-            raise ValueError(
-                f"{site.path}: BitFit trains vectors; got a matrix [{site.d_in}, {site.d_out}]"
-            )
-        return {"v": site.weight()[0]}, {}
-
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
-        """v for w, [1, n]."""
-        return p["v"][None, :]
 
 
 SYSTEM = System(
@@ -53,5 +31,5 @@ SYSTEM = System(
     symbol="BitFit",
     evidence="torch PEFT's outputs of LoRA with biases to 1e-5, its files back bitwise",
     examples=(BitFit(),),
-    breaks={"L10": "a vector may meet any operation, so that none is refused"},
+    breaks=ANY_USE,
 )

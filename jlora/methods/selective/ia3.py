@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -42,7 +42,7 @@ class IA3(Method):
         if self.side not in ("in", "out"):
             raise ValueError(f"IA3.side: expected 'in' or 'out', got {self.side!r}")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """l [d_out] or [d_in], all ones."""
         size = site.d_out if self.side == "out" else site.d_in
         return {"l": jnp.ones(size, site.param_dtype)}, {}

@@ -24,7 +24,7 @@ import numpy as np
 
 from jlora.core.lookup import Rows
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -42,11 +42,11 @@ class TrainableTokens(Method):
         if not self.ids or min(self.ids) < 0 or len(set(self.ids)) < len(self.ids):
             raise ValueError(f"TrainableTokens.ids: got {self.ids}, expected distinct rows")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """rows [n, d_out], the base's."""
         if max(self.ids) >= site.d_in:
             raise ValueError(f"{site.path}: id {max(self.ids)}, expected one of {site.d_in} rows")
-        return {"rows": site.weight()[np.asarray(self.ids)]}, {}
+        return {"rows": context.weight()[np.asarray(self.ids)]}, {}
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
         """W with the rows in their places, [d_in, d_out]."""

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jlora.core import compat
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -64,7 +64,7 @@ class PVeRA(Method):
         a = uniform(ka, (rows, 2 * self.rank), rows)
         return {}, {"basis_a": a, "basis_b": uniform(kb, (self.rank, cols), self.rank)}
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """d [2 r], b [d_out] = 0; frozen rows [d_in] int32, the rows of basis_a that are used."""
         d = jnp.full(2 * self.rank, self.d_initial, site.param_dtype)
         b = jnp.zeros(site.d_out, site.param_dtype)

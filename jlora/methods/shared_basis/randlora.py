@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -66,7 +66,7 @@ class RandLoRA(Method):
         b = jax.random.uniform(kb, shape, dtype, -1, 1)
         return {}, {"basis_a": a / jnp.std(a), "basis_b": b / jnp.std(b)}
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """lam [r, N] = 0, gamma [N, d]; frozen scale [], and rows [d_in], cols [d_out] int32.
 
         These two are the numbers of the rows of a basis that the inputs and the outputs use.

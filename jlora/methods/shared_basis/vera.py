@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -57,7 +57,7 @@ class VeRA(Method):
         a, b = uniform(ka, (rows, self.rank), rows), uniform(kb, (self.rank, cols), self.rank)
         return {}, {"basis_a": a, "basis_b": b}
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """d [r], b [d_out]; frozen rows [d_in] int32, the rows of basis_a that the site uses."""
         d = jnp.full(self.rank, self.d_initial, site.param_dtype)
         b = jnp.zeros(site.d_out, site.param_dtype)

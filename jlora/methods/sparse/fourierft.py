@@ -39,7 +39,7 @@ import numpy as np
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, add_low_rank, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 from jlora.torch_random import Generator
 
@@ -76,7 +76,7 @@ class FourierFT(Method):
     def __post_init__(self) -> None:
         check_whole("FourierFT.count", self.count)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [count] = 0; frozen rows, cols [count] int32 of `seed`, and scale []."""
         check_count("FourierFT count", site, self.count)
         rows, cols = places(site.d_in, site.d_out, self.count, self.seed)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -68,7 +68,7 @@ class SHiRA(Method):
     def __post_init__(self) -> None:
         check_whole("SHiRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [n] = 0; frozen rows, cols [n] int32, sorted by column."""
         count, size = self.rank * (site.d_in + site.d_out), site.d_in * site.d_out
         if count > size:

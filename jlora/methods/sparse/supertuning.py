@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.methods.sparse.shira import scattered, sparse_product
 from jlora.system import System
 
@@ -52,9 +52,9 @@ class SuperTuning(Method):
             raise ValueError(f"SuperTuning.sparsity: got {self.sparsity}, expected 0 <= it < 1")
         check_whole("SuperTuning.rank", self.rank, 0)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [n] = 0, and with `rank` a, b = 0; frozen rows, cols [n] int32, and scale []."""
-        w = site.weight()
+        w = context.weight()
         count = int(w.size * (1 - self.sparsity))
         if count < 1:
             raise ValueError(

@@ -37,7 +37,7 @@ import numpy as np
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.methods.sparse import fourierft
 from jlora.methods.sparse.shira import scattered, sparse_product
 from jlora.system import System
@@ -90,7 +90,7 @@ class WaveFT(Method):
     def __post_init__(self) -> None:
         check_whole("WaveFT.count", self.count)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [count] = 0; frozen rows, cols [count] int32 of `seed`, and scale []."""
         fourierft.check_count("WaveFT count", site, self.count)
         rows, cols = places(site.d_in, site.d_out, self.count, self.seed, self.wavelet)

@@ -34,7 +34,7 @@ from jlora import numerics
 from jlora.core import compat
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -56,7 +56,7 @@ class DEFT(Method):
         if self.projection not in ("relu", "qr"):
             raise ValueError(f"DEFT.projection: got {self.projection!r}, expected 'relu' or 'qr'")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """p [d_out, r], and without `remove` r [d_in, r]; frozen scale []."""
         if self.rank > site.d_out:
             raise ValueError(
@@ -66,7 +66,7 @@ class DEFT(Method):
         p = 0.02 * jax.random.normal(key, (site.d_out, self.rank), site.param_dtype)
         trainable = {"p": p}
         if not self.remove:
-            trainable["r"] = numerics.matmul(site.weight(), self.sides(p)[0]) / scale
+            trainable["r"] = numerics.matmul(context.weight(), self.sides(p)[0]) / scale
         return trainable, {"scale": jnp.asarray(scale, jnp.float32)}
 
     def sides(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:

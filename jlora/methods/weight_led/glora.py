@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 FORMS = ("lora", "vector", "constant")
@@ -55,7 +55,7 @@ class GLoRA(Method):
         if self.form not in FORMS:
             raise ValueError(f"GLoRA.form: got {self.form!r}, expected one of {list(FORMS)}")
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a_in, b_in [d_in, r], a_out, b_out [r, d_out] = 0; or a, b [d_out] or [] = 0."""
         dtype, p = site.param_dtype, {}
         if self.form != "lora":

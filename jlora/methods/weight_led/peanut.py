@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -67,7 +67,7 @@ class PEANuT(Method):
                 f"PEANuT.activation: got {self.activation!r}, expected one of {list(ACTIVATIONS)}"
             )
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_out, r], b [r, d_out] = 0, and of a depth enc, dec [depth, r, r]."""
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
 

@@ -20,34 +20,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jlora.core.matmul import Weight
-from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.method import Wrapper
+from jlora.core.site import Arrays
 from jlora.methods.low_rank.lora import LoRA
 from jlora.system import System
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenMask(Method):
+class TokenMask(Wrapper):
     """`method`, where `ctx[name]` says so."""
 
-    method: Method
     name: str = "tokens"
-
-    @property
-    def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
-        return self.method.rank_axes
-
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
-        """As the wrapped method."""
-        return self.method.shared(key, sites)
-
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
-        """As the wrapped method."""
-        return self.method.init(key, site)
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
         """x [..., d_in] -> [..., d_out]; reports of the wrapped method are passed on.

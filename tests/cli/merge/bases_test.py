@@ -10,7 +10,7 @@ import yaml
 
 from jlora.cli.merge import main as command
 from jlora.io import safetensors_file
-from jlora.merging.engine.run import lookup
+from jlora.merging.engine.options import lookup
 
 LLAMA = Path(__file__).parents[3] / "third_party/peft/llama"
 

@@ -6,6 +6,7 @@ import types
 import pytest
 
 from experiments.claims import runner
+from experiments.claims.protocol import Figures, verdict
 from experiments.data.pinned import ASSETS
 from jlora import registry
 from jlora.cli import claims as command
@@ -22,6 +23,7 @@ def test_a_record_holds_what_it_takes_to_believe_and_repeat_it(tmp_path):
     record = runner.measure(toy(), [0, 1, 2], tmp_path)
     assert record["verdict"] == "reproduced"
     assert record["claim_sha256"] == runner.sha256("do_merging")
+    assert record["shared_sha256"].keys() == {"text_merges.py"}
     assert record["assets"]["minilm"]["sha256"] == ASSETS["minilm"].sha256
     assert [f["system"] for f in record["figures"]] == [
         list(figures(0.1, seed=s).system) for s in range(3)
@@ -64,6 +66,10 @@ def test_every_record_is_of_a_claim_with_enough_seeds_and_pinned_assets():
         assert len(set(record["seeds"])) >= 3
         for name, asset in record["assets"].items():
             assert asset["sha256"] == ASSETS[name].sha256, f"{path.stem}: {name}"
+        found = [Figures(*(tuple(f[n]) for n in Figures._fields[:4])) for f in record["figures"]]
+        judged = verdict(runner.load(path.stem), found)
+        assert (judged.verdict, judged.difference) == (record["verdict"], record["difference"])
+        assert judged.control == record["system_minus_control"]
 
 
 def test_names_that_do_not_exist_are_named(capsys):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jlora as jl
 from jlora.algebra import LowRank
 from jlora.generation.baselines import soup
 
@@ -76,3 +77,31 @@ def test_squared_error_matches_dense_and_sees_a_wrong_gram():
     np.testing.assert_allclose(soup.squared_error(*arrays), want, rtol=1e-4)
     arrays[1] = arrays[1] * 1.1
     assert not np.allclose(soup.squared_error(*arrays), want, rtol=1e-2)
+
+
+def bank_of_tasks():
+    """Four adapters of two tasks that share `a`, and their `b` in float64."""
+
+    def model(p, x):
+        return x @ p["w"]
+
+    w = {"w": jnp.ones((4, 3))}
+    fresh = jl.init(
+        jax.random.key(0), model, w, jnp.ones((1, 4)), methods={"w": jl.LoRA(2, freeze_a=True)}
+    )
+    b = np.random.default_rng(1).normal(size=(4, 2, 3)).astype("f4")
+    return jl.stack([fresh.replace(trainable={"w": {"b": jnp.asarray(t)}}) for t in b]), b
+
+
+def test_examples_are_one_soup_and_condition_per_task():
+    bank, b = bank_of_tasks()
+    conditions = jnp.asarray([[1.0, 0.0], [0.0, 4.0], [3.0, 0.0], [0.0, 6.0]])
+    found = soup.examples(conditions, jnp.asarray([7, 2, 7, 2]), bank)
+    np.testing.assert_allclose(found.conditions, [[0, 5], [2, 0]], atol=1e-6)
+    want = [(b[1] + b[3]) / 2, (b[0] + b[2]) / 2]
+    np.testing.assert_allclose(found.soups.trainable["w"]["b"], want, atol=1e-6)
+    mean = soup.generate(jax.random.key(0), found, jnp.ones(2))
+    np.testing.assert_allclose(mean.trainable["w"]["b"], b.mean(0), atol=1e-6)
+    assert mean.frozen["w"]["a"].shape == (4, 2)
+    with pytest.raises(ValueError, match="conditions: got numbers that are not finite"):
+        soup.examples(conditions.at[0, 0].set(jnp.nan), jnp.zeros(4, jnp.int32), bank)

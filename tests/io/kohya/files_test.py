@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,9 +260,8 @@ def made(**methods):
 
 def same(x, y):
     assert x.sites == y.sites
-    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal_shapes_and_dtypes(x, y)
+    chex.assert_trees_all_equal(x, y)
 
 
 def test_diffusers_round_trip_with_metadata(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,16 +93,14 @@ def test_kohya_files_have_the_same_factors(tmp_path, name):
             flat = flat.replace(a, b)
         np.testing.assert_array_equal(ours[f"lora_unet_{flat}"], t)
     back = jl.io.load_kohya(tmp_path / "x.safetensors", NAMES, sites())
-    for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(adapter, back)
 
 
 def test_diffusers_files_round_trip(tmp_path):
     adapter = jl.io.load_peft(GOLDEN / "lora", NAMES, sites())
     jl.io.save_diffusers(tmp_path / "x.safetensors", adapter, NAMES)
     back = jl.io.load_diffusers(tmp_path / "x.safetensors", NAMES, sites())
-    for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(adapter, back)
 
 
 def test_the_two_factors_of_torch_make_the_kernels_delta():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,8 +78,7 @@ def test_peft_files_compute_what_peft_computes_and_go_back_bitwise(golden, tmp_p
     assert weights(tmp_path) == weights(model.path / name)
     again = jl.io.load_peft(tmp_path, model.names, model.params, layout="in_out")
     assert jax.tree.structure(again) == jax.tree.structure(adapter)
-    for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(adapter, again)
     ours, theirs = config(tmp_path), config(model.path / name)
     assert set(ours) >= set(theirs) - {"auto_mapping"}
     if name != "lora_patterns":  # there the same patterns are written by module
@@ -138,8 +138,7 @@ def test_adapters_of_upper_layers_only(golden, tmp_path):
     assert written["base_model_name_or_path"] == "tiny" and written["task_type"] == "SEQ_CLS"
     assert written["target_modules"][0] == "bert.encoder.layer.1.attention.self.query"
     back = jl.io.load_peft(tmp_path, names, upper, layout="in_out")
-    for x, y in zip(jax.tree.leaves(cut), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(cut, back)
 
 
 def test_a_fresh_adapter_and_a_frozen_a_are_written(golden, tmp_path):
@@ -162,9 +161,8 @@ def test_low_precision_keeps_its_dtype_and_double_needs_x64(golden, tmp_path):
     )
     jl.io.save_peft(tmp_path, half, model.names)
     back = jl.io.load_peft(tmp_path, model.names, model.params, layout="in_out")
-    for x, y in zip(jax.tree.leaves(half), jax.tree.leaves(back), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal_shapes_and_dtypes(half, back)
+    chex.assert_trees_all_equal(half, back)
     tensors, meta = safetensors_file.read(tmp_path / "adapter_model.safetensors")
     double = {k: v.astype(np.float64) for k, v in tensors.items()}
     safetensors_file.write(tmp_path / "adapter_model.safetensors", double, meta)
@@ -292,8 +290,7 @@ def test_vera_bases_grow_again_from_torchs_seed_bitwise(golden, tmp_path, kind):
     path = without_bases(model, tmp_path, save_projection=False)
     grown = jl.io.load_peft(path, model.names, model.params, layout="in_out")
     read = jl.io.load_peft(model.path / "vera", model.names, model.params, layout="in_out")
-    for x, y in zip(jax.tree.leaves(grown), jax.tree.leaves(read), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(grown, read)
 
 
 def test_vera_without_bases_that_should_be_there_is_refused(golden, tmp_path):
@@ -395,8 +392,7 @@ def test_a_bank_of_other_ranks_is_written_with_its_own(golden, tmp_path):
     jl.io.save_peft(tmp_path, bank[0], model.names)
     back = jl.io.load_peft(tmp_path, model.names, model.params, layout="in_out")
     assert back.sites[0][1].rank == 2 and back.sites[0][1].alpha == 3
-    for x, y in zip(jax.tree.leaves(small), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(small, back)
 
 
 def test_a_transposed_layout_is_seen(golden, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,7 +172,7 @@ def test_real_peft_computes_what_we_do(tmp_path, monkeypatch, name):
         ours = run(jl.merge(p, adapter), X)
         assert error(ours, STATE["expected"]) > 1e-3 and error(ours, theirs) <= 1e-5
         back = jl.io.load_peft(tmp_path, NAMES, SITES[fn])
-        jax.tree.map(np.testing.assert_array_equal, adapter.trainable, back.trainable)
+        chex.assert_trees_all_equal(adapter.trainable, back.trainable)
 
 
 def test_what_peft_cannot_compute_is_refused(tmp_path):

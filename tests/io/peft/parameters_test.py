@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,7 @@ def test_it_goes_back_bitwise(name, tmp_path):
     assert (tmp_path / WEIGHTS).read_bytes() == (GOLDEN / name / WEIGHTS).read_bytes()
     back = load(tmp_path)
     assert back.sites == adapter.sites
-    jax.tree.map(np.testing.assert_array_equal, adapter, back)
+    chex.assert_trees_all_equal(adapter, back)
 
 
 def test_experts_that_no_input_has_an_axis_of():

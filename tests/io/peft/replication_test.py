@@ -2,7 +2,7 @@
 
 import json
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,8 +49,7 @@ def test_it_goes_back_bitwise(case, tmp_path):
         assert (tmp_path / name).read_bytes() == (path / name).read_bytes()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["layer_replication"] == PAIRS
     back = jl.io.load_peft(tmp_path, model.names, case[2], layer_replication=PAIRS, layout="in_out")
-    for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(adapter, back)
 
 
 def test_layers_by_numpy_others_untouched():

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -116,8 +117,7 @@ def test_both_methods_train_here_and_go_both_ways(golden, tmp_path):
         assert [(s.path, type(m)) for s, m in back.sites] == [
             (s.path, type(m)) for s, m in adapter.sites
         ]
-        for x, y in zip(jax.tree.leaves(adapter), jax.tree.leaves(back), strict=True):
-            np.testing.assert_array_equal(x, y)
+        chex.assert_trees_all_equal(adapter, back)
 
 
 def test_what_the_files_cannot_say(golden, tmp_path):

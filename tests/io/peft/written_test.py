@@ -7,6 +7,7 @@ written by our writer, loaded by `PeftModel.from_pretrained`.
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,7 +218,7 @@ def test_everything_at_once(golden, tmp_path):
     back = jl.io.load_peft(
         tmp_path, model.names, params, extras="leave", layer_replication=PAIRS, layout="in_out"
     )
-    jax.tree.map(np.testing.assert_array_equal, adapter.trainable, back.trainable)
+    chex.assert_trees_all_equal(adapter.trainable, back.trainable)
 
 
 # PEFT looks for the patterns of parameters among modules, and uses them all the same.

@@ -35,7 +35,7 @@ def test_methods_that_run_slice_by_slice_say_so():
 
 def test_every_slice_of_a_stack_is_merged_alone(pair):
     options = {"density": 0.4, "rank": 3, "solver": Solver(power=1, block=3)}
-    merged = merge("ties", pair, [0.6, 0.4], **options)
+    merged = merge("ties", pair, [0.6, 0.4], options=options)
     bank = gather(pair, [0.6, 0.4]).bank["stacked"]
     for k in range(2):
         low = jax.tree.map(lambda t, k=k: t[:, k], bank)
@@ -47,7 +47,7 @@ def test_every_slice_of_a_stack_is_merged_alone(pair):
 
 def check_keys(pair, fold):
     """The key of a mask is that of (site, slice, adapter), whatever else is merged alongside it."""
-    merged = merge("dare_ties", pair, [0.6, 0.4], key=KEY, density=0.4)
+    merged = merge("dare_ties", pair, [0.6, 0.4], options={"density": 0.4}, key=KEY)
     bank = gather(pair, [0.6, 0.4]).bank["stacked"]
     keys = fold(KEY, "stacked", 2, 2)
     for k in range(2):
@@ -67,9 +67,10 @@ def test_mutation_one_key_for_all_slices(pair):
 
 
 def test_without_the_other_site_and_in_another_order(pair):
-    one = merge("dare_linear", pair, [0.6, 0.4], key=KEY, density=0.4)
+    options = {"density": 0.4}
+    one = merge("dare_linear", pair, [0.6, 0.4], options=options, key=KEY)
     less = [a.replace(sites=a.sites[:1]) for a in pair]
-    alone = merge("dare_linear", less[::-1], [0.4, 0.6], key=KEY, density=0.4, ids=[1, 0])
+    alone = merge("dare_linear", less[::-1], [0.4, 0.6], options=options, key=KEY, ids=[1, 0])
     np.testing.assert_allclose(product(alone, "lora"), product(one, "lora"), rtol=1e-3, atol=1e-4)
 
 
@@ -77,6 +78,6 @@ def test_errors(pair):
     with pytest.raises(ValueError, match="dare_ties: got no key"):
         merge("dare_ties", pair)
     with pytest.raises(ValueError, match="density: got 2"):
-        merge("ties", pair, density=2.0)
+        merge("ties", pair, options={"density": 2.0})
     with pytest.raises(ValueError, match="rank: got 9, expected 1 to 8"):
-        merge("ties", pair, rank=9)
+        merge("ties", pair, options={"rank": 9})

@@ -82,7 +82,7 @@ def test_mutation_rows_taken_from_the_start_again_fail(monkeypatch):
 def test_what_an_adapter_is_cut_of():
     """The reason for it: at rank N R of ties a tenth of the delta is lost, here nothing."""
     options = {"density": 0.4}
-    cut = jl.algebra.deltas(merge("ties", ADAPTERS, W, **options))["flat"]
+    cut = jl.algebra.deltas(merge("ties", ADAPTERS, W, options=options))["flat"]
     whole = joined("ties", "flat", options=options)
     gap = np.linalg.norm(whole - np.asarray(cut.u @ cut.v)) / np.linalg.norm(whole)
     assert gap > 0.1
@@ -97,7 +97,7 @@ def test_others_are_what_merge_gives_at_full_rank(name):
     more = {"key": jax.random.key(3), "ids": [4, 0, 7]} if row.randomised else {}
     options = dict(row.options)
     full = {"rank": D_OUT} if row.rule else {}
-    want = jl.algebra.deltas(merge(name, ADAPTERS, W, **more, **options, **full))
+    want = jl.algebra.deltas(merge(name, ADAPTERS, W, options=options | full, **more))
     for path in ("flat", "stacked")[: 2 if name == "dare_linear" else 1]:
         got = joined(name, path, row_block=5, options=options, **more)
         np.testing.assert_allclose(got, want[path].u @ want[path].v, rtol=1e-3, atol=1e-3)

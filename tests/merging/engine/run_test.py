@@ -24,7 +24,7 @@ def test_merging_is_merging_the_weights(params, adapters):
 
 def test_out_rank_cuts_the_result(params, adapters):
     merged = jl.merging.merge("concat", adapters, W, out_rank=3)
-    want = jl.merging.merge("truncated", adapters, W, rank=3)
+    want = jl.merging.merge("truncated", adapters, W, options={"rank": 3})
     for path in params:
         assert merged.trainable[path]["a"].shape[-1] == 3
         got = jl.delta(params, merged)[path]
@@ -33,19 +33,20 @@ def test_out_rank_cuts_the_result(params, adapters):
 
 def test_certificate_is_the_distance_to_the_sum(params, adapters):
     exact, cut = (
-        jl.delta(params, jl.merging.merge(*args, W, **options))
+        jl.delta(params, jl.merging.merge(*args, W, options=options))
         for args, options in ((("concat", adapters), {}), (("truncated", adapters), {"rank": 2}))
     )
-    for path, error in jl.merging.certificate("truncated", adapters, W, rank=2).items():
+    bound = jl.merging.certificate("truncated", adapters, W, options={"rank": 2})
+    for path, error in bound.items():
         true = np.linalg.norm(np.asarray(exact[path]) - cut[path], axis=(-2, -1))
         np.testing.assert_allclose(error, true, rtol=1e-4)
 
 
 def test_one_compilation_for_all_weights_and_adapters(adapters):
     before = running._jitted._cache_size()
-    jl.merging.merge("truncated", adapters, W, rank=1)
-    jl.merging.merge("truncated", adapters[::-1], 2 * W, rank=1)
-    jl.merging.merge("truncated", adapters, W, rank=1)
+    jl.merging.merge("truncated", adapters, W, options={"rank": 1})
+    jl.merging.merge("truncated", adapters[::-1], 2 * W, options={"rank": 1})
+    jl.merging.merge("truncated", adapters, W, options={"rank": 1})
     # in the other order a site's padding does not change the shapes
     assert running._jitted._cache_size() - before == 1
 
@@ -64,21 +65,23 @@ def test_gradient_through_a_merge(params, adapters):
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.asarray(W)), want, rtol=1e-4)
 
 
-def test_peak_memory_is_told_before_a_merge():
+def test_peak_memory_is_known_before_a_merge():
     """Eight adapters of 512 x 512 by TIES: a quarter of their dense deltas; stored, more."""
     rng = np.random.default_rng(0)
     u, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 512, 4), (8, 4, 512)))
     site = jl.Site("w", (512, 512), "io", jnp.dtype("float32"), ("dot",))
     bank = jl.merging.to_adapter({"w": LowRank(u, v)}, [site])
-    told = {
-        store: jl.merging.peak_memory("ties", bank, rank=4, solver=Solver(power=1, store=store))
+    bytes_of = {
+        store: jl.merging.peak_memory(
+            "ties", bank, options={"rank": 4, "solver": Solver(power=1, store=store)}
+        )
         for store in (False, True)
     }
     dense = 512 * 512 * 4
-    assert told[False]["adapters"] == u.nbytes + v.nbytes
-    assert told[False]["merged"] == 2 * 512 * 4 * 4
-    assert 0 < told[False]["temporary"] < 8 * dense / 4
-    assert told[True]["temporary"] > dense
+    assert bytes_of[False]["adapters"] == u.nbytes + v.nbytes
+    assert bytes_of[False]["merged"] == 2 * 512 * 4 * 4
+    assert 0 < bytes_of[False]["temporary"] < 8 * dense / 4
+    assert bytes_of[True]["temporary"] > dense
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,9 @@ def test_a_bank_of_sites_stores_one_delta_at_a_time():
 
     def told(store):
         solver = Solver(power=0, store=store)
-        return jl.merging.peak_memory("consensus", bank, rank=2, solver=solver)["temporary"]
+        return jl.merging.peak_memory("consensus", bank, options={"rank": 2, "solver": solver})[
+            "temporary"
+        ]
 
     dense = 4 * 256 * 256
     assert dense / 2 < told(None) - told(False) < 3 * dense

@@ -82,7 +82,7 @@ def test_vmapped_over_coefficients_and_ranks_in_one_jit(world):
         traces.append(1)
 
         def one(w, k):
-            return apply(row, bank, w, jit=False, rank=6, keep=k)
+            return apply(row, bank, w, {"rank": 6, "keep": k}, jit=False)
 
         return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(ws, ranks)
 

@@ -1,5 +1,6 @@
 """Coefficients by gradient: derivatives, what a few examples recover, no dense delta."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +99,7 @@ def test_a_few_examples_recover_the_coefficients(layerwise):
     run = jax.jit(lambda b: learn(loss, gathered, start, b, rate=3e-2))
     out = run(repeated(target(true), 300))
     assert float(out.values[-1]) < 1e-4 * float(out.values[0])
-    jax.tree.map(lambda c, t: np.testing.assert_allclose(c, t, atol=2e-2), out.coefficients, true)
+    chex.assert_trees_all_close(out.coefficients, true, atol=2e-2)
     merged = jl.merge(PARAMS, out.adapter)
     np.testing.assert_allclose(model(merged, X), target(true), atol=2e-2)
 

@@ -1,5 +1,6 @@
 """PEFT's factor-space merges: values by numpy, known faults, limits, a mutation."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +109,7 @@ def test_roots_of_the_weights_alone():
 def test_density_one_is_linear():
     for method, options in ((peft_magnitude_prune, {}), (peft_dare_linear, {"keys": None})):
         low = method(BANK, WJ, density=1.0, **options)
-        jax.tree.map(np.testing.assert_array_equal, low, peft_linear(BANK, WJ))
+        chex.assert_trees_all_equal(low, peft_linear(BANK, WJ))
 
 
 def test_known_faults_are_reproduced():

@@ -105,7 +105,7 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_factors_bit_for_bit(model, adapters, kind):
     expected = theirs(model, kind, **CASES[kind])
-    same_bits(peft_merge(kind, adapters, W, **CASES[kind]), expected)
+    same_bits(peft_merge(kind, adapters, W, options=CASES[kind]), expected)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -113,14 +113,15 @@ def test_jitted_bit_for_bit(model, adapters, kind):
     @jax.jit
     def run(factors):
         new = [a.replace(trainable=t) for a, t in zip(adapters, factors, strict=True)]
-        return peft_merge(kind, new, W, **CASES[kind])
+        return peft_merge(kind, new, W, options=CASES[kind])
 
     same_bits(run([a.trainable for a in adapters]), theirs(model, kind, **CASES[kind]))
 
 
 def test_frequency_vote_bit_for_bit(model, adapters):
     expected = theirs(model, "ties", density=0.4, majority_sign_method="frequency")
-    same_bits(peft_merge("ties", adapters, W, density=0.4, vote="frequency"), expected)
+    options = {"density": 0.4, "vote": "frequency"}
+    same_bits(peft_merge("ties", adapters, W, options=options), expected)
 
 
 def masks_of(record):
@@ -140,7 +141,7 @@ def test_random_factors_bit_for_bit_given_the_masks(model, adapters, kind):
     for k, mask in enumerate(record):  # torch's masks, without torch
         ours = Generator(1000 + k).uniform(mask.shape, 0.0, 1.0) < np.float32(0.4)
         np.testing.assert_array_equal(ours, mask)
-    got = peft_merge(kind, adapters, W, density=0.4, masks=masks_of(record))
+    got = peft_merge(kind, adapters, W, options={"density": 0.4}, masks=masks_of(record))
     same_bits(got, expected)
 
 

@@ -186,8 +186,8 @@ def test_refusals(bench):
 
 
 class WithLength(jl.LoRA):
-    def init(self, key, site):
-        trainable, frozen = super().init(key, site)
+    def init(self, key, site, context):
+        trainable, frozen = super().init(key, site, context)
         return {**trainable, "m": trainable["b"][0]}, frozen
 
 

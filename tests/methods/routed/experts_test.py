@@ -86,3 +86,34 @@ def test_mutation_unweighted_experts_are_seen(bench, monkeypatch):
     )
     with pytest.raises(AssertionError):
         check_value(bench, "dense")
+
+
+def test_a_shared_decision_is_that_of_equal_routers():
+    """One router for two sites: the value of two equal ones, and the sum of their gradients."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.float32)
+    params = {"q": 0.3 * jnp.ones((6, 4)), "v": 0.2 * jnp.ones((6, 4))}
+    model = lambda p, x: jnp.tanh(x @ p["q"]) + x @ p["v"]  # noqa: E731
+
+    def adapter(**shared):
+        method = Experts(3, 2, 2, **shared)
+        made = jl.init(jax.random.key(0), model, params, x, methods={"q|v": method})
+        noise = {k: 0.1 + 0.01 * t for k, t in made.trainable["q"].items()}
+        move = lambda path: {k: t + noise[k] for k, t in made.trainable[path].items()}  # noqa: E731
+        return made.replace(trainable={path: move(path) for path in made.trainable})
+
+    one, two = adapter(decision="block", router="q"), adapter()
+    router = one.trainable["q"]["router"]
+    assert "router" not in one.trainable["v"]
+    assert all(two.trainable[p]["router"].shape == router.shape for p in "qv")
+
+    def loss(trainable, made):
+        return jnp.sum(jl.lift(model)(params, made.replace(trainable=trainable), x) ** 2)
+
+    same = {p: arrays | {"router": router} for p, arrays in one.trainable.items()}
+    got, g = jax.value_and_grad(loss)(one.trainable, one)
+    want, h = jax.value_and_grad(loss)(same, two)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    total = h["q"]["router"] + h["v"]["router"]
+    np.testing.assert_allclose(g["q"]["router"], total, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="no site before this one decided 'block'"):
+        jl.lift(lambda p, x: x @ p["v"] + x @ p["q"])(params, one, x)

@@ -2,7 +2,7 @@
 
 All are weights over the seen tasks' soups (or a single adapter): mean adapter, nearest-condition
 soup, softmax-weighted soup, kernel ridge; the span projection uses the held-out task's own trained
-adapter and is an oracle, not a rival.
+adapter and is an oracle, not a baseline.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.stages import conditions
-from experiments.stages.codec import Coded
+from experiments.stages.codec import Encoded
 from experiments.stages.denoiser import Trained
 from experiments.stages.world import World
 from jlora.generation.baselines import nearest, ridge, soup, span
@@ -22,7 +22,7 @@ from jlora.generation.baselines import nearest, ridge, soup, span
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-class Rivals(NamedTuple):
+class Baselines(NamedTuple):
     """Fitted baselines over K seen tasks."""
 
     soups: np.ndarray  # [K, T, D] canonical tokens of the soups
@@ -33,17 +33,17 @@ class Rivals(NamedTuple):
     temperature: float  # of the softmax soup, chosen likewise
 
 
-def soups_of(coded: Coded) -> np.ndarray:
+def soups_of(encoded: Encoded) -> np.ndarray:
     """[K, T, D] mean tokens of each seen task's training rows (exact in delta space where A is
     shared; the factor mean of canonical forms otherwise)."""
-    weights = soup.task_weights(jnp.asarray(coded.task), len(coded.names))
-    return np.asarray(soup.combine(weights, jnp.asarray(coded.x)))
+    weights = soup.task_weights(jnp.asarray(encoded.task), len(encoded.names))
+    return np.asarray(soup.combine(weights, jnp.asarray(encoded.x)))
 
 
-def fit(world: World, coded: Coded, trained: Trained) -> Rivals:
+def fit(world: World, encoded: Encoded, trained: Trained) -> Baselines:
     """Choose kernel, penalty and temperature on the training tasks alone."""
-    soups = soups_of(coded)
-    raw = jnp.asarray(conditions.canonical(world, coded.names))
+    soups = soups_of(encoded)
+    raw = jnp.asarray(conditions.canonical(world, encoded.names))
     cond = conditions.scaled(trained.fixed.stats, raw).reshape(len(raw), -1)
     flat = jnp.asarray(soups.reshape(len(soups), -1))
     flat = flat - flat.mean(0)[None]
@@ -52,27 +52,27 @@ def fit(world: World, coded: Coded, trained: Trained) -> Rivals:
     choice = ridge.choose(cond, gram, groups)
     alike = nearest.similarity(cond, cond)
     temperature, _ = nearest.choose_temperature(alike, gram, groups, TEMPERATURES)
-    return Rivals(soups, cond, choice.kernel, choice.penalty, choice.error, float(temperature))
+    return Baselines(soups, cond, choice.kernel, choice.penalty, choice.error, float(temperature))
 
 
-def predict(rivals: Rivals, cond: jax.Array) -> dict[str, np.ndarray]:
-    """{rival: tokens [T, D]} for one scaled condition [4, E]."""
+def predict(fitted: Baselines, cond: jax.Array) -> dict[str, np.ndarray]:
+    """{method: tokens [T, D]} for one scaled condition [4, E]."""
     query = cond.reshape(1, -1)
-    alike = nearest.similarity(query, rivals.conditions)
-    state = ridge.fit(rivals.kernel, rivals.conditions, rivals.penalty)
+    alike = nearest.similarity(query, fitted.conditions)
+    state = ridge.fit(fitted.kernel, fitted.conditions, fitted.penalty)
     weights = {
-        "mean_adapter": soup.mean_weights(len(rivals.soups)),
+        "mean_adapter": soup.mean_weights(len(fitted.soups)),
         "nearest": nearest.nearest(alike),
-        "softmax": nearest.softmax(alike, rivals.temperature),
-        "ridge": ridge.weights(rivals.kernel, state, query),
+        "softmax": nearest.softmax(alike, fitted.temperature),
+        "ridge": ridge.weights(fitted.kernel, state, query),
     }
-    values = jnp.asarray(rivals.soups)
+    values = jnp.asarray(fitted.soups)
     return {k: np.asarray(soup.combine(w, values))[0] for k, w in weights.items()}
 
 
-def project(coded: Coded, tokens: np.ndarray) -> np.ndarray:
+def project(encoded: Encoded, tokens: np.ndarray) -> np.ndarray:
     """[T, D]: the point of the training adapters' affine span nearest to tokens [T, D]."""
-    flat = jnp.asarray(coded.x.reshape(len(coded.x), -1))
+    flat = jnp.asarray(encoded.x.reshape(len(encoded.x), -1))
     own = jnp.asarray(tokens.reshape(1, -1))
     weights = span.affine_weights(flat @ flat.T, own @ flat.T)
-    return np.asarray(soup.combine(weights, jnp.asarray(coded.x)))[0]
+    return np.asarray(soup.combine(weights, jnp.asarray(encoded.x)))[0]

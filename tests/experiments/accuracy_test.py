@@ -9,7 +9,7 @@ import pytest
 
 import jlora as jl
 from experiments.config import Config
-from experiments.stages import codec, judge, world, zoo_training
+from experiments.stages import accuracy, codec, world, zoo_training
 from experiments.workdir import StageError
 from jlora.generation.tokens import site_tokens as tokens
 
@@ -28,7 +28,7 @@ def coded(made):
     template = zoo_training.template(made, 0)
     spec = tokens.from_adapter(template)
     none = np.zeros((0,), np.int32)
-    return codec.Coded(spec, template, None, (), np.zeros((0, 1, 1)), none, none, {}, {})
+    return codec.Encoded(spec, template, None, (), np.zeros((0, 1, 1)), none, none, {}, {})
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_hits_are_those_of_the_lifted_function(made, coded, drawn):
     rows = made.rows[name, "test"]
     tuned = jax.jit(jl.lift(world.classifier(made.model, CONFIG.head_scale)))
     head = jnp.broadcast_to(jnp.asarray(made.head_of(name)), (len(rows.label), 2, 32))
-    got = judge.correct(made, coded, name, drawn)
+    got = accuracy.correct(made, coded, name, drawn)
     assert got.shape == (3, len(rows.label)) and got.dtype == bool
     for x, hits in zip(drawn, got, strict=True):
         adapter = coded.template.replace(trainable=codec.to_trainable(coded, jnp.asarray(x)))
@@ -59,7 +59,7 @@ def test_no_row_is_left_out_whatever_the_batch(made, coded, drawn, size):
     name = made.tasks[0].name
     small = made._replace(config=dataclasses.replace(CONFIG, eval_rows=size))
     np.testing.assert_array_equal(
-        judge.correct(small, coded, name, drawn), judge.correct(made, coded, name, drawn)
+        accuracy.correct(small, coded, name, drawn), accuracy.correct(made, coded, name, drawn)
     )
 
 
@@ -67,4 +67,4 @@ def test_a_nan_is_named_before_it_counts_as_a_mistake(made, coded, drawn):
     bad = drawn.copy()
     bad[1, 0, 0] = np.nan
     with pytest.raises(StageError, match=f"task '{made.tasks[0].name}': an adapter .* NaN"):
-        judge.correct(made, coded, made.tasks[0].name, bad)
+        accuracy.correct(made, coded, made.tasks[0].name, bad)

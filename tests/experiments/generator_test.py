@@ -10,7 +10,7 @@ import pytest
 import jlora as jl
 from experiments.config import Config
 from experiments.progress import Progress
-from experiments.stages import codec, conditions, ours, world, zoo, zoo_training
+from experiments.stages import codec, conditions, generator, world, zoo, zoo_training
 from jlora.generation.diffusion import dit
 
 SMALL = Config(
@@ -20,7 +20,7 @@ SMALL = Config(
 )  # fmt: skip
 
 
-def data(rows: int = 6) -> ours.Fixed:
+def data(rows: int = 6) -> generator.Fixed:
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
     table = conditions.Table(
@@ -28,7 +28,7 @@ def data(rows: int = 6) -> ours.Fixed:
     )
     stats = conditions.Scaling(jnp.zeros((4, 5)), jnp.float32(1))
     empty = dict.fromkeys(("scale", "prior", "fitted", "frozen", "upper", "hidden", "mask"))
-    return ours.Fixed(
+    return generator.Fixed(
         residual=draw(rows, 2, 3), task=jnp.asarray([0, 0, 1, 1, 2, 2]), stats=stats,
         table=table, embedding=draw(9, 5), **empty,
     )  # fmt: skip
@@ -37,8 +37,8 @@ def data(rows: int = 6) -> ours.Fixed:
 @pytest.mark.parametrize("name", ["none", "infonce_l2", "infonce_cos", "hinge", "covariance"])
 def test_every_dispersive_loss_joins_the_diffusion_loss(name):
     config = dataclasses.replace(SMALL, dispersive=name)
-    params = dit.init(ours.network(config), jax.random.key(0), (2, 3), (4, 5))
-    value = jax.jit(ours.diffusion_value(config))
+    params = dit.init(generator.network(config), jax.random.key(0), (2, 3), (4, 5))
+    value = jax.jit(generator.diffusion_value(config))
     total, parts = value(params, data(), jax.random.key(1))
     want = parts["diffusion"] + config.dispersive_weight * parts["dispersive"]
     np.testing.assert_allclose(total, want, rtol=1e-6)
@@ -48,16 +48,16 @@ def test_every_dispersive_loss_joins_the_diffusion_loss(name):
 @pytest.mark.parametrize("objective", ["flow", "v", "eps"])
 def test_training_lowers_the_loss(objective):
     config = dataclasses.replace(SMALL, objective=objective, batch=32)
-    params = dit.init(ours.network(config), jax.random.key(0), (2, 3), (4, 5))
-    opt = ours.solver(1e-2, 60, 0.9)
-    step = ours.step_of(ours.diffusion_value(config), opt)
+    params = dit.init(generator.network(config), jax.random.key(0), (2, 3), (4, 5))
+    opt = generator.solver(1e-2, 60, 0.9)
+    step = generator.step_of(generator.diffusion_value(config), opt)
 
     @jax.jit
     def run(state, fixed):
         keys = jax.random.split(jax.random.key(2), 60)
         return jax.lax.scan(lambda s, k: step(s, fixed, k), state, keys)[1]["diffusion"]
 
-    losses = run(ours.TrainState(params, opt.init(params)), data())
+    losses = run(generator.TrainState(params, opt.init(params)), data())
     assert losses[-20:].mean() < 0.92 * losses[:5].mean()
 
 

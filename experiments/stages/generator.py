@@ -1,4 +1,4 @@
-r"""Our generator: a DiT over site tokens that corrects a ridge prior, and its two training losses.
+r"""The generator: a DiT over site tokens that corrects a ridge prior, and its two training losses.
 
 With the prior mean :math:`m(c)`, the zoo's latents z and the decoder D:
 
@@ -96,7 +96,7 @@ def step_of(value: Callable, opt: optax.GradientTransformation) -> Callable:
 
 
 def diffusion_value(config: Config) -> Callable:
-    """Loss 1 as `value(params, data, key)`, with the Dispersive Loss alongside it if asked for."""
+    """Loss 1 as `value(params, data, key)`, plus the Dispersive Loss of `--dispersive`."""
     goal, model = objective(config), dit.bind(network(config))
 
     def value(params: PyTree, data: Fixed, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -124,7 +124,7 @@ def task_value(
     config: Config,
     world: World,
     template: jl.Adapter,
-    coded: codec.Coded,
+    encoded: codec.Encoded,
     kernel: ridge.Kernel,
     pool: int,
 ) -> Callable:
@@ -147,8 +147,8 @@ def task_value(
         t = last * jax.random.uniform(k_time, (), minval=0.05, maxval=1.0)
         noisy = goal.path.mix(jax.lax.stop_gradient(guess), jax.random.normal(k_second, shape), t)
         added = estimate(params, noisy, t, cond)
-        x = tokens(data, coded.kinds["ours"], kernel, cond, False, added)
-        adapter = template.replace(trainable=codec.to_trainable(coded, x), frozen=data.frozen)
+        x = tokens(data, encoded.kinds["generator"], kernel, cond, False, added)
+        adapter = template.replace(trainable=codec.to_trainable(encoded, x), frozen=data.frozen)
         rows, label = conditions.random_rows(data.table, k_rows, task, config.task_rows)
         heads = data.table.heads[task]
         heads = jnp.broadcast_to(heads, (config.task_rows, *heads.shape))

@@ -17,7 +17,7 @@ import numpy as np
 
 import jlora as jl
 from experiments.stages import codec
-from experiments.stages.codec import Coded
+from experiments.stages.codec import Encoded
 from experiments.stages.world import World, classifier
 from experiments.workdir import StageError
 from jlora.generation.tokens.site_tokens import TokenSpec
@@ -65,7 +65,7 @@ def batches(world: World, task: str) -> Iterator[Batch]:
         yield Batch(world.hidden[index], world.mask[index], head, jnp.asarray(label), real)
 
 
-def correct(world: World, coded: Coded, task: str, tokens: np.ndarray) -> np.ndarray:
+def correct(world: World, encoded: Encoded, task: str, tokens: np.ndarray) -> np.ndarray:
     """Which test rows each adapter gets right: bool [m, rows].
 
     Args:
@@ -75,12 +75,12 @@ def correct(world: World, coded: Coded, task: str, tokens: np.ndarray) -> np.nda
       StageError: an adapter with NaN or infinity, by its task.
     """
     if not np.isfinite(tokens).all():
-        raise StageError(f"task '{task}': an adapter to be judged has NaN or infinity")
+        raise StageError(f"task '{task}': an adapter has NaN or infinity")
     parts = list(batches(world, task))
-    static = world.model, world.config.head_scale, coded.spec
+    static = world.model, world.config.head_scale, encoded.spec
 
     def hits(x: np.ndarray) -> np.ndarray:
-        own = [_right(*static, world.upper, coded.template, x, part[:4]) for part in parts]
+        own = [_right(*static, world.upper, encoded.template, x, part[:4]) for part in parts]
         return np.concatenate([np.asarray(h)[: p.real] for h, p in zip(own, parts, strict=True)])
 
     return np.stack([hits(x) for x in tokens])
@@ -91,6 +91,6 @@ def _unpack(spec: TokenSpec, template: jl.Adapter, tokens: jax.Array) -> PyTree:
     return jax.vmap(lambda x: codec.decode_tokens(spec, template, x))(tokens)
 
 
-def unpack(coded: Coded, tokens: jax.Array) -> PyTree:
+def unpack(encoded: Encoded, tokens: jax.Array) -> PyTree:
     """Trainables [m, ...] of canonical tokens [m, T, D]."""
-    return _unpack(coded.spec, coded.template, tokens)
+    return _unpack(encoded.spec, encoded.template, tokens)

@@ -1,0 +1,14 @@
+"""PEFT's dare_ties of deltas, at a rank, loses at most 0.1 points to the full merge."""
+
+from experiments.claims import text_merges
+
+CLAIM = text_merges.claim(
+    name="peft_dare_ties_svd",
+    systems=("peft_dare_ties_svd",),
+    method="peft_dare_ties_svd",
+    reference="Mangrulkar 2022, PEFT 0.21.2: combination_type dare_ties_svd",
+    options={"density": 0.2},
+    baseline="dare_ties",
+    baseline_options={"density": 0.2},
+    margin=-0.001,
+)

@@ -1,0 +1,168 @@
+r"""Name maps of JAX packages that have language models of their own, to transformers' names.
+
+=================  ====================================================  =========================
+map                parameters                                            torch model
+=================  ====================================================  =========================
+`gemma`            google-deepmind ``gemma``, Flax Linen                 ``Gemma2ForCausalLM``,
+                                                                         ``Gemma3ForCausalLM``
+`tunix`            ``google-tunix``: llama3, qwen2, qwen3, gemma3; NNX   ``LlamaForCausalLM``, ...
+`keras_hub`        KerasHub's Llama and Gemma backbones, JAX backend     ``LlamaForCausalLM``, ...
+`easydel`          EasyDeL: transformers' own names, NNX                 any of its causal models
+=================  ====================================================  =========================
+
+Paths are those of the parameters: the tree under ``params`` of Linen, the state of
+``nnx.split(model, nnx.Param, ...)``, ``{v.path: v.value for v in model.trainable_variables}`` of
+Keras. Each rule says the layout of its weight, so that parameters may be given instead of sites;
+multi-head weights lie as heads x features, which is transformers' order, and rotary positions pair
+the halves of a head in all of them.
+"""
+
+from jlora.io.names import NameMap
+
+Rules = dict[str, str | tuple[str, str]]
+LAYER = "model.layers.{i}"
+# Gemma's norms around attention and feed-forward -> transformers'.
+NORMS = {
+    "pre_attention_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "pre_ffw_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def _vectors(start: str, leaf: str, names: dict[str, str]) -> Rules:
+    """Norms below `start`, whose scale is called `leaf`, as weights of torch modules."""
+    return {
+        f"{start}{path}/{leaf}": (f"{LAYER}.{module}[weight]", "o")
+        for path, module in names.items()
+    }
+
+
+def _gemma_attention(layer: str) -> Rules:
+    """Attention of Gemma as google-deepmind wrote it, and Tunix after it."""
+    out = f"{LAYER}.self_attn"
+    heads = {"_query_norm": "self_attn.q_norm", "_key_norm": "self_attn.k_norm"}
+    return {
+        layer + "attn/q_einsum/w": (f"{out}.q_proj", "oio"),
+        layer + "attn/kv_einsum/w": (f"{out}.{{k_proj|v_proj}}", "soio"),
+        layer + "attn/qkv_einsum/w": (f"{out}.{{q_proj|k_proj|v_proj}}", "soio"),
+        layer + "attn/attn_vec_einsum/w": (f"{out}.o_proj", "iio"),
+        **_vectors(layer + "attn/", "(?:scale|w)", heads),
+    }
+
+
+def gemma(prefix: str = "", transpose_gating_einsum: bool = True, layer_offset: int = 0) -> NameMap:
+    """google-deepmind's ``gemma``: ``gm.nn.Gemma3_*`` and ``Gemma2_*``.
+
+    Args:
+      prefix: put before every module name.
+      transpose_gating_einsum: of the model's config: ``gating_einsum`` lies [2, hidden, features]
+        (Gemma 3 and Gemma 2 from 9B on), or [2, features, hidden] (Gemma 2 2B).
+      layer_offset: as in `NameMap`.
+    """
+    layer = r"layer_(?P<i>\d+)/"
+    rules: Rules = {
+        **_gemma_attention(layer),
+        layer + "mlp/gating_einsum": (
+            f"{LAYER}.mlp.{{gate_proj|up_proj}}",
+            "soi" if transpose_gating_einsum else "sio",
+        ),
+        layer + "mlp/linear": (f"{LAYER}.mlp.down_proj", "io"),
+        "embedder/input_embedding": ("model.embed_tokens", "io"),
+        **_vectors(layer, "scale", NORMS),
+        "final_norm/scale": ("model.norm[weight]", "o"),
+    }
+    return NameMap(rules, prefix, layer_offset)
+
+
+def tunix(prefix: str = "", layer_offset: int = 0) -> NameMap:
+    """Tunix: its ``llama3``, ``qwen2``, ``qwen3`` (dense) and ``gemma3`` models.
+
+    Args:
+      prefix: put before every module name.
+      layer_offset: as in `NameMap`.
+    """
+    layer = r"layers/(?P<i>\d+)/"
+    norms = {name: name for name in ("input_layernorm", "post_attention_layernorm")}
+    heads = {f"attn/{name}": f"self_attn.{name}" for name in ("q_norm", "k_norm")}
+    rules: Rules = {
+        layer + r"attn/([qkv])_proj/w": (LAYER + r".self_attn.\2_proj", "ioo"),
+        layer + "attn/o_proj/w": (f"{LAYER}.self_attn.o_proj", "iio"),
+        layer + r"attn/([qkv])_bias": (LAYER + r".self_attn.\2_proj[bias]", "o"),
+        **_gemma_attention(layer),
+        layer + r"mlp/(gate|up|down)_proj/kernel": (LAYER + r".mlp.\2_proj", "io"),
+        "embedder/input_embedding": ("model.embed_tokens", "io"),
+        "lm_head/w": ("lm_head", "io"),
+        **_vectors(layer, "w", norms | heads),
+        **_vectors(layer, "scale", NORMS),
+        "final_norm/(?:w|scale)": ("model.norm[weight]", "o"),
+    }
+    return NameMap(rules, prefix, layer_offset)
+
+
+def keras_hub(prefix: str = "", layer_offset: int = 0) -> NameMap:
+    """KerasHub: the backbones of Llama (and Mistral, Qwen) and of Gemma.
+
+    Args:
+      prefix: put before every module name.
+      layer_offset: as in `NameMap`.
+    """
+    llama, gemma = r"transformer_layer_(?P<i>\d+)/", r"decoder_block_(?P<i>\d+)/"
+    head = {"query": "q", "key": "k", "value": "v"}
+    names = {
+        "self_attention_layernorm": "input_layernorm",
+        "feedforward_layernorm": "post_attention_layernorm",
+    }
+    gemma_names = {
+        "pre_attention_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "pre_ffw_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+    gates = {"gate": "gate", "intermediate": "up", "output": "down"}
+    rules: Rules = {
+        **{
+            f"{llama}self_attention/{name}/kernel": (f"{LAYER}.self_attn.{short}_proj", "ioo")
+            for name, short in head.items()
+        },
+        llama + "self_attention/attention_output/kernel": (f"{LAYER}.self_attn.o_proj", "iio"),
+        **{
+            f"{llama}feedforward_{name}_dense/kernel": (f"{LAYER}.mlp.{short}_proj", "io")
+            for name, short in gates.items()
+        },
+        **_vectors(llama, "scale", names),
+        "token_embedding/embeddings": ("model.embed_tokens", "io"),
+        "token_embedding/reverse_embeddings": ("lm_head", "io"),
+        "sequence_output_layernorm/scale": ("model.norm[weight]", "o"),
+        **{
+            f"{gemma}attention/{name}/kernel": (f"{LAYER}.self_attn.{short}_proj", "oio")
+            for name, short in head.items()
+        },
+        gemma + "attention/attention_output/kernel": (f"{LAYER}.self_attn.o_proj", "iio"),
+        gemma + "ffw_gating/kernel": (f"{LAYER}.mlp.gate_proj", "io"),
+        gemma + "ffw_gating_2/kernel": (f"{LAYER}.mlp.up_proj", "io"),
+        gemma + "ffw_linear/kernel": (f"{LAYER}.mlp.down_proj", "io"),
+        **_vectors(gemma, "scale", gemma_names),
+        "final_normalization/scale": ("model.norm[weight]", "o"),
+    }
+    return NameMap(rules, prefix, layer_offset)
+
+
+def easydel(prefix: str = "", layer_offset: int = 0) -> NameMap:
+    """EasyDeL, whose modules are called as those of transformers.
+
+    Args:
+      prefix: put before every module name.
+      layer_offset: as in `NameMap`.
+    """
+    layer = r"model/layers/(?P<i>\d+)/"
+    rules: Rules = {
+        layer + r"(self_attn|mlp)/(\w+_proj)/kernel": (LAYER + r".\2.\3", "io"),
+        layer + r"(self_attn|mlp)/(\w+_proj)/bias": (LAYER + r".\2.\3[bias]", "o"),
+        layer + r"self_attn/(q_norm|k_norm)/kernel": (LAYER + r".self_attn.\2[weight]", "o"),
+        layer + r"(\w+_layernorm)/kernel": (LAYER + r".\2[weight]", "o"),
+        "model/embed_tokens/embedding": ("model.embed_tokens", "io"),
+        "model/norm/kernel": ("model.norm[weight]", "o"),
+        "lm_head/kernel": ("lm_head", "io"),
+    }
+    return NameMap(rules, prefix, layer_offset)

@@ -1,0 +1,128 @@
+"""MixLoRA: experts of a whole feed-forward block, mixed behind its nonlinearity.
+
+=============  ======================================================================
+x              what the block is given, [..., d_in]
+f              the function marked by `jl.block`, with weights W_1, ..., W_n
+A_e, B_e, s    `expert_a` [E, d_in, r], `expert_b` [E, r, d_out], `expert_scale` [E]
+R              `router` [d_in, E], at one site of the block
+k              `top_k`, how many experts a token goes to
+=============  ======================================================================
+
+.. math::
+    y = \\sum_{e \\in I(x)} g_e(x) \\; f(W_1 + \\Delta_e W_1, \\dots, W_n + \\Delta_e W_n; x),
+    \\qquad g(x) = \\mathrm{softmax}_{I(x)}(x R), \\quad I(x) = \\mathrm{top}_k(x R)
+
+Each expert is a method of its own (`method`, of which the paper takes LoRA). The router's decision
+is made once per block and layer. Reported through `aux` under the name of the block: `balance`, to
+be added to the loss with a small weight, and `load` [E].
+
+Init: that of the method, hence the identity; R ~ N(0, 0.02^2).
+
+Reference: Li et al. 2024, `MixLoRA <https://arxiv.org/abs/2404.15159>`_.
+Deviates: every expert runs on every token, and those that are not chosen have weight zero (the
+official code gathers the tokens of each expert). The base's part of the first layers is done once.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.core.block import BlockMethod
+from jlora.core.method import Method, Wrapper
+from jlora.core.site import Arrays, InitContext, Site
+from jlora.methods.low_rank.lora import LoRA
+from jlora.routing import router
+from jlora.system import System
+
+PREFIX = "expert_"  # of the names of arrays that have an axis of experts
+
+
+@dataclasses.dataclass(frozen=True)
+class MixLoRA(BlockMethod):
+    """`experts` copies of `method` at every site of the block, `top_k` of them per token.
+
+    Raises:
+      ValueError: top_k not in 1..experts.
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    router: str = "gate"  # regex on paths: the site that has the router; x is what the block gets
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"MixLoRA.top_k: got {self.top_k}, expected 1..{self.experts}")
+
+    @property
+    def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
+        return {PREFIX + name: axis for name, axis in self.method.rank_axes.items()}
+
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+        """The method's arrays for each expert, [E, ...]; at one site router [d_in, E]."""
+        key, of_router = jax.random.split(key)
+        one = lambda key: self.method.init(key, site, context)  # noqa: E731
+        parts = jax.vmap(one)(jax.random.split(key, self.experts))
+        trainable, frozen = ({PREFIX + k: t for k, t in part.items()} for part in parts)
+        if re.search(self.router, site.path):
+            shape = (site.d_in, self.experts)
+            trainable["router"] = 0.02 * jax.random.normal(of_router, shape, site.param_dtype)
+        return trainable, frozen
+
+    def experts_of(self, p: Arrays) -> tuple[Arrays, Arrays]:
+        """The arrays of experts by the names of the method, and the router."""
+        experts = {k[len(PREFIX) :]: t for k, t in p.items() if k.startswith(PREFIX)}
+        return experts, {k: t for k, t in p.items() if not k.startswith(PREFIX)}
+
+    def expert(self, p: Arrays) -> Method:
+        return Routed(self.method, self.block, self.top_k) if "router" in p else self.method
+
+    def mix(self, y: jax.Array, ctx: Mapping[str, Any]) -> tuple[jax.Array, Arrays]:
+        """y [E, ..., n] weighted by what the router published, [..., E].
+
+        Raises:
+          ValueError: no site of the block has the router, or it saw other tokens.
+        """
+        if self.block not in ctx:
+            raise ValueError(f"MixLoRA: no site of block {self.block!r} matches {self.router!r}")
+        routes = ctx[self.block]
+        gates = router.dense_weights(routes.ids, routes.weights, self.experts)
+        tokens = gates.shape[:-1]
+        if y.shape[1 : 1 + len(tokens)] != tokens:
+            raise ValueError(f"MixLoRA: the router saw tokens {tokens}, got outputs {y.shape[1:]}")
+        gates = jnp.moveaxis(gates, -1, 0)
+        gates = gates.reshape(gates.shape + (1,) * (y.ndim - gates.ndim))
+        return jnp.sum(gates * y.astype(gates.dtype), 0), {
+            "balance": routes.balance,
+            "load": routes.load,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed(Wrapper):
+    """`method`, publishing as `name` where `router` sends each token."""
+
+    name: str
+    top_k: int
+
+    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+        """x [..., d_in] -> ([..., d_out], reports of the method, {name: routes})."""
+        out = self.method.apply(x, w, p, ctx)
+        y, *reports = out if isinstance(out, tuple) else (out,)
+        logits = (x @ p["router"].astype(x.dtype)).astype(p["router"].dtype)
+        return y, (reports or [{}])[0], {self.name: router.top_k(logits, self.top_k)}
+
+
+SYSTEM = System(
+    name="MixLoRA",
+    paper="Li 2024, 2404.15159",
+    symbol="MixLoRA",
+    evidence="value and gradients against a loop over merged experts",
+    rows=(58,),
+    missing="sparse dispatch; a claim",
+    examples=(MixLoRA(LoRA(rank=2), experts=3, router="up"),),
+    breaks={"L3": "the delta depends on the activation, so there is no merged weight"},
+)

@@ -1,0 +1,224 @@
+"""The whole experiment in small form, through its command line: resume, determinism, PEFT, users.
+
+One undisturbed run (the smoke flagfile) is shared by all tests; a second one is killed twice.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.stages import user_tasks
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "experiments" / "flags" / "text_smoke.flags"
+USER = Path(__file__).parent / "fixtures" / "user_task"
+
+pytestmark = pytest.mark.slow
+
+
+def command(workdir: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "experiments.cond_pdiff",
+        f"--flagfile={SMOKE}", f"--workdir={workdir}", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    # One host device: the tests' own setting of eight is for sharding tests. The runs share what
+    # the first one compiled.
+    compiled = tmp_path_factory.mktemp("compiled")
+    return os.environ | {
+        "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def call(environment):
+    def run(workdir: Path, *more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command(workdir, *more), cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+
+    return run
+
+
+def figures(workdir: Path) -> dict:
+    report = json.loads((workdir / "report.json").read_text(encoding="utf-8"))
+    report["config"].pop("command")
+    return {k: v for k, v in report.items() if k != "times"}
+
+
+@pytest.fixture(scope="module")
+def finished(call, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    done = call(workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("stdout", "stderr"):
+        (workdir / name).write_text(getattr(done, name), encoding="utf-8")
+    return workdir
+
+
+def test_every_stage_leaves_what_it_promises(finished):
+    report = figures(finished)
+    for key in ("base", "trained", "soup", "mean_adapter", "pdiff_task_norm", "pdiff_global"):
+        assert key in report["summary"]
+    cell = next(iter(report["table"].values()))["generated"]
+    assert cell["n"] == 3 and 0 <= cell["mean"] <= 1
+    assert set(report["unseen"]) == {"unseen_pair", "unseen_label", "unseen_corpus"}
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert list(finished.glob("tensorboard/*/events*"))
+
+
+def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
+    """1,102 lines of the checkpointer's INFO messages stood between the bars."""
+    lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
+    stages = "data zoo codec denoiser sample evaluate report".split()
+    for stage in stages:
+        if stage != "report":
+            assert any(f"{stage:>10}: 100%" in line for line in lines), stage
+        assert (
+            sum(line.startswith(f"{stage:>10}: ") and line.endswith(" s)") for line in lines) == 1
+        )
+    kept = [line for line in lines if line.strip() and "%|" not in line]
+    assert len(kept) == len(stages), kept
+    shown = (finished / "stdout").read_text(encoding="utf-8").splitlines()
+    assert len(shown) < 60 and shown[-1].startswith("Report: ")
+
+
+def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, call, environment, tmp_path):
+    """SIGKILL inside the zoo and inside the denoiser; then the same command again."""
+    for mark in ("zoo-*/work_001/step_10", "denoiser-*/work_generator/diffusion/step_50"):
+        run = subprocess.Popen(
+            command(tmp_path), cwd=ROOT, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        for _ in range(6000):
+            if list(tmp_path.glob(mark)) or run.poll() is not None:
+                break
+            time.sleep(0.05)
+        assert run.poll() is None, "the run ended before it could be killed"
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not (tmp_path / "report.json").exists()
+    done = call(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert figures(tmp_path) == figures(finished)
+    for name in ("tokens.npy",):
+        ours = next(tmp_path.glob(f"sample-*/{name}"))
+        theirs = next(finished.glob(f"sample-*/{name}"))
+        np.testing.assert_array_equal(np.load(ours), np.load(theirs))
+
+
+def test_what_is_wrong_is_found_before_any_stage_is_opened(call, tmp_path):
+    for flag, text in (
+        ("--zoo_lr=-1", "error: zoo_lr: got -1.0, expected > 0"),
+        (f"--task_dir={tmp_path / 'nowhere'}", "nowhere is not a folder"),
+    ):
+        done = call(tmp_path / "run", flag)
+        assert done.returncode == 2 and text in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(finished, call, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    file = max(next(copy.glob("zoo-*/chunk_000")).rglob("*"), key=lambda p: p.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-7])
+    done = call(copy, "--stage=report")
+    assert done.returncode == 2
+    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "damaged" in error[0] and file.name in error[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_value_is_one_clear_error(call, tmp_path):
+    done = call(tmp_path, "--codec=magic")
+    assert done.returncode != 0 and "--codec" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    done = call(copy, f"--task_dir={USER}", "--stage=sample,evaluate")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
+    (name,) = scores
+    cells = scores[name]
+    assert set(user_tasks.ORDER) <= set(cells)
+    assert all(cell["n"] == 16 for cell in cells.values())  # texts, not adapters
+    assert cells["generated"]["adapters"] == 3
+    assert "16 test texts (8 birds, 8 mushrooms): chance is 50.0 %" in done.stdout
+    assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_glue_from_a_local_folder_goes_the_same_way(call, tmp_path):
+    """Two sets in the hub's format; the zoo stage trains on them as on any other task."""
+    for name, fields in (("sst2", ["sentence"]), ("mrpc", ["sentence1", "sentence2"])):
+        (tmp_path / "glue" / name).mkdir(parents=True)
+        for split, rows in (("train", range(200)), ("validation", range(200, 240))):
+            lines = [
+                dict.fromkeys(
+                    fields, f"{chr(97 + i % 26) * (i // 26 + 1)} is {('bad', 'good')[i % 2]}"
+                )
+                | {"label": i % 2}
+                for i in rows
+            ]
+            text = "\n".join(map(json.dumps, lines))
+            (tmp_path / "glue" / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    done = call(tmp_path / "run", f"--tasks=glue:{tmp_path / 'glue'}", "--stage=data,zoo")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (zoo,) = (tmp_path / "run").glob("zoo-*")
+    runs = json.loads((zoo / "runs.json").read_text(encoding="utf-8"))
+    assert {name for _, tasks, _ in runs for name in tasks} == {"glue-sst2", "glue-mrpc"}
+    done = call(tmp_path / "run", "--tasks=glue:nowhere", "--stage=data")
+    assert done.returncode == 2
+    assert "error: tasks: got 'glue:nowhere', expected glue:DIR with DIR a folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# PEFT 0.21 asks newer transformers for an attribute under its old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_generated_peft_adapters_give_the_same_logits_in_torch(finished, tmp_path):
+    """The real PEFT on the real torch model, against `jl.lift` on ours, <= 1e-4."""
+    import jax
+    import jax.numpy as jnp
+    import torch
+    from peft import PeftModel
+    from transformers import BertModel
+
+    import jlora as jl
+    from experiments.stages import tiny_base
+    from jlora.models import encoder
+
+    config, params, tokenizer = tiny_base.make()
+    encoder.save(tmp_path / "base", config, params)
+    folder = next(finished.glob("sample-*/adapters/peft/*"))
+    ids, mask = tokenizer.encode_batch(["rowing a small boat", "a pot of soup with salt"], 16)
+
+    model = BertModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    tuned = PeftModel.from_pretrained(model, folder).eval()
+    with torch.no_grad():
+        theirs = tuned(torch.tensor(ids), torch.tensor(mask.astype(int))).last_hidden_state
+        plain = tuned.get_base_model()
+        with tuned.disable_adapter():
+            before = plain(torch.tensor(ids), torch.tensor(mask.astype(int))).last_hidden_state
+
+    def apply(params, ids, mask):
+        return encoder.run(params, encoder.embed(config, params, ids), mask, config)
+
+    adapter = jl.io.load_peft(folder, jl.io.bert(), params, layout="in_out")
+    ours = jax.jit(jl.lift(apply))(params, adapter, jnp.asarray(ids), jnp.asarray(mask))
+    real = mask[..., None]
+    assert np.abs((np.asarray(ours) - theirs.numpy()) * real).max() <= 1e-4
+    assert np.abs((before.numpy() - theirs.numpy()) * real).max() > 1e-3  # it does something

@@ -1,0 +1,235 @@
+"""Golden trees of JAX packages with language models: paths, shapes, dtypes, and logits.
+
+Run by a developer where the package is installed (`pip install -e '.[stacks]'`), from the root:
+
+    python tests/golden/make_stacks.py tunix-llama3 gemma ...
+
+It writes tests/golden/stacks/NAME.json: versions, the config of the same model in transformers,
+the tree of the tiny model, and its logits with weights that are drawn by their paths (`weight`), as
+they are and with a LoRA adapter that is drawn by torch's module names (`factors`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "stacks"
+IDS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]]
+RANK, ALPHA = 2, 3.0
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}  # fmt: skip
+
+
+class Stack(NamedTuple):
+    """A tiny model of a package."""
+
+    packages: tuple[str, ...]
+    names: str  # the function of jlora.io
+    config: dict[str, Any]  # of transformers, with its `model_type`
+    build: Callable[[], tuple[Callable, Any]]  # (fn(params, ids) -> logits, params)
+
+
+def weight(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weight at a path, float32."""
+    rng = np.random.default_rng(zlib.crc32(path.encode()))
+    return (0.3 * rng.normal(size=shape)).astype(np.float32)
+
+
+def factors(module: str, d_in: int, d_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """(lora_A [r, in], lora_B [out, r]) of a torch module, float32."""
+    rng = np.random.default_rng(zlib.crc32(module.encode()))
+    return tuple(rng.normal(size=s).astype(np.float32) * 0.3 for s in ((RANK, d_in), (d_out, RANK)))
+
+
+def _nnx(model: Any, call: Callable) -> tuple[Callable, Any]:
+    from flax import nnx
+
+    graph, state = nnx.split(model)
+    return lambda params, ids: call(nnx.merge(graph, params), ids), state
+
+
+def _tunix(kind: str) -> Callable[[], tuple[Callable, Any]]:
+    def build():
+        import importlib
+
+        import jax.numpy as jnp
+        from flax import nnx
+
+        module = importlib.import_module(f"tunix.models.{kind}.model")
+        sizes = {"num_layers": 2, "embed_dim": 16, "hidden_dim": 20, "num_heads": 4, "head_dim": 6,
+                 "num_kv_heads": 2}  # fmt: skip
+        if kind == "gemma3":
+            own = {"num_embed": 32, "sliding_window_size": 3, "local_base_frequency": 10_000,
+                   "global_base_frequency": 1_000_000, "param_dtype": jnp.float32}  # fmt: skip
+        else:
+            own = {"vocab_size": 32, "rope_theta": 1_000_000, "norm_eps": 1e-6}
+        config = module.ModelConfig(**sizes, **own)
+        cls = {"llama3": "Llama3", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}[kind]
+        model = getattr(module, cls)(config, rngs=nnx.Rngs(0))
+
+        def call(model, ids):
+            b, t = ids.shape
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+            mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
+            return model(ids, positions, None, mask)[0]
+
+        return _nnx(model, call)
+
+    return build
+
+
+def _gemma():
+    import jax
+    import jax.numpy as jnp
+    from gemma.gm.nn import _config, _modules, _transformer
+
+    local, far = _modules.AttentionType.LOCAL_SLIDING, _modules.AttentionType.GLOBAL
+    config = _config.TransformerConfig(
+        num_embed=32, embed_dim=16, hidden_dim=20, num_heads=4, head_dim=6, num_kv_heads=2,
+        final_logit_softcap=None, use_post_attn_norm=True, use_post_ffw_norm=True,
+        attention_types=(local, far), sliding_window_size=3, transpose_gating_einsum=True,
+        use_qk_norm=True, local_base_frequency=10_000, global_base_frequency=1_000_000,
+    )  # fmt: skip
+    model = _transformer.Transformer(config=config, dtype=jnp.float32)
+    params = model.init(jax.random.key(0), jnp.asarray(IDS))["params"]
+    return lambda params, ids: model.apply({"params": params}, ids).logits, params
+
+
+def _keras(kind: str) -> Callable[[], tuple[Callable, Any]]:
+    def build():
+        import os
+
+        os.environ["KERAS_BACKEND"] = "jax"
+        import jax.numpy as jnp
+        import keras_hub
+
+        sizes = {"vocabulary_size": 32, "num_layers": 2, "num_query_heads": 4, "hidden_dim": 16,
+                 "num_key_value_heads": 2}  # fmt: skip
+        if kind == "llama":
+            net = keras_hub.models.LlamaBackbone(**sizes, intermediate_dim=20)
+        else:
+            net = keras_hub.models.GemmaBackbone(**sizes, head_dim=6, intermediate_dim=40)
+        params = {v.path: v.value for v in net.trainable_variables}
+        places = [v.path for v in net.trainable_variables]
+
+        def fn(params, ids):
+            inputs = {"token_ids": ids, "padding_mask": jnp.ones_like(ids)}
+            x, _ = net.stateless_call([params[p] for p in places], [], inputs)
+            table = params.get("token_embedding/reverse_embeddings")
+            return x @ (params["token_embedding/embeddings"].T if table is None else table)
+
+        return fn, params
+
+    return build
+
+
+def _easydel():
+    import easydel
+    import jax.numpy as jnp
+    from flax import nnx
+
+    sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
+    config = easydel.LlamaConfig(**sizes, head_dim=6, tie_word_embeddings=False)
+    model = easydel.LlamaForCausalLM(
+        config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    return _nnx(model, lambda model, ids: model(input_ids=ids).logits)
+
+
+def _llama(**more):
+    return {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6, **more}
+
+
+_GEMMA3 = {"model_type": "gemma3_text", **SIZES, "sliding_window": 3, "query_pre_attn_scalar": 6,
+           "layer_types": ["sliding_attention", "full_attention"], "rms_norm_eps": 1e-6,
+           "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}  # fmt: skip
+_LOCAL = _GEMMA3 | {"layer_types": ["sliding_attention"] * 2}  # Tunix: five local ones, one global
+_FAR = {"rope_theta": 1_000_000.0}  # Tunix's, whatever its config says
+STACKS = {
+    "tunix-llama3": Stack(("google-tunix", "flax"), "tunix", _llama(**_FAR), _tunix("llama3")),
+    "tunix-qwen2": Stack(
+        ("google-tunix", "flax"), "tunix", _llama(model_type="qwen2", **_FAR), _tunix("qwen2")
+    ),
+    "tunix-qwen3": Stack(
+        ("google-tunix", "flax"), "tunix", _llama(model_type="qwen3", **_FAR), _tunix("qwen3")
+    ),
+    "tunix-gemma3": Stack(("google-tunix", "flax"), "tunix", _LOCAL, _tunix("gemma3")),
+    "gemma": Stack(("gemma", "flax"), "gemma", _GEMMA3, _gemma),
+    "keras-llama": Stack(
+        ("keras", "keras-hub"), "keras_hub", _llama(head_dim=4), _keras("llama")
+    ),
+    "keras-gemma": Stack(
+        ("keras", "keras-hub"), "keras_hub", _llama(model_type="gemma"), _keras("gemma")
+    ),
+    "easydel-llama": Stack(("easydel", "flax"), "easydel", _llama(), _easydel),
+}  # fmt: skip
+
+
+def filled(params: Any) -> Any:
+    """`params` with the weights of their paths."""
+    import jax
+
+    from jlora.core.lift import path_string
+
+    def fill(path, leaf):
+        if not np.issubdtype(leaf.dtype, np.floating):
+            return leaf
+        return jax.numpy.asarray(weight(path_string(path), tuple(leaf.shape)), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, params)
+
+
+def main(wanted: list[str]) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    import tempfile
+
+    import jax
+    import jax.numpy as jnp
+
+    from jlora import io, lift, merge
+    from jlora.core.lift import flatten
+    from tests.io.stacks_test import written
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    for name in wanted or STACKS:
+        stack = STACKS[name]
+        fn, params = stack.build()
+        params, ids = filled(params), jnp.asarray(IDS)
+        leaves = {
+            k: v for k, v in flatten(params)[0].items() if jnp.issubdtype(v.dtype, jnp.floating)
+        }
+        names = getattr(io, stack.names)()
+        with tempfile.TemporaryDirectory() as folder:
+            written(Path(folder), leaves, names)
+            adapter = io.load_peft(folder, names, params)
+        logits = fn(params, ids)
+        adapted = fn(merge(params, adapter), ids)
+        lifted = lift(fn)(params, adapter, ids)
+        error = jnp.abs(lifted - adapted).max() / jnp.abs(adapted).max()
+        print(name, "lifted against merged:", float(error))
+        assert error < 1e-5
+        tree = {k: [str(v.dtype), *v.shape] for k, v in sorted(leaves.items())}
+        data = {
+            "versions": {p: importlib.metadata.version(p) for p in stack.packages},
+            "config": stack.config,
+            "tree": tree,
+            "logits": np.asarray(logits, np.float64).round(6).tolist(),
+            "adapted": np.asarray(adapted, np.float64).round(6).tolist(),
+        }
+        FOLDER.mkdir(exist_ok=True)
+        text = (
+            "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in data.items()) + "\n}"
+        )
+        (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
