@@ -19,6 +19,7 @@ CORE = [
 EXPERIMENTS = [
     "matplotlib>=3.9",
     "scikit-learn>=1.5",
+    "tensorboard>=2.17",
     "tensorboardX>=2.6",
     "tokenizers>=0.21",
     "transformers>=5.0",
@@ -28,6 +29,13 @@ DOCS = [
     "mkdocs>=1.6",
     "mkdocs-material>=9.6",
     "mkdocstrings[python]>=0.29",
+]
+# JAX packages with models of their own: tests/golden/make_stacks.py runs them.
+STACKS = [
+    "easydel; python_version >= '3.11'",
+    "gemma>=3.0",
+    "google-tunix>=0.1",
+    "keras-hub>=0.20",
 ]
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.
 TEST = [
@@ -65,6 +73,7 @@ setup(
         "gguf": ["gguf>=0.17"],
         "glue": ["datasets>=4.0"],
         "docs": DOCS,
+        "stacks": STACKS,
         "test": EXPERIMENTS + DOCS + TEST,
     },
 )

@@ -43,3 +43,14 @@ def test_the_example_of_the_guide_to_the_core_prints_what_it_says():
     table, program = out.getvalue().split("{ lambda", 1)
     assert table == shown
     assert "scan[" in program and "f32[3,8,8]" not in program.split("scan[")[1]
+
+
+def test_programs_that_are_called_come_with_the_extra_that_is_named():
+    """`pip install -e '.[experiments]'`, then programs of other packages in the same file."""
+    setup = (README.parent / "setup.py").read_text(encoding="utf-8")
+    (extra,) = re.findall(r"^EXPERIMENTS = \[(.*?)^\]", setup, re.S | re.M)
+    text = README.read_text(encoding="utf-8")
+    called = {word for word in ("tensorboard", "nbclient") if f"`{word} --" in text}
+    assert called == {"tensorboard"}
+    for name in called:
+        assert re.search(rf'"{name}[><=]', extra), f"README calls {name}, which no extra brings"

@@ -102,26 +102,37 @@ def combined(
 
 def together(ws: Sequence[Lazy], base: jax.Array, name: str, axes: Any) -> Lazy:
     """In the abstract walk: a value made from several leaves."""
-    atoms, dims = [], []
+    atoms, dims, swapped = [], [], [_swapped(ws[0], w) for w in ws]
+    alike = [w for w, axes in zip(ws, swapped, strict=True) if not axes]
     for k in range(base.ndim):
-        sources = tuple(dict.fromkeys(s for w in ws for s in w.sources(k)))
+        sources = tuple(dict.fromkeys(s for w in alike for s in w.sources(k)))
         if sources or base.shape[k] > 1:
-            kinds = {w.atoms[a].kind for w in ws for a in w.dims[k]}
+            kinds = {w.atoms[a].kind for w in alike for a in w.dims[k]}
             dims.append((len(atoms),))
             atoms.append(Atom("s" if kinds == {"s"} else "?", base.shape[k], sources))
         else:
             dims.append(())
     changed = frozenset(s for k in axes for w in ws for s in w.sources(k))
     views = dict.fromkeys(view for w in ws for view in w.views)
-    leaves = [
-        (site, share * math.prod(w.shape) / base.size)
-        for w in ws
-        for site, share in (w.leaves or ((w.site, 1.0),))
-    ]
+    views |= dict.fromkeys(("transposed", axes) for axes in swapped if axes)
+    leaves: dict[Site, float] = {}
+    for w in ws:
+        for site, share in w.leaves or ((w.site, 1.0),):
+            share *= math.prod(w.shape) / base.size
+            leaves[site] = min(leaves.get(site, 0.0) + share, 1.0)
     return ws[0].replace(
         base=base, casts=(), atoms=tuple(atoms), dims=tuple(dims),
-        views=(*views, (name, changed)), leaves=tuple(leaves),
+        views=(*views, (name, changed)), leaves=tuple(leaves.items()),
     )  # fmt: skip
+
+
+def _swapped(a: Lazy, b: Lazy) -> frozenset[tuple[str, int]]:
+    """The axes of leaves that are each in the other's place in `b`, as in w + w.T."""
+    pairs = [(set(a.sources(k)), set(b.sources(k))) for k in range(a.ndim)]
+    other = [pair for pair in pairs if pair[0] != pair[1]]
+    if len(other) != 2 or other[0] != other[1][::-1] or not (other[0][0] and other[0][1]):
+        return frozenset()
+    return frozenset(other[0][0] | other[0][1])
 
 
 def unknown(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:

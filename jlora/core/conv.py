@@ -53,23 +53,80 @@ class Patches(Operand):
 
 def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
     """The rule of a convolution of any rank, stride, padding, dilation and grouping."""
-    p = eqn.params
-    spec = p["dimension_numbers"]
     if isinstance(x, Lazy) or not isinstance(w, Lazy):
         return None
-    wo, *wi = spec.rhs_spec
     aval = eqn.outvars[0].aval
-    if scope.uses is not None:
-        size = 2 * math.prod(aval.shape) * math.prod(w.shape) // w.shape[wo]
-        scope.note(w, "conv", {"i": wi}, size)
-        return compat.bind(eqn, (x, w.view()))
-    x, wi = jnp.asarray(x), sorted(wi)
+    if scope.uses is None:
+        y = _convolved(scope, eqn.params, jnp.asarray(x), w, aval)
+        return None if y is None else [y]
+    wo, *wi = eqn.params["dimension_numbers"].rhs_spec
+    size = 2 * math.prod(aval.shape) * math.prod(w.shape) // w.shape[wo]
+    seen, stack = w, ()
+    n = _mapped(w, wo, wi[0], eqn.params["feature_group_count"])
+    if n > 1:
+        apart = w.reshaped((*w.shape[:wo], n, w.shape[wo] // n, *w.shape[wo + 1 :]))
+        assert apart is not None
+        seen, stack, wi = apart, (wo,), [k + (k > wo) for k in wi]
+    scope.note(seen, "conv", {"i": wi, "s": stack}, size)
+    return compat.bind(eqn, (x, w.view()))
+
+
+def _mapped(w: Lazy, wo: int, wi: int, groups: int) -> int:
+    """How many kernels `jax.vmap` has laid side by side: the groups are axes of the leaf's own.
+
+    A depthwise kernel has groups, too, of one channel in; its channels out are no stack.
+    """
+    n, best, head = 1, 1, set()
+    dim = w.dims[wo] if w.shape[wi] > 1 else ()
+    for at, a in enumerate(dim[:-1]):
+        n, head = n * w.atoms[a].size, head | set(w.atoms[a].sources)
+        rest = {s for b in dim[at + 1 :] for s in w.atoms[b].sources}
+        rest |= {s for k in range(w.ndim) if k != wo for s in w.sources(k)}
+        if groups % n == 0 and not head & rest:
+            best = n
+    return best
+
+
+def _stacked(scope, p, x, w, aval):
+    """Kernels of a stack side by side in the channels out, each on its own channels or on all."""
+    spec, groups = p["dimension_numbers"], p["feature_group_count"]
+    wo, fx, fy = spec.rhs_spec[0], spec.lhs_spec[1], spec.out_spec[1]
+    n = math.prod(w.atoms[a].size for a in w.dims[wo] if w.atoms[a].kind == "s")
+    apart = w.reshaped((*w.shape[:wo], n, w.shape[wo] // n, *w.shape[wo + 1 :]))
+    peeled = apart and apart.stacks(wo) and apart.peel(wo)
+    if not peeled or (groups > 1 and groups % n) or p["batch_group_count"] > 1:
+        return None
+    arrays, rebuild = peeled
+    if groups > 1:
+        x = x.reshape(*x.shape[:fx], n, x.shape[fx] // n, *x.shape[fx + 1 :])
+    shape = (*aval.shape[:fy], aval.shape[fy] // n, *aval.shape[fy + 1 :])
+    less = {**p, "feature_group_count": max(groups // n, 1)}
+    template = scope.fork()
+
+    def one(arrays, x, i):
+        child = template.child(i)
+        like = jax.ShapeDtypeStruct(shape, aval.dtype)
+        return _convolved(child, less, x, rebuild(arrays), like), child.aux
+
+    steps = jnp.arange(n, dtype=jnp.int32)
+    y, aux = jax.vmap(one, (0, fx if groups > 1 else None, 0), (fy, 0))(arrays, x, steps)
+    scope.join(template, aux)
+    return None if y is None else y.reshape(aval.shape)
+
+
+def _convolved(scope, p, x, w, aval):
+    """The result, as `aval` is, of a convolution with the parameters `p`."""
+    spec = p["dimension_numbers"]
+    wo, *wi = spec.rhs_spec
+    if w.method is not None and any(w.atoms[a].kind == "s" for a in w.dims[wo]):
+        return _stacked(scope, p, x, w, aval)
+    wi = sorted(wi)
     inner, out = Join(w, wi), Join(w, [wo])
     if w.method is None or sorted(inner.atoms) != w.of("i") or sorted(out.atoms) != w.of("o"):
         return None
     options = {k: v for k, v in p.items() if k != "dimension_numbers"}
     groups = p["feature_group_count"]
-    last = [*(k for k in range(aval.ndim) if k != spec.out_spec[1]), spec.out_spec[1]]
+    last = [*(k for k in range(len(aval.shape)) if k != spec.out_spec[1]), spec.out_spec[1]]
     back = inverse_permutation(last)
 
     def run(x, kernel):
@@ -86,18 +143,18 @@ def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
     shape = (*(aval.shape[k] for k in last[:-1]), w.size("i"))
     patches = Patches(x, run, lambda x: out.join(run(x, w.view())), kernel, shape)
     y = transposed(out.split(applied(scope, w, patches, lambda x: x.own())), back)
-    return [y.astype(aval.dtype)]
+    return y.astype(aval.dtype)
 
 
 def _grouped(w, x, run, kernel, out, groups, p, back, aval):
     """Every group has patches of its own: factors if there are any, the merged kernel if not."""
     uv = w.method.factors(w.prepared())
     if uv is None or p["batch_group_count"] > 1 or out.atoms != sorted(out.atoms):
-        return [transposed(run(x, w.merged()), back).astype(aval.dtype)]
+        return transposed(run(x, w.merged()), back).astype(aval.dtype)
     u, v = uv
     y = run(x, w.view())
     h = run(x, kernel(jnp.tile(u, (1, groups))))  # every group sees u: [..., groups * R]
     h = h.reshape(*h.shape[:-1], groups, u.shape[1])
     v = v.reshape(u.shape[1], groups, -1).astype(h.dtype)
     d = jnp.einsum("...gr,rgo->...go", h, v).reshape(y.shape)
-    return [transposed(y + d.astype(y.dtype), back).astype(aval.dtype)]
+    return transposed(y + d.astype(y.dtype), back).astype(aval.dtype)

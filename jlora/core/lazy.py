@@ -34,6 +34,7 @@ class Atom(NamedTuple):
     kind: str  # 's', 'i', 'o'; '?' while the kinds are being found out
     size: int
     sources: tuple[tuple[str, int], ...]  # the axes of leaves, (path, axis), that it comes from
+    copies: bool = False  # of 's': all slices are the same, by a broadcast
 
 
 @jax.tree_util.register_dataclass

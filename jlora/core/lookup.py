@@ -6,7 +6,7 @@ in them. A gather along a stack axis only chooses slices.
 Deviates: nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,11 +76,12 @@ def _lookup(w: Lazy, ids: Any, p: Mapping[str, Any]) -> Lookup | None:
     """
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
     gone, columns, mode = numbers.collapsed_slice_dims, numbers.start_index_map, p["mode"]
-    cut = gone or tuple(k for k in range(w.ndim) if sizes[k] != w.shape[k])
-    if len(cut) != 1 or cut[0] not in columns or numbers.operand_batching_dims:
+    mapped = numbers.operand_batching_dims
+    cut = gone or tuple(k for k in range(w.ndim) if sizes[k] != w.shape[k] and k not in mapped)
+    if len(cut) != 1 or cut[0] not in columns:
         return None
     (axis,) = cut
-    rest = [k for k in range(w.ndim) if k != axis]
+    rest = [k for k in range(w.ndim) if k != axis and k not in mapped]
     if sizes[axis] != 1 or any(sizes[k] != w.shape[k] for k in rest):
         return None
     if len(columns) > 1 and mode == lax.GatherScatterMode.FILL_OR_DROP:  # not surely zeros
@@ -100,26 +101,38 @@ def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
     """The rule of a lookup along one axis: of a table's rows, or of slices of a stack."""
     if not isinstance(w, Lazy) or isinstance(ids, Lazy):
         return None
-    found = _lookup(w, ids, eqn.params)
+    return _taken(scope, eqn, eqn.params, w, ids, eqn.outvars[0].aval)
+
+
+def _taken(
+    scope: Any, eqn: Any, p: Mapping[str, Any], w: Lazy, ids: Any, aval: Any
+) -> list[Any] | None:
+    """A gather with the parameters `p` that gives an array as `aval` is."""
+    mapped = p["dimension_numbers"].operand_batching_dims
+    if mapped and scope.uses is None:
+        return _tables(scope, eqn, p, w, ids, aval)
+    found = _lookup(w, ids, p)
     if found is None or len(w.dims[found.axis]) != 1:
         return None
     axis, kind = found.axis, w.atoms[w.dims[found.axis][0]].kind
     layer = jnp.ndim(ids) == 1 and scope.times > 1  # one slice per step of a loop, not a row
-    if kind == "s" or (kind == "?" and (w.ndim > 2 or layer)):
-        return _select(w, ids, found, eqn)
+    if kind == "s" or (kind == "?" and (w.ndim - len(mapped) > 2 or layer)):
+        out = None if mapped else _select(w, ids, found, p)
+        if out is not None or kind == "s" or mapped:
+            return out
     if scope.uses is not None:
-        scope.note(w, "gather", {"i": (axis,)}, 0)
+        scope.note(w, "gather", {"i": (axis,), "s": mapped}, 0)
         return compat.bind(eqn, (w.view(), ids))
     rest = [k for k in range(w.ndim) if k != axis]
     out = Join(w, rest)
     if w.method is None or w.dims[axis] != tuple(w.of("i")) or sorted(out.atoms) != w.of("o"):
         return None
-    aval, offset, ids = eqn.outvars[0].aval, found.offset, found.ids
-    ndim = aval.ndim - (found.kept is not None)
+    offset, ids = found.offset, found.ids
+    ndim = len(aval.shape) - (found.kept is not None)
     order = [k for k in range(ndim) if k not in offset] + offset
     options = {
         "mode": lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-        "indices_are_sorted": eqn.params["indices_are_sorted"] and found.kept is None,
+        "indices_are_sorted": p["indices_are_sorted"] and found.kept is None,
     }
 
     def own():
@@ -134,9 +147,48 @@ def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
     return [y.astype(aval.dtype)]
 
 
-def _select(w: Lazy, ids: Any, found: Lookup, eqn: Any) -> list[Any] | None:
+def _tables(
+    scope: Any, eqn: Any, p: Mapping[str, Any], w: Lazy, ids: Any, aval: Any
+) -> list[Any] | None:
+    """A table for each of a stack, `jax.vmap(lambda w, i: w[i])(w, ids)`: one stack axis less."""
+    n = p["dimension_numbers"]
+    k, b = n.operand_batching_dims[0], n.start_indices_batching_dims[0]
+    place = [q for q in range(len(aval.shape)) if q not in n.offset_dims][b]
+    peeled = w.peel(k)
+    if peeled is None:
+        return None
+    arrays, rebuild = peeled
+    less = {
+        **p,
+        "dimension_numbers": lax.GatherDimensionNumbers(
+            _without(n.offset_dims, place), _without(n.collapsed_slice_dims, k),
+            _without(n.start_index_map, k), _without(n.operand_batching_dims[1:], k),
+            _without(n.start_indices_batching_dims[1:], b),
+        ),
+        "slice_sizes": (*p["slice_sizes"][:k], *p["slice_sizes"][k + 1 :]),
+    }  # fmt: skip
+    one_less = jax.ShapeDtypeStruct((*aval.shape[:place], *aval.shape[place + 1 :]), aval.dtype)
+    template = scope.fork()
+
+    def one(arrays, ids, i):
+        child = template.child(i)
+        out = _taken(child, eqn, less, rebuild(arrays), ids, one_less)
+        return None if out is None else child.dense(out[0], eqn), child.aux
+
+    steps = jnp.arange(w.shape[k], dtype=jnp.int32)
+    y, aux = jax.vmap(one, (0, b, 0), (place, 0))(arrays, jnp.asarray(ids), steps)
+    scope.join(template, aux)
+    return None if y is None else [y]
+
+
+def _without(axes: Sequence[int], gone: int) -> tuple[int, ...]:
+    """Axes renumbered for an array from which the axis `gone`, none of them, is taken."""
+    return tuple(k - (k > gone) for k in axes)
+
+
+def _select(w: Lazy, ids: Any, found: Lookup, p: Mapping[str, Any]) -> list[Any] | None:
     """Slices of a stack, w[ids]: the axis goes, the axes of `ids` (if any) come as stack axes."""
-    at = eqn.params["dimension_numbers"].start_index_map.index(found.axis)
+    at = p["dimension_numbers"].start_index_map.index(found.axis)
     ids = jnp.asarray(ids)[..., at : at + 1]  # as they were given: the mode says what they mean
     lead = ids.ndim - 1
     if lead and found.offset != list(range(lead, lead + w.ndim - 1)):

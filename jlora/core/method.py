@@ -36,6 +36,12 @@ class Method:
 
         Adapters may be kept in bfloat16 or float16; scales, products of factors, norms and
         rotations are computed in at least float32, and meet an activation in its own dtype.
+
+        Args:
+          p: the method's arrays by name, as the adapter keeps them.
+
+        Returns:
+          The same by name, floating ones in one dtype.
         """
         return widened(p)
 
@@ -45,45 +51,91 @@ class Method:
         return type(self).merge is not Method.merge or type(self).factors is not Method.factors
 
     def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
-        """(trainable, frozen) tensors that all sites of this method share; none by default."""
+        """Tensors that all sites of this method share; none by default.
+
+        Args:
+          key: of random values.
+          sites: all sites of the method.
+
+        Returns:
+          (trainable, frozen), by name.
+        """
         return {}, {}
 
     def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
-        """(trainable, frozen) arrays of one un-stacked site, in `site.param_dtype`.
+        """The method's arrays of one site without stack axes, in `site.param_dtype`.
 
-        `context` has what only some methods ask for: the weight itself, the index of the slice in
-        its stack, the shared tensors, the other sites of the method.
+        Args:
+          key: of random values.
+          site: the site.
+          context: what only some methods ask for: the weight itself, the index of the slice in its
+            stack, the shared tensors, the other sites of the method.
+
+        Returns:
+          (trainable, frozen), by name.
         """
         raise NotImplementedError(f"{type(self).__name__}.init")
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
-        """(u [d_in, R], v [R, d_out]) with merge(w, p) == w + u @ v; None when there are none."""
+        """The delta as a product, where it has one.
+
+        Args:
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          u [d_in, R], v [R, d_out] with merge(w, p) == w + u @ v; None when there are none.
+        """
         return None
 
     def of_factors(self, u: jax.Array, v: jax.Array) -> Arrays | None:
-        """Arrays of this method whose `factors` are u [d_in, R] and v [R, d_out], or None.
+        """Arrays of this method with given factors, for a part of a weight.
 
-        For a part of a weight, on which `apply` does more than `factors` say (dropout, reports).
+        Needed where `apply` does more than `factors` say (dropout, reports).
+
+        Args:
+          u: the left factor.
+          v: the right one.
+
+        Returns:
+          Arrays whose `factors` are u and v; None: there are none.
         """
         return None
 
     def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
-        """The definition. `w` [d_in, d_out] and the floating arrays of `p` have one dtype."""
+        """The definition: the merged matrix.
+
+        Args:
+          w: the base matrix, of one dtype with the floating arrays of p.
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          W' [d_in, d_out].
+
+        Raises:
+          NotImplementedError: the delta depends on x.
+        """
         uv = self.factors(p)
         if uv is None:
             raise NotImplementedError(f"{type(self).__name__} has no merge: its delta depends on x")
         return add_low_rank(w, *uv)
 
     def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
-        """y [..., d_out] == x @ merge(w, p); may return (y, {name: report}) instead.
+        """The fast path: x @ merge(w, p), without forming the merged matrix where the method can.
 
-        (y, {name: report}, {name: value}) also publishes: later sites of the same scope (the body
-        of a scan, a checkpoint, the function) find the values in their `ctx`.
+        A third element of the result, {name: value}, also publishes: later sites of the same scope
+        (the body of a scan, a checkpoint, the function) find the values in their `ctx`.
 
-        `x` is [..., d_in], or stands for it (rows of an embedding, patches of a convolution):
-        `x @ m` with m [d_in, k] always works. `x @ w` runs the model's own matmul. `w.dense()`
-        is the base matrix, `w.merged(self, p)` the merged one. The floating arrays of `p` have one
-        dtype, at least float32 (cast what meets x to `x.dtype`); the result is cast to the model's.
+        Args:
+          x: [..., d_in], or stands for it (rows of an embedding, patches of a convolution): `x @ m`
+            with m [d_in, k] always works.
+          w: stands for the base matrix: `x @ w` runs the model's own matmul, `w.dense()` is the
+            matrix, `w.merged(self, p)` the merged one.
+          p: the arrays, as `prepare` returns them; cast what meets x to `x.dtype`.
+          ctx: what `lift` was given by name, such as a dropout `key`, and what earlier sites
+            published.
+
+        Returns:
+          y [..., d_out], which is cast to the model's dtype; or (y, {name: report}).
         """
         uv = self.factors(p)
         if uv is None:
@@ -124,19 +176,41 @@ class Wrapper(Method):
 
 
 def innermost(method: Method) -> Method:
-    """The method inside all wrappers."""
+    """The method inside all wrappers.
+
+    Args:
+      method: any method.
+
+    Returns:
+      The first one that is no `Wrapper`.
+    """
     while isinstance(method, Wrapper):
         method = method.method
     return method
 
 
 def rank_of(method: Method) -> int:
-    """The rank of the innermost method, 0 where it has none."""
+    """The rank of the innermost method.
+
+    Args:
+      method: any method.
+
+    Returns:
+      0 where it has none.
+    """
     return getattr(innermost(method), "rank", 0)
 
 
 def with_rank(method: Method, rank: int) -> Method:
-    """`method` with the innermost method of another rank; unchanged where it has none."""
+    """A method with another rank of the innermost one.
+
+    Args:
+      method: any method.
+      rank: the new rank.
+
+    Returns:
+      `method` itself where it has no rank.
+    """
     if isinstance(method, Wrapper):
         return dataclasses.replace(method, method=with_rank(method.method, rank))
     return dataclasses.replace(method, rank=rank) if hasattr(method, "rank") else method
@@ -148,6 +222,14 @@ def add_low_rank(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     it.
 
     XLA fuses the sum; on a CPU at rank 8: a sixth of the time in place, half into new arrays.
+
+    Args:
+      w: the matrix.
+      u: left factor.
+      v: right factor.
+
+    Returns:
+      [d_in, d_out].
     """
     if u.shape[1] > 16:
         return w + u @ v
@@ -166,6 +248,15 @@ def _add_low_rank_jvp(at: Any, along: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def low_rank(x: Any, u: jax.Array, v: jax.Array) -> jax.Array:
-    """x @ u @ v in the dtype of x, the thin product first; sharded as x and v are."""
+    """x @ u @ v, the thin product first; sharded as x and v are.
+
+    Args:
+      x: [..., d_in], or what stands for it.
+      u: left factor, cast to the dtype of x.
+      v: right factor, cast likewise.
+
+    Returns:
+      [..., d_out], in the dtype of x.
+    """
     inner = compat.matmul(x, u.astype(x.dtype), thin=True)
     return compat.matmul(inner, v.astype(x.dtype), thin=True)

@@ -56,14 +56,6 @@ def _transposed(w: Lazy, order: Sequence[int]) -> Lazy:
     return w.replace(base=lax.transpose(w.base, order), dims=dims)
 
 
-def reshape(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
-    order = eqn.params.get("dimensions") or range(w.ndim)
-    w = w.opened()
-    w = w.replace(base=lax.transpose(w.base, tuple(order)), dims=tuple(w.dims[k] for k in order))
-    out = w.reshaped(eqn.params["new_sizes"])
-    return None if out is None else [out]
-
-
 def squeeze(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
     return [w.squeezed(eqn.params["dimensions"])]
 
@@ -236,7 +228,7 @@ RULES: dict[str, Rule] = {
     "convert_element_type": convert,
     "stop_gradient": stop_gradient,
     "transpose": transpose,
-    "reshape": reshape,
+    "reshape": views.reshape,
     "broadcast_in_dim": views.broadcast,
     "squeeze": squeeze,
     "slice": views.slice_,

@@ -260,7 +260,7 @@ def _kinds(
         for a in dim:
             atom = w.atoms[a]
             clear &= kind == "s" or atom.kind != "s"
-            clear &= bool(atom.sources) or (len(dim) == 1 and kind != "i") or atom.size == 1
+            clear &= bool(atom.sources) or len(dim) > 1 or kind != "i" or atom.size == 1
             for path, k in atom.sources:
                 if path == site.path:
                     roles[k].add(kind)
@@ -269,6 +269,8 @@ def _kinds(
     for name, changed in w.views:
         mine = {kinds[k] for path, k in changed if path == site.path} - {"s"}
         clear &= name != "gain" or len(mine) < 2
+        if name == "transposed":  # the sum of a matrix and itself, the other way around
+            clear &= len(mine) == 2 and len([k for k in kinds if k != "s"]) == 2
         mine = mine and not name.startswith("!")
         views += [name] if mine else []
     merged = dict.fromkeys(name[1:] for name, _ in w.views if name.startswith("!"))

@@ -12,7 +12,7 @@ Reference: none; follows from linearity.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -181,7 +181,44 @@ def broadcast(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
         k: lambda t, axis, n=n: jnp.broadcast_to(t, (*t.shape[:axis], n, *t.shape[axis + 1 :]))
         for k, n in new.items()
     }
-    return view(scope, out, "broadcast", along(moves), [moves])
+    made = view(scope, out, "broadcast", along(moves), [moves])
+    return made and [_marked(v, new) if isinstance(v, Lazy) else v for v in made]
+
+
+def _marked(w: Lazy, axes: Iterable[int]) -> Lazy:
+    copied = {a for k in axes for a in w.dims[k]}
+    atoms = (t._replace(copies=True) if a in copied else t for a, t in enumerate(w.atoms))
+    return w.replace(atoms=tuple(atoms))
+
+
+def reshape(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+    sizes, order = eqn.params["new_sizes"], eqn.params.get("dimensions") or range(w.ndim)
+    w = w.opened()
+    w = w.replace(base=lax.transpose(w.base, tuple(order)), dims=tuple(w.dims[k] for k in order))
+    out = w.reshaped(sizes)
+    if out is not None and scope.uses is None and len(out.atoms) == len(w.atoms):
+        out = _repeated(scope, w, out).reshaped(sizes)
+    return None if out is None else [out]
+
+
+def _repeated(scope: Any, w: Lazy, out: Lazy) -> Lazy:
+    """`w` with the copies that `out` lays along rows or columns turned into such (`jnp.repeat`)."""
+    become = {}
+    for dim in out.dims:
+        kinds = {w.atoms[a].kind for a in dim if w.atoms[a].size > 1} - {"s"}
+        for a in dim:
+            if len(kinds) == 1 and w.atoms[a].copies:
+                become[a] = next(iter(kinds))
+    axes = {k: become[dim[0]] for k, dim in enumerate(w.dims) if len(dim) == 1 and dim[0] in become}
+    found = delta(scope, w) if axes else None
+    if not isinstance(found, Grid):
+        return w
+    for k, kind in axes.items():
+        u, v = (lax.slice_in_dim(t, 0, 1, axis=k) for t in (found.u, found.v))
+        kinds = (*found.kinds[:k], kind, *found.kinds[k + 1 :])
+        n = w.shape[k]
+        found = Grid(kinds, u, v).along(k, lambda t, k, n=n: jnp.repeat(t, n, axis=k))
+    return rebuilt(scope, w, w.view(), found)
 
 
 def negative(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
@@ -259,11 +296,7 @@ def _looked_through(scope: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
         v.replace(base=v.view(), casts=(), views=(*v.views, mark)) if isinstance(v, Lazy) else v
         for v in values
     ]
-    outside = scope.calls_of
-    scope.calls_of = (*outside, eqn)
-    out = evaluate(scope, compat.called(eqn), inside)
-    scope.calls_of = outside
-    return out
+    return evaluate(scope.inside(eqn), compat.called(eqn), inside)
 
 
 def merged_where_exact(scope: Any, eqn: Any, w: Lazy) -> jax.Array | None:

@@ -92,6 +92,7 @@ SYSTEM = Aggregation(
     paper="Singhal 2025, 2502.15436",
     symbol="fed_sb",
     claim="fed_sb",
+    missing="noise for privacy",
     evidence="exact; bases by dense SVD; gradient of the core through the bases",
     rows=(70,),
     aggregate=_from_factors,

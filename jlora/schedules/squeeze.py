@@ -255,9 +255,9 @@ SYSTEM = Schedule(
     name="LoRA-Squeeze",
     paper="Vulić 2026, 2602.10993",
     symbol="squeeze",
+    claim="squeeze",
     evidence="tail by dense SVD; moments by gradients and simulation; annealed beats cut",
     rows=(40,),
-    missing="real tasks; other methods than LoRA",
     examples=(LoRA(rank=4, alpha=2.0),),
     breaks={
         "moments": "factors are rotated into singular vectors, and moments are projected with them",

@@ -22,7 +22,6 @@ Deviates: slots of one size instead of pages; loading copies the pool's arrays o
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +33,15 @@ from jlora.core.adapter import Adapter, stack
 from jlora.core.bank import one_adapter
 from jlora.core.lift import lift
 from jlora.serving.rows import Rows, rows
+from jlora.types import Dynamic, Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """Adapters over one base. Not a PyTree: names live on the host."""
 
-    model: Callable[[Any, Any], Any]  # (params, x) -> output, of one row
-    params: Any  # weights of the base
+    model: Callable[[Dynamic, Dynamic], Dynamic]  # (params, x) -> output, of one row
+    params: Tree  # weights of the base
     empty: Adapter  # changes nothing; has the largest rank
     served: Rows  # C + 1 adapters in serving order; adapter 0 is `empty`
     slots: Mapping[str, int]  # name -> slot, 1..C
@@ -52,7 +52,9 @@ class Pool:
         return self.served.count - 1 - len(self.slots)
 
 
-def start(model: Callable[[Any, Any], Any], params: Any, empty: Adapter, capacity: int) -> Pool:
+def start(
+    model: Callable[[Dynamic, Dynamic], Dynamic], params: Tree, empty: Adapter, capacity: int
+) -> Pool:
     """A pool without adapters.
 
     Args:
@@ -130,7 +132,7 @@ def unload(pool: Pool, name: str) -> Pool:
     )
 
 
-def run(pool: Pool, names: Sequence[str | None], xs: Any) -> Answers:
+def run(pool: Pool, names: Sequence[str | None], xs: Dynamic) -> Answers:
     """The answers of a batch in which every row has its own adapter.
 
     Args:
@@ -162,11 +164,13 @@ def run(pool: Pool, names: Sequence[str | None], xs: Any) -> Answers:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _answer(model: Any, served: Rows, params: Any, slots: Array, known: Array, xs: Any) -> Any:
+def _answer(
+    model: Dynamic, served: Rows, params: Tree, slots: Array, known: Array, xs: Dynamic
+) -> Dynamic:
     """The outputs of all rows; NaN where the adapter of a row is not known."""
     tuned = lift(model)
 
-    def one(slot: Array, known: Array, x: Any) -> Any:
+    def one(slot: Array, known: Array, x: Dynamic) -> Dynamic:
         return jax.tree.map(lambda y: _or_nan(known, y), tuned(params, served[slot], x))
 
     return jax.vmap(one)(slots, known, xs)

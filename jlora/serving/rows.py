@@ -31,17 +31,19 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core import compat
 from jlora.core.adapter import Adapter
 from jlora.core.method import Wrapper
 from jlora.core.site import Arrays, InitContext, Site, at_least_float32
 from jlora.system import System
+from jlora.types import Dynamic
 
 GROUP, INDEX = "served rows", "index"  # group of sites that share nothing else; its array
 THIN = 16  # factors of a rank up to it are written out
@@ -61,7 +63,7 @@ class Row(Wrapper):
     def merges(self) -> bool:
         return self.method.merges
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         raise NotImplementedError("Row: stands for adapters that exist; use jl.rows(bank)")
 
     def prepare(self, p: Arrays) -> Arrays:
@@ -71,10 +73,10 @@ class Row(Wrapper):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array] | None:
         return self.method.factors(p)
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         return self.method.merge(w, p)
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """The method's own, or where it is x W + x u v with thin u, v: `spread` for the last."""
         uv = None if "key" in ctx else self.method.factors(p)
         if uv is None or uv[0].shape[1] > THIN:
@@ -85,12 +87,19 @@ class Row(Wrapper):
 
 
 @jax.custom_jvp
-def spread(h: jax.Array, v: jax.Array) -> jax.Array:
-    """h [..., R] @ v [R, n] as a sum of R outer products; where it is differentiated, a product.
+def spread(h: Float[Array, "... r"], v: Float[Array, "r n"]) -> jax.Array:
+    """h @ v as a sum of R outer products; where it is differentiated, a product.
 
     XLA fuses the sum with the one it goes into: one pass over that, and no batch of small products
     alongside it (half of their time on one core, and cores share it). A gradient wants the
     products.
+
+    Args:
+      h: thin activations.
+      v: second factor.
+
+    Returns:
+      [..., n], in the dtype of h.
     """
     if compat.explicit(h):
         return compat.matmul(h, v, thin=True)
@@ -102,7 +111,7 @@ def spread(h: jax.Array, v: jax.Array) -> jax.Array:
 
 
 @spread.defjvp
-def _spread_jvp(at: Any, along: Any) -> tuple[jax.Array, jax.Array]:
+def _spread_jvp(at: Dynamic, along: Dynamic) -> tuple[jax.Array, jax.Array]:
     (h, v), (dh, dv) = at, along
     y, *dy = (compat.matmul(*pair, thin=True) for pair in ((h, v), (dh, v), (h, dv)))
     return y, dy[0] + dy[1]
@@ -128,7 +137,7 @@ class Rows:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: Any) -> Adapter:
+    def __getitem__(self, i: Dynamic) -> Adapter:
         if isinstance(i, int | np.integer):
             if not -self.count <= i < self.count:
                 raise IndexError(f"adapter {i}: the bank has {self.count}")
@@ -142,7 +151,17 @@ class Rows:
 
 
 def rows(bank: Adapter) -> Rows:
-    """`bank` (of `jl.stack`) in serving order: one copy of its arrays."""
+    """A bank in serving order: one copy of its arrays.
+
+    Args:
+      bank: of `jl.stack`.
+
+    Returns:
+      The bank; `served[i]` is adapter i.
+
+    Raises:
+      ValueError: a bank that is already in serving order, or one adapter.
+    """
     if any(isinstance(method, Row) for _, method in bank.sites):
         raise ValueError("expected a bank of jl.stack, got one already in serving order")
     sizes = {t.shape[:1] for t in jax.tree.leaves(bank)}

@@ -218,3 +218,16 @@ def test_merge_of_a_method_without_one_says_why():
     with pytest.raises(NotImplementedError, match="Router has no merge: its delta depends on x"):
         Router().merge(jnp.zeros((2, 2)), {})
     assert not Router().merges and jl.LoRA().merges and Recorder().merges
+
+
+def test_ranks_inside_two_wrappers_are_found():
+    def fn(p, x):
+        return x @ p["a"]
+
+    params, x, mask = {"a": leaf(3, 4)}, leaf(2, 3), jnp.ones(2, bool)
+    methods = [jl.TokenMask(jl.Decomposed(jl.LoRA(rank))) for rank in (2, 3)]
+    made = [jl.init(jax.random.key(1), fn, params, x, methods={"a": m}) for m in methods]
+    bank = jl.stack(made)
+    assert bank.trainable["a"]["a"].shape == (2, 3, 3)
+    tuned = jax.vmap(lambda a: jl.lift(fn)(params, a, x, ctx={"tokens": mask}))(bank)
+    np.testing.assert_allclose(tuned, jnp.stack([fn(params, x)] * 2), rtol=1e-6)

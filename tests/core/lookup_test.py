@@ -34,6 +34,32 @@ def test_every_mode(law, mode, method):
     law(fn, {"w": w(ROWS, 6)}, {"w": method}, OUTSIDE, structural=False)
 
 
+TABLES = {  # of two tables [2, ROWS, 6] or in another order, ids [2, 3]; kinds
+    "rows of each": (lambda w, i: jax.vmap(lambda w, i: w[i])(w, i), "sio"),
+    "one row of each": (lambda w, i: jax.vmap(lambda w, i: w[i])(w, i[:, 0]), "sio"),
+    "taken": (lambda w, i: jax.vmap(lambda w, i: jnp.take(w, i, axis=0, mode="clip"))(w, i), "sio"),
+    "filled": (
+        lambda w, i: jax.vmap(lambda w, i: jnp.take(w, i, 0, mode="fill", fill_value=2.0))(w, i),
+        "sio",
+    ),
+    "another axis": (
+        lambda w, i: jax.vmap(lambda w, i: w[i], in_axes=(1, 0))(jnp.swapaxes(w, 0, 1), i),
+        "sio",
+    ),
+    "the same rows of all": (lambda w, i: jax.vmap(lambda w: w[i])(w), "oio"),
+}
+
+
+@pytest.mark.parametrize("method", [jl.LoRA(2), jl.DoRA(2)], ids=["LoRA", "DoRA"])
+def test_tables_under_vmap(law, method):
+    def fn(p, ids):
+        return {name: use(p[name], ids) for name, (use, _) in TABLES.items()}
+
+    params = {name: w(2, ROWS, 6) for name in TABLES}
+    a = law(fn, params, {"": method}, OUTSIDE, structural=False)
+    assert {s.path: s.kinds for s, _ in a.sites} == {name: k for name, (_, k) in TABLES.items()}
+
+
 @pytest.mark.parametrize("method", [jl.LoRA(2), jl.DoRA(2)], ids=["LoRA", "DoRA"])
 def test_padding_that_is_masked_later(law, method):
     """`jnp.take` and `nn.Embed` give NaN rows; masked, they must not reach any gradient."""

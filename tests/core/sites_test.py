@@ -92,7 +92,10 @@ def test_a_part_of_a_weight_is_a_site():
 
 
 def test_an_axis_of_two_roles_is_no_site():
-    table = jl.sites(lambda p, x: x @ (p["w"] + p["w"].T), {"w": leaf(3, 3)}, leaf(2, 3))
+    def fn(p, x):
+        return jnp.einsum("ti,ijk->tjk", x, p["w"] + jnp.swapaxes(p["w"], 0, 1))
+
+    table = jl.sites(fn, {"w": leaf(3, 3, 3)}, leaf(2, 3))
     assert table["w"].ops == ("dot of a part",)
     with pytest.raises(ValueError, match=r"consumes whole: \['w \(dot of a part\)'\]"):
         table.select({"w": jl.LoRA()})
@@ -188,8 +191,8 @@ HIDDEN = {  # name -> (function of (w, x), what the message says)
         r"custom_vjp_call; needs the merged weight for 'custom_vjp_call'",
     ),
     "two roles": (lambda w, x: x @ (w @ w.T) @ (w + 1) @ w.T, None),
-    "sum with its transpose": (
-        lambda w, x: x @ (w[:, :3] + w[:, :3].T),
+    "sum over copies": (
+        lambda w, x: x @ jnp.broadcast_to(w[0], (3, w.shape[1])),
         "has two roles",
     ),
 }

@@ -103,6 +103,23 @@ ONE = {
     ),
     "flip": (lambda w, x: x @ w[::-1, ::-1], (4, 6)),
     "tile": (lambda w, x: x @ jnp.tile(w, (2, 3)), (2, 4)),
+    "repeated rows and columns": (
+        lambda w, x: x @ jnp.repeat(jnp.repeat(w, 2, axis=0), 3, axis=1),
+        (2, 3),
+    ),
+    "repeated heads": (
+        lambda w, x: jnp.einsum("td,dnh->tnh", x, jnp.repeat(w, 2, axis=1)),
+        (4, 2, 3),
+    ),
+    "repeated layers": (lambda w, x: layers(x, jnp.repeat(w, 2, axis=0)), (2, 4, 4)),
+    "repeated unevenly": (lambda w, x: x @ jnp.repeat(w, np.array([1, 3]), axis=0), (2, 3)),
+    "permuted": (lambda w, x: x @ w[np.array([2, 0, 3, 1])][:, np.array([1, 0])], (4, 3)),
+    "symmetric": (lambda w, x: x @ (0.5 * (w + w.T)), (4, 4)),
+    "antisymmetric, of layers": (
+        lambda w, x: layers(x, w - jnp.swapaxes(w, 1, 2)),
+        (2, 4, 4),
+    ),
+    "and its transpose": (lambda w, x: x @ jnp.concatenate([w, w.T], 1), (4, 4)),
     "broadcast": (
         lambda w, x: jnp.einsum(
             "bti,bio->bto", x[None] + x[:2, None], jnp.broadcast_to(w, (2, 4, 6))
@@ -183,10 +200,6 @@ def check(found):
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-if "tile" not in str(jax.make_jaxpr(lambda w: jnp.tile(w, (2, 1)))(jnp.ones((2, 2)))):
-    del ONE["tile"]  # older releases of JAX write it as a broadcast, whose axis has two roles
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -93,5 +93,6 @@ SYSTEM = System(
     name="AdaMerging",
     paper="Yang 2023, 2310.02575",
     symbol="adamerging",
+    claim="adamerging",
     evidence="entropy by numpy; accuracy of three toy tasks without labels; mutation check",
 )

@@ -140,6 +140,7 @@ SYSTEMS = (
         name="factor_mix",
         paper="Huang 2023, 2307.13269",
         symbol="factor_mix",
+        claim="lorahub",
         function=factor_mix,
         signed=False,
         breaks={
@@ -151,12 +152,14 @@ SYSTEMS = (
         name="LoraHub",
         paper="Huang 2023, 2307.13269",
         symbol="lorahub",
+        claim="lorahub",
         evidence="objective by numpy; five examples beat every single adapter and the average",
     ),
     System(
         name="LoraHub by gradient",
         paper="Huang 2023, 2307.13269",
         symbol="lorahub_gradient",
+        claim="lorahub_gradient",
         evidence="as LoraHub; the factor space is flat at its start",
         kind="composition",
     ),

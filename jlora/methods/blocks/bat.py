@@ -24,6 +24,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.checks import check_whole
@@ -45,7 +47,7 @@ class BAT(Method):
     def __post_init__(self) -> None:
         check_whole("BAT.block", self.block)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """b [d_out / block, block, block], zeros."""
         n = self.block
         if site.d_in % n or site.d_out % n:
@@ -55,7 +57,7 @@ class BAT(Method):
             )
         return {"b": jnp.zeros((site.d_out // n, n, n), site.param_dtype)}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """Blocks (I + B) W + B, [d_in, d_out]; exactly w while B is zero."""
         n, b = self.block, p["b"]
         blocks = w.reshape(w.shape[0] // n, n, w.shape[1] // n, n)

@@ -23,16 +23,18 @@ as its input.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class C3A(Method):
     def __post_init__(self) -> None:
         check_whole("C3A.block", self.block)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """kernel [d_out / block, d_in / block, block], zeros."""
         n = self.block
         if site.d_in % n or site.d_out % n:
@@ -59,13 +61,13 @@ class C3A(Method):
         shape = (site.d_out // n, site.d_in // n, n)
         return {"kernel": jnp.zeros(shape, site.param_dtype)}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + the circulant blocks, [d_in, d_out]."""
         steps = np.arange(self.block)
         shifted = p["kernel"][:, :, (steps[:, None] - steps[None]) % self.block]  # [m, n, i, o]
         return w + shifted.transpose(1, 2, 0, 3).reshape(w.shape) / w.shape[0]
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

@@ -25,15 +25,17 @@ Deviates: nothing.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class GraLoRA(Method):
                 f"GraLoRA.rank: got {self.rank}, expected a multiple of blocks = {self.blocks}"
             )
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a, b = 0, and with `hybrid` a_all, b_all = 0; frozen scale []."""
         k, dtype, keys = self.blocks, site.param_dtype, jax.random.split(key)
         for name, size in (("d_in", site.d_in), ("d_out", site.d_out)):
@@ -80,17 +82,24 @@ class GraLoRA(Method):
         return p, {"scale": jnp.asarray(self.alpha / (self.rank + self.hybrid), jnp.float32)}
 
     def parts(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
-        """a [n, i, m, r / k] with the scale, b [m, n, r / k, o]."""
+        """a [n, i, m, r / k] with the scale, b [m, n, r / k, o].
+
+        Args:
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          The factors of all blocks.
+        """
         k = self.blocks
         a, b = p["a"] * p["scale"], p["b"]
         return a.reshape(k, a.shape[1], k, -1), b.reshape(k, k, -1, b.shape[2])
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w plus the delta of every block, [d_in, d_out]."""
         w = w + jnp.einsum("nims,mnso->nimo", *self.parts(p)).reshape(w.shape)
         return w + p["scale"] * (p["a_all"] @ p["b_all"]) if self.hybrid else w
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

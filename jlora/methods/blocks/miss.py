@@ -25,15 +25,17 @@ Deviates: nothing.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class MiSS(Method):
         if self.mini is not None:
             check_whole("MiSS.mini", self.mini)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """d [rank, d_out or mini], zeros."""
         if self.rank > site.d_in:
             raise ValueError(
@@ -70,13 +72,13 @@ class MiSS(Method):
         columns = site.d_out if self.mini is None else self.mini
         return {"d": jnp.zeros((self.rank, columns), site.param_dtype)}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + D, its rows and columns repeated to [d_in, d_out]."""
         d_in, d_out = w.shape
         d = jnp.tile(p["d"], (-(-d_in // self.rank), d_out // p["d"].shape[1]))
         return w + d[:d_in]
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches meet the tiled identity."""
         y, (d_in, d_out) = x @ w, w.shape
         blocks = -(-d_in // self.rank)

@@ -32,10 +32,11 @@ convolution or lookup multiplies with the merged weight, for its x is never writ
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.conv import window
 from jlora.core.method import Method, Wrapper
@@ -45,6 +46,7 @@ from jlora.methods.kronecker.lokr import LoKr
 from jlora.methods.low_rank.loha import LoHa
 from jlora.methods.low_rank.lora import LoRA
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Decomposed(Wrapper):
         if self.by not in ("out", "in"):
             raise ValueError(f"Decomposed.by: expected 'out' or 'in', got {self.by!r}")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """The method's own arrays and m = the norms of what it begins as.
 
         m is [d_out]; by rows [1, channels], or [channels, 1] where the channels come before the
@@ -77,7 +79,7 @@ class Decomposed(Wrapper):
         norms = self._norms(context.weight(), p, rows_shape(site) if self.by == "in" else None)
         return {**trainable, "m": norms}, frozen
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """V m / |V|, [d_in, d_out]."""
         v = self.method.merge(w, p)
         fixed = jax.lax.stop_gradient(v)
@@ -86,7 +88,7 @@ class Decomposed(Wrapper):
         norm = _together(jnp.linalg.norm(fixed, axis=1), p["m"].shape)
         return v * _rows(gain(p["m"], norm), len(v))[:, None]
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out], the method's own fast path and a gain."""
         if self.by == "in":
             if not isinstance(x, jax.Array):
@@ -115,7 +117,14 @@ class Decomposed(Wrapper):
 
 
 def rows_shape(site: Site) -> tuple[int, int]:
-    """The shape of m by rows: it tells whether the window or the channels come first in d_in."""
+    """The shape of m by rows: it tells whether the window or the channels come first in d_in.
+
+    Args:
+      site: a convolution, or another site.
+
+    Returns:
+      (1, channels), or (channels, 1) where the channels come before the window.
+    """
     _, channels, after = window(site)
     return (channels, 1) if after > 1 else (1, channels)
 
@@ -137,10 +146,19 @@ def _rows(gains: jax.Array, rows: int) -> jax.Array:
     return jnp.broadcast_to(gains, _places(gains.shape, rows)).reshape(-1)
 
 
-def kron_norms(w: jax.Array, a: jax.Array, c: jax.Array, axis: int = 0) -> jax.Array:
-    """The norms along `axis` of w [i1 i2, o1 o2] + a [i1, o1] ⊗ c [i2, o2]; in the dtype of a.
+def kron_norms(
+    w: Float[Array, "d_in d_out"], a: Float[Array, "i1 o1"], c: Float[Array, "i2 o2"], axis: int = 0
+) -> jax.Array:
+    """The norms of the columns or rows of w + a ⊗ c. One pass over w, nothing kept.
 
-    Axis 0: [o1 o2], of the columns; axis 1: [i1 i2], of the rows. One pass over w, nothing kept.
+    Args:
+      w: the base matrix, d_in = i1 i2, d_out = o1 o2.
+      a: left factor.
+      c: right factor.
+      axis: 0: the norms of the columns; 1: of the rows.
+
+    Returns:
+      [d_out] or [d_in], in the dtype of a.
     """
     blocks = w.astype(a.dtype).reshape(a.shape[0], c.shape[0], a.shape[1], c.shape[1])
     v = blocks + a[:, None, :, None] * c[None, :, None, :]

@@ -29,6 +29,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -57,7 +58,7 @@ class DeLoRA(Method):
     def __post_init__(self) -> None:
         check_whole("DeLoRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         w, bound = context.weight(), 1 / math.sqrt(site.d_in)
         trainable = {
             "a": jax.random.uniform(key, (site.d_in, self.rank), w.dtype, -bound, bound),

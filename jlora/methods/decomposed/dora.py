@@ -37,37 +37,58 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 LOST = 1 / 16  # of its terms: a smaller sum is computed again
 BLOCKS = 32  # the most blocks of rows in which that is done
 
 
-def column_norms(w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
-    """The norms [d_out] of the columns of w + scale a b, without forming it; in the dtype of a.
-
-    Args:
-      w: base matrix [d_in, d_out] of any floating dtype.
-      a: first factor [d_in, r].
-      b: second factor [r, d_out], of the dtype of a.
-      scale: [], of the dtype of a.
+def column_norms(
+    w: Float[Array, "d_in d_out"],
+    a: Float[Array, "d_in r"],
+    b: Float[Array, "r d_out"],
+    scale: Float[Array, ""],
+) -> jax.Array:
+    """The norms of the columns of w + scale a b, without forming it.
 
     A gradient must not pass (the loop has none): give it what `jax.lax.stop_gradient` returns.
+
+    Args:
+      w: base matrix of any floating dtype.
+      a: first factor.
+      b: second factor, of the dtype of a.
+      scale: of the dtype of a.
+
+    Returns:
+      [d_out], in the dtype of a.
     """
     return _norms(w.astype(a.dtype), a, scale * b, axis=0)
 
 
-def row_norms(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
-    """The norms [d_in] of the rows of w [d_in, d_out] + u [d_in, r] v [r, d_out], likewise."""
+def row_norms(
+    w: Float[Array, "d_in d_out"], u: Float[Array, "d_in r"], v: Float[Array, "r d_out"]
+) -> jax.Array:
+    """The norms of the rows of w + u v, likewise.
+
+    Args:
+      w: base matrix of any floating dtype.
+      u: first factor.
+      v: second factor.
+
+    Returns:
+      [d_in], in the dtype of u.
+    """
     return _norms(w.astype(u.dtype), u, v, axis=1)
 
 
@@ -124,7 +145,7 @@ class DoRA(Method):
     def __post_init__(self) -> None:
         check_whole("DoRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out] = 0, m [d_out] = the column norms of W; frozen scale []."""
         w, bound = context.weight(), 1 / math.sqrt(site.d_in)
         a = jax.random.uniform(key, (site.d_in, self.rank), w.dtype, -bound, bound)
@@ -133,13 +154,13 @@ class DoRA(Method):
         scale = jnp.asarray(scale, w.dtype)
         return {"a": a, "b": b, "m": jnp.sqrt(jnp.sum(w * w, axis=0))}, {"scale": scale}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """(w + s a b) m / |w + s a b|, [d_in, d_out]."""
         v = w + p["scale"] * (p["a"] @ p["b"])
         norm = jnp.linalg.norm(jax.lax.stop_gradient(v), axis=0)
         return v * gain(p["m"], norm)[None, :]
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]."""
         y = x @ w
         y = y + low_rank(x, p["scale"] * p["a"], p["b"]).astype(y.dtype)
@@ -148,8 +169,16 @@ class DoRA(Method):
         return y * by.reshape(*[1] * (y.ndim - 1), -1)
 
 
-def gain(m: jax.Array, norm: jax.Array) -> jax.Array:
-    """m / norm, [d_out]; 1 for a column of zeros, which no gain can change."""
+def gain(m: Float[Array, "..."], norm: Float[Array, "..."]) -> jax.Array:
+    """m over the norms; 1 for a column of zeros, which no gain can change.
+
+    Args:
+      m: magnitudes.
+      norm: the norms at present.
+
+    Returns:
+      [...].
+    """
     live = norm > 0
     one = jnp.ones_like(norm)
     return jnp.where(live, m / jnp.where(live, norm, one), one)

@@ -36,10 +36,12 @@ full; here, as in PEFT, s = alpha / rank always (a reader of such files sets `sc
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import algebra
 from jlora.core.checks import check_whole
@@ -47,12 +49,19 @@ from jlora.core.conv import tucker, window
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 def split(dim: int, factor: int | None = None) -> tuple[int, int]:
-    """(m, n) with m n = dim: m the largest divisor of at most min(factor, sqrt(dim)).
+    """A size as a product of two factors.
 
-    A `factor` that divides dim is m itself, also above the root.
+    Args:
+      dim: d_in or d_out.
+      factor: bounds the first factor; one that divides dim is the first factor itself. None: near
+        the root.
+
+    Returns:
+      (m, n) with m n = dim, m the largest divisor of at most min(factor, sqrt(dim)).
     """
     if factor is not None and dim % factor == 0:
         return factor, dim // factor
@@ -83,7 +92,7 @@ class LoKr(Method):
             if got is not None:
                 check_whole(f"LoKr.{name}", got)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """w1 or a1, b1, and w2 or a2, b2 and perhaps t2; frozen scale []."""
         before, channels, after = window(site)
         (i1, i2), (o1, o2) = split(channels, self.factor), split(site.d_out, self.factor)
@@ -112,10 +121,16 @@ class LoKr(Method):
         return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
 
     def parts(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """a [i1, o1] with the scale, u [i2, R] or [window, i2, R], v [R, o2] of the second factor.
+        """The two factors of the Kronecker product, the second one factored.
 
-        The delta is a ⊗ (u @ v), that of each place of the window above the next. A swapped one has
-        no such parts.
+        The delta is a ⊗ (u @ v), that of each place of the window above the next. A reversed one
+        has no such parts.
+
+        Args:
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          a [i1, o1] with the scale, u [i2, R] or [window, i2, R], v [R, o2].
         """
         a = _first(p)
         if "t2" in p:
@@ -130,7 +145,14 @@ class LoKr(Method):
         return a, jnp.eye(w2.shape[0], dtype=w2.dtype), w2
 
     def kron(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-        """a [i1, o1], u [i2, R], v [R, o2] with a ⊗ (u @ v) the delta; None if a window leads."""
+        """The delta as a Kronecker product, where it is one.
+
+        Args:
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          a [i1, o1], u [i2, R], v [R, o2] with a ⊗ (u @ v) the delta; None if a window leads.
+        """
         if _is_swapped(p):
             return None
         parts = self.parts(p)
@@ -152,7 +174,7 @@ class LoKr(Method):
         left, right = algebra.low_rank(algebra.Kron(a, u, v))  # right is one for all places
         return left.reshape(-1, left.shape[2]), right[0]
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + s W1 ⊗ W2, [d_in, d_out]."""
         if _is_swapped(p):
             return w + jnp.einsum("bcas,io->bciaso", p["w2"], _first(p)).reshape(w.shape)
@@ -161,7 +183,7 @@ class LoKr(Method):
             a = jnp.broadcast_to(a, (u.shape[0], *a.shape))
         return w + algebra.kron(a, u @ v).reshape(w.shape)
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches take the low-rank form."""
         y = x @ w
         windowed = "t2" in p or (p["w2"] if "w2" in p else p["a2"]).ndim > 2

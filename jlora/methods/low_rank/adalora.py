@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -51,7 +52,7 @@ class AdaLoRA(Method):
     def __post_init__(self):
         check_whole("AdaLoRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         dtype, (first, second) = site.param_dtype, jax.random.split(key)
         a = STD * jax.random.normal(first, (site.d_in, self.rank), dtype)
         b = STD * jax.random.normal(second, (self.rank, site.d_out), dtype)

@@ -24,6 +24,8 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -46,13 +48,13 @@ class HiRA(Method):
     def __post_init__(self) -> None:
         check_whole("HiRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out] = 0."""
         bound, dtype = 1 / math.sqrt(site.d_in), site.param_dtype
         a = jax.random.uniform(key, (site.d_in, self.rank), dtype, -bound, bound)
         return {"a": a, "b": jnp.zeros((self.rank, site.d_out), dtype)}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """W * (1 + a b), [d_in, d_out]; exactly W while b is zero."""
         return w + w * (p["a"] @ p["b"])
 

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
@@ -50,7 +51,7 @@ class LoCon(Method):
     def __post_init__(self) -> None:
         check_whole("LoCon.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [channels, r], t [before, after, r, r], b [r, d_out]; frozen scale []."""
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key)
         before, channels, after = window(site)

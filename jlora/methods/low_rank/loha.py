@@ -30,6 +30,8 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.conv import tucker, window
@@ -55,7 +57,7 @@ class LoHa(Method):
     def __post_init__(self) -> None:
         check_whole("LoHa.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a1, a2 [d_in, r], b1, b2 [r, d_out], or with cores t1, t2; frozen scale []."""
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
         before, channels, after = window(site)
@@ -85,7 +87,7 @@ class LoHa(Method):
         v = p["b1"][:, None, :] * p["b2"][None, :, :]
         return p["scale"] * u.reshape(u.shape[0], -1), v.reshape(-1, v.shape[-1])
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + s (A1 B1) * (A2 B2), [d_in, d_out]."""
         left, right = _rows(p, "a1", "t1") @ p["b1"], _rows(p, "a2", "t2") @ p["b2"]
         return w + p["scale"] * left * right

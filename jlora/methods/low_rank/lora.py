@@ -21,19 +21,31 @@ Deviates: a table's A is drawn normal and B is zero (the official code: A zero, 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
-def dropout(x: Any, rate: float, key: jax.Array) -> Any:
-    """x [...] with entries zeroed at `rate`, the others scaled by 1 / (1 - rate)."""
+def dropout(x: Dynamic, rate: float, key: PRNGKeyArray) -> Dynamic:
+    """Zeroes entries at random and scales up the others.
+
+    Args:
+      x: [...], or what stands for it.
+      rate: probability of a zero, in [0, 1).
+      key: of the mask.
+
+    Returns:
+      As x; the others are multiplied by 1 / (1 - rate).
+    """
 
     def mask(t):
         keep = jax.random.bernoulli(key, 1.0 - rate, t.shape)
@@ -63,7 +75,7 @@ class LoRA(Method):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         shape, dtype = (site.d_in, self.rank), site.param_dtype
         if "gather" in site.ops:
             a = jax.random.normal(key, shape, dtype) / math.sqrt(self.rank)
@@ -80,10 +92,10 @@ class LoRA(Method):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         return p["a"], p["b"] * p["scale"].astype(p["b"].dtype)
 
-    def of_factors(self, u: jax.Array, v: jax.Array) -> Arrays:
+    def of_factors(self, u: Float[Array, "d_in r"], v: Float[Array, "r d_out"]) -> Arrays:
         return {"a": u, "b": v, "scale": jnp.ones((), jnp.float32)}
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> jax.Array:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> jax.Array:
         y = x @ w
         if self.dropout and "key" in ctx:
             x = dropout(x, self.dropout, ctx["key"])

@@ -20,22 +20,35 @@ Deviates: frozen leaves instead of an edited base; exporters fold them into the 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 def randomized_svd(
-    key: jax.Array, w: jax.Array, rank: int, niter: int
+    key: PRNGKeyArray, w: Float[Array, "m n"], rank: int, niter: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Approximate top `rank` of the SVD of w [m, n]: u [m, rank], s [rank], vt [rank, n]."""
+    """The approximate top of the SVD of a matrix.
+
+    Args:
+      key: of the sketch.
+      w: the matrix.
+      rank: how many directions.
+      niter: power iterations.
+
+    Returns:
+      u [m, rank], s [rank], vt [rank, n].
+    """
     size = min(rank + 10, *w.shape)
     q = numerics.qr(w @ jax.random.normal(key, (w.shape[1], size), w.dtype))[0]
 
@@ -48,7 +61,7 @@ def randomized_svd(
 
 
 def principal(
-    key: jax.Array, w: jax.Array, rank: int, scale: Any, niter: int | None
+    key: PRNGKeyArray, w: Float[Array, "d_in d_out"], rank: int, scale: Dynamic, niter: int | None
 ) -> tuple[jax.Array, jax.Array]:
     """Factors of the principal part of a weight, the singular values split evenly.
 
@@ -84,7 +97,7 @@ class PiSSA(Method):
     def __post_init__(self) -> None:
         check_whole("PiSSA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_in, r], b [r, d_out]; frozen a0, b0, equal to them, and scale []."""
         limit = min(site.d_in, site.d_out)
         if not 1 <= self.rank <= limit:
@@ -98,11 +111,11 @@ class PiSSA(Method):
         u = p["scale"] * jnp.concatenate([p["a"], p["a0"]], axis=1)
         return u, jnp.concatenate([p["b"], -p["b0"]], axis=0)
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + s (a b - a0 b0), [d_in, d_out]; exactly w at init."""
         return w + p["scale"] * (p["a"] @ p["b"] - p["a0"] @ p["b0"])
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; the two products cancel exactly at init."""
         y = x @ w
         delta = low_rank(x, p["scale"] * p["a"], p["b"])

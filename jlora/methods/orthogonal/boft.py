@@ -25,20 +25,31 @@ multiplicative dropout of blocks.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 def deal(size: int, block: int, i: int) -> np.ndarray:
-    """The permutation of factor i: position -> input that comes there, int [size]."""
+    """The permutation of a butterfly factor.
+
+    Args:
+      size: d_in.
+      block: inputs of a block.
+      i: the factor.
+
+    Returns:
+      int [size]: for each position the input that comes there.
+    """
     if i == 0:
         return np.arange(size)
     groups = np.arange(size).reshape(-1, 2 ** (i + 1), block // 2)
@@ -65,7 +76,7 @@ class BOFT(Method):
         if self.stages > 1 and self.block % 2:
             raise ValueError(f"BOFT.block: expected even with {self.stages} stages: {self.block}")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """r [stages, d_in / block, block, block] = 0, s [d_out] = 1."""
         chunk = 2 ** (self.stages - 1) * self.block
         if site.d_in % chunk:
@@ -78,12 +89,19 @@ class BOFT(Method):
         return {"r": r, "s": s}, {}
 
     def rotations(self, p: Arrays) -> jax.Array:
-        """R of `r`, both [stages, d_in / block, block, block]."""
+        """The rotations of all blocks, by Cayley's transform.
+
+        Args:
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          [stages, d_in / block, block, block].
+        """
         skew = (p["r"] - p["r"].mT) / 2
         eye = jnp.broadcast_to(jnp.eye(self.block, dtype=skew.dtype), skew.shape)
         return numerics.solve(eye + skew, eye - skew)
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """M_{m-1} ... M_0 W diag(s), [d_in, d_out]."""
         for i, blocks in enumerate(self.rotations(p)):
             order = deal(w.shape[0], self.block, i)
@@ -91,7 +109,7 @@ class BOFT(Method):
             w = jnp.einsum("bij,bjo->bio", blocks, parts).reshape(w.shape)[order]
         return w * p["s"][None, :]
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

@@ -33,10 +33,12 @@ here the columns are drawn apart, and a file whose columns are dependent is refu
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core import compat
@@ -44,6 +46,7 @@ from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class HRA(Method):
     def __post_init__(self) -> None:
         check_whole("HRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """u [d_in, rank], equal in pairs but for `gram_schmidt`."""
         if self.rank % 2 and not self.gram_schmidt:
             raise ValueError(
@@ -76,8 +79,15 @@ class HRA(Method):
         u = jax.random.uniform(key, (site.d_in, columns), site.param_dtype, -bound, bound)
         return {"u": u if self.gram_schmidt else jnp.repeat(u, 2, axis=1)}, {}
 
-    def core(self, u: jax.Array) -> jax.Array:
-        """T [r, r], of which the chain is I - u T u.T."""
+    def core(self, u: Float[Array, "d_in r"]) -> jax.Array:
+        """T, of which the chain is I - u T u.T.
+
+        Args:
+          u: the vectors.
+
+        Returns:
+          [r, r].
+        """
         gram = numerics.einsum("ik,il->kl", u, u)
         length = jnp.diagonal(gram)
         live = length > 0
@@ -87,12 +97,12 @@ class HRA(Method):
         inverse = jnp.triu(gram, 1) + jnp.diag(jnp.where(live, length / 2, one))
         return jax.scipy.linalg.solve_triangular(inverse, jnp.eye(len(length), dtype=u.dtype))
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w - u T.T (u.T w), [d_in, d_out]."""
         u = p["u"]
         return w - (u @ self.core(u).T) @ (u.T @ w)
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; for table rows and patches the weight is reflected."""
         u = p["u"]
         left = numerics.matmul(u, self.core(u).T)  # [d_in, r]

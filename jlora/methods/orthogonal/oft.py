@@ -22,16 +22,18 @@ four terms PEFT's series differs (2: I + 2Q, 3: as 4). LyCORIS rotates the outpu
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class OFT(Method):
             if got is not None and got < 2:
                 raise ValueError(f"OFT.{name}: expected at least 2, got {got}")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """q [d_in / block or 1, block (block - 1) / 2], zeros."""
         if site.d_in % self.block:
             raise ValueError(
@@ -61,7 +63,14 @@ class OFT(Method):
         return {"q": jnp.zeros((count, self.block * (self.block - 1) // 2), site.param_dtype)}, {}
 
     def rotations(self, p: Arrays) -> jax.Array:
-        """R [count, block, block] of q [count, block (block - 1) / 2]."""
+        """The rotations of all blocks.
+
+        Args:
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          [count, block, block].
+        """
         n = self.block
         rows, cols = np.triu_indices(n, 1)
         upper = jnp.zeros((p["q"].shape[0], n, n), p["q"].dtype).at[:, rows, cols].set(p["q"])
@@ -74,14 +83,14 @@ class OFT(Method):
             total, power = total + 2 * power, jnp.matmul(power, q, precision="highest")
         return total + power
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """diag(R) W, [d_in, d_out]."""
         blocks = w.reshape(-1, self.block, w.shape[-1])
         r = self.rotations(p)
         r = jnp.broadcast_to(r, (blocks.shape[0], *r.shape[1:]))
         return jnp.einsum("bij,bjo->bio", r, blocks).reshape(w.shape)
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

@@ -26,15 +26,17 @@ for modules without a bias).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class RoAd(Method):
         if self.group % 2:
             raise ValueError(f"RoAd.group: got {self.group}, expected an even number")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """theta [variant d_out / 2] = 0, alpha of the same shape = 1."""
         if site.d_out % self.group:
             raise ValueError(
@@ -66,8 +68,16 @@ class RoAd(Method):
         zeros = jnp.zeros(size, site.param_dtype)
         return {"theta": zeros, "alpha": zeros + 1}, {}
 
-    def rotated(self, y: jax.Array, p: Arrays) -> jax.Array:
-        """y [..., d_out] in the dtype of y, every pair rotated."""
+    def rotated(self, y: Float[Array, "... d_out"], p: Arrays) -> jax.Array:
+        """y [..., d_out] in the dtype of y, every pair rotated.
+
+        Args:
+          y: outputs.
+          p: the arrays, as `prepare` returns them.
+
+        Returns:
+          [..., d_out].
+        """
         half = self.group // 2
         c, s = (p["alpha"] * wave(p["theta"]) for wave in (jnp.cos, jnp.sin))
         if self.variant == 4:  # of each group first the cosines of its outputs, then their sines
@@ -82,11 +92,11 @@ class RoAd(Method):
         c, s = c.reshape(*lead, *c.shape), s.reshape(*lead, *s.shape)
         return (pairs * c + turned * s).reshape(y.shape)
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """Every row of w rotated, [d_in, d_out]."""
         return self.rotated(w, p)
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]: the outputs of the model's own matmul, rotated."""
         return self.rotated(x @ w, p)
 

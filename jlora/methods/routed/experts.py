@@ -27,16 +27,18 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.routing import dispatch, router
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Experts(Method):
                 f"Experts.backend: expected one of {dispatch.BACKENDS}, got {self.backend!r}"
             )
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """router [d_in, E], a [E, d_in, r], b [E, r, d_out] = 0; frozen scale []."""
         ka, kr = jax.random.split(key)
         e, r, dtype, bound = self.experts, self.rank, site.param_dtype, 1 / math.sqrt(site.d_in)
@@ -78,7 +80,7 @@ class Experts(Method):
             trainable["router"] = 0.02 * jax.random.normal(kr, (site.d_in, e), dtype)
         return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> ([..., d_out], {"balance": [], "load": [E]}); shared: published, read.
 
         Raises:

@@ -18,14 +18,16 @@ matrix (PEFT: one a channel) and runs on the merged weight. LyCORIS stores l - 1
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +44,16 @@ class IA3(Method):
         if self.side not in ("in", "out"):
             raise ValueError(f"IA3.side: expected 'in' or 'out', got {self.side!r}")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """l [d_out] or [d_in], all ones."""
         size = site.d_out if self.side == "out" else site.d_in
         return {"l": jnp.ones(size, site.param_dtype)}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """W diag(l) or diag(l) W, [d_in, d_out]."""
         return w * p["l"][None, :] if self.side == "out" else p["l"][:, None] * w
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; the factors go before or after the model's matmul."""
         if self.side == "out":
             y = x @ w

@@ -16,24 +16,27 @@ Deviates: nothing.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
 
 from jlora.core.lookup import Rows
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableTokens(Method):
-    """Rows `ids` of a table.
+    """Rows `ids` of a table. Trainable `rows` [n, d_out].
 
-    Trainable `rows` [n, d_out]. Raises ValueError for ids that are none, negative or given twice;
-    at init, where an id is not a row of the table.
+    Raises:
+      ValueError: ids that are none, negative or given twice; at init, where an id is not a row of
+        the table.
     """
 
     ids: tuple[int, ...] = (0,)
@@ -42,17 +45,17 @@ class TrainableTokens(Method):
         if not self.ids or min(self.ids) < 0 or len(set(self.ids)) < len(self.ids):
             raise ValueError(f"TrainableTokens.ids: got {self.ids}, expected distinct rows")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """rows [n, d_out], the base's."""
         if max(self.ids) >= site.d_in:
             raise ValueError(f"{site.path}: id {max(self.ids)}, expected one of {site.d_in} rows")
         return {"rows": context.weight()[np.asarray(self.ids)]}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """W with the rows in their places, [d_in, d_out]."""
         return w.at[np.asarray(self.ids)].set(p["rows"])
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """Rows of the table [..., d_out]; on other x [..., d_in] the matmul with the merged one."""
         if not isinstance(x, Rows):
             return x @ w.merged(self, p)

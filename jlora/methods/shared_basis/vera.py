@@ -22,6 +22,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -44,7 +45,7 @@ class VeRA(Method):
     def __post_init__(self) -> None:
         check_whole("VeRA.rank", self.rank)
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+    def shared(self, key: PRNGKeyArray, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """Frozen basis_a [max d_in, r], basis_b [r, max d_out] of `seed`; `key` is not used."""
         ka, kb = jax.random.split(jax.random.key(self.seed))
         rows, cols = max(s.d_in for s in sites), max(s.d_out for s in sites)
@@ -57,7 +58,7 @@ class VeRA(Method):
         a, b = uniform(ka, (rows, self.rank), rows), uniform(kb, (self.rank, cols), self.rank)
         return {}, {"basis_a": a, "basis_b": b}
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """d [r], b [d_out]; frozen rows [d_in] int32, the rows of basis_a that the site uses."""
         d = jnp.full(self.rank, self.d_initial, site.param_dtype)
         b = jnp.zeros(site.d_out, site.param_dtype)

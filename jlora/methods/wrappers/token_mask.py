@@ -18,7 +18,6 @@ Deviates: the mask is an input, any mask; finding the invocation tokens is the c
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -27,6 +26,7 @@ from jlora.core.method import Wrapper
 from jlora.core.site import Arrays
 from jlora.methods.low_rank.lora import LoRA
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenMask(Wrapper):
 
     name: str = "tokens"
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; reports of the wrapped method are passed on.
 
         Raises:
@@ -62,11 +62,11 @@ class TokenMask(Wrapper):
 class _Once(Weight):
     """`w` that remembers x @ w, so that masked and unmasked tokens share one matmul."""
 
-    def __init__(self, w: Weight, x: Any) -> None:
+    def __init__(self, w: Weight, x: Dynamic) -> None:
         self.__dict__.update(w.__dict__)
         self._first, self._y = x, None
 
-    def __rmatmul__(self, x: Any) -> Any:
+    def __rmatmul__(self, x: Dynamic) -> Dynamic:
         if x is not self._first:
             return super().__rmatmul__(x)
         if self._y is None:

@@ -7,6 +7,7 @@ import pytest
 
 import jlora as jl
 from experiments.claims import text_merges
+from tests.experiments.claims.conftest import TASKS
 
 
 def test_random_directions_keep_spectra_and_lose_the_directions():
@@ -28,9 +29,6 @@ def test_random_directions_keep_spectra_and_lose_the_directions():
     assert abs(cosine) < 0.5
 
 
-TASKS = tuple(f"t{i}" for i in range(8))
-
-
 def test_what_is_merged_covers_every_task_once():
     plan: list[tuple[text_merges.Kind, int, int]]
     plan = [("tasks", 1, 8), ("pairs", 4, 2), ("copies", 8, 2)]
@@ -40,33 +38,6 @@ def test_what_is_merged_covers_every_task_once():
         assert [len(parts) for parts, _ in found] == [size] * merges
         assert sorted(t for _, judged in found for t in judged) == sorted(TASKS)
     assert text_merges.groups("copies", TASKS, 2)[0] == ((("t0", 2), ("t0", 0)), ("t0",))
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """Two seeds of eight tasks on a linear model; adapter i moves logit i % 2 for input i."""
-    params = {"w": jnp.zeros((8, 2))}
-    fresh = jl.init(jax.random.key(0), lambda p, x: x @ p["w"], params, jnp.ones((2, 8)),
-                    methods={"w": jl.LoRA(rank=1, alpha=1.0)})  # fmt: skip
-    adapters, test, few = {}, {}, {}
-    for i, task in enumerate(TASKS):
-        for seed in range(3):
-            a = jnp.zeros((8, 1)).at[i].set(1.0 + seed)
-            b = jnp.zeros((1, 2)).at[0, i % 2].set(1.0)
-            adapters[task, seed, 4] = fresh.replace(trainable={"w": {"a": a, "b": b}})
-        x = np.tile(np.eye(8)[i], (6, 1))
-        label = jnp.full(6, i % 2, jnp.int32)
-        test[task] = few[task] = text_merges.cells.Rows(
-            (jnp.asarray(x, jnp.float32),), label.at[0].set(1 - i % 2), 5
-        )
-    bench = text_merges.cells.Bench(TASKS, linear, params, adapters, fresh, test, few)
-    monkeypatch.setattr(text_merges, "bench", lambda workdir: bench)
-    for cached in (text_merges.cell, text_merges._random, text_merges._joined):
-        monkeypatch.setattr(text_merges, cached.__wrapped__.__name__, cached.__wrapped__)
-
-
-def linear(params, x):
-    return x @ params["w"]
 
 
 @pytest.mark.parametrize("kind", ["tasks", "pairs", "copies"])
