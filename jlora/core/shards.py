@@ -11,6 +11,7 @@ columns are, methods without factors merge the whole weight first.
 Reference: none; `jax.shard_map` is what it runs.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -42,8 +43,9 @@ def shard_map(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
     parts = [part for part in found if part is not None]
     if len(parts) < len(found):
         return None
-    template = scope.fork(math.prod(p["mesh"].shape[name] for name in manual))
-    template.ctx = {}  # no method in here reads it
+    devices = math.prod(p["mesh"].shape[name] for name in manual)
+    # no method in here reads side inputs, and the devices' program must not hold them
+    template = dataclasses.replace(scope, ctx={}).fork(devices)
 
     def body(*arrays):
         child = template.child()
