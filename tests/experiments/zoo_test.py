@@ -129,6 +129,21 @@ def test_a_nan_in_a_zoo_adapter_is_named(made, tmp_path, monkeypatch):
         zoo.load(made, Done(tmp_path, {}))
 
 
+def test_a_short_run_has_fewer_snapshots_than_the_multitask_one(made, tmp_path, monkeypatch):
+    """Two steps have two snapshots where three were asked for, eight steps have three."""
+    config = dataclasses.replace(made.config, zoo_steps=2, zoo_snapshots=3)
+    copies = {}
+
+    def shaped(path, like):
+        copies[path.name] = jax.tree.leaves(like["snapshots"])[0].shape[1]
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+
+    monkeypatch.setattr(zoo, "load_tree", shaped)
+    found = zoo.load(made._replace(config=config), Done(tmp_path, {}))
+    assert copies == {"chunk_000": 2, "chunk_001": 2, "multitask": 3}
+    assert jax.tree.leaves(found.trainable)[0].shape[1] == 2
+
+
 def test_an_unknown_task_is_named(made):
     with pytest.raises(StageError, match="no task named 'nobody'"):
         made.task("nobody")
