@@ -192,7 +192,7 @@ def merged(side: Side, adapters: Sequence[jl.Adapter], seed: int) -> jl.Adapter:
         return jl.merging.merge(
             name, adapters, weights, key=key if row.randomised else None, **options
         )
-    made = jl.merging.merge(name, adapters, weights * size, **options)
+    made = jl.merging.merge(name, adapters, weights * size, options=options)
     frozen = {p: {"scale": d["scale"] / size} for p, d in made.frozen.items()}
     return made.replace(frozen=frozen)
 
