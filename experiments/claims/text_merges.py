@@ -190,9 +190,9 @@ def merged(side: Side, adapters: Sequence[jl.Adapter], seed: int) -> jl.Adapter:
         options |= cells.STREAMED
     if name not in cells.UNIT_SUM:
         return jl.merging.merge(
-            name, adapters, weights, key=key if row.randomised else None, **options
+            name, adapters, weights, options=options, key=key if row.randomised else None
         )
-    made = jl.merging.merge(name, adapters, weights * size, **options)
+    made = jl.merging.merge(name, adapters, weights * size, options=options)
     frozen = {p: {"scale": d["scale"] / size} for p, d in made.frozen.items()}
     return made.replace(frozen=frozen)
 
