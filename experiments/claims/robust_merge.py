@@ -9,7 +9,8 @@ from jlora import merging
 def robust_merge(adapters, weights, key):
     """At the official weights, 2 each: both factors are multiplied, so 1/T would be 1/(2T)^2."""
     twice = jnp.full_like(weights, 2.0)
-    return merging.merge("robust_merge", adapters, twice, density=0.2, floor=0.8)
+    options = {"density": 0.2, "floor": 0.8}
+    return merging.merge("robust_merge", adapters, twice, options=options)
 
 
 CLAIM = text_merges.claim(

@@ -189,9 +189,8 @@ def merged(side: Side, adapters: Sequence[jl.Adapter], seed: int) -> jl.Adapter:
     if "solver" in inspect.signature(row.function).parameters:
         options |= cells.STREAMED
     if name not in cells.UNIT_SUM:
-        return jl.merging.merge(
-            name, adapters, weights, options=options, key=key if row.randomised else None
-        )
+        key = key if row.randomised else None
+        return jl.merging.merge(name, adapters, weights, options=options, key=key)
     made = jl.merging.merge(name, adapters, weights * size, options=options)
     frozen = {p: {"scale": d["scale"] / size} for p, d in made.frozen.items()}
     return made.replace(frozen=frozen)
