@@ -157,7 +157,9 @@ def _join(users: bool) -> processes.Processes:
 
 
 def _fail(text: str) -> None:
-    print(f"\nerror: {text}", file=sys.stderr)
+    print(f"\nerror: {text}", file=sys.stderr, flush=True)
+    if DISTRIBUTED.value:
+        os._exit(2)  # at exit JAX would wait for the others, which wait for this process
     sys.exit(2)
 
 

@@ -2,7 +2,7 @@
 
 A stage writes into `<workdir>/<stage>-<key>/` and commits it by a DONE.json (temp file + rename)
 that lists every file with its size and sha256. A folder without DONE.json is unfinished work, a
-file that no longer matches is an error. PyTrees are Orbax checkpoints.
+file that no longer matches is an error. PyTrees are Orbax checkpoints (.npz by other processes).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jlora.io import FormatError, json_file
 from jlora.io.inside import inside
 
 PyTree = Any
+ALONE = "arrays.npz"  # in the folder of a tree that another process than 0 saved
 
 
 class StageError(RuntimeError):
@@ -82,9 +83,22 @@ def save_tree(path: Path, tree: PyTree) -> None:
     Leaves are stored by their key path, so NamedTuples and optimizer states need no schema.
     """
     host = {k: np.asarray(v) for k, v in _named(tree).items()}
+    if jax.process_index() > 0:
+        _save_alone(path, host)
+        return
     with _checkpointer() as saver:
         saver.save(path.absolute(), host, force=True)
         saver.wait_until_finished()
+
+
+def _save_alone(path: Path, host: dict[str, np.ndarray]) -> None:
+    """One .npz in the folder: Orbax writes arrays of the host in process 0 only."""
+    temp = path.with_name(path.name + ".tmp")
+    for old in (temp, path):
+        shutil.rmtree(old, ignore_errors=True)
+    temp.mkdir(parents=True)
+    save_array(temp / ALONE, **host)
+    os.replace(temp, path)
 
 
 def load_tree(path: Path, like: PyTree) -> PyTree:
@@ -96,8 +110,12 @@ def load_tree(path: Path, like: PyTree) -> PyTree:
         raise StageError(f"{path}: no checkpoint here; run the stage that writes it again")
     want = {k: np.zeros(v.shape, v.dtype) for k, v in _named(like).items()}
     try:
-        with _checkpointer() as saver:
-            got = saver.restore(path.absolute(), want)
+        if (path / ALONE).is_file():
+            with np.load(path / ALONE) as file:
+                got = dict(file)
+        else:
+            with _checkpointer() as saver:
+                got = saver.restore(path.absolute(), want)
     except Exception as error:  # Orbax raises many kinds for a damaged folder
         text = str(error).splitlines()[0][:200] if str(error) else ""
         raise StageError(

@@ -5,7 +5,7 @@ tensor parallelism; mesh axes that split weights only to save memory (fsdp) woul
 small array for every use, so along them adapters are copies. Stack axes follow the base's, without
 fsdp axes too.
 
-Source: our reading (measured: an adapter that inherits the fsdp axis adds an all-gather and a
+Original to jlora (measured: an adapter that inherits the fsdp axis adds an all-gather and a
 collective-permute a site).
 Deviates: nothing.
 """
@@ -65,7 +65,7 @@ def specs(
 
 
 def _spec(site: Site, given: dict[str, Dynamic], mesh: Mesh, fsdp: Sequence[str]) -> list[Dynamic]:
-    """The base's spec, one entry an axis of the leaf, without fsdp axes."""
+    """The base's spec, one entry per axis of the leaf, without fsdp axes."""
     if site.path not in given:
         raise ValueError(f"{site.path}: no spec among those of the base: {sorted(given)}")
     spec = list(given[site.path])
@@ -85,7 +85,7 @@ def _spec(site: Site, given: dict[str, Dynamic], mesh: Mesh, fsdp: Sequence[str]
 def _inherit(
     name: str, shape: Dynamic, site: Site, method: Method, spec: list[Dynamic]
 ) -> list[Dynamic]:
-    """One entry an axis of an array [*stack, ...]; what cannot be told apart is replicated."""
+    """one entry per axis of an array [*stack, ...]; what cannot be told apart is replicated."""
 
     def of(kind):
         return [s for s, k in zip(spec, site.kinds, strict=True) if k == kind]

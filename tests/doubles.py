@@ -6,6 +6,7 @@ runs. A name that the module imported, or a builtin, is exchanged in that module
 programs know nothing of it: clear JAX's caches.
 """
 
+import builtins
 import dataclasses
 import importlib
 import importlib.util
@@ -81,7 +82,7 @@ def broken(monkeypatch: Any, name: str, piece: str, change: Change, *tests: Any)
     """
     module = importlib.import_module(name)
     builtin = piece not in vars(module)
-    right = __builtins__[piece] if builtin else getattr(module, piece)
+    right = getattr(builtins if builtin else module, piece)
     wrong = change(right)
     monkeypatch.setattr(module, piece, wrong, raising=not builtin)
     if getattr(right, "__module__", None) != name:

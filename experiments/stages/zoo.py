@@ -122,7 +122,9 @@ def load(world: World, done: Done) -> Zoo:
     runs = tuple(plan(world))
     parts, losses = [], []
     for k, chunk in enumerate(_chunks(world)):
-        found = load_tree(done.path / f"chunk_{k:03d}", _empty(world, len(chunk)))
+        found = load_tree(
+            done.path / f"chunk_{k:03d}", _empty(world, len(chunk), world.config.zoo_steps)
+        )
         parts.append(found["snapshots"])
         losses.append(found["loss"])
     trainable = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
@@ -134,13 +136,15 @@ def load(world: World, done: Done) -> Zoo:
                 f"{done.path}: run '{where}' has NaN or infinity in {jax.tree_util.keystr(path)};"
                 " lower --zoo_lr or delete the stage's folder and train it again"
             )
-    multi = load_tree(done.path / "multitask", _empty(world, 1))["snapshots"]
+    steps = MULTITASK_STEPS * world.config.zoo_steps  # a short run has fewer snapshots
+    multi = load_tree(done.path / "multitask", _empty(world, 1, steps))["snapshots"]
     last = jax.tree.map(lambda x: x[0, -1], multi)
     return Zoo(template(world, world.config.seed), trainable, runs, last, np.concatenate(losses))
 
 
-def _empty(world: World, runs: int) -> dict[str, Any]:
-    copies = len(snapshot_steps(world.config.zoo_snapshots, world.config.zoo_steps))
+def _empty(world: World, runs: int, steps: int) -> dict[str, Any]:
+    """Shapes of what `train` returns for so many runs of so many steps."""
+    copies = len(snapshot_steps(world.config.zoo_snapshots, steps))
     one = template(world, world.config.seed).trainable
     shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct((runs, copies, *x.shape), x.dtype), one)
     return {"snapshots": shape, "loss": jax.ShapeDtypeStruct((runs,), jnp.float32)}

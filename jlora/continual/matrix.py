@@ -79,6 +79,9 @@ def average_accuracy(matrix: Float[np.ndarray, "T T"]) -> float:
 
     Args:
       matrix: R.
+
+    Returns:
+      ACC.
     """
     return float(np.mean(_checked(matrix, 1)[-1]))
 
@@ -88,6 +91,9 @@ def backward_transfer(matrix: Float[np.ndarray, "T T"]) -> float:
 
     Args:
       matrix: R, of at least two tasks.
+
+    Returns:
+      BWT; negative where tasks are forgotten.
     """
     r = _checked(matrix, 2)
     return float(np.mean(r[-1, :-1] - np.diagonal(r)[:-1]))
@@ -98,6 +104,9 @@ def forgetting(matrix: Float[np.ndarray, "T T"]) -> float:
 
     Args:
       matrix: R, of at least two tasks.
+
+    Returns:
+      F, at least 0 where a task was at its best before the end.
     """
     r = _checked(matrix, 2)
     return float(np.mean(np.nanmax(r[:-1, :-1], axis=0) - r[-1, :-1]))

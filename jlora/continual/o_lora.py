@@ -45,6 +45,9 @@ def init(fresh: Adapter) -> OLoRA:
     Args:
       fresh: an adapter of `jl.init`, of LoRA alone.
 
+    Returns:
+      The state without tasks.
+
     Raises:
       ValueError: a site of another method, or with a frozen `a`.
     """
@@ -60,6 +63,9 @@ def start(key: PRNGKeyArray, state: OLoRA) -> Adapter:
     Args:
       key: of its `a`, another one per task.
       state: after the tasks so far.
+
+    Returns:
+      An adapter of the sites of `fresh`, with b zero.
     """
     leaves = {s.path: jax.ShapeDtypeStruct(s.shape, s.dtype) for s, _ in state.fresh.sites}
     return initialise(key, state.fresh.sites, leaves).replace(frozen=state.fresh.frozen)
@@ -71,6 +77,9 @@ def running(state: OLoRA, adapter: Adapter) -> Adapter:
     Args:
       state: after the tasks so far.
       adapter: in training.
+
+    Returns:
+      A LoRA adapter whose rank is the sum of all ranks.
     """
     every, trainable, frozen, sites = (*state.tasks, adapter), {}, {}, []
     for site, method in adapter.sites:
@@ -109,6 +118,9 @@ def update(state: OLoRA, trained: Adapter) -> OLoRA:
     Args:
       state: before it.
       trained: its adapter.
+
+    Returns:
+      The state with one more task.
     """
     return state._replace(tasks=(*state.tasks, trained))
 
@@ -119,6 +131,9 @@ def adapter(state: OLoRA, task: int) -> Adapter:
     Args:
       state: after the tasks so far.
       task: one of them.
+
+    Returns:
+      One LoRA adapter, the same for all tasks.
 
     Raises:
       IndexError: the task has not come.

@@ -35,6 +35,9 @@ def init(fresh: Adapter) -> Separate:
 
     Args:
       fresh: an adapter of `jl.init`.
+
+    Returns:
+      The state without tasks.
     """
     return Separate(fresh, ())
 
@@ -45,6 +48,9 @@ def start(key: PRNGKeyArray, state: Separate) -> Adapter:
     Args:
       key: not used.
       state: after the tasks so far.
+
+    Returns:
+      The same for every task.
     """
     del key
     return state.fresh
@@ -56,6 +62,9 @@ def update(state: Separate, trained: Adapter) -> Separate:
     Args:
       state: before it.
       trained: its adapter.
+
+    Returns:
+      The state with one more task.
     """
     return state._replace(tasks=(*state.tasks, trained))
 
@@ -66,6 +75,9 @@ def adapter(state: Separate, task: int) -> Adapter:
     Args:
       state: after the tasks so far.
       task: one of them.
+
+    Returns:
+      As it was after its own training.
 
     Raises:
       IndexError: the task has not come.

@@ -34,6 +34,9 @@ def init(fresh: Adapter) -> Sequential:
 
     Args:
       fresh: an adapter of `jl.init`.
+
+    Returns:
+      The state without tasks.
     """
     return Sequential(fresh, jnp.zeros((), jnp.int32))
 
@@ -44,6 +47,9 @@ def start(key: PRNGKeyArray, state: Sequential) -> Adapter:
     Args:
       key: not used.
       state: after the tasks so far.
+
+    Returns:
+      The latest adapter.
     """
     del key
     return state.latest
@@ -55,6 +61,9 @@ def update(state: Sequential, trained: Adapter) -> Sequential:
     Args:
       state: before it.
       trained: the adapter after it.
+
+    Returns:
+      The state with one more task.
     """
     return Sequential(trained, state.count + 1)
 
@@ -65,6 +74,9 @@ def adapter(state: Sequential, task: int) -> Adapter:
     Args:
       state: after the tasks so far.
       task: one of them.
+
+    Returns:
+      The same for all tasks.
 
     Raises:
       IndexError: the task has not come.

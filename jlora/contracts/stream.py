@@ -303,10 +303,7 @@ def unseen(record: Stream, at: World) -> float:
 
 
 def gradient(record: Stream, at: World) -> float:
-    """0, or infinity where a gradient of the second task is not finite, or that of its loss zero.
-
-    At its start, and away from it.
-    """
+    """0, or infinity where a gradient of task 1 is not finite, or that of its loss is zero."""
     state, adapter = _second(record, at)
     for given in (adapter, tiny.moved(adapter)):
         found = _gradients(record, at, state, given, 1)

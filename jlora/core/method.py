@@ -232,7 +232,8 @@ def add_low_rank(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
       [d_in, d_out].
     """
     if u.shape[1] > 16:
-        return w + u @ v
+        with jax.default_matmul_precision("highest"):
+            return w + u @ v
     return _outer(w, u, v)
 
 
@@ -244,7 +245,8 @@ def _outer(w: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
 @add_low_rank.defjvp
 def _add_low_rank_jvp(at: Any, along: Any) -> tuple[jax.Array, jax.Array]:
     (w, u, v), (dw, du, dv) = at, along
-    return add_low_rank(w, u, v), dw + du @ v + u @ dv
+    with jax.default_matmul_precision("highest"):  # JAX may trace this outside of the caller's
+        return add_low_rank(w, u, v), dw + du @ v + u @ dv
 
 
 def low_rank(x: Any, u: jax.Array, v: jax.Array) -> jax.Array:

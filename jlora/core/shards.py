@@ -43,8 +43,9 @@ def shard_map(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
     parts = [part for part in found if part is not None]
     if len(parts) < len(found):
         return None
-    bare = dataclasses.replace(scope, ctx={})  # no method in here reads it
-    template = bare.fork(math.prod(p["mesh"].shape[name] for name in manual))
+    devices = math.prod(p["mesh"].shape[name] for name in manual)
+    # no method in here reads side inputs, and the devices' program must not hold them
+    template = dataclasses.replace(scope, ctx={}).fork(devices)
 
     def body(*arrays):
         child = template.child()

@@ -9,7 +9,7 @@ C_k     core of client k, [r, r], starts at the leading singular values
 .. math:: U S V^T = G, \\; L = U_{:r}, \\; R = V_{:r}^T, \\; C_0 = \\mathrm{diag}(S_{:r}), \\qquad
           L \\bigl(\\sum_k p_k C_k\\bigr) R = \\sum_k p_k L C_k R
 
-The average is exact whatever the number of clients, r^2 numbers a site are sent, and a step on C
+The average is exact whatever the number of clients, r^2 numbers per site are sent, and a step on C
 is the full step seen through the bases: L (L^T G R^T) R.
 
 Shapes: cores [N, r, r]; weights [N]; result u [d_in, r], v [r, d_out].

@@ -15,7 +15,7 @@ Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result u [N, d_in, R'
 with R' the largest of `ranks` and zeros beyond a client's rank.
 
 Paper: Bai et al. 2024, arXiv:2402.11505.
-Source: abstract; the square root of S on both sides is our reading.
+Source: abstract; the square root of S on both sides is original to jlora.
 Deviates: the SVD runs in the core space of all factors, no average is formed.
 """
 

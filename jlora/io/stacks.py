@@ -100,11 +100,13 @@ def tunix(prefix: str = "", layer_offset: int = 0) -> NameMap:
     return NameMap(rules, prefix, layer_offset)
 
 
-def keras_hub(prefix: str = "", layer_offset: int = 0) -> NameMap:
+def keras_hub(prefix: str = "", post_norms: bool = True, layer_offset: int = 0) -> NameMap:
     """KerasHub: the backbones of Llama (and Mistral, Qwen) and of Gemma.
 
     Args:
       prefix: put before every module name.
+      post_norms: of a Gemma backbone, whether it has norms after attention and feed-forward (Gemma
+        2 and 3): only then transformers' ``post_attention_layernorm`` is one of these.
       layer_offset: as in `NameMap`.
     """
     llama, gemma = r"transformer_layer_(?P<i>\d+)/", r"decoder_block_(?P<i>\d+)/"
@@ -113,12 +115,8 @@ def keras_hub(prefix: str = "", layer_offset: int = 0) -> NameMap:
         "self_attention_layernorm": "input_layernorm",
         "feedforward_layernorm": "post_attention_layernorm",
     }
-    gemma_names = {
-        "pre_attention_norm": "input_layernorm",
-        "post_attention_norm": "post_attention_layernorm",
-        "pre_ffw_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }
+    first = {"pre_attention_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
+    gemma_names = NORMS if post_norms else first
     gates = {"gate": "gate", "intermediate": "up", "output": "down"}
     rules: Rules = {
         **{

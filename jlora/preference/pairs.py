@@ -102,6 +102,9 @@ def margin(policy: LogProbs, reference: LogProbs) -> Float[Array, "B"]:
     Args:
       policy: of the adapted model.
       reference: of the base.
+
+    Returns:
+      h, [B].
     """
     return (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
 

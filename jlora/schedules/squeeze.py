@@ -26,7 +26,7 @@ during training, where `schedule` falls step by step and arrays keep their shape
 are zero, a fixed point of gradient descent and of Adam), so that nothing compiles twice.
 
 Paper: Vulić et al. 2026, arXiv:2602.10993.
-Source: abstract; the split of S, the moments and the schedule are our reading.
+Source: abstract; the split of S, the moments and the schedule are original to jlora.
 Deviates: exact SVD in the core instead of a randomised one; the scale stays as it is (alpha moves
 with the rank), so learning rates keep their meaning.
 """

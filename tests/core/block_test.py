@@ -144,7 +144,7 @@ def test_other_methods_and_unmarked_calls_are_not_touched():
 
 def test_what_cannot_be_mixed_is_refused():
     with pytest.raises(ValueError, match=r"outside of jl.block\('block'"):
-        jl.lift(lambda p, x: x @ p["gate"][0])(PARAMS, MADE, X)
+        jl.lift(lambda p, x: x @ p["gate"][0], unread="allow")(PARAMS, MADE, X)
     with pytest.raises(NotImplementedError, match="no merge"):
         jl.merge(PARAMS, MADE)
     with pytest.raises(ValueError, match="depends on the expert"):

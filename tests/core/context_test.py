@@ -272,7 +272,7 @@ def test_side_inputs_that_fit_no_site_are_refused():
         return x @ p["q"][0][:, :2]
 
     with pytest.raises(jl.DenseWeightError, match="q"):  # a part of a matrix has no such axes
-        jl.lift(halves)(LAYERS, made, X, ctx={"gate": jl.per_layer(jnp.ones(3))})
+        jl.lift(halves, unread="allow")(LAYERS, made, X, ctx={"gate": jl.per_layer(jnp.ones(3))})
 
 
 @dataclasses.dataclass(frozen=True)

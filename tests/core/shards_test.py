@@ -135,3 +135,17 @@ def test_experts_are_not_merged():
     adapter = jl.init(jax.random.key(0), fn, params, x, methods={"w": jl.DoRA(2)})
     jaxpr = jax.make_jaxpr(jl.lift(fn))(params, adapter, x).jaxpr
     assert {e.primitive.name for e in jaxpr.eqns} == {"reshape", "shard_map"}
+
+
+def test_side_inputs_that_no_method_in_here_reads_stay_outside():
+    params, x = {"w": jnp.asarray(w(4, 6))}, jnp.asarray(X)
+
+    def fn(p, x):
+        return column_parallel(p["w"], x)
+
+    adapter = jl.init(jax.random.key(0), fn, params, x, methods={"w": jl.LoRA(2)})
+
+    def run(key):
+        return jl.lift(fn)(params, adapter, x, ctx={"key": key, "mask": jnp.ones(8)})
+
+    assert "random" not in str(jax.make_jaxpr(run)(jax.random.key(1)))

@@ -12,7 +12,7 @@ def test_scores_and_overlaps_are_those_of_the_right_and_wrong_texts(monkeypatch)
     right = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]], bool)
     monkeypatch.setattr(accuracy, "correct", lambda world, encoded, task, tokens: right)
     found = {"trained": np.zeros((2, 1, 1)), "generated": np.zeros((2, 1, 1))}
-    scores, overlap = evaluate.score(None, None, "task", found)  # ty: ignore
+    scores, overlap = evaluate.score(None, None, "task", found)
     assert scores == {"trained": [0.5, 0.5], "generated": [0.75, 1.0]}
     # Mistakes: trained {2, 3} and {1, 2}, generated {0} and none.
     assert overlap == {"generated": [0.0, 0.0], "trained": [1 / 3, 1 / 3]}

@@ -26,7 +26,7 @@ def test_states_are_the_same_in_other_blocks(tiny_world, tmp_path, monkeypatch):
 
 def test_each_text_has_the_states_that_the_base_gives_it_alone(tiny_world):
     config = tiny_world.config
-    prepared = world.prepare(Context(config, None))  # ty: ignore
+    prepared = world.prepare(Context(config, None))
     for k in (0, 7, len(prepared.texts) - 1):
         hidden, mask, vector = base_model.states(prepared.base, [prepared.texts[k]], config, 1)
         real = mask[0]

@@ -19,12 +19,14 @@ from experiments.workdir import StageError
 CONFIG = Config(
     base="tiny", tasks="toy", layers=1, max_length=8, train_texts=20, eval_rows=10, examples=2,
     zoo_steps=4, zoo_segment=4, zoo_batch=4, zoo_chunk=8, zoo_snapshots=2, references=2,
+    latent=3,
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return world.build(CONFIG, tmp_path_factory.mktemp("world"), None)
+@pytest.fixture
+def made(tiny_world):
+    assert tiny_world.config == CONFIG
+    return tiny_world
 
 
 def train(made, folder, runs):
@@ -125,6 +127,21 @@ def test_a_nan_in_a_zoo_adapter_is_named(made, tmp_path, monkeypatch):
     name = zoo.plan(made)[8 + 2].name
     with pytest.raises(StageError, match=f"run '{name}' has NaN or infinity"):
         zoo.load(made, Done(tmp_path, {}))
+
+
+def test_a_short_run_has_fewer_snapshots_than_the_multitask_one(made, tmp_path, monkeypatch):
+    """Two steps have two snapshots where three were asked for, eight steps have three."""
+    config = dataclasses.replace(made.config, zoo_steps=2, zoo_snapshots=3)
+    copies = {}
+
+    def shaped(path, like):
+        copies[path.name] = jax.tree.leaves(like["snapshots"])[0].shape[1]
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+
+    monkeypatch.setattr(zoo, "load_tree", shaped)
+    found = zoo.load(made._replace(config=config), Done(tmp_path, {}))
+    assert copies == {"chunk_000": 2, "chunk_001": 2, "multitask": 3}
+    assert jax.tree.leaves(found.trainable)[0].shape[1] == 2
 
 
 def test_an_unknown_task_is_named(made):

@@ -95,5 +95,5 @@ def test_every_system_has_a_broken_piece():
 
 
 def test_a_piece_that_is_not_there_cannot_be_broken(monkeypatch):
-    with pytest.raises(KeyError, match="nothing"):
+    with pytest.raises(AttributeError, match="nothing"):
         broken(monkeypatch, f"{F}.fedavg", "nothing", instead(0))

@@ -173,6 +173,9 @@ STACKS = {
 }  # fmt: skip
 
 
+OPTIONS = {"keras-gemma": {"post_norms": False}}  # of the name map
+
+
 def filled(params: Any) -> Any:
     """`params` with the weights of their paths."""
     import jax
@@ -206,7 +209,7 @@ def main(wanted: list[str]) -> None:
         leaves = {
             k: v for k, v in flatten(params)[0].items() if jnp.issubdtype(v.dtype, jnp.floating)
         }
-        names = getattr(io, stack.names)()
+        names = getattr(io, stack.names)(**OPTIONS.get(name, {}))
         with tempfile.TemporaryDirectory() as folder:
             written(Path(folder), leaves, names)
             adapter = io.load_peft(folder, names, params)

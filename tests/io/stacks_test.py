@@ -49,7 +49,8 @@ def read(name):
         path: jnp.asarray(make_stacks.weight(path, tuple(shape)), dtype)
         for path, (dtype, *shape) in data["tree"].items()
     }
-    return data, leaves, getattr(io, make_stacks.STACKS[name].names)()
+    names = getattr(io, make_stacks.STACKS[name].names)(**make_stacks.OPTIONS.get(name, {}))
+    return data, leaves, names
 
 
 def twin(data, leaves, names):

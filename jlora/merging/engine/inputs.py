@@ -19,28 +19,27 @@ Deviates: nothing.
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import PRNGKeyArray
 
 from jlora import algebra
 from jlora.algebra import Deltas, LowRank
 from jlora.core.adapter import Adapter
 from jlora.core.method import Method
 from jlora.core.site import Site
+from jlora.merging.engine.keys import Ids as Ids
+from jlora.merging.engine.keys import keys_of as keys_of
+from jlora.merging.engine.keys import keys_of_sites
 from jlora.methods.low_rank.lora import LoRA
 from jlora.types import Dynamic
 
 # of N adapters: [N], or {path: [N] or [N, *stack]}
 Weights = ArrayLike | Sequence[float] | Mapping[str, ArrayLike]
-Ids = ArrayLike | Sequence[int]  # [N], names of adapters in the keys of random masks
 
 
 class Gathered(NamedTuple):
@@ -180,48 +179,6 @@ def to_adapter(deltas: Deltas, sites: Sequence[Site]) -> Adapter:
         rank = u.shape[-1]
         rows.append((site, LoRA(rank=rank, alpha=float(rank))))
     return Adapter(trainable, frozen, tuple(rows))
-
-
-def keys_of(key: PRNGKeyArray, path: str, slices: int, size: int, ids: Ids | None = None) -> Array:
-    """One key for each slice and adapter of a site.
-
-    Args:
-      key: of the whole merge.
-      path: the site.
-      slices: S.
-      size: N.
-      ids: [N], names of the adapters; None: 0..N-1.
-
-    Returns:
-      [S, N] keys.
-    """
-    return keys_of_sites(key, ((path, slices),), size, ids)
-
-
-def keys_of_sites(
-    key: PRNGKeyArray, sites: Sequence[tuple[str, int]], size: int, ids: Ids | None = None
-) -> Array:
-    """`keys_of` of several sites, one after the other.
-
-    All at once: a program that draws them for each site compiles as many generators.
-
-    Args:
-      key: of the whole merge.
-      sites: path and number of slices of each.
-      size: N.
-      ids: [N], names of the adapters; None: 0..N-1.
-
-    Returns:
-      [sum of all S, N] keys.
-    """
-    ids = jnp.arange(size, dtype=jnp.uint32) if ids is None else jnp.asarray(ids, jnp.uint32)
-    numbers = np.asarray([(zlib.crc32(p.encode()), s) for p, n in sites for s in range(n)], "u4")
-    fold = jax.random.fold_in
-
-    def one(path: Array, row: Array) -> Array:
-        return jax.vmap(lambda n: fold(fold(fold(key, path), row), n))(ids)
-
-    return jax.vmap(one)(jnp.asarray(numbers[:, 0]), jnp.asarray(numbers[:, 1]))
 
 
 def slice_weights(weights: Weights, path: str, size: int, slices: int) -> Array:

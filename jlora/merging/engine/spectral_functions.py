@@ -18,7 +18,7 @@ a rotation inside it is left out, for what is computed from a subspace does not 
 Where the columns given to `basis` are dependent, a derivative that would enlarge the span is left
 out too; gradients with respect to weights are exact, as bases do not depend on them.
 
-Source: our reading; textbook (Daleckii and Krein 1965 for the divided differences).
+Original to jlora; textbook (Daleckii and Krein 1965 for the divided differences).
 Deviates: nothing.
 """
 

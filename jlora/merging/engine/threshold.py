@@ -13,7 +13,7 @@ or any t above it that keeps exactly k elements. A random sample brackets t; the
 the elements above `WAYS` thresholds, equally spaced in the order of float32 numbers, and narrows
 the bracket to one part in 17. About four passes; at most eight more if the sample misleads.
 
-Source: our reading (selection by counting; float32 >= 0 are ordered as their bits are).
+Original to jlora (selection by counting; float32 >= 0 are ordered as their bits are).
 Deviates: elements that are equal to the threshold are all kept (a top-k picks some of them).
 """
 

@@ -11,7 +11,7 @@ p_s, p_c      evolution paths of the step size and of the covariance
           C \\leftarrow (1 - c_1 - c_\\mu) C + c_1 p_c p_c^T + c_\\mu \\sum_i w_i y_i y_i^T, \\qquad
           s \\leftarrow s \\, e^{(c_s / d_s)(\\|p_s\\| / E\\|N(0, I)\\| - 1)}
 
-A sample outside of [-bound, bound] is judged at the nearest point inside plus its squared distance.
+A sample outside of [-bound, bound] is scored at the nearest point inside plus its squared distance.
 One generation is one call of the function under `vmap`.
 
 Paper: Hansen 2016, The CMA evolution strategy: a tutorial, arXiv:1604.00772.
@@ -95,7 +95,7 @@ def minimise(
     chi = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))
     eye = jnp.eye(n, dtype=start.dtype)
 
-    def judge(x: Array) -> Array:
+    def score(x: Array) -> Array:
         if bound is None:
             return f(x)
         inside = jnp.clip(x, -bound, bound)
@@ -108,7 +108,7 @@ def minimise(
         z = jax.random.normal(jax.random.fold_in(key, at), (size, n), start.dtype)
         y = z * root @ vectors.T
         x = mean[None, :] + s * y
-        got = jax.vmap(judge)(x)
+        got = jax.vmap(score)(x)
         order = jnp.argsort(got)
         y, x, first = y[order], x[order], got[order[0]]
         move = w @ y[:mu]
@@ -128,7 +128,7 @@ def minimise(
         return (mean + s * move, s_new, (c + c.T) / 2, ps, pc, best, value), first
 
     zero = jnp.zeros_like(start)
-    first = (start, jnp.asarray(sigma, start.dtype), eye, zero, zero, start, judge(start))
+    first = (start, jnp.asarray(sigma, start.dtype), eye, zero, zero, start, score(start))
     state, values = lax.scan(generation, first, jnp.arange(generations))
     return Found(state[5], state[6], values)
 

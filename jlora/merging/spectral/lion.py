@@ -23,7 +23,7 @@ weights: linear scale.
 Shapes: bank u [N, d_in, R], v [N, R, d_out]; weights [N]; result u [d_in, N R], v [N R, d_out].
 
 Paper: Zhang et al. 2025, arXiv:2507.05678.
-Source: abstract and notes on the paper, which give no equations: all of this is our reading.
+Source: abstract and notes on the paper, which give no equations: all of this is reconstructed.
 Deviates: `orthogonal` is not in the paper. Its token for the amplitude, inside the attention of a
 video transformer, is not here. A zero delta adds nothing.
 """

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -69,10 +69,10 @@ class KaSA(Method):
     def __post_init__(self) -> None:
         check_whole("KaSA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a, d, b = 0; frozen a0, b0 and scale []."""
         try:
-            a0, b0 = smallest(site.weight(), self.rank)
+            a0, b0 = smallest(context.weight(), self.rank)
         except ValueError as error:
             raise ValueError(f"{site.path}: {error}") from error
         bound, dtype, keys = 1 / math.sqrt(site.d_in), site.param_dtype, jax.random.split(key)

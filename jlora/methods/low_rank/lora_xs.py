@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
-from jlora.core.site import Arrays, Site
+from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
@@ -51,12 +51,12 @@ class LoRAXS(Method):
     def __post_init__(self) -> None:
         check_whole("LoRAXS.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site) -> tuple[Arrays, Arrays]:
+    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """core [r, r] = 0; frozen a [d_in, r], b [r, d_out], scale []."""
         limit, r = min(site.d_in, site.d_out), self.rank
         if r > limit:
             raise ValueError(f"{site.path}: LoRAXS rank: got {r}, expected at most {limit}")
-        u, s, vt = numerics.svd(site.weight())
+        u, s, vt = numerics.svd(context.weight())
         frozen = {"a": u[:, :r] * s[None, :r], "b": vt[:r]}
         frozen["scale"] = jnp.asarray(self.alpha / r, jnp.float32)
         return {"core": jnp.zeros((r, r), site.param_dtype)}, frozen

@@ -9,7 +9,7 @@ Symbols: a vector w [n]; its trained copy -> `v` [n].
 import dataclasses
 from typing import ClassVar
 
-import jax
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
@@ -21,7 +21,7 @@ class TrainedVector(Method):
 
     vectors: ClassVar[bool] = True
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """v [n], the base's.
 
         Raises:
@@ -34,7 +34,7 @@ class TrainedVector(Method):
             )
         return {"v": context.weight()[0]}, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "1 n"], p: Arrays) -> Float[Array, "1 n"]:
         """v for w, [1, n]."""
         return p["v"][None, :]
 

@@ -157,15 +157,15 @@ def test_cma_by_numpy_in_one_dimension():
     chi = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))
     mean, s, c, ps, pc, values = 0.3, 0.5, 1.0, 0.0, 0.0, []
 
-    def judge(x):
+    def score(x):
         inside = np.clip(x, -1, 1)
         return (inside - 3) ** 2 + np.sin(4 * inside) + (x - inside) ** 2
 
     for at in range(6):
         z = np.asarray(jax.random.normal(jax.random.fold_in(key, at), (size, 1)), "f8")[:, 0]
         y = np.sqrt(c) * z
-        order = np.argsort(judge(mean + s * y))
-        values.append(judge(mean + s * y)[order[0]])
+        order = np.argsort(score(mean + s * y))
+        values.append(score(mean + s * y)[order[0]])
         y = y[order[:mu]]
         move = w @ y
         ps = (1 - cs) * ps + np.sqrt(cs * (2 - cs) * eff) * move / np.sqrt(c)
