@@ -5,7 +5,7 @@ of a system is computed from what the checkout holds, never written down:
 
 - ``works``: its tests exist, nothing is declared missing, and its claim has a record
   (``docs/results/claims/<claim>.json``) made by the present claim file (same sha256) and by the
-  present code that claim files share (`shared_code`);
+  present code that claim files share (`shared_code`), with any verdict but void;
 - ``partial``: something of this is missing, and `State.missing` says what;
 - ``absent``: a row of `jlora.work_list` that no file serves.
 
@@ -150,7 +150,10 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
         return [f"{RECORDS}/{claim}.json: got no JSON ({error}), expected a record"]
     if not isinstance(found, dict):
         return [f"{RECORDS}/{claim}.json: got {type(found).__name__}, expected a record"]
-    return [f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)]
+    void = [f"claim {claim} is void: its control did not fail"] * (found.get("verdict") == "void")
+    return void + [
+        f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)
+    ]
 
 
 def changed(claim: str, root: Path, record: Mapping[str, Dynamic]) -> tuple[str, ...]:

@@ -146,6 +146,14 @@ def test_a_system_is_partial_when_one_of_them_is_missing(checkout, damage, said)
     assert state.name == "partial" and len(state.missing) == 1 and said in state.missing[0]
 
 
+@pytest.mark.parametrize("verdict", ["reproduced", "undecided", "other way round", "void"])
+def test_a_void_claim_is_none_and_any_other_verdict_is_one(checkout, verdict):
+    record = checkout / registry.RECORDS / "toy.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "verdict": verdict}))
+    said = ("claim toy is void: its control did not fail",) if verdict == "void" else ()
+    assert registry.state(TOY, checkout).missing == said
+
+
 def test_words_of_shared_code_may_change(checkout):
     other = "# a comment\n" + SHARED.replace("Doubles.", "Two times.").replace("2 * x", "(2 *\n x)")
     (checkout / registry.CLAIMS / "shared.py").write_text(other)
