@@ -92,16 +92,41 @@ def test_law(name, law, world):
     check(law, METHODS[name], world)
 
 
-def test_every_type_is_there(world):
-    """All methods that merge; one shape, so that the laws compile one program."""
+USED = {type(m).__name__ for m in TYPES.values()} | {"LoRA", "LoHa", "LoKr"}
+NO_MERGE = {"Experts", "MixLoRA", "TokenMask"}
+NO_DELTA = {"TrainableTokens", "BitFit", "LNTuning"}  # rows of a table, vectors
+
+
+def test_the_laws_see_the_types_and_a_merge_wrong_everywhere(world):
+    """One shape, so that the laws compile one program."""
     assert {low.u.shape[-2:] + low.v.shape[-1:] for low in world.bank.values()} == {(8, 4, 12)}
-    used = {type(m).__name__ for m in TYPES.values()} | {"LoRA", "LoHa", "LoKr"}
-    other = {"Experts", "TokenMask"}  # no merge
-    other |= {"TrainableTokens", "BitFit", "LNTuning"}  # rows of a table, vectors: not a delta
-    assert used | other == set(registry.methods())
+    assert USED | NO_MERGE | NO_DELTA <= set(registry.methods())
     per_site = errors("weight_one", double(twice), world)
     assert per_site.keys() == world.bank.keys()
     np.testing.assert_allclose(list(per_site.values()), 1 / np.sqrt(3), atol=0.5)
+
+
+def test_methods_that_the_laws_do_not_use_merge_as_the_lora_that_they_are():
+    """What merges see of them is a LoRA adapter: it has the delta of `jl.merge`."""
+    others = set(registry.methods()) - USED - NO_MERGE - NO_DELTA
+    methods = {name: registry.methods()[name].examples[0] for name in sorted(others)}
+    assert {type(m).__name__ for m in methods.values()} == others
+    rng = np.random.default_rng(6)
+    params = {name: jnp.asarray(rng.normal(size=(8, 12)), jnp.float32) for name in methods}
+
+    def chain(p, x):
+        for name in methods:
+            x = (x @ p[name])[:, :8]
+        return x
+
+    chosen = {f"^{name}$": method for name, method in methods.items()}
+    a = jl.init(jax.random.key(0), chain, params, jnp.ones((1, 8)), methods=chosen)
+    move = lambda t: t + jnp.asarray(0.3 * rng.normal(size=t.shape), t.dtype)  # noqa: E731
+    a = a.replace(trainable=jax.tree.map(move, a.trainable))
+    got = jl.delta(params, jl.merging.to_lora(a, params).adapter)
+    for name, want in jl.delta(params, a).items():
+        assert float(jnp.abs(want).max()) > 0.05, name
+        np.testing.assert_allclose(got[name], want, atol=1e-5, err_msg=name)
 
 
 def test_mutation_one_wrong_type_is_seen(world):
