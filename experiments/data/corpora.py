@@ -100,13 +100,13 @@ SPECS: dict[str, Spec] = {
         "passages of State of the Union addresses", "stdlib", readers.state_of_the_union, "speeches"
     ),
     "toy": Spec(
-        "synthetic sentences",
+        "made-up sentences",
         None,
         readers.toy(("cooking", "sailing", "gardening", "chess", "music")),
         "toy",
     ),
     "toy_far": Spec(
-        "other synthetic sentences",
+        "other made-up sentences",
         None,
         readers.toy(("trains", "weather", "bicycles")),
         "toy_far",

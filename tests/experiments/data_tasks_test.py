@@ -255,7 +255,7 @@ def test_rest_and_cross_data(monkeypatch):
     assert max(counts) - min(counts) <= 1
     cross = built["cross"]
     assert cross.name == "cross--toy-sailing--toy_far-trains"
-    assert "synthetic sentences and other synthetic" in cross.description
+    assert "made-up sentences and other made-up" in cross.description
     assert len(tasks.data(cross).test[0]) > 20
 
 
