@@ -284,6 +284,8 @@ def _site(site: Site, found: list[_Use], merging: bool) -> Site:
         (u for u in found if u.kinds is not None and (merging or not u.after)),
         key=lambda u: (u.op not in MATMULS, u.op != "gather", -u.flops),
     )
+    # a vector's stack axes are known inside of functions with a gradient of their own, too
+    best = best or [u for u in found if u.kinds is not None and "i" not in u.kinds]
     kinds = best[0].kinds or "" if best else "o" * len(site.shape)
 
     def named(u):
