@@ -16,7 +16,7 @@ from jlora.contract import FAST_COMPILE, close
 RNG = np.random.default_rng(0)
 PARAMS = {
     "table": jnp.asarray(RNG.normal(size=(12, 8)), jnp.float32),
-    "kernel": jnp.asarray(RNG.normal(size=(3, 3, 4, 6)) / 3, jnp.float32),
+    "kernel": jnp.asarray(RNG.normal(size=(3, 3, 4, 12)) / 3, jnp.float32),
 }
 IDS = jnp.asarray(RNG.integers(0, 12, (4, 5)), jnp.int32)
 IMAGE = jnp.asarray(RNG.normal(size=(4, 5, 7, 4)), jnp.float32)

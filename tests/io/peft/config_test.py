@@ -9,8 +9,9 @@ import pytest
 from jlora.io import FormatError
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.tables import TABLES
+from jlora.methods import KaSA, LoRA
 
-LORA = TABLES[0]
+LORA = next(table for table in TABLES if table.method is LoRA)
 MODULES = [
     f"encoder.layer.{i}.{leaf}"
     for i in (0, 1, 11)
@@ -168,7 +169,8 @@ def test_the_written_config_has_exactly_pefts_fields():
         "IA3": peft.IA3Config,
         "LN_TUNING": peft.LNTuningConfig,
     }
-    for table in TABLES:
+    # the forms of other types need fields of their modules: real PEFT loads them in types_test
+    for table in [t for t in TABLES if t.type in kinds and t.method is not KaSA]:
         told = {"feedforward_modules": True} if table.type == "IA3" else dict(table.fields)
         fields, more = table.settle({"a.q": told})
         ours = peft_config.combine("c", table, fields, more)
