@@ -83,14 +83,15 @@ def read_leaves(
     leaves: dict[str, list[np.ndarray]] = {}
     with contextlib.ExitStack() as opened:
         stored: dict[str, tuple[str, Any, Path]] = {}
-        for path in shards(directory):
+        files = shards(directory)
+        for path in files:
             file = opened.enter_context(safe_open(path, framework="flax"))
             for name in file.keys():
                 if (short := plain(name)) in stored:
                     first = stored[short][0]
                     raise ValueError(f"{path}: got {short} twice: {first!r} and {name!r}")
                 stored[short] = name, file, path
-        path = Path(directory)
+        path = files[0] if len(files) == 1 else Path(directory) / INDEX
         known = {name for _, name, _ in names}
         missing = sorted(known - stored.keys())
         surplus = sorted(n for n in stored.keys() - known if not re.fullmatch(ignore, n))

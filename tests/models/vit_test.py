@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.io import names
+from jlora.io import presets
 from jlora.models import layers, vit
 
 torch = pytest.importorskip("torch", reason="torch is a test-only requirement (Python 3.11)")
@@ -95,7 +95,7 @@ def test_a_peft_adapter_of_transformers_model_loads(tmp_path):
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     tuned.save_pretrained(tmp_path / "adapter")
-    adapter = jl.io.load_peft(tmp_path / "adapter", names.vit(prefix=""), params, layout="in_out")
+    adapter = jl.io.load_peft(tmp_path / "adapter", presets.vit(prefix=""), params, layout="in_out")
     apply = lambda p, x: vit.Vit(config).apply({"params": p}, x)  # noqa: E731
     ours = np.asarray(jax.jit(jl.lift(apply))(params, adapter, IMAGES))
     after = _torch_states(tuned)
