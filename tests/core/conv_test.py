@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax import lax
 
 import jlora as jl
@@ -121,6 +120,7 @@ def test_a_stack_of_kernels_by_an_adapter_that_names_it():
 @pytest.mark.parametrize("transposed", [True, False])
 def test_the_numbers_of_torch(transposed):
     """The delta by numpy, the operation by torch, in float64."""
+    torch = pytest.importorskip("torch", reason="torch is a test-only requirement (Python 3.11)")
     kernel = w(3, 6, 4) if transposed else w(3, 4, 6)
 
     def fn(p, x):
