@@ -154,6 +154,13 @@ def test_a_void_claim_is_none_and_any_other_verdict_is_one(checkout, verdict):
     assert registry.state(TOY, checkout).missing == said
 
 
+def test_a_hash_renewed_by_hand_is_no_run(checkout):
+    record = checkout / registry.RECORDS / "toy.json"
+    assert registry.state(TOY, checkout).name == "works"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "rehashed": "why"}))
+    assert registry.state(TOY, checkout).missing == ("claim toy: hash renewed without a run",)
+
+
 def test_words_of_shared_code_may_change(checkout):
     other = "# a comment\n" + SHARED.replace("Doubles.", "Two times.").replace("2 * x", "(2 *\n x)")
     (checkout / registry.CLAIMS / "shared.py").write_text(other)
