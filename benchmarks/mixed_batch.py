@@ -2,8 +2,8 @@ r"""Serving a batch whose rows use different adapters, against the base model al
 
 ``python -m benchmarks.mixed_batch``: forward of 32 rows of 16 and of 64 tokens, the rows spread
 over 1, 8 or 32 adapters of one bank. jlora runs ``jax.vmap`` over rows and adapter ids, on the
-bank in serving order (``jl.rows``), PEFT its ``adapter_names``. Per case and, as the worst of the
-cases, at the top:
+bank in serving order (``jl.serving_bank``), PEFT its ``adapter_names``. Per case and, as the worst
+of the cases, at the top:
 
 - ``overhead_vs_base``: time / time of the base model alone, in the same stack;
 - ``peft_overhead_vs_base``: the same of PEFT over torch (at the top: of the worst case for us);
@@ -43,7 +43,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
 
         return jax.vmap(row)(which, ids, mask)
 
-    bank = jl.rows(jl.stack(adapters))
+    bank = jl.serving_bank(jl.stack(adapters))
     torch_base = peers.model(base, settings.threads)
     model = peers.peft(base, adapters, settings.threads, train=False)
     found: dict[str, Any] = {}

@@ -172,8 +172,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {row.run} | {row.text} | {value:.2f} | {wall} | {aim} | {verdict} |")
     seen = next(iter(found.values()), {}).get("environment", {})
     parts = [f"{k} {seen[k]}" for k in ("cpu", "python", "jax", "torch", "peft") if seen.get(k)]
-    told = f"Measured on: {', '.join(parts)}." if parts else "Not measured yet."
-    return "\n".join([told, "", *lines])
+    measured_on = f"Measured on: {', '.join(parts)}." if parts else "Not measured yet."
+    return "\n".join([measured_on, "", *lines])
 
 
 def render(found: dict[str, Any], page: str) -> str:

@@ -13,7 +13,7 @@ pool that still spins). With :math:`t` the minimum over repetitions,
 
 .. math:: \mathrm{ratio} = t_{\mathrm{peer}} / t_{\mathrm{jlora}}
 
-is above 1 where jlora is faster. Where steps use large temporary memory, glibc is told to keep it
+is above 1 where jlora is faster. Where steps use large temporary memory, glibc is made to keep it
 from step to step (``KEEP``), for all peers of the process: giving 140 MiB back to the kernel and
 taking it again, page by page, is a tenth of a step. ``--plain-malloc`` measures without.
 
@@ -54,7 +54,7 @@ class Settings:
     repetitions: int | None = None  # instead of the benchmark's own number
 
     def count(self, usual: int) -> int:
-        """How often to repeat: `usual` unless told otherwise."""
+        """How often to repeat: `usual` by default."""
         if self.repetitions is not None:
             return self.repetitions
         return 2 if self.quick else usual

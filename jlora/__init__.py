@@ -10,7 +10,7 @@ jl.lift(fn)                           tuned(params, adapter, x) == fn(merge(para
 jl.merge(params, adapter)             new parameters; those given are not touched
 jl.delta(params, adapter)             what it adds to each weight, dense
 jl.stack(adapters), bank[i]           many adapters as one PyTree, for jax.vmap
-jl.rows(bank)                         the same in serving order, for rows of different adapters
+jl.serving_bank(bank)                 a bank laid out for batches whose rows use different adapters
 jl.block(name, fn)                    a part of a model whose experts are mixed on what it returns
 jl.per_layer(array), jl.PerSite       side inputs with a value for each layer and site
 jl.specs(adapter, base_specs, mesh)   shardings of an adapter from those of its base
@@ -69,7 +69,7 @@ from jlora.methods.shared_basis.vera import VeRA as VeRA
 from jlora.methods.wrappers.token_mask import TokenMask as TokenMask
 from jlora.quantized import Quantized as Quantized
 from jlora.quantized import quantize as quantize
-from jlora.serving.rows import rows as rows
+from jlora.serving.bank import serving_bank as serving_bank
 from jlora.sharding import specs as specs
 
 __all__ = [

@@ -15,7 +15,7 @@ least. Seed s
 takes the T tasks from number s T on (cyclically), so a spread over seeds holds the choice of tasks
 too; all methods see the same adapters and rows.
 
-Source: our reading. Deviates: papers tune the weight of each delta or the factor; here the factor.
+Original to jlora. Deviates: papers tune the weight of each delta or the factor; here the factor.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A ranking of a paper, "a above b", is looked up at the largest T, each method at
 
 It is called reproduced where every d_s > 0, reversed where every d_s < 0, else undecided.
 
-Source: our reading; the rankings are those of the papers' abstracts and main tables, which were
+Original to jlora; the rankings are those of the papers' abstracts and main tables, which were
 found on other models, sizes and tasks. Deviates: nothing.
 """
 

@@ -20,7 +20,7 @@ above chance. Tasks of fewer classes than the most have heads filled up by rows 
 ``--quick`` does all of it on made-up pictures. Finished parts are kept in the workdir. The last
 line is JSON.
 
-Source: our reading. Deviates: the papers' vision encoders are CLIP's, pre-trained on the web.
+Original to jlora. Deviates: the papers' vision encoders are CLIP's, pre-trained on the web.
 """
 
 from __future__ import annotations

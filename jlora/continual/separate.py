@@ -7,7 +7,7 @@ A_0    the fresh adapter
 
 .. math:: A_k = \mathrm{train}_k(A_0), \qquad S(t) = A_t
 
-It has to be told which task an input belongs to, and its memory grows with the tasks: what other
+It must be given the task that an input belongs to, and its memory grows with the tasks: what other
 systems of this room save is measured against it.
 
 Paper: none; the other baseline of all continual learning.

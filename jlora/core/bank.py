@@ -37,7 +37,7 @@ class Banked:
     def bank_shape(self) -> tuple[int, ...] | None:
         """Sizes of the axes before those of one adapter: () of one, (N,) of a bank of N.
 
-        Told by a site's scale, or else by what its method's `init` makes; None where neither tells.
+        Known by a site's scale, or else by what its method's `init` makes; None without either.
         """
         rows = [(site, method, *self.arrays(site)) for site, method in self.sites]
         for site, method, own, shared in sorted(rows, key=lambda row: "scale" not in row[2]):

@@ -93,10 +93,10 @@ def _stacked(scope, p, x, w, aval):
     wo, fx, fy = spec.rhs_spec[0], spec.lhs_spec[1], spec.out_spec[1]
     n = math.prod(w.atoms[a].size for a in w.dims[wo] if w.atoms[a].kind == "s")
     apart = w.reshaped((*w.shape[:wo], n, w.shape[wo] // n, *w.shape[wo + 1 :]))
-    peeled = apart and apart.stacks(wo) and apart.peel(wo)
-    if not peeled or (groups > 1 and groups % n) or p["batch_group_count"] > 1:
+    unstacked = apart and apart.stacks(wo) and apart.unstack(wo)
+    if not unstacked or (groups > 1 and groups % n) or p["batch_group_count"] > 1:
         return None
-    arrays, rebuild = peeled
+    arrays, rebuild = unstacked
     if groups > 1:
         x = x.reshape(*x.shape[:fx], n, x.shape[fx] // n, *x.shape[fx + 1 :])
     shape = (*aval.shape[:fy], aval.shape[fy] // n, *aval.shape[fy + 1 :])

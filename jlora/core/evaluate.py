@@ -3,7 +3,7 @@
 Equations that touch no lazy weight are bound as they are. The others go to the rule of their
 primitive; where there is none, or it declines, the weight would have to be merged.
 
-Source: our reading (an evaluator of jaxprs, as JAX's documentation describes it).
+Original to jlora (an evaluator of jaxprs, as JAX's documentation describes it).
 Deviates: nothing.
 """
 

@@ -141,7 +141,7 @@ class Lazy:
         w = transposed(w, [a for d in self.dims for a in d])
         return self.cast(w.reshape(self.shape).astype(self.base.dtype))
 
-    def peel(self, axis: int) -> tuple[tuple[Any, Arrays], Any] | None:
+    def unstack(self, axis: int) -> tuple[tuple[Any, Arrays], Any] | None:
         """Takes a stack axis off: (arrays with that axis in front, slice of them -> Lazy).
 
         None when the axis is not (only) a stack axis.

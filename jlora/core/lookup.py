@@ -19,7 +19,7 @@ from jlora.core.matmul import Join, Operand, applied
 from jlora.core.site import inverse_permutation, transposed
 
 
-class Rows(Operand):
+class OneHotRows(Operand):
     """One-hot rows: `ids`, all of them inside the table, look up along the in axis."""
 
     def __init__(self, ids, own, shape, dtype, options, gain=None):
@@ -36,10 +36,10 @@ class Rows(Operand):
         super().__init__(times, lambda: weighed(own()), shape, dtype)
         self._bare = own
 
-    def map(self, fn: Callable) -> "Rows":
+    def map(self, fn: Callable) -> "OneHotRows":
         ones = jnp.ones((*self.shape[:-1], 1), self.dtype)
         gain = fn(ones if self._gain is None else self._gain)
-        return Rows(self._ids, self._bare, self.shape, self.dtype, self._options, gain)
+        return OneHotRows(self._ids, self._bare, self.shape, self.dtype, self._options, gain)
 
 
 class Lookup(NamedTuple):
@@ -140,7 +140,7 @@ def _taken(
         sizes = tuple(1 if k == axis else n for k, n in enumerate(w.shape))
         return out.join(transposed(lax.gather(w.view(), ids, numbers, sizes, **options), order))
 
-    rows = Rows(ids, own, (*ids.shape[:-1], w.shape[axis]), w.dtype, options)
+    rows = OneHotRows(ids, own, (*ids.shape[:-1], w.shape[axis]), w.dtype, options)
     y = out.split(found.settle(applied(scope, w, rows, lambda x: x.own())))
     y = transposed(y, inverse_permutation(order))
     y = y if found.kept is None else jnp.expand_dims(y, found.kept)
@@ -154,10 +154,10 @@ def _tables(
     n = p["dimension_numbers"]
     k, b = n.operand_batching_dims[0], n.start_indices_batching_dims[0]
     place = [q for q in range(len(aval.shape)) if q not in n.offset_dims][b]
-    peeled = w.peel(k)
-    if peeled is None:
+    unstacked = w.unstack(k)
+    if unstacked is None:
         return None
-    arrays, rebuild = peeled
+    arrays, rebuild = unstacked
     less = {
         **p,
         "dimension_numbers": lax.GatherDimensionNumbers(

@@ -218,10 +218,10 @@ def _mapped_product(scope, w, x, of_w, of_x, left, options):
     else:
         w_axis, x_axis = next(k for k in of_w.free if w.stacks(k)), None
         out_axis = of_w.free.index(w_axis) + (0 if left else len(of_x.free))
-    peeled = w.peel(w_axis)
-    if peeled is None:
+    unstacked = w.unstack(w_axis)
+    if unstacked is None:
         return None
-    arrays, rebuild = peeled
+    arrays, rebuild = unstacked
     of_w, of_x = of_w.without(w_axis), of_x.without(x_axis)
     body = scope.fork()
     options = {k: v for k, v in options.items() if k != "out_sharding"}

@@ -117,17 +117,17 @@ def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     consts, xs = values[: s.consts], values[s.consts + s.carry :]
     ins, outs = body.invars[s.consts :], [compat.handed_on(body, v) for v in body.outvars]
     carry = Carry(scope, eqn, values[s.consts : s.consts + s.carry], ins, outs)
-    peeled = [v.peel(0) if isinstance(v, Lazy) else None for v in xs]
-    xs = [scope.dense(v, eqn) if p is None else v for v, p in zip(xs, peeled, strict=True)]
-    fed = [v if p is None else p[0] for v, p in zip(xs, peeled, strict=True)]
-    lazy = {id(i): k for k, (i, p) in enumerate(zip(ins[s.carry :], peeled, strict=True)) if p}
+    unstacked = [v.unstack(0) if isinstance(v, Lazy) else None for v in xs]
+    xs = [scope.dense(v, eqn) if p is None else v for v, p in zip(xs, unstacked, strict=True)]
+    fed = [v if p is None else p[0] for v, p in zip(xs, unstacked, strict=True)]
+    lazy = {id(i): k for k, (i, p) in enumerate(zip(ins[s.carry :], unstacked, strict=True)) if p}
     handed = {k: lazy[id(o)] for k, o in enumerate(outs[s.carry :]) if id(o) in lazy}
     template = scope.fork(times=s.length)
 
     def step(c, x):
         i, x = x
         child = template.child(i)
-        x = [v if p is None else p[1](v) for v, p in zip(x, peeled, strict=True)]
+        x = [v if p is None else p[1](v) for v, p in zip(x, unstacked, strict=True)]
         child.inherit(xs, x)
         out = evaluate(child, s.body, [*consts, *carry.full(c), *x])
         ys = [None if k in handed else child.dense(v, eqn) for k, v in enumerate(out[s.carry :])]

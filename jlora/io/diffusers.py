@@ -88,17 +88,17 @@ def load_diffusers(
     if not mine:
         wanted = f"no key starts with {start!r}" if start else "no tensor of an adapter"
         raise FormatError(source, f"{wanted}; {keys_seen(tensors)}")
-    told = _metadata(source, header, start)
+    declared = _metadata(source, header, start)
     model = model_sites(params_or_sites, names, layout)
     modules = names.table(model.sites.values())
     found = _by_module(source, mine, start)
     table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
-    reader = peft_config.Reader(source, {"peft_type": "LORA", **told}, table)
+    reader = peft_config.Reader(source, {"peft_type": "LORA", **declared}, table)
     try:
         found = fused.spread(found, modules)
         outputs = {name: model.sites[where].d_out for name, (where, _) in modules.items()}
-        required = reader.targets if told.get("target_modules") else lambda module: False
-        found, alphas = fused.joined(found, outputs, partial(_scale, reader, told), required)
+        required = reader.targets if declared.get("target_modules") else lambda module: False
+        found, alphas = fused.joined(found, outputs, partial(_scale, reader, declared), required)
     except ValueError as error:
         raise (
             error if isinstance(error, FormatError) else FormatError(source, str(error))
@@ -111,7 +111,7 @@ def load_diffusers(
             f"{near(lost[0], modules) or 'none'}",
         )
     model = model.with_tables({modules[m][0] for m, t in found.items() if t.keys() & set(TABLE)})
-    read = _reader(source, found, told, modules, alphas)
+    read = _reader(source, found, declared, modules, alphas)
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
     for module, parts in found.items():
         where, index = modules[module]
@@ -142,9 +142,9 @@ def save_diffusers(
         raise FormatError(source, f"diffusers loads LoRA only, got {table.method.__name__}")
     config = peft_config.combine(source, table, fields, {})
     start = _start(component)
-    told = {f"{start}{key}": value for key, value in sorted(config.items())}
+    declared = {f"{start}{key}": value for key, value in sorted(config.items())}
     keys = {f"{start}{k.removeprefix(ROOT)}": v for k, v in tensors.items()}
-    header = {"format": "pt", METADATA: json.dumps(told, indent=2, sort_keys=True)}
+    header = {"format": "pt", METADATA: json.dumps(declared, indent=2, sort_keys=True)}
     safetensors_file.write(source, keys, header)
 
 
@@ -158,10 +158,10 @@ def _under(tree: Mapping[str, Any], start: str) -> dict[str, Any]:
 
 def _metadata(source: Path, header: Mapping[str, str], start: str) -> dict[str, Any]:
     """The component's fields of PEFT's config, none in most files."""
-    told = safetensors_file.parse_json(source, header.get(METADATA, "{}").encode())
-    if not isinstance(told, dict):
+    declared = safetensors_file.parse_json(source, header.get(METADATA, "{}").encode())
+    if not isinstance(declared, dict):
         raise FormatError(source, f"{METADATA} is no JSON object")
-    return _under(told, start)
+    return _under(declared, start)
 
 
 def _by_module(source: Path, mine: Mapping[str, np.ndarray], start: str) -> dict[str, Arrays]:
@@ -183,12 +183,12 @@ def _by_module(source: Path, mine: Mapping[str, np.ndarray], start: str) -> dict
 
 
 def _scale(
-    reader: peft_config.Reader, told: Mapping[str, Any], module: str, t: Arrays, rank: int
+    reader: peft_config.Reader, declared: Mapping[str, Any], module: str, t: Arrays, rank: int
 ) -> float:
     """The scale of one module of a fused site."""
     if not t.keys() <= set(OURS):
         return (kohya_modules.alpha_of(t) or rank) / rank
-    fields = reader.fields(module) | ({} if "r" in told else _plain(t))
+    fields = reader.fields(module) | ({} if "r" in declared else _plain(t))
     if fields["r"] != rank:
         raise ValueError(f"{module}: {MATRIX[0]} has {rank} rows, expected {fields['r']}")
     return float(scale_of(fields["lora_alpha"], rank, fields["use_rslora"]))
@@ -197,24 +197,24 @@ def _scale(
 def _reader(
     source: Path,
     found: Mapping[str, Arrays],
-    told: dict[str, Any],
+    declared: dict[str, Any],
     modules: Mapping[str, Any],
     alphas: Mapping[str, float],
 ) -> Callable[[str, Site, Arrays], Read]:
     """What reads one module: by the metadata, or by the module's own tensors alone."""
     table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
     foreign = sorted(m for m, parts in found.items() if not parts.keys() <= set(OURS) - {ALPHA})
-    if told and foreign:
+    if declared and foreign:
         raise FormatError(
             source,
             f"has {METADATA} and, at {foreign[0]!r}, {sorted(found[foreign[0]])}: two sources of "
             f"the scale, expected {list(MATRIX)} there",
         )
-    config = {"peft_type": "LORA", **told}
-    if told and not config.get("target_modules"):
+    config = {"peft_type": "LORA", **declared}
+    if declared and not config.get("target_modules"):
         config["target_modules"] = sorted(found)
     reader = peft_config.Reader(source, config, table)
-    if told:
+    if declared:
         _check_targets(source, reader, found, modules)
 
     def read(module: str, site: Site, parts: Arrays) -> Read:
@@ -230,7 +230,7 @@ def _reader(
         if module in alphas:
             rank = len(parts[MATRIX[0]])
             fields |= {"r": rank, "lora_alpha": alphas[module], "use_rslora": False}
-        elif "r" not in told:
+        elif "r" not in declared:
             fields |= _plain(parts)
         return table.read(site, {k: t for k, t in parts.items() if k != ALPHA}, fields)
 

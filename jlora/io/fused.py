@@ -15,7 +15,7 @@ several modules. With the ranks side by side, A = [A_q A_k] and B block-diagonal
 of the site, of the sum of the ranks; scales that differ go into the blocks of B (in its dtype).
 DoRA's magnitudes by output follow each other. One module may be missing: its block is zero.
 
-Source: our reading; the sizes are the model's.
+Original to jlora; the sizes are the model's.
 Deviates: LoKr, OFT and the like, cores, and lengths by input are refused: their outputs mix.
 """
 

@@ -5,7 +5,7 @@ holds every array (sharded ones by their shards) and a JSON description: sites, 
 hyper-parameters, and name, shape, dtype and CRC-32 of every array. `restore_adapter` checks all of
 it, and what `like` expects, before it returns anything.
 
-Source: our reading; the directory is Orbax's own format.
+Original to jlora; the directory is Orbax's own format.
 Deviates: Orbax keeps arrays under their tree paths; here under numbers, as site paths have slashes.
 """
 

@@ -32,7 +32,7 @@ from jlora.contracts.server import Answers, Server
 from jlora.core.adapter import Adapter, stack
 from jlora.core.bank import one_adapter
 from jlora.core.lift import lift
-from jlora.serving.rows import Rows, rows
+from jlora.serving.bank import ServingBank, serving_bank
 from jlora.types import Dynamic, Tree
 
 
@@ -43,7 +43,7 @@ class Pool:
     model: Callable[[Dynamic, Dynamic], Dynamic]  # (params, x) -> output, of one row
     params: Tree  # weights of the base
     empty: Adapter  # changes nothing; has the largest rank
-    served: Rows  # C + 1 adapters in serving order; adapter 0 is `empty`
+    served: ServingBank  # C + 1 adapters in serving order; adapter 0 is `empty`
     slots: Mapping[str, int]  # name -> slot, 1..C
 
     @property
@@ -73,7 +73,7 @@ def start(
         raise ValueError(f"capacity: got {capacity}, expected at least 1")
     one_adapter(empty, "start")
     bank = jax.tree.map(lambda t: jnp.broadcast_to(t, (capacity + 1, *t.shape)), empty)
-    return Pool(model, params, empty, rows(bank), {})
+    return Pool(model, params, empty, serving_bank(bank), {})
 
 
 def load(pool: Pool, name: str, adapter: Adapter) -> Pool:
@@ -106,7 +106,7 @@ def load(pool: Pool, name: str, adapter: Adapter) -> Pool:
     if not all(np.isfinite(np.asarray(t, "f4")).all() for t in jax.tree.leaves(adapter)):
         raise ValueError(f"{name}: got an array that is not finite")
     slot = min(set(range(1, pool.served.count)) - set(pool.slots.values()))
-    served = _write(pool.served, rows(pair[1:]), jnp.int32(slot))
+    served = _write(pool.served, serving_bank(pair[1:]), jnp.int32(slot))
     return dataclasses.replace(pool, served=served, slots={**pool.slots, name: slot})
 
 
@@ -125,7 +125,7 @@ def unload(pool: Pool, name: str) -> Pool:
     """
     if name not in pool.slots:
         raise KeyError(f"{name}: not loaded; there are {sorted(pool.slots)}")
-    nothing = rows(jax.tree.map(lambda t: t[None], pool.empty))
+    nothing = serving_bank(jax.tree.map(lambda t: t[None], pool.empty))
     served = _write(pool.served, nothing, jnp.int32(pool.slots[name]))
     return dataclasses.replace(
         pool, served=served, slots={k: s for k, s in pool.slots.items() if k != name}
@@ -165,7 +165,7 @@ def run(pool: Pool, names: Sequence[str | None], xs: Dynamic) -> Answers:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answer(
-    model: Dynamic, served: Rows, params: Tree, slots: Array, known: Array, xs: Dynamic
+    model: Dynamic, served: ServingBank, params: Tree, slots: Array, known: Array, xs: Dynamic
 ) -> Dynamic:
     """The outputs of all rows; NaN where the adapter of a row is not known."""
     tuned = lift(model)
@@ -183,7 +183,7 @@ def _or_nan(known: Array, y: Array) -> Array:
 
 
 @jax.jit
-def _write(served: Rows, one: Rows, slot: Array) -> Rows:
+def _write(served: ServingBank, one: ServingBank, slot: Array) -> ServingBank:
     """`served` with the only adapter of `one` in a slot."""
 
     def put(into: Array, t: Array) -> Array:

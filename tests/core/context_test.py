@@ -201,15 +201,15 @@ def test_each_layer_gets_its_own_side_input(fn):
 
 
 def test_mutation_a_side_input_of_another_layer_is_seen(monkeypatch):
-    peel = Lazy.peel
+    unstack = Lazy.unstack
 
     def swapped(self, axis):
-        (base, own), rebuild = peel(self, axis)
+        (base, own), rebuild = unstack(self, axis)
         turned = {k: jnp.flip(t, 0) if k.startswith(SIDE) else t for k, t in own.items()}
         return (base, turned), rebuild
 
     made = noisy(Gated(2))
-    monkeypatch.setattr(Lazy, "peel", swapped)
+    monkeypatch.setattr(Lazy, "unstack", swapped)
     with pytest.raises(AssertionError):
         same(gated(scanned, made)(made.trainable, GATES), by_hand(made.trainable, GATES, X))
 

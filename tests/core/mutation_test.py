@@ -33,13 +33,13 @@ def wrong_order(monkeypatch):
 
 
 def wrong_slice(monkeypatch):
-    peel = Lazy.peel
+    unstack = Lazy.unstack
 
     def mixed(self, axis):
-        (base, own), rebuild = peel(self, axis)
+        (base, own), rebuild = unstack(self, axis)
         return (base, jax.tree.map(lambda t: jnp.flip(t, 0), own)), rebuild
 
-    monkeypatch.setattr(Lazy, "peel", mixed)
+    monkeypatch.setattr(Lazy, "unstack", mixed)
 
 
 def no_scale(monkeypatch):

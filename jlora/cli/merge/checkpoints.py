@@ -160,7 +160,7 @@ def inputs(config: Config, method: Method, base: Base | None) -> Inputs:
     if not method.least <= len(models) <= most:
         raise ConfigError(f"models: {method.name} takes {method.least}"
                           f"{'' if most == method.least else ' or more'}"
-                          f"{' beside the base' if method.base != 'input' else ''}, "
+                          f"{' besides the base' if method.base != 'input' else ''}, "
                           f"got {len(models)}")  # fmt: skip
     donor = base or next(m for m in models if isinstance(m, Base))
     for m in models:

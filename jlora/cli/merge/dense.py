@@ -182,8 +182,8 @@ def describe(plan: Plan, config: Config) -> str:
         lines.append(f"base          {given.base.folder}")
     lines.append(f"tensors       {len(plan.options)} of {len(given.donor.shapes)} are merged")
     for group in groups(plan):
-        told = ", ".join(f"{k}={_short(v)}" for k, v in group["parameters"].items())
-        lines.append(f"  {group['tensors']} tensors: {told}  ({group['first']}, ...)")
+        shown = ", ".join(f"{k}={_short(v)}" for k, v in group["parameters"].items())
+        lines.append(f"  {group['tensors']} tensors: {shown}  ({group['first']}, ...)")
     lines.append(f"out           {config.out.path} (merged, dense: no rank is cut, "
                  f"{config.out.dtype or 'own dtype'})")  # fmt: skip
     size = max((np.prod(given.donor.shapes[n][0]) for n in plan.options), default=0)

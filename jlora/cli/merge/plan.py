@@ -147,8 +147,8 @@ def describe(config: Config, plan: Plan, given: Gathered, sizes: dict[str, int])
     for chunk in plan.chunks:
         u, v = given.bank[chunk.paths[0]][:2]
         shape = f"[{u.shape[-2]}, {v.shape[-1]}], rank {u.shape[-1]}"
-        told = ", ".join(f"{k}={v}" for k, v in said(plan.row, chunk).items()) or "no options"
-        lines.append(f"  {len(chunk.paths)} sites {shape}: {told}  ({chunk.paths[0]}, ...)")
+        shown = ", ".join(f"{k}={v}" for k, v in said(plan.row, chunk).items()) or "no options"
+        lines.append(f"  {len(chunk.paths)} sites {shape}: {shown}  ({chunk.paths[0]}, ...)")
     out = config.out
     cut = f", rank {out.rank} at most" if out.rank else ""
     cut = ", no rank is cut" if out.format == "merged" and uncut(config, plan) else cut

@@ -18,8 +18,8 @@ from jlora.io import FormatError, safetensors_file
 
 def mark(folder: Path) -> None:
     """Writes the marker of a folder that is complete."""
-    told = {"written_by": "python -m jlora.merge", "files": sorted(_files(folder))}
-    safetensors_file.write_bytes(folder / MARKER, (json.dumps(told, indent=1) + "\n").encode())
+    record = {"written_by": "python -m jlora.merge", "files": sorted(_files(folder))}
+    safetensors_file.write_bytes(folder / MARKER, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def check(folder: Path, inputs: Iterable[Path]) -> None:
@@ -49,8 +49,8 @@ def check(folder: Path, inputs: Iterable[Path]) -> None:
             f"was not written by this command (it has no {MARKER}), and --overwrite does not "
             "replace it; delete it yourself, or choose another target",
         )
-    told = safetensors_file.parse_json(marker, marker.read_bytes())
-    listed = told.get("files") if isinstance(told, dict) else None
+    record = safetensors_file.parse_json(marker, marker.read_bytes())
+    listed = record.get("files") if isinstance(record, dict) else None
     if not isinstance(listed, list):
         raise FormatError(marker, "lacks the list of files")
     strange = sorted(_files(folder) - {str(name) for name in listed} - {MARKER})

@@ -101,16 +101,16 @@ def check_filters(value: Any, where: str, paths: Sequence[str]) -> None:
         left = [path for path in left if path not in taken]
 
 
-def keys(data: Any, where: str, owed: tuple[str, ...], free: tuple[str, ...]) -> dict[str, Any]:
-    """`data` as a dict of these keys. Raises ConfigError: others, or `owed` ones are missing."""
+def keys(data: Any, where: str, required: tuple[str, ...], free: tuple[str, ...]) -> dict[str, Any]:
+    """`data` as a dict of these keys. Raises ConfigError: others, or a required one is missing."""
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: got {data!r}, expected keys {owed + free}")
-    for key in owed:
+        raise ConfigError(f"{where}: got {data!r}, expected keys {required + free}")
+    for key in required:
         if key not in data:
             raise ConfigError(f"{where}: lacks {key!r}")
     for key in data:
-        if key not in owed + free:
-            raise ConfigError(f"{where}: got key {key!r}, expected one of {owed + free}")
+        if key not in required + free:
+            raise ConfigError(f"{where}: got key {key!r}, expected one of {required + free}")
     return dict(data)
 
 

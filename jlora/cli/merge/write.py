@@ -193,8 +193,8 @@ def _settle(path: Path, base: Base, table: Collection[str], dtype: str | None) -
         return
     kept = {name: file for name, file in base.where.items() if written[name] is not None}
     if (path / INDEX).is_file():
-        told = safetensors_file.parse_json(path / INDEX, (path / INDEX).read_bytes())
-        _write_json(path / INDEX, told | {"weight_map": kept})
+        record = safetensors_file.parse_json(path / INDEX, (path / INDEX).read_bytes())
+        _write_json(path / INDEX, record | {"weight_map": kept})
     config = base.config()
     how = config.get("quantization_config")
     if not isinstance(how, dict):

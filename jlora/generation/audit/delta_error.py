@@ -10,7 +10,7 @@ The textbook form |ab|^2 - 2 <ab, \hat a \hat b> + |\hat a \hat b|^2 cancels in 
 target; in U V each summand is itself small, so the error is relative to itself. O((d_in+d_out) r^2)
 and no [d_in, d_out] array.
 
-Source: trace identity of low-rank products; the difference form is our reading.
+Source: trace identity of low-rank products; the difference form is original to jlora.
 Deviates: nothing.
 """
 

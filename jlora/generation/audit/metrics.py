@@ -55,7 +55,9 @@ def nearest_distance(
     """d_NN [m], relative to the norm of the training adapter, and which adapter [m] it is.
 
     Args:
-      cross: [m, n] of judged adapters with training adapters. squared_x: [m]. squared_y: [n] > 0.
+      cross: [m, n] of the adapters in question with training adapters.
+      squared_x: [m].
+      squared_y: [n] > 0.
     """
     relative = distances(cross, squared_x, squared_y) / jnp.sqrt(squared_y)[None, :]
     return jnp.min(relative, axis=1), jnp.argmin(relative, axis=1)

@@ -19,7 +19,7 @@ in delta space whatever the coordinates. ``choose`` minimises it on the training
 
 Paper: Saunders et al., Ridge regression in dual variables, 1998; Cawley and Talbot, 2004
 (leave-one-out of LS-SVM).
-Source: our reading; the block form is tested against a refit for every task.
+Original to jlora; the block form is tested against a refit for every task.
 Deviates: blocks are tasks, not rows.
 """
 

@@ -1,4 +1,4 @@
-r"""Token autoencoder: one MLP shared by all sites, told the site by FiLM.
+r"""Token autoencoder: one MLP shared by all sites, conditioned on the site by FiLM.
 
 Encoder and decoder are residual MLPs; e_t is a learned embedding of token t, and each block is
 
@@ -18,7 +18,7 @@ normal, x_t a token and D(x)_t its delta (`delta_error`, no dense dW):
 mean over tokens and batch. Afterwards latents are standardised per coordinate with the training
 set's mean and deviation. Symbols: w `delta_weight`, `cos_weight`, `mse_weight`; L `latent`.
 
-Source: our reading, after the per-position latents and direction loss of LoRAGen (ICLR 2026).
+Original to jlora; after the per-position latents and direction loss of LoRAGen (ICLR 2026).
 Deviates: direction is that of the delta, not of each factor; relative error in place of the
 spectral term; a small share (`floor`) of the batch's mean energy is added to the denominators, so
 that a token whose delta is near zero does not rule the loss.

@@ -35,7 +35,7 @@ class Problem(NamedTuple):
 
     model: nn.Module  # autoencoder, unbound
     loss: Callable  # (model, view, params, key, x [batch, ...]) -> (scalar, metrics of scalars)
-    optimizer: Callable  # (model) -> optax transformation; is told the loss as `value`
+    optimizer: Callable  # (model) -> optax transformation; is given the loss as `value`
 
 
 class TrainInfo(NamedTuple):

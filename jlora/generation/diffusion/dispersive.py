@@ -21,7 +21,7 @@ Shapes: hidden [B, ...] float32, groups [B] int (condition of each example); los
 Raises: ValueError for unknown names, a mask with ``covariance``, or a mask without groups.
 Paper: Wang and He 2025, arXiv 2506.09027 (default temperature 0.5, weight 0.5, block depth // 4).
 Source: paper and official code (the division by d is in the code only: without it the exponentials
-of far pairs vanish); the masks and the sample covariance (B - 1) are our reading.
+of far pairs vanish); the masks and the sample covariance (B - 1) are original to jlora.
 Deviates: activations are centred before distances and covariances are taken through the B x B Gram
 matrix: the same values, no square root, no d x d matrix.
 """

@@ -11,7 +11,7 @@ Symbols: y -> prediction of ``params``, b -> prediction of ``base_params``, w ->
 :math:`w_c, w_s` -> ``scale_condition``, ``scale_tuned``.
 Shapes: predictions [S, L] of one example, scales scalar float32 (data: a sweep does not recompile).
 Papers: Ho and Salimans 2022; the two-scale form after HM-CFG (arXiv 2511.03156).
-Source: paper; the two-scale form is our reading of an abstract.
+Source: paper; the two-scale form is reconstructed from an abstract.
 Deviates: w = 1 is the plain conditional prediction (some texts call that w = 0).
 """
 

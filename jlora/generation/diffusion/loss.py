@@ -20,7 +20,7 @@ Papers: Ho et al. 2020; Hang et al. 2023 (min-SNR); Esser et al. 2024 (logit-nor
 Salimans 2022 (condition dropout).
 Source: papers.
 Deviates: ``time_bug`` reproduces an error of the official Cond P-Diff code, where the whole batch
-is told the first example's timestep; off unless asked for.
+is given the first example's timestep; off unless asked for.
 """
 
 from collections.abc import Callable
@@ -118,14 +118,14 @@ def diffusion_loss(
     t = draw_times(key_t, count, objective)
     noise = jax.random.normal(key_noise, x.shape, x.dtype)
     null = jax.random.bernoulli(key_drop, objective.drop, (count,))
-    told = jnp.full_like(t, t[0]) if objective.time_bug else t
+    model_t = jnp.full_like(t, t[0]) if objective.time_bug else t
 
-    def one(x, noise, t, told, cond, null):
+    def one(x, noise, t, model_t, cond, null):
         z = path.mix(x, noise, t)
-        value, hidden = model(params, z, told, cond, null)
+        value, hidden = model(params, z, model_t, cond, null)
         error = value - predict.target(path, kind, x, noise, t)
         x0, _ = predict.estimates(path, kind, value, z, t)
         return weight(objective, t) * jnp.mean(error**2), x0, hidden
 
-    losses, x0, hidden = jax.vmap(one)(x, noise, t, told, cond, null)
+    losses, x0, hidden = jax.vmap(one)(x, noise, t, model_t, cond, null)
     return jnp.mean(losses), Outcome(losses, x0, hidden, t, null)

@@ -20,7 +20,7 @@ Symbols: :math:`\epsilon` -> ``eps``, x -> ``x0``, v -> ``v``, u -> ``velocity``
 Shapes: ``value``, ``z`` and results [...] of one example (all equal), t scalar, float32.
 Raises: ValueError for an unknown kind.
 Papers: Ho et al. 2020 (eps); Salimans and Ho 2022 (v); Lipman et al. 2023 (velocity).
-Source: papers; v on paths with alpha^2 + sigma^2 != 1 is our reading.
+Source: papers; v on paths with alpha^2 + sigma^2 != 1 is original to jlora.
 Deviates: nothing is clamped: eps at alpha = 0, x0 at sigma = 0 have no inverse and give inf or nan
 (the samplers refuse such a start when they are built).
 """
@@ -82,7 +82,7 @@ def convert(
     z: Float[Array, "..."],
     t: Float[Array, ""],
 ) -> Float[Array, "..."]:
-    """The prediction `value` of kind `source`, told as kind `goal`."""
+    """The prediction `value` of kind `source`, expressed as kind `goal`."""
     x0, eps = estimates(path, source, value, z, t)
     return target(path, goal, x0, eps, t)
 

@@ -21,7 +21,7 @@ Symbols: x, e -> ``x0``, ``eps``; n -> noise of the step; :math:`\eta` -> ``eta`
 Shapes: z of ``shape`` (one example), t scalar, float32; batches by vmap inside ``build``.
 Raises: ValueError, when built, for unknown names, steps < 1, or a start that has no data estimate.
 Papers: Ho et al. 2020; Song et al. 2021 (DDIM); Karras et al. 2022 (Heun); Liu et al. 2023.
-Source: papers; the posterior of paths that do not preserve variance is our reading.
+Source: papers; the posterior of paths that do not preserve variance is original to jlora.
 Deviates: the probability flow is integrated in (y, tau), in which every path is a rectified flow:
 dz/dt itself is infinite at t = 0 on ddpm_linear. Euler so is DDIM with eta = 0, on every path.
 Clipping x0 (off by default; Cond P-Diff clips at 1) also moves eps, so that z stays on its path.
@@ -99,7 +99,7 @@ def ddim_step(path: Path, eta: float, x0, eps, t, s, noise):
 
 
 def flow_step(path: Path, z, slope, t, s):
-    """One explicit step of dy/dtau = slope, told again in z."""
+    """One explicit step of dy/dtau = slope, expressed in z."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
     size_t, size_s = alpha_t + sigma_t, alpha_s + sigma_s
     return size_s * (z / size_t + (sigma_s / size_s - sigma_t / size_t) * slope)

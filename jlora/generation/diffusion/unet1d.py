@@ -20,7 +20,7 @@ Paper: Jin et al. 2024, arXiv 2408.01415.
 Source: official code (structure and sizes; ours is written from its description).
 Deviates: the null condition is the zero vector (the paper has none); the order convolution, norm,
 activation within a block is our choice; t in (0, 1] stands for step round(t T). The official
-training told all examples the first one's timestep: see ``Objective.time_bug``, off here. For that
+training gave all examples the first one's timestep: see ``Objective.time_bug``, off here. For that
 program's loss use kind ``eps`` on ``ddpm_linear`` with ``times="discrete"``.
 """
 

@@ -120,7 +120,7 @@ def canonicalise(
     if kind not in KINDS:
         raise ValueError(f"unknown canonical form {kind!r}, expected one of {KINDS}")
     if (kind == "procrustes") != (reference is not None):
-        raise ValueError(f"{kind}: a reference is owed by 'procrustes' and by nothing else")
+        raise ValueError(f"{kind}: mode 'procrustes' requires a reference; no other mode takes one")
     out = {}
     for path, leaves in trainable.items():
         need = {"b"} if kind in ("none", "frozen_A") else {"a", "b"}

@@ -19,7 +19,7 @@ No scale is below `floor` times the root mean square of x, so that the rounding 
 coordinate is not blown up, nor a unit latent there decoded to more than that.
 
 Source: `task` is Cond P-Diff's (arXiv 2408.01415) z-score as its released code computes it; the
-global modes are our reading, like the global mean and std of Text-to-LoRA (arXiv 2506.06105).
+global modes are original to jlora, like the global mean and std of Text-to-LoRA (arXiv 2506.06105).
 Deviates: population standard deviation (divisor n), and the floor.
 """
 
@@ -74,7 +74,7 @@ def fit(
     check_finite(x)
     n, length, dim = x.shape
     if (mode == "task") != (tasks is not None):
-        raise ValueError(f"{mode}: task ids are owed by mode 'task' and by nothing else")
+        raise ValueError(f"{mode}: mode 'task' requires task ids; no other mode takes them")
     if tasks is not None:
         ids = np.asarray(tasks)
         if ids.shape != (n,) or set(ids.tolist()) != set(range(ids.max() + 1)):
@@ -120,7 +120,7 @@ def invert(norm: Normaliser, x: Float[Array, "T D"], task: Array | int | None = 
 
 def _rows(norm: Normaliser, task: Array | int | None) -> tuple[Array, Array]:
     if (norm.mean.ndim == 3) != (task is not None):
-        raise ValueError("a task id is owed by a normaliser of mode 'task' and by no other")
+        raise ValueError("a normaliser of mode 'task' requires a task id; no other takes one")
     mean, scale = norm if task is None else (norm.mean[task], norm.scale[task])
     return mean, jnp.broadcast_to(scale, mean.shape)
 

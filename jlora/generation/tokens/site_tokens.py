@@ -12,7 +12,7 @@ are used: `detokenise(spec, tokenise(spec, tree))` is the tree, bitwise.
 
 Everything is written for one adapter; `jax.vmap(partial(tokenise, spec))` does a bank.
 
-Source: our reading (one token per site as in Weight2Token, arXiv 2603.15990).
+Original to jlora (one token per site as in Weight2Token, arXiv 2603.15990).
 Deviates: factors enter whole; that paper splits them into one token per singular direction.
 """
 
@@ -154,12 +154,12 @@ def tokenise(spec: TokenSpec, trainable: Tree) -> Float[Array, "T D"]:
         [T, D] of the leaves' dtype, zeros in the padding.
 
     Raises:
-        ValueError: a path or name missing or superfluous, or a leaf of another shape or dtype.
+        ValueError: a path or name missing or unexpected, or a leaf of another shape or dtype.
     """
     found = {path for path, leaves in trainable.items() if leaves}
     wanted = {group.path for group in spec.groups}
     if found != wanted:
-        raise ValueError(f"sites: missing {wanted - found}, superfluous {found - wanted}")
+        raise ValueError(f"sites: missing {wanted - found}, unexpected {found - wanted}")
     rows = []
     for group in spec.groups:
         site = trainable[group.path]

@@ -132,8 +132,8 @@ def _side(site: Site, m: np.ndarray) -> str:
 
 
 def _read_decomposed(site: Site, t: Arrays, alpha: float | None, by: str) -> Read:
-    told = {} if alpha is None else {ALPHA: np.asarray(alpha)}
-    made = read(site, {key: array for key, array in t.items() if key != DORA_SCALE} | told)
+    declared = {} if alpha is None else {ALPHA: np.asarray(alpha)}
+    made = read(site, {key: array for key, array in t.items() if key != DORA_SCALE} | declared)
     m = t[DORA_SCALE].reshape(rows_shape(site) if by == "in" else site.d_out)
     return Read(Decomposed(made.method, by), made.trainable | {"m": m}, made.frozen)
 
@@ -223,7 +223,9 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
     if isinstance(method, Decomposed):
         made = write(site, method.method, {name: p[name] for name in p if name != "m"})
         if not made:
-            raise ValueError("the delta is zero, which this format cannot say beside dora_scale")
+            raise ValueError(
+                "the delta is zero, which this format cannot represent together with dora_scale"
+            )
         return made | {DORA_SCALE: p["m"].reshape(_magnitude(site, method.by))}
     if type(method) not in (LoRA, LoCon, DoRA, LoHa, LoKr):
         raise ValueError(f"this format has no place for {type(method).__name__}")

@@ -108,8 +108,8 @@ def save_peft(
             raise FormatError(folder, f"{twice[:4]} are vectors of the adapter and extras as well")
         extras = {**vectors, **(extras or {})}
     if extras:
-        more, told = extra_tensors(folder, extras, fields, table)
-        tensors, common = {**tensors, **more}, {**common, **told}
+        more, declared = extra_tensors(folder, extras, fields, table)
+        tensors, common = {**tensors, **more}, {**common, **declared}
     fields, tensors = {**fields, **parameters}, {**tensors, **bare}
     if parameters and peft_parameters.FIELD not in table.fixed:
         raise FormatError(folder, f"PEFT's {table.type} has no {peft_parameters.FIELD}")

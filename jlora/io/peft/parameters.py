@@ -151,5 +151,5 @@ def _write(one: Parameter, method: Any, own: Arrays) -> tuple[Arrays, Fields] | 
         KEYS[1]: second.transpose(1, 2, 0).reshape(second.shape[1], -1),
     }
     alpha = alpha_of(method, p["scale"][0], rank, method.rslora)
-    told = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": method.rslora}
-    return tensors, told
+    declared = {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "use_rslora": method.rslora}
+    return tensors, declared

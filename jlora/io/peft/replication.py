@@ -94,12 +94,12 @@ def settled(
     Raises:
       FormatError: it is another one.
     """
-    told = config.get(FIELD)
+    declared = config.get(FIELD)
     want = None if given is None else [list(pair) for pair in given]
-    if told != want and not (want is None and told in ([], False)):
+    if declared != want and not (want is None and declared in ([], False)):
         raise FormatError(
             path,
-            f"{FIELD} is {repr(told)[:80]}, expected {want}; expand the parameters with "
+            f"{FIELD} is {repr(declared)[:80]}, expected {want}; expand the parameters with "
             f"replicate_layers(params, {FIELD}) and pass {FIELD}",
         )
     return {name: None if name == FIELD else value for name, value in config.items()}

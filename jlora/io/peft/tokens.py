@@ -43,15 +43,17 @@ def taken(
       FormatError: rows without numbers or numbers without rows, of no table, not as many.
     """
     found = {key[len(ROOT) : -len(SUFFIX)]: t for key, t in tensors.items() if is_token_key(key)}
-    told = config.get(FIELD)
-    if not found and told is None:
+    declared = config.get(FIELD)
+    if not found and declared is None:
         return dict(config), tensors, {}
-    if isinstance(told, list) and len(found) == 1:
-        told = dict.fromkeys(found, told)
-    if not isinstance(told, dict):
-        raise FormatError(path, f"{FIELD} = {repr(told)[:80]} for the rows of {sorted(found)[:4]}")
+    if isinstance(declared, list) and len(found) == 1:
+        declared = dict.fromkeys(found, declared)
+    if not isinstance(declared, dict):
+        raise FormatError(
+            path, f"{FIELD} = {repr(declared)[:80]} for the rows of {sorted(found)[:4]}"
+        )
     reads: dict[str, Read] = {}
-    for name, ids in told.items():
+    for name, ids in declared.items():
         hits = [module for module in found if module == name or module.endswith(f".{name}")]
         if len(hits) != 1 or hits[0] not in modules:
             raise FormatError(
@@ -59,11 +61,11 @@ def taken(
             )
         where, index = modules[hits[0]]
         if "gather" not in sites[where].ops or index or where in reads:
-            raise FormatError(path, f"{FIELD}: {where} is no looked-up table of its own")
+            raise FormatError(path, f"{FIELD}: {where} is no embedding table of its own")
         reads[where] = _read(path, sites[where], ids, found[hits[0]])
     if len(reads) != len(found):
         raise FormatError(
-            path, f"{FIELD} names {sorted(told)[:4]}, rows are of {sorted(found)[:4]}"
+            path, f"{FIELD} names {sorted(declared)[:4]}, rows are of {sorted(found)[:4]}"
         )
     rest = {key: t for key, t in tensors.items() if not is_token_key(key)}
     return {**config, FIELD: None}, rest, reads
@@ -111,12 +113,12 @@ def split(adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays, dict[str, 
     if not kept or len(kept) == len(adapter.sites):
         return adapter, {}, None
     tensors: Arrays = {}
-    told: dict[str, list[int]] = {}
+    declared: dict[str, list[int]] = {}
     for site, method in adapter.sites:
         if isinstance(method, TrainableTokens):
             if site.stack or "gather" not in site.ops:
-                raise ValueError(f"{site.path}: PEFT trains rows of looked-up tables only")
+                raise ValueError(f"{site.path}: PEFT trains rows of embedding tables only")
             module = names.module(site.path, ())
             tensors[f"{ROOT}{module}{SUFFIX}"] = np.asarray(adapter.trainable[site.path]["rows"])
-            told[module] = list(method.ids)
-    return adapter.replace(sites=kept), tensors, told
+            declared[module] = list(method.ids)
+    return adapter.replace(sites=kept), tensors, declared

@@ -26,7 +26,7 @@ UNSAVED = (
 PARTS = "it trains biases or rows of a table, no matrices"
 DYNAMIC = "what it adds depends on tokens or tasks, so it is no change of a weight"
 PROMPTS = "it adds tokens or a cache and changes no weight"
-BESIDE = "it is a model alongside the model"
+ALONGSIDE = "it is a model alongside the model"
 
 _GROUPS = {
     TO_COME: "FROD OSF TINYLORA",
@@ -35,7 +35,7 @@ _GROUPS = {
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "
     "P_TUNING",
-    BESIDE: "SHADOW",
+    ALONGSIDE: "SHADOW",
 }
 OTHERS: dict[str, str] = {
     name: reason for reason, names in _GROUPS.items() for name in names.split()

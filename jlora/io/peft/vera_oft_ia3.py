@@ -126,10 +126,10 @@ def _read_boft(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
             f"boft_block_size = {size} and boft_block_num = {count}, expected one that divides "
             f"{site.d_in} inputs, the other 0"
         )
-    block, told = size or site.d_in // count, fields["boft_n_butterfly_factor"]
+    block, declared = size or site.d_in // count, fields["boft_n_butterfly_factor"]
     stages = r.shape[0] if r.ndim else 0
-    if stages not in (1, told):  # without its CUDA kernel PEFT makes one, whatever it is told
-        raise ValueError(f"boft_R has {stages} factors, expected {told} or 1")
+    if stages not in (1, declared):  # without its CUDA kernel PEFT makes one, whatever is declared
+        raise ValueError(f"boft_R has {stages} factors, expected {declared} or 1")
     want_shape("boft_R", r, (stages, site.d_in // block, block, block))
     want_shape("boft_s", t["boft_s"], (site.d_out, 1))
     if site.d_in % (2 ** (stages - 1) * block):

@@ -73,12 +73,12 @@ def extra_tensors(
             bias = "all" if module not in adapted or bias == "all" else only
         inner = "base_layer." if module in adapted else ""
         tensors[f"{ROOT}{module}.{inner}{leaf}"] = np.asarray(array)
-    told: Fields = {"modules_to_save": sorted(modules) or None}
+    declared: Fields = {"modules_to_save": sorted(modules) or None}
     if bias != "none":
         if "bias" not in table.free:
             raise FormatError(folder, f"PEFT's {table.type} saves no biases: {sorted(extras)[:4]}")
-        told["bias"] = bias
-    return tensors, told
+        declared["bias"] = bias
+    return tensors, declared
 
 
 def _one_table(folder: Path, adapter: Adapter) -> Table:

@@ -39,7 +39,7 @@ from jlora.system import System
 from jlora.types import Dynamic
 
 
-def deal(size: int, block: int, i: int) -> np.ndarray:
+def butterfly_permutation(size: int, block: int, i: int) -> np.ndarray:
     """The permutation of a butterfly factor.
 
     Args:
@@ -104,7 +104,7 @@ class BOFT(Method):
     def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """M_{m-1} ... M_0 W diag(s), [d_in, d_out]."""
         for i, blocks in enumerate(self.rotations(p)):
-            order = deal(w.shape[0], self.block, i)
+            order = butterfly_permutation(w.shape[0], self.block, i)
             parts = w[np.argsort(order)].reshape(-1, self.block, w.shape[1])
             w = jnp.einsum("bij,bjo->bio", blocks, parts).reshape(w.shape)[order]
         return w * p["s"][None, :]
@@ -116,7 +116,7 @@ class BOFT(Method):
         rotations = self.rotations(p).astype(x.dtype)
         shape = x.shape
         for i in reversed(range(self.stages)):
-            order = deal(shape[-1], self.block, i)
+            order = butterfly_permutation(shape[-1], self.block, i)
             parts = x[..., np.argsort(order)].reshape(*shape[:-1], -1, self.block)
             x = jnp.einsum("...bi,bij->...bj", parts, rotations[i]).reshape(shape)[..., order]
         y = x @ w

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from jlora.core.lookup import Rows
+from jlora.core.lookup import OneHotRows
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
@@ -57,7 +57,7 @@ class TrainableTokens(Method):
 
     def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """Rows of the table [..., d_out]; on other x [..., d_in] the matmul with the merged one."""
-        if not isinstance(x, Rows):
+        if not isinstance(x, OneHotRows):
             return x @ w.merged(self, p)
         y = x @ w
         hot = np.zeros((w.shape[0], len(self.ids)), bool)

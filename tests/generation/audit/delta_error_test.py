@@ -72,7 +72,7 @@ def test_frozen_a_and_normaliser():
     for have, want in zip(got, expected(same_a, x), strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-4)
     by_task = normalise.fit("task", zoo, tasks=np.array([0, 0, 1]))
-    with pytest.raises(ValueError, match="a task id is owed"):
+    with pytest.raises(ValueError, match="requires a task id"):
         delta_error.delta_terms(DeltaView(spec, by_task, frozen), t_hat, t)
 
 

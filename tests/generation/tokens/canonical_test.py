@@ -132,7 +132,7 @@ def test_errors():
     x = factors(0)
     with pytest.raises(ValueError, match="unknown canonical form 'svd'"):
         canonical.canonicalise("svd", x)
-    with pytest.raises(ValueError, match="a reference is owed"):
+    with pytest.raises(ValueError, match="requires a reference"):
         canonical.canonicalise("procrustes", x)
     with pytest.raises(ValueError, match=r"q: frozen_A wants trainable \{'b'\}, got"):
         canonical.canonicalise("frozen_A", x)

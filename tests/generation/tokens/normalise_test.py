@@ -95,7 +95,7 @@ def test_errors():
     x = jnp.asarray(zoo())
     with pytest.raises(ValueError, match="unknown normalisation 'batch'"):
         normalise.fit("batch", x)
-    with pytest.raises(ValueError, match="task ids are owed"):
+    with pytest.raises(ValueError, match="requires task ids"):
         normalise.fit("task", x)
     with pytest.raises(ValueError, match=r"covering 0 .. K-1"):
         normalise.fit("task", x, tasks=TASKS * 2)
@@ -105,7 +105,7 @@ def test_errors():
         normalise.fit("site_rms", x, mask=MASK[:1])
     with pytest.raises(ValueError, match=r"expected \[n > 0, T, D\]"):
         normalise.fit("site_rms", x[0])
-    with pytest.raises(ValueError, match="a task id is owed"):
+    with pytest.raises(ValueError, match="requires a task id"):
         normalise.apply(fit("task"), x[0])
-    with pytest.raises(ValueError, match="a task id is owed"):
+    with pytest.raises(ValueError, match="requires a task id"):
         normalise.invert(fit("site_rms"), x[0], 1)

@@ -90,7 +90,7 @@ def test_a_list_means_the_one_table(case, tmp_path):
             lambda t: t.update(
                 {KEY.replace("embed_tokens", "layers.0.self_attn.q_proj"): t.pop(KEY)}
             ),
-            "no looked-up table",
+            "no embedding table",
         ),
     ],
 )

@@ -83,6 +83,6 @@ def test_refusals(bench):
 
 
 def test_mutation_a_butterfly_that_deals_nothing_is_seen(bench, monkeypatch):
-    monkeypatch.setattr(boft, "deal", lambda size, block, i: np.arange(size))
+    monkeypatch.setattr(boft, "butterfly_permutation", lambda size, block, i: np.arange(size))
     with pytest.raises(AssertionError):
         check_value(bench, BOFT(block=2, stages=2))

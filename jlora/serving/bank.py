@@ -13,7 +13,7 @@ the order in which a scan over layers reads them. Here the axis of the adapters 
 stack axes, [*stack, N, ...]; what the model carries is the index, and a layer gathers the arrays
 of its rows only, [rows, ...]. Answers and gradients are the same up to rounding.
 
-    served = jl.rows(bank)                                              # once
+    served = jl.serving_bank(bank)                                              # once
     jax.vmap(lambda i, x: tuned(params, served[i], x))(ids, xs)         # every call
 
 Shapes: bank arrays [N, *stack, ...] or, of tensors that sites share, [N, ...].
@@ -50,7 +50,7 @@ THIN = 16  # factors of a rank up to it are written out
 
 
 @dataclasses.dataclass(frozen=True)
-class Row(Wrapper):
+class PerExample(Wrapper):
     """`method` on the arrays that `index` picks; p is {"index": [], name + "[]": [N, ...]}.
 
     A matrix that ends in its rank is kept transposed, name + "[].T": its rows are then copied
@@ -64,7 +64,9 @@ class Row(Wrapper):
         return self.method.merges
 
     def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
-        raise NotImplementedError("Row: stands for adapters that exist; use jl.rows(bank)")
+        raise NotImplementedError(
+            "PerExample: stands for adapters that exist; use jl.serving_bank(bank)"
+        )
 
     def prepare(self, p: Arrays) -> Arrays:
         """The arrays of one adapter; only those are made float32."""
@@ -128,10 +130,10 @@ def _picked(p: Arrays) -> Arrays:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class ServingBank:
     """A bank in serving order. `served[i]` is adapter i, for `lift`, `merge` and `delta`."""
 
-    bank: Adapter  # its methods are `Row`, its arrays [*stack, N, ...]
+    bank: Adapter  # its methods are `PerExample`, its arrays [*stack, N, ...]
     count: int = dataclasses.field(metadata={"static": True})  # N
 
     def __len__(self) -> int:
@@ -150,7 +152,7 @@ class Rows:
         return self.bank.replace(frozen=frozen)
 
 
-def rows(bank: Adapter) -> Rows:
+def serving_bank(bank: Adapter) -> ServingBank:
     """A bank in serving order: one copy of its arrays.
 
     Args:
@@ -162,7 +164,7 @@ def rows(bank: Adapter) -> Rows:
     Raises:
       ValueError: a bank that is already in serving order, or one adapter.
     """
-    if any(isinstance(method, Row) for _, method in bank.sites):
+    if any(isinstance(method, PerExample) for _, method in bank.sites):
         raise ValueError("expected a bank of jl.stack, got one already in serving order")
     sizes = {t.shape[:1] for t in jax.tree.leaves(bank)}
     if len(sizes) != 1 or () in sizes:
@@ -185,15 +187,15 @@ def rows(bank: Adapter) -> Rows:
     for site, method in bank.sites:
         group = site.group or GROUP
         frozen[group] = frozen.get(group, {}) | {INDEX: jnp.zeros((), jnp.int32)}
-        sites.append((dataclasses.replace(site, group=group), Row(method)))
+        sites.append((dataclasses.replace(site, group=group), PerExample(method)))
     ((count,),) = sizes
-    return Rows(Adapter(behind(bank.trainable), frozen, tuple(sites)), count)
+    return ServingBank(Adapter(behind(bank.trainable), frozen, tuple(sites)), count)
 
 
 SYSTEM = System(
     name="Mixed batches by rows",
     paper="Chen 2023, 2310.18547 (Punica); Sheng 2023, 2311.03285 (S-LoRA)",
-    symbol="rows",
+    symbol="serving_bank",
     evidence="each row against its own merged weights; no recompilation; overhead over the base",
     rows=(83,),
     missing="pages shared by adapters and cache, loading on demand, a scheduler, a server",

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import jlora as jl
-from jlora.serving import rows as module
+from jlora.serving import bank as module
 
 METHODS = {
     "lora": jl.LoRA(rank=2),
@@ -56,7 +56,7 @@ def mixed(adapters, which=WHICH, x=X):
 
 def check_rows(name):
     adapters = bank(METHODS[name])
-    got = mixed(jl.rows(adapters))
+    got = mixed(jl.serving_bank(adapters))
     one_by_one = [TUNED(PARAMS, adapters[int(i)], x) for i, x in zip(WHICH, X, strict=True)]
     np.testing.assert_allclose(got, jnp.stack(one_by_one), rtol=2e-6, atol=2e-6)
 
@@ -78,7 +78,9 @@ def test_value_by_numpy():
         for w in weight("layers", i, np.float64(PARAMS["layers"])):
             x = np.tanh(x @ w)
         want = x @ weight("head", i, np.float64(PARAMS["head"]))
-        np.testing.assert_allclose(mixed(jl.rows(adapters))[row], want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            mixed(jl.serving_bank(adapters))[row], want, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_gradients_reach_the_bank():
@@ -88,7 +90,7 @@ def test_gradients_reach_the_bank():
         full = adapters.replace(trainable=trainable)
         return jnp.sum(mixed(order(full)) ** 2)
 
-    got = jax.grad(loss)(adapters.trainable, jl.rows)
+    got = jax.grad(loss)(adapters.trainable, jl.serving_bank)
     want = jax.grad(loss)(adapters.trainable, lambda full: full)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5), got, want)
     assert not np.any(got["head"]["a"][1]) and np.any(got["head"]["a"][2])  # 1 is in no row
@@ -96,7 +98,7 @@ def test_gradients_reach_the_bank():
 
 def test_one_of_them_merges_and_has_a_delta():
     adapters = bank(METHODS["dora"])
-    served = jl.rows(adapters)
+    served = jl.serving_bank(adapters)
     assert len(served) == N
     for i in (0, 3, -1):
         for fn in (jl.merge, jl.delta):
@@ -119,7 +121,7 @@ def test_nothing_but_the_rows_of_a_layer_is_gathered():
 
     rows, rank = len(WHICH), METHODS["lora"].rank
     assert largest_gather(lambda a: a) == rows * LAYERS * WIDTH * rank
-    assert largest_gather(jl.rows) == rows * 6 * rank  # the head's B, [rank, 6] a row
+    assert largest_gather(jl.serving_bank) == rows * 6 * rank  # the head's B, [rank, 6] a row
 
 
 def _equations(jaxpr):
@@ -133,7 +135,7 @@ def _equations(jaxpr):
 
 def test_other_rows_and_another_bank_compile_nothing():
     run = jax.jit(mixed)
-    served = jl.rows(bank(METHODS["lora"]))
+    served = jl.serving_bank(bank(METHODS["lora"]))
     run(served, WHICH)
     run(jax.tree.map(lambda t: t * 0.5 if t.dtype == jnp.float32 else t, served), WHICH[::-1])
     assert run._cache_size() == 1
@@ -142,13 +144,13 @@ def test_other_rows_and_another_bank_compile_nothing():
 def test_refusals():
     adapters = bank(METHODS["lora"])
     with pytest.raises(ValueError, match="expected a bank"):
-        jl.rows(adapters[0])
+        jl.serving_bank(adapters[0])
     with pytest.raises(IndexError, match="adapter 5: the bank has 5"):
-        jl.rows(adapters)[5]
+        jl.serving_bank(adapters)[5]
     with pytest.raises(IndexError, match="adapter -6: the bank has 5"):
-        jl.rows(adapters)[np.int64(-6)]
+        jl.serving_bank(adapters)[np.int64(-6)]
     with pytest.raises(ValueError, match="already in serving order"):
-        jl.rows(jl.rows(adapters)[0])
+        jl.serving_bank(jl.serving_bank(adapters)[0])
 
 
 def test_spread_is_a_product_in_value_and_slopes():
@@ -171,7 +173,7 @@ def test_spread_is_a_product_in_value_and_slopes():
 
 @pytest.mark.parametrize(("rank", "sums"), [(module.THIN, True), (module.THIN + 1, False)])
 def test_thin_factors_are_a_sum_and_others_the_methods_own(rank, sums):
-    served = jl.rows(bank(jl.LoRA(rank=rank)))
+    served = jl.serving_bank(bank(jl.LoRA(rank=rank)))
     jaxpr = jax.make_jaxpr(lambda s: mixed(s))(served)
     dots = [e for e in _equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
     assert len(dots) == (4 if sums else 6)  # x W and x A of the scan's body and of the head
@@ -182,7 +184,7 @@ def test_dropout_of_rows_is_the_methods_own():
     run = jax.vmap(
         lambda i, x, a: TUNED(PARAMS, a[i], x, ctx={"key": jax.random.key(7)}), (0, 0, None)
     )
-    got, want = (run(WHICH, X, a) for a in (jl.rows(adapters), adapters))
+    got, want = (run(WHICH, X, a) for a in (jl.serving_bank(adapters), adapters))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert np.abs(got - mixed(adapters)).max() > 0.01
 
