@@ -27,9 +27,7 @@ class Record:
     uses: list[Any] | None = None  # the abstract walk: who consumes what; None where values run
     fixed: dict[int, Any] = dataclasses.field(default_factory=dict)  # in the walk: by id, what no
     # argument of the function has a part in (but weights may have)
-    reports: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # what methods report, by name
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name, of methods
     published: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name, for later sites
     counts: Counter = dataclasses.field(default_factory=Counter)  # reports, uses and bodies so far
 
