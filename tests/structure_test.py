@@ -23,7 +23,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "methods": {"numerics", "torch_random", "algebra", "core", "routing", "system"},
     "inits": {"core", "contracts", "methods", "system"},
     "penalties": {"contracts", "core", "methods", "system"},
-    "optimizers": {"contracts", "core", "system"},
+    "optimizers": {"contracts", "core", "numerics", "system"},
     "serving": {"contracts", "core", "system"},
     "generation": {"numerics", "core", "algebra", "contracts", "system"},
     "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
