@@ -9,6 +9,7 @@ from jlora.methods.decomposed.delora import DeLoRA as DeLoRA
 from jlora.methods.decomposed.dora import DoRA as DoRA
 from jlora.methods.kronecker.lokr import LoKr as LoKr
 from jlora.methods.low_rank.adalora import AdaLoRA as AdaLoRA
+from jlora.methods.low_rank.allora import ALLoRA as ALLoRA
 from jlora.methods.low_rank.hira import HiRA as HiRA
 from jlora.methods.low_rank.kasa import KaSA as KaSA
 from jlora.methods.low_rank.locon import LoCon as LoCon
