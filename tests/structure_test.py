@@ -45,7 +45,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_640  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 2_750  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 240  # of one file of it
 
 
