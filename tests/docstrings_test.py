@@ -14,7 +14,6 @@ OPEN = (  # rooms and files that are not in this form yet; the list may only shr
     "contract",
     "contracts",
     "core",
-    "generation",
     "io",
 )
 PASS_ON = {  # what takes keyword arguments to pass them on as they are
