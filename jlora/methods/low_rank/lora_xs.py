@@ -29,6 +29,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.checks import check_whole
@@ -51,7 +52,7 @@ class LoRAXS(Method):
     def __post_init__(self) -> None:
         check_whole("LoRAXS.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """core [r, r] = 0; frozen a [d_in, r], b [r, d_out], scale []."""
         limit, r = min(site.d_in, site.d_out), self.rank
         if r > limit:
