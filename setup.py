@@ -32,11 +32,12 @@ DOCS = [
 ]
 # JAX packages with models of their own: tests/golden/make_stacks.py runs them.
 STACKS = [
-    "easydel; python_version >= '3.11'",
     "gemma>=3.0",
     "google-tunix>=0.1",
     "keras-hub>=0.20",
 ]
+# It pins other releases than those accept, and imports torch and pillow without requiring them.
+EASYDEL = ["easydel>=0.3", "pillow", "torch==2.13.0"]
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.
 TEST = [
     "datasets>=4.0",
@@ -74,6 +75,7 @@ setup(
         "glue": ["datasets>=4.0"],
         "docs": DOCS,
         "stacks": STACKS,
+        "stacks-easydel": EASYDEL,
         "test": EXPERIMENTS + DOCS + TEST,
     },
 )
