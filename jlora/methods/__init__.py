@@ -10,10 +10,12 @@ from jlora.methods.decomposed.dora import DoRA as DoRA
 from jlora.methods.kronecker.lokr import LoKr as LoKr
 from jlora.methods.low_rank.adalora import AdaLoRA as AdaLoRA
 from jlora.methods.low_rank.allora import ALLoRA as ALLoRA
+from jlora.methods.low_rank.block_lora import BlockLoRA as BlockLoRA
 from jlora.methods.low_rank.hira import HiRA as HiRA
 from jlora.methods.low_rank.kasa import KaSA as KaSA
 from jlora.methods.low_rank.locon import LoCon as LoCon
 from jlora.methods.low_rank.loha import LoHa as LoHa
+from jlora.methods.low_rank.loldu import LoLDU as LoLDU
 from jlora.methods.low_rank.lora import LoRA as LoRA
 from jlora.methods.low_rank.lora_xs import LoRAXS as LoRAXS
 from jlora.methods.low_rank.pissa import PiSSA as PiSSA
