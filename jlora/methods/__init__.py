@@ -29,8 +29,10 @@ from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning
 from jlora.methods.selective.trainable_tokens import TrainableTokens as TrainableTokens
+from jlora.methods.shared_basis.nola import NOLA as NOLA
 from jlora.methods.shared_basis.pvera import PVeRA as PVeRA
 from jlora.methods.shared_basis.randlora import RandLoRA as RandLoRA
+from jlora.methods.shared_basis.tera import TeRA as TeRA
 from jlora.methods.shared_basis.unilora import UniLoRA as UniLoRA
 from jlora.methods.shared_basis.vblora import VBLoRA as VBLoRA
 from jlora.methods.shared_basis.vera import VeRA as VeRA
