@@ -135,7 +135,7 @@ SYSTEMS = (
         symbol="alt_lora",
         evidence="four steps by numpy; the step of the delta is that of the projected gradient",
         rows=(28,),
-        missing="a claim",
+        claim="alt_lora",
         make=lambda: optax.chain(alt_lora(damping=1e-7), optax.scale_by_learning_rate(0.05)),
         gauge=True,
     ),
@@ -145,7 +145,7 @@ SYSTEMS = (
         symbol="alt_lora",
         evidence="four steps by numpy",
         rows=(28,),
-        missing="a claim",
+        claim="alt_lora",
         make=lambda: optax.chain(alt_lora(adaptive=True), optax.scale_by_learning_rate(0.05)),
     ),
 )

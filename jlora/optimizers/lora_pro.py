@@ -180,7 +180,7 @@ SYSTEMS = (
         symbol="lora_pro",
         evidence="the least-squares step by numpy's lstsq; any Y moves the delta alike",
         rows=(27,),
-        missing="a claim",
+        claim="lora_pro",
         make=lambda: optax.chain(lora_pro(), optax.scale_by_learning_rate(0.05)),
     ),
     Optimizer(
