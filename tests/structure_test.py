@@ -45,8 +45,8 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_640  # lines of code, all of core/ together; docs/core.md says what they do
-FILE = 240  # of one file of it
+CORE = 2_680  # lines of code, all of core/ together; docs/core.md says what they do
+FILE = 244  # of one file of it
 
 
 def imported(source):

@@ -9,7 +9,7 @@ Deviates: nothing.
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from jlora.core.method import Method
 from jlora.core.rules import RULES
 from jlora.core.scope import Record, Scope
 from jlora.core.site import Site
+from jlora.core.stacks import with_stacks
 
 MATMULS = ("gather", "dot", "conv", "ragged_dot", "product")
 
@@ -315,11 +316,15 @@ def init(
     /,
     *args: Any,
     methods: Mapping[str, Method | None],
+    stacks: Mapping[str, int | Sequence[int]] | None = None,
     on_dense: str = "error",
     model_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Adapter:
     """A fresh adapter alongside `params` for the sites that the patterns of `methods` select.
+
+    `stacks` is {regex on paths: axis or axes of the leaf} whose slices are matrices of their own,
+    each with its own arrays, where the function uses them all at once: {"kv_einsum": 0}.
 
     `on_dense`: "merge" also adapts weights that an operation needs merged before the matmul (masks,
     quantisation); `lift` is then called with the same.
@@ -329,11 +334,12 @@ def init(
     into `model_kwargs`.
 
     `methods` is {regex on paths, or "all-linear": Method}. The key is folded a path, so a site's
-    init does not depend on the others. Raises ValueError as `Sites.select` does.
+    init does not depend on the others. Raises ValueError as `Sites.select` and `with_stacks` do.
     """
     if on_dense not in ("error", "merge"):
         raise ValueError(f"on_dense: got {on_dense!r}, expected 'error' or 'merge'")
     kwargs |= dict(model_kwargs or {})
-    chosen = _table(fn, params, args, kwargs, on_dense == "merge").select(methods)
+    found = _table(fn, params, args, kwargs, on_dense == "merge")
+    chosen = Sites(tuple(with_stacks(found, stacks or {}))).select(methods)
     weights, _ = flatten(params)
     return initialise(key, chosen, weights)
