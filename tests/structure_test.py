@@ -57,7 +57,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_750  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 2_780  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 240  # of one file of it
 
 
