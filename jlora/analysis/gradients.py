@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jlora.analysis.taps import arguments, check_finite, gram, tap
+from jlora.analysis.taps import arguments, check_finite, gram, hashable, tap
 from jlora.core.lift import lift
 from jlora.core.method import Method
 from jlora.core.site import Arrays, Site, at_least_float32
@@ -196,22 +196,25 @@ def _by_layer(loss, params, batches, sites):
 
 def _accumulated(loss, params, batches, sites, z, probe) -> dict[str, Array]:
     """The sum over batches of what the backward pass leaves for the z of every site."""
-    adapter = tap(sites, lambda path: probe)
-
-    @jax.jit
-    def step(total, params, args):
-        def of_z(z):
-            trainable = {path: {"z": t} for path, t in z.items()}
-            return lift(loss)(params, adapter.replace(trainable=trainable), *args)
-
-        return jax.tree.map(jnp.add, total, jax.grad(of_z)(z))
-
+    adapter, loss = tap(sites, lambda path: probe), hashable(loss)
     total, seen = z, False
     for batch in batches:
-        total, seen = step(total, params, arguments(batch)), True
+        total, seen = _step(loss, total, params, adapter, arguments(batch)), True
     if not seen:
         raise ValueError(f"{sites[0].path}: got no data: no batches")
     return total
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step(loss, total, params, adapter, args):
+    """The sum with one more batch."""
+
+    def of_z(z):
+        trainable = {path: {"z": t} for path, t in z.items()}
+        return lift(loss)(params, adapter.replace(trainable=trainable), *args)
+
+    zeros = jax.tree.map(jnp.zeros_like, total)
+    return jax.tree.map(jnp.add, total, jax.grad(of_z)(zeros))
 
 
 def _zeros(site: Site, *shape: int) -> Array:

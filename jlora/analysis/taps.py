@@ -18,6 +18,7 @@ Deviates: nothing.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
@@ -87,15 +88,8 @@ def input_moments(
         shapes = ((*site.stack, d, d), (*site.stack, d), site.stack)
         return Moments(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def add(state: Moments, index: Array, found: Reported, stack: tuple[int, ...]) -> Moments:
-        def one(total, part):
-            flat = total.reshape(math.prod(stack), *total.shape[len(stack) :])
-            part = part.reshape(index.size, *flat.shape[1:]).astype(flat.dtype)
-            return flat.at[index.reshape(-1)].add(part).reshape(total.shape)
-
-        return Moments(*(one(t, found[k]) for k, t in state._asdict().items()))
-
-    return _streamed(fn, params, batches, sites, mask, MomentTap, start, add)
+    adapter = tap(sites, MomentTap)
+    return _streamed(fn, params, batches, mask, adapter, start, _summed)
 
 
 def input_svd(
@@ -134,26 +128,8 @@ def input_svd(
         shapes = ((*site.stack, k, d), (*site.stack, k), site.stack, site.stack)
         return Leading(*(jnp.zeros(shape, dtype) for shape in shapes))
 
-    def add(state: Leading, index: Array, found: Reported, stack: tuple[int, ...]) -> Leading:
-        n = math.prod(stack)
-        flat = jax.tree.map(lambda t: t.reshape(n, *t.shape[len(stack) :]), state)
-        parts = {k: t.reshape(index.size, *t.shape[index.ndim :]) for k, t in found.items()}
-
-        def one(kept, part):
-            at, new = part
-            old = jax.tree.map(lambda t: t[at], kept)
-            rows = jnp.concatenate([old.values[:, None] * old.vectors, new["rows"]])
-            values, vectors = leading(rows, len(old.values))
-            new = Leading(vectors, values, old.energy + new["energy"], old.count + new["count"])
-            return jax.tree.map(lambda t, v: t.at[at].set(v), kept, new), None
-
-        flat, _ = lax.scan(one, flat, (index.reshape(-1), parts))
-        return jax.tree.map(lambda t, whole: t.reshape(whole.shape), flat, state)
-
-    def method(path: str) -> Method:
-        return RowTap(path, rank)
-
-    return _streamed(fn, params, batches, sites, mask, method, start, add)
+    adapter = tap(sites, lambda path: RowTap(path, rank))
+    return _streamed(fn, params, batches, mask, adapter, start, _joined)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,32 +240,81 @@ def check_finite(path: str, t: Float[Array, "..."], what: str) -> None:
         raise ValueError(f"{path}: got {what} that are not finite")
 
 
-def _streamed(fn, params, batches, sites, mask, method, start, add) -> Dynamic:
+def hashable(fn: Callable) -> Callable:
+    """A function that a jitted one can take as a static argument.
+
+    Args:
+      fn: any; what is compiled for it is shared by calls with the same object.
+
+    Returns:
+      Itself, or one that calls it.
+    """
+    try:
+        hash(fn)
+    except TypeError:
+        return lambda *args, **kwargs: fn(*args, **kwargs)
+    return fn
+
+
+def _streamed(fn, params, batches, mask, adapter, start, add) -> Dynamic:
     """The state of every site after all batches; `add` takes in what one use of it reports."""
+    sites = [site for site, _ in adapter.sites]
     for site in sites:
         if "gather" in site.ops:
             raise ValueError(f"{site.path}: got a lookup table, expected a matmul")
-    adapter, stacks = tap(sites, method), {s.path: s.stack for s in sites}
-
-    @jax.jit
-    def step(state, params, args, rows):
-        ctx = {} if rows is None else {"rows": rows}
-        _, reports = lift(fn, aux=True)(params, adapter, *args, ctx=ctx)
-        for name, report in reports.items():  # the second use of a site is called path#2
-            path, found = name.split("#")[0], dict(report)
-            state = {**state, path: add(state[path], found.pop("index"), found, stacks[path])}
-        return state
-
-    state = {site.path: start(site) for site in sites}
+    fn, state = hashable(fn), {site.path: start(site) for site in sites}
     for batch in batches:
         rows = None if mask is None else jnp.asarray(mask(batch))
-        state = step(state, params, arguments(batch), rows)
+        state = _step(fn, add, state, params, adapter, arguments(batch), rows)
     for path, found in state.items():
         if not bool(jnp.all(found.count > 0)):
             raise ValueError(f"{path}: got no data: no input row, count {found.count}")
         for t in found:
             check_finite(path, t, "inputs")
     return state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(fn, add, state, params, adapter, args, rows):
+    """The state with one more batch."""
+    ctx, stacks = (
+        {} if rows is None else {"rows": rows},
+        {s.path: s.stack for s, _ in adapter.sites},
+    )
+    _, reports = lift(fn, aux=True)(params, adapter, *args, ctx=ctx)
+    for name, report in reports.items():  # the second use of a site is called path#2
+        path, found = name.split("#")[0], dict(report)
+        state = {**state, path: add(state[path], found.pop("index"), found, stacks[path])}
+    return state
+
+
+def _summed(state: Moments, index: Array, found: Reported, stack: tuple[int, ...]) -> Moments:
+    """Moments with those of one use, of one slice of the stack or of several."""
+
+    def one(total, part):
+        flat = total.reshape(math.prod(stack), *total.shape[len(stack) :])
+        part = part.reshape(index.size, *flat.shape[1:]).astype(flat.dtype)
+        return flat.at[index.reshape(-1)].add(part).reshape(total.shape)
+
+    return Moments(*(one(t, found[k]) for k, t in state._asdict().items()))
+
+
+def _joined(state: Leading, index: Array, found: Reported, stack: tuple[int, ...]) -> Leading:
+    """Leading directions with those of one use, slice after slice."""
+    n = math.prod(stack)
+    flat = jax.tree.map(lambda t: t.reshape(n, *t.shape[len(stack) :]), state)
+    parts = {k: t.reshape(index.size, *t.shape[index.ndim :]) for k, t in found.items()}
+
+    def one(kept, part):
+        at, new = part
+        old = jax.tree.map(lambda t: t[at], kept)
+        rows = jnp.concatenate([old.values[:, None] * old.vectors, new["rows"]])
+        values, vectors = leading(rows, len(old.values))
+        new = Leading(vectors, values, old.energy + new["energy"], old.count + new["count"])
+        return jax.tree.map(lambda t, v: t.at[at].set(v), kept, new), None
+
+    flat, _ = lax.scan(one, flat, (index.reshape(-1), parts))
+    return jax.tree.map(lambda t, whole: t.reshape(whole.shape), flat, state)
 
 
 def _rows(path: str, x: Dynamic, ctx: Mapping[str, Dynamic]) -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ from jlora.methods.low_rank.loldu import LoLDU as LoLDU
 from jlora.methods.low_rank.lora import LoRA as LoRA
 from jlora.methods.low_rank.lora_xs import LoRAXS as LoRAXS
 from jlora.methods.low_rank.pissa import PiSSA as PiSSA
+from jlora.methods.low_rank.slora import SLoRA as SLoRA
 from jlora.methods.orthogonal.boft import BOFT as BOFT
 from jlora.methods.orthogonal.hra import HRA as HRA
 from jlora.methods.orthogonal.oft import OFT as OFT
@@ -43,4 +44,5 @@ from jlora.methods.sparse.waveft import WaveFT as WaveFT
 from jlora.methods.weight_led.deft import DEFT as DEFT
 from jlora.methods.weight_led.glora import GLoRA as GLoRA
 from jlora.methods.weight_led.peanut import PEANuT as PEANuT
+from jlora.methods.wrappers.residual import Residual as Residual
 from jlora.methods.wrappers.token_mask import TokenMask as TokenMask
