@@ -40,8 +40,8 @@ def sites(fn: Callable, params: Tree, /, *args: Dynamic, **kwargs: Dynamic) -> S
 
     Returns:
       The table of sites, sorted by path. `ops` says what consumes a leaf: "dot", "conv", "gather",
-      or the primitives for which it would have to be merged. FLOPs are of one call, a loop of unknown
-      length counted once.
+      or the primitives for which it would have to be merged. FLOPs are of one call; a loop of
+      unknown length is counted once.
     """
     return _table(fn, params, args, kwargs)
 
