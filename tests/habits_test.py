@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPEN = ("jlora/io", "jlora/cli/merge", "experiments", "benchmarks", "docs")
+OPEN = ("jlora/io", "jlora/cli/merge", "docs")
 EACH = r"site|step|token|axis|primitive|stage|layer|task|epoch|leaf|channel|slice|client"
 HABITS = {  # what is not said -> what is
     rf"\b(?:one|two|three|\d+) (?!(?:without|for|of|with|in|at|by|from|to|on|is|than|has|as|where|"

@@ -59,6 +59,8 @@ BELOW = {  # a part of jlora: the other parts that it may import
 }
 CORE = 2_780  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 240  # of one file of it
+LONG = 350  # lines of any file, all counted
+LONGER = {"jlora/cli/inspect.py"}  # this list may only shrink
 
 
 def imported(source):
@@ -110,6 +112,13 @@ def test_the_core_reads_in_one_sitting():
     sizes = {path.name: code(path.read_text()) for path in (ROOT / "core").glob("*.py")}
     assert sum(sizes.values()) <= CORE, sizes
     assert max(sizes.values()) <= FILE, sizes
+
+
+@pytest.mark.parametrize("folder", ["jlora", "experiments", "benchmarks"])
+def test_no_file_is_long(folder):
+    files = {p.relative_to(ROOT.parent).as_posix(): p for p in (ROOT.parent / folder).rglob("*.py")}
+    long = {name for name, p in files.items() if len(p.read_text().splitlines()) > LONG}
+    assert long == {name for name in LONGER if name.startswith(folder)}
 
 
 def test_the_guide_to_the_core_names_every_file_and_its_size():
