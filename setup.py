@@ -45,6 +45,8 @@ TEST = [
     "equinox>=0.13",
     "flatbuffers>=24.3",
     "gguf>=0.17",
+    # haliax 1.3 looks for names that JAX has given up; 1.4 has development releases only
+    "haliax==1.4.dev453; python_version < '3.12'",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
     "lycoris-lora==4.1.3; python_version < '3.12'",
@@ -54,6 +56,7 @@ TEST = [
     "pytest>=8.3",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",
+    "qwix>=0.1.8",
     "ruff>=0.14",
     "torch==2.13.0; python_version < '3.12'",
 ]
