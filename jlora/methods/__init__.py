@@ -13,6 +13,7 @@ from jlora.methods.low_rank.allora import ALLoRA as ALLoRA
 from jlora.methods.low_rank.block_lora import BlockLoRA as BlockLoRA
 from jlora.methods.low_rank.hira import HiRA as HiRA
 from jlora.methods.low_rank.kasa import KaSA as KaSA
+from jlora.methods.low_rank.lamda import LaMDA as LaMDA
 from jlora.methods.low_rank.locon import LoCon as LoCon
 from jlora.methods.low_rank.loha import LoHa as LoHa
 from jlora.methods.low_rank.loldu import LoLDU as LoLDU
