@@ -6,7 +6,6 @@ axis on every array the same object is a bank of adapters, which `stack` makes.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jlora.core.bank import Banked
 from jlora.core.method import Method, rank_of, with_rank
 from jlora.core.site import Arrays, Site
+from jlora.types import Dynamic
 
 
 @jax.tree_util.register_dataclass
@@ -25,11 +25,28 @@ class Adapter(Banked):
     frozen: dict[str, Arrays]  # the same for what is not trained (scales, bases, masks)
     sites: tuple[tuple[Site, Method], ...] = dataclasses.field(metadata={"static": True})
 
-    def replace(self, **changes: Any) -> "Adapter":
+    def replace(self, **changes: Dynamic) -> "Adapter":
+        """`dataclasses.replace`.
+
+        Args:
+          changes: fields and their new values.
+
+        Returns:
+          A new adapter.
+        """
         return dataclasses.replace(self, **changes)
 
     def arrays(self, site: Site) -> tuple[Arrays, Arrays]:
-        """(own, shared) arrays of a site, trainable and frozen together; only own are stacked."""
+        """The arrays of a site, trainable and frozen together.
+
+        Args:
+          site: one of `sites`.
+
+        Returns:
+          (its own [*stack, ...] by name, those that it shares with other sites); the latter have no
+          stack
+          axes, and are {} where nothing is shared.
+        """
         own, shared = (
             {**self.frozen.get(key, {}), **self.trainable.get(key, {})}
             for key in (site.path, site.group)
@@ -38,9 +55,16 @@ class Adapter(Banked):
 
 
 def stack(adapters: Sequence[Adapter]) -> Adapter:
-    """A bank: every array gains a leading axis; smaller ranks are padded with zeros.
+    """A bank of adapters: every array gains a leading axis; smaller ranks are padded with zeros.
 
-    Raises ValueError for no adapters, or when they have other sites, methods or arrays.
+    Args:
+      adapters: of the same sites and methods, which may differ in rank.
+
+    Returns:
+      An adapter with arrays [N, *stack, ...], whose methods have the largest rank of each site.
+
+    Raises:
+      ValueError: no adapters, or other sites, methods or shapes.
     """
     if not adapters:
         raise ValueError("stack: got no adapters, expected at least one")

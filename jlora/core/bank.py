@@ -9,23 +9,31 @@ Deviates: nothing.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.site import InitContext
+from jlora.types import Dynamic
 
 
 class Banked:
     """Base of `Adapter`."""
 
-    trainable: Any  # path -> name -> array
-    sites: Any  # ((Site, Method), ...)
+    trainable: Dynamic  # path -> name -> array
+    sites: Dynamic  # ((Site, Method), ...)
 
-    def arrays(self, site: Any) -> tuple[Any, Any]:
-        """(own, shared) arrays of a site."""
+    def arrays(self, site: Dynamic) -> tuple[Dynamic, Dynamic]:
+        """The arrays of a site.
+
+        Args:
+          site: one of `sites`.
+
+        Returns:
+          (own, shared), by name.
+        """
         raise NotImplementedError
 
     @property
@@ -65,7 +73,7 @@ class Banked:
     def __iter__(self) -> Iterator[Self]:
         return map(self.__getitem__, range(len(self)))
 
-    def __getitem__(self, i: Any) -> Self:
+    def __getitem__(self, i: Dynamic) -> Self:
         """Adapter(s) `i` of a bank; a slice, an array, or traced (then it is not checked).
 
         Raises IndexError for an integer that the bank does not have, TypeError of one adapter.
@@ -89,7 +97,7 @@ class Banked:
         return "\n".join([head, *(f"  {method}: {_few(at)}" for method, at in paths.items())])
 
 
-def _axes(site: Any, method: Any, shared: Any, siblings: Any) -> dict[str, int]:
+def _axes(site: Dynamic, method: Dynamic, shared: Dynamic, siblings: Dynamic) -> dict[str, int]:
     """{name: number of axes} of what `method.init` makes at a site; {} where it needs more."""
 
     single = site.slice()
@@ -99,10 +107,10 @@ def _axes(site: Any, method: Any, shared: Any, siblings: Any) -> dict[str, int]:
 
     w = jax.ShapeDtypeStruct(single.shape, site.dtype)
     try:
-        made = jax.eval_shape(init, jax.random.key(0), w)
+        shapes = jax.eval_shape(init, jax.random.key(0), w)
     except Exception:  # a method whose arrays init does not make, or that reads values
         return {}
-    return {name: len(site.stack) + t.ndim for part in made for name, t in part.items()}
+    return {name: len(site.stack) + t.ndim for part in shapes for name, t in part.items()}
 
 
 def _few(names: Sequence[str]) -> str:
@@ -110,7 +118,15 @@ def _few(names: Sequence[str]) -> str:
 
 
 def one_adapter(adapter: Banked, what: str) -> None:
-    """Raises ValueError where `what` takes one adapter and gets a bank."""
+    """Refuses a bank where one adapter is wanted.
+
+    Args:
+      adapter: what was given.
+      what: the name of the caller, for the message.
+
+    Raises:
+      ValueError: it is a bank.
+    """
     shape = adapter.bank_shape
     if shape:
         count = " x ".join(map(str, shape))

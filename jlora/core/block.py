@@ -16,10 +16,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jlora.core import compat
 from jlora.core.evaluate import evaluate
@@ -27,20 +27,24 @@ from jlora.core.lazy import SIDE, Lazy
 from jlora.core.method import Method, Wrapper
 from jlora.core.scope import Scope
 from jlora.core.site import Arrays
+from jlora.types import Dynamic
 
 PREFIX = "jlora block "
 
 
-def block(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, the same function, marked for methods whose experts are mixed on what it returns.
+def block(name: str, fn: Callable[..., Dynamic]) -> Callable[..., Dynamic]:
+    """A function marked for methods whose experts are mixed on what it returns.
 
     Args:
       name: what `BlockMethod.block` refers to; one name may mark a block of every layer.
       fn: any function of arrays and weights. What it returns, floating arrays [..., n], is mixed.
+
+    Returns:
+      The same function, under `jax.jit`.
     """
 
     @functools.wraps(fn)
-    def marked(*args: Any, **kwargs: Any) -> Any:
+    def marked(*args: Dynamic, **kwargs: Dynamic) -> Dynamic:
         return fn(*args, **kwargs)
 
     marked.__name__ = PREFIX + name
@@ -62,34 +66,67 @@ class BlockMethod(Wrapper):
         return False
 
     def expert(self, p: Arrays) -> Method:
-        """The method of one expert, on arrays of its own and those that all experts share."""
+        """The method of one expert, on arrays of its own and those that all experts share.
+
+        Args:
+          p: the arrays of the site, [*stack, ...] by name.
+
+        Returns:
+          `method`, unless a subclass says otherwise.
+        """
         return self.method
 
     def experts_of(self, p: Arrays) -> tuple[Arrays, Arrays]:
-        """(arrays of each expert [E, ...], arrays that all experts share), as `expert` wants them.
+        """The arrays of one un-stacked site, those of each expert separate from the common ones.
 
-        `p` are the arrays of one un-stacked site.
+        Args:
+          p: the arrays of the site, by name.
+
+        Returns:
+          (arrays of each expert [E, ...], arrays that all experts share), as `expert` wants them.
         """
         raise NotImplementedError(f"{type(self).__name__}.experts_of")
 
-    def mix(self, y: jax.Array, ctx: Mapping[str, Any]) -> tuple[jax.Array, Arrays]:
-        """(the answers y [E, ..., n] of the experts as one, [..., n]; reports).
+    def mix(
+        self, y: Float[jax.Array, "E *lead n"], ctx: Mapping[str, Dynamic]
+    ) -> tuple[Float[jax.Array, "*lead n"], Arrays]:
+        """The answers of the experts as one.
 
-        `ctx` has what the sites of the block, or those before it, published.
+        Args:
+          y: the answers, [E, ..., n].
+          ctx: side inputs, and what the sites of the block, or those before it, published.
+
+        Returns:
+          ([..., n], reports by name).
         """
         raise NotImplementedError(f"{type(self).__name__}.mix")
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
+        """Refuses a use outside of the block.
+
+        Raises:
+          ValueError: always; `mixed` runs the method of one expert instead.
+        """
         raise ValueError(
             f"{type(self).__name__}: the weight is used outside of jl.block({self.block!r}, ...)"
         )
 
 
-def mixed(scope: Scope, eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """The outputs of a call that `block` marked; None of other calls, or without such methods.
+def mixed(scope: Scope, eqn: Dynamic, values: Sequence[Dynamic]) -> list[Dynamic] | None:
+    """The outputs of a call that `block` marked.
 
-    Raises ValueError where the sites have other numbers of experts, or where what a site publishes
-    depends on the expert.
+    Args:
+      scope: of the trace.
+      eqn: a call.
+      values: its operands.
+
+    Returns:
+      One array per output; None for other calls, or without such methods among the weights.
+
+    Raises:
+      ValueError: the sites have different numbers of experts, or what a site publishes depends on
+        the
+        expert.
     """
     called = str(eqn.params.get("name", ""))
     name = called.removeprefix(PREFIX)

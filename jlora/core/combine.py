@@ -15,31 +15,46 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from jlora.core import compat
+from jlora.core.atoms import Atom
 from jlora.core.grid import Grid, delta, reads_context, rebuilt
-from jlora.core.lazy import Atom, Lazy
+from jlora.core.lazy import Lazy
+from jlora.core.scope import Scope
 from jlora.core.site import Site
+from jlora.core.stacks import alike, joint, stacked
 from jlora.core.views import merged_where_exact
+from jlora.types import Dynamic
 
 
-def add(scope: Any, eqn: Any, a: Any, b: Any) -> list[Any] | None:
-    """A sum or difference of weights, or of a weight and an array of its shape."""
+def add(scope: Scope, eqn: Dynamic, a: Dynamic, b: Dynamic) -> list[Dynamic] | None:
+    """The rule of a sum or difference of weights, or of a weight and an array of its shape.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     return combined(scope, eqn, (a, b), "add")
 
 
-def concatenate(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
-    """Along rows, columns or a stack; what is no adapted weight has a delta of zero."""
+def concatenate(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | None:
+    """The rule of laying side by side along rows, columns or a stack.
+
+    What is not an adapted weight has a delta of zero.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     return combined(scope, eqn, values, "concatenate", eqn.params["dimension"])
 
 
-def stack(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
-    """A new stack axis: every slice keeps its own adapter."""
+def stack(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | None:
+    """The rule of a new stack axis: every slice keeps its own adapter.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     axis = eqn.params["axis"]
 
     def expanded(v):
@@ -50,9 +65,20 @@ def stack(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
 
 
 def combined(
-    scope: Any, eqn: Any, values: Sequence[Any], name: str, axis: int | None = None
-) -> list[Any] | None:
-    """Weights and arrays added or, with `axis`, laid side by side along an existing axis."""
+    scope: Scope, eqn: Dynamic, values: Sequence[Dynamic], name: str, axis: int | None = None
+) -> list[Dynamic] | None:
+    """Weights and arrays added or laid side by side.
+
+    Args:
+      scope: of the trace.
+      eqn: the operation.
+      values: weights and arrays.
+      name: of the view, as `jl.sites` prints it.
+      axis: the existing axis along which they lie; None: they are added.
+
+    Returns:
+      [the one weight]; None: they have to be merged.
+    """
 
     def run(arrays):
         if axis is None:
@@ -75,7 +101,7 @@ def combined(
     ]  # fmt: skip
     lazy = [v for v in values if isinstance(v, Lazy)]
     if axis is not None and len(lazy) == len(values):
-        joined = _stacked(lazy, axis)
+        joined = stacked(lazy, axis)
         if joined is not None:
             return [joined]
     readers = [v for v in lazy if reads_context(scope, v)]
@@ -84,7 +110,7 @@ def combined(
     deltas = [delta(scope, v) if isinstance(v, Lazy) else v for v in values]
     if any(d is None for d in deltas):
         return None
-    bases: list[Any] = [
+    bases: list[Dynamic] = [
         v.view() if isinstance(d, Grid) else d for d, v in zip(deltas, values, strict=True)
     ]
     base = run(bases)[0]
@@ -96,12 +122,24 @@ def combined(
     if axis is None and eqn.primitive.name == "sub" and grids[1] is not None:
         grids[1] = grids[1]._replace(v=-grids[1].v)
     grid = _sum(grids) if axis is None else _side_by_side(grids, bases, axis)
-    first = lazy[0].replace(site=_joint(lazy))
+    first = lazy[0].replace(site=joint(lazy))
     return [rebuilt(scope, first, base, grid)]
 
 
-def together(ws: Sequence[Lazy], base: jax.Array, name: str, axes: Any) -> Lazy:
-    """In the abstract walk: a value made from several leaves."""
+def together(
+    ws: Sequence[Lazy], base: Float[jax.Array, "*shape"], name: str, axes: Sequence[int] | range
+) -> Lazy:
+    """In the abstract walk: a value computed from several weights.
+
+    Args:
+      ws: the weights.
+      base: the value.
+      name: of the view, as `jl.sites` prints it.
+      axes: that the view changed.
+
+    Returns:
+      A weight whose `leaves` are those of all `ws`, with their shares of the elements.
+    """
     atoms, dims, swapped = [], [], [_swapped(ws[0], w) for w in ws]
     alike = [w for w, axes in zip(ws, swapped, strict=True) if not axes]
     for k in range(base.ndim):
@@ -135,10 +173,12 @@ def _swapped(a: Lazy, b: Lazy) -> frozenset[tuple[str, int]]:
     return frozenset(other[0][0] | other[0][1])
 
 
-def unknown(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
-    """In the abstract walk: any other operation that leaves a weight its shape and axes.
+def unknown(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | None:
+    """The rule of the abstract walk for other operations that keep a weight's shape and axes.
 
-    A matmul that follows tells what the axes are, so that the weight can be named, or merged.
+    A matmul that follows shows what the axes are, so that the weight can be named, or merged.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
     """
     shape = eqn.outvars[0].aval.shape
     ws = [v for v in values if isinstance(v, Lazy) and v.shape == shape]
@@ -149,34 +189,17 @@ def unknown(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
     return [together(ws, base, "!" + scope.place(eqn), range(len(shape)))]
 
 
-def _joint(ws: Sequence[Lazy]) -> Site:
-    """A name for a value made from several weights."""
-    path = "+".join(dict.fromkeys(w.site.path for w in ws))
-    return dataclasses.replace(ws[0].site, path=path)
-
-
-def alike(ws: Sequence[Lazy], axis: int | None = None, branches: bool = False) -> bool:
-    """Whether weights differ in their arrays only, and in their size along a stack axis.
-
-    Arrays that sites share are the same, or of `branches` of one form.
-    """
-
-    def form(w):
-        free = w.dims[axis] if axis is not None else ()
-        shared = {k: (t.shape, t.dtype) if branches else id(t) for k, t in w.shared.items()}
-        atoms = [(a.kind, None if k in free else a.size) for k, a in enumerate(w.atoms)]
-        own = {k: (t.dtype, t.shape[len(w.of("s")) :]) for k, t in w.own.items()}
-        base = (w.base.dtype, w.base.ndim)
-        return w.method, atoms, w.dims, own, base, w.casts, shared
-
-    return all(not hasattr(w.base, "dequantize") and form(w) == form(ws[0]) for w in ws)
-
-
-def one_of(found: Sequence[tuple[Any, bool]], walk: bool) -> Any:
+def one_of(found: Sequence[tuple[Dynamic, bool]], walk: bool) -> Dynamic:
     """What the outputs of branches, of which one is chosen, have in common, if they are weights.
 
-    In the abstract walk a list of them, else the name and atoms of a weight that may be any of
-    them. None if they are not all weights, or are not alike.
+    Args:
+      found: the output of each branch, and whether it is fixed.
+      walk: whether this is the abstract walk.
+
+    Returns:
+      In the abstract walk a list of the weights, else the name and atoms of a weight that may be
+      any
+      of them; None: they are not all weights, or are not alike.
     """
     ws = [v for v, _ in found if isinstance(v, Lazy)]
     if walk:
@@ -185,11 +208,21 @@ def one_of(found: Sequence[tuple[Any, bool]], walk: bool) -> Any:
     if len(ws) < len(found) or not adapted or not alike(ws, branches=True):
         return None
     atoms = tuple(a._replace(sources=()) for a in ws[0].atoms)
-    return {"site": dataclasses.replace(_joint(ws), group=""), "atoms": atoms}
+    return {"site": dataclasses.replace(joint(ws), group=""), "atoms": atoms}
 
 
-def returned(scope: Any, eqn: Any, value: Any, same: Any) -> Any:
-    """What a branch returns for an output; `same` is what `one_of` found."""
+def returned(scope: Scope, eqn: Dynamic, value: Dynamic, same: Dynamic) -> Dynamic:
+    """What a branch returns for an output.
+
+    Args:
+      scope: of the branch.
+      eqn: the branch.
+      value: the output.
+      same: what `one_of` found.
+
+    Returns:
+      A weight under the common name, or an array.
+    """
     if not isinstance(value, Lazy):
         return value
     if scope.uses is not None:
@@ -200,32 +233,7 @@ def returned(scope: Any, eqn: Any, value: Any, same: Any) -> Any:
     return scope.dense(value, eqn) if dense is None else dense
 
 
-def _stacked(ws: Sequence[Lazy], axis: int) -> Lazy | None:
-    """Alike weights laid along a stack axis; any method."""
-    if not alike(ws, axis) or not (ws[0].stacks(axis) or not ws[0].dims[axis]):
-        return None
-    if len(ws[0].dims[axis]) > 1:
-        return None
-    if not ws[0].dims[axis]:
-        ws = [_with_slice(w, axis) for w in ws]
-    (atom,) = ws[0].dims[axis]
-    at = ws[0].of("s").index(atom)
-    base = lax.concatenate([w.base for w in ws], axis)
-    own = jax.tree.map(lambda *t: lax.concatenate(t, at), *(w.own for w in ws))
-    atoms = list(ws[0].atoms)
-    atoms[atom] = Atom("s", base.shape[axis], ())
-    return ws[0].replace(base=base, own=own, atoms=tuple(atoms), site=_joint(ws))
-
-
-def _with_slice(w: Lazy, axis: int) -> Lazy:
-    """An axis of size one as a stack of one slice."""
-    dims = [tuple(a + 1 for a in dim) for dim in w.dims]
-    dims[axis] = (0,)
-    own = jax.tree.map(lambda t: t[None], w.own)
-    return w.replace(own=own, atoms=(Atom("s", 1, ()), *w.atoms), dims=tuple(dims))
-
-
-def _aligned(deltas: Sequence[Any]) -> list[Any] | None:
+def _aligned(deltas: Sequence[Dynamic]) -> list[Dynamic] | None:
     """The grids (None for arrays) with the same kinds of axes; None if they differ."""
     grids = [d if isinstance(d, Grid) else None for d in deltas]
     kinds = next((g.kinds for g in grids if g is not None), ())
@@ -280,8 +288,18 @@ def _cat(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
     return jnp.concatenate([t.astype(dtype) for t in arrays], axis)
 
 
-def product(scope: Any, eqn: Any, lhs: Lazy, rhs: Lazy) -> tuple[Any, Any] | None:
-    """Two weights multiplied: the operands with the smaller one merged."""
+def product(scope: Scope, eqn: Dynamic, lhs: Lazy, rhs: Lazy) -> tuple[Dynamic, Dynamic] | None:
+    """Two weights multiplied: the smaller one is merged.
+
+    Args:
+      scope: of the trace.
+      eqn: the matmul.
+      lhs: a weight.
+      rhs: a weight.
+
+    Returns:
+      The operands, one of them dense; None: the smaller one cannot be merged.
+    """
     if scope.uses is not None:
         (lc, _), (lb, _) = eqn.params["dimension_numbers"]
         free = [k for k in range(lhs.ndim) if k not in (*lc, *lb)]

@@ -9,13 +9,16 @@ Deviates: nothing.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.core import Tracer
 from jax.extend import core as jexc
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
+
+from jlora.types import Dynamic
 
 try:  # the traceback's user frame, for error messages only
     from jax._src import source_info_util as _source_info
@@ -29,7 +32,7 @@ REMAT = ("remat2", "checkpoint", "remat")
 class Scan(NamedTuple):
     """The parameters of a scan equation."""
 
-    body: Any  # jaxpr of one step
+    body: Dynamic  # jaxpr of one step
     consts: int  # how many of the operands are constants
     carry: int  # how many are the carry
     length: int
@@ -37,26 +40,56 @@ class Scan(NamedTuple):
     unroll: int
 
 
-def trace(fn: Callable, leaves: Sequence[Any]) -> tuple[Any, Any]:
-    """The jaxpr of `fn(leaves)` and the tree of shapes that it returns."""
+def trace(fn: Callable, leaves: Sequence[Dynamic]) -> tuple[Dynamic, Dynamic]:
+    """Traces a function of leaves.
+
+    Args:
+      fn: of a list of arrays.
+      leaves: the list; arrays, abstract ones or numbers.
+
+    Returns:
+      (closed jaxpr, tree of the shapes that `fn` returns).
+    """
     return jax.make_jaxpr(fn, return_shape=True)(leaves)
 
 
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """`(jaxpr, constants)` of a jaxpr, closed or open."""
+def opened(jaxpr: Dynamic) -> tuple[Dynamic, Sequence[Dynamic]]:
+    """A jaxpr without its constants.
+
+    Args:
+      jaxpr: closed or open.
+
+    Returns:
+      (jaxpr, constants).
+    """
     if hasattr(jaxpr, "jaxpr"):
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, getattr(jaxpr, "consts", ())
 
 
-def called(eqn: Any) -> Any:
-    """The jaxpr that a call-like equation (jit, custom_jvp, ...) runs."""
+def called(eqn: Dynamic) -> Dynamic:
+    """The jaxpr that a call-like equation (jit, custom_jvp, ...) runs.
+
+    Args:
+      eqn: the equation.
+
+    Returns:
+      A jaxpr, closed or open.
+    """
     params = eqn.params
     return next(params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in params)
 
 
-def handed_on(jaxpr: Any, var: Any) -> Any:
-    """The variable that `var` of a jaxpr is, where calls and checkpoints only hand it on."""
+def handed_on(jaxpr: Dynamic, var: Dynamic) -> Dynamic:
+    """The variable that another one equals, where calls and checkpoints only hand it on.
+
+    Args:
+      jaxpr: an open jaxpr.
+      var: one of its variables.
+
+    Returns:
+      The first variable of the chain; `var` itself where an operation made it.
+    """
     makers = {id(v): (eqn, k) for eqn in jaxpr.eqns for k, v in enumerate(eqn.outvars)}
     while id(var) in makers:
         eqn, k = makers[id(var)]
@@ -71,17 +104,40 @@ def handed_on(jaxpr: Any, var: Any) -> Any:
     return var
 
 
-def is_literal(atom: Any) -> bool:
+def is_literal(atom: Dynamic) -> bool:
+    """Whether an operand of an equation is a constant written into it.
+
+    Args:
+      atom: the operand.
+
+    Returns:
+      False for variables.
+    """
     return isinstance(atom, jexc.Literal)
 
 
-def is_traced(value: Any) -> bool:
-    """Whether a value stands for an array of a trace that is under way."""
+def is_traced(value: Dynamic) -> bool:
+    """Whether a value stands for an array of a trace that is under way.
+
+    Args:
+      value: any value.
+
+    Returns:
+      False for arrays with values.
+    """
     return isinstance(value, Tracer)
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Runs one equation on other operands, as JAX's own evaluator does."""
+def bind(eqn: Dynamic, values: Sequence[Dynamic]) -> list[Dynamic]:
+    """Runs one equation on other operands, as JAX's own evaluator does.
+
+    Args:
+      eqn: the equation.
+      values: one per operand.
+
+    Returns:
+      One array per output.
+    """
     bound = eqn.primitive.get_bind_params(eqn.params)
     if isinstance(bound, tuple):  # until 0.10: (functions, params)
         functions, params = bound
@@ -92,8 +148,15 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def located(eqn: Any) -> Iterator[None]:
-    """The equation's own context: mesh, compute type, name stack, source line."""
+def located(eqn: Dynamic) -> Iterator[None]:
+    """The equation's own context: mesh, compute type, name stack, source line.
+
+    Args:
+      eqn: the equation.
+
+    Yields:
+      Nothing; what runs inside is run as if at the user's line.
+    """
     with contextlib.ExitStack() as stack:
         if _source_info is not None:
             info = eqn.source_info
@@ -105,8 +168,15 @@ def located(eqn: Any) -> Iterator[None]:
         yield
 
 
-def source(*eqns: Any) -> str:
-    """`file:line (function)` of the user's line that made the first equation that has one."""
+def source(*eqns: Dynamic) -> str:
+    """The user's line that made an equation.
+
+    Args:
+      eqns: looked at in turn, until one has a line.
+
+    Returns:
+      `file:line (function)`, or "unknown line".
+    """
     if _source_info is None:
         return "unknown line"
     lines = (_source_info.summarize(eqn.source_info) for eqn in eqns)
@@ -114,16 +184,29 @@ def source(*eqns: Any) -> str:
     return next((line for line in lines if line not in unknown), "unknown line")
 
 
-def explicit(x: jax.Array) -> bool:
-    """Whether `x` lies on a mesh with explicit axes, where its sharding is part of its type."""
+def explicit(x: Shaped[jax.Array, "*axes"]) -> bool:
+    """Whether an array lies on a mesh with explicit axes, where its sharding is part of its type.
+
+    Args:
+      x: an array, traced or not.
+
+    Returns:
+      False without a mesh.
+    """
     return AxisType.Explicit in getattr(jax.typeof(x).sharding.mesh, "axis_types", ())
 
 
-def unbatched_barrier(x: jax.Array) -> jax.Array:
+def unbatched_barrier(x: Shaped[jax.Array, "*axes"]) -> Shaped[jax.Array, "*axes"]:
     """`jax.lax.optimization_barrier` of one array, and of its cotangent; nothing under `jax.vmap`.
 
     Behind a barrier, XLA's CPU gives the transposed result of a batched product a layout for which
     some of its kernels (sums of 2 or 3 terms, matrices up to 3 x 3) abort the process.
+
+    Args:
+      x: any array.
+
+    Returns:
+      x.
     """
     return _unbatched_barrier.bind(x)
 
@@ -138,32 +221,49 @@ ad.deflinear2(_unbatched_barrier, lambda cotangent, _: [_unbatched_barrier.bind(
 batching.primitive_batchers[_unbatched_barrier] = lambda values, axes: (values[0], axes[0])
 
 
-def matmul(x: Any, m: jax.Array, *, thin: bool = False) -> jax.Array:
-    """x [..., k] @ m [k, n]; on a mesh with explicit axes the result is sharded as x and m say.
+def matmul(
+    x: Dynamic, m: Shaped[jax.Array, "k n"], *, thin: bool = False
+) -> Shaped[jax.Array, "*lead n"]:
+    """x @ m; on a mesh with explicit axes the result is sharded as x and m say.
 
     There JAX asks for the sharding of a product whose summed axis is sharded on both sides.
-    `thin`: m has few rows or columns, and a gradient. It enters transposed, behind a barrier: the
-    product that makes its gradient is then not turned into a form XLA's CPU has no fast kernel for.
+
+    Args:
+      x: [..., k], or what stands for it.
+      m: a matrix of the same dtype.
+      thin: whether m has few rows or columns, and a gradient. It then enters transposed, behind a
+        barrier: the product that makes its gradient is not turned into a form that XLA's CPU has no
+        fast kernel for. False: a weight of the model.
+
+    Returns:
+      [..., n].
     """
     if not isinstance(x, jax.Array):
         return x @ m
     numbers = (((x.ndim - 1,), (0,)), ((), ()))
-    mine, other = jax.typeof(x).sharding, jax.typeof(m).sharding
+    of_x, of_m = jax.typeof(x).sharding, jax.typeof(m).sharding
     if not explicit(x):
         if thin:
             m, numbers = unbatched_barrier(m.T), (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, m, numbers)
-    lead = tuple(mine.spec[:-1]) + (None,) * (x.ndim - 1 - len(mine.spec[:-1]))
+    lead = tuple(of_x.spec[:-1]) + (None,) * (x.ndim - 1 - len(of_x.spec[:-1]))
     used = {a for entry in lead for a in (entry if isinstance(entry, tuple) else (entry,))}
-    last = other.spec[1] if len(other.spec) > 1 else None
+    last = of_m.spec[1] if len(of_m.spec) > 1 else None
     names = last if isinstance(last, tuple) else (last,)
     last = None if used.intersection(names) else last
-    out = NamedSharding(mine.mesh, PartitionSpec(*lead, last))
+    out = NamedSharding(of_x.mesh, PartitionSpec(*lead, last))
     return jax.lax.dot_general(x, m, numbers, out_sharding=out)
 
 
-def scan(eqn: Any) -> Scan:
-    """The parameters of a scan; their names changed in 0.11."""
+def scan(eqn: Dynamic) -> Scan:
+    """The parameters of a scan; their names changed in 0.11.
+
+    Args:
+      eqn: the equation.
+
+    Returns:
+      The parameters that the rule needs.
+    """
     p = eqn.params
     if "num_consts" in p:
         consts, carry = p["num_consts"], p["num_carry"]

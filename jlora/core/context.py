@@ -12,14 +12,15 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from jlora.core.lazy import SIDE
 from jlora.core.method import Method
 from jlora.core.site import Arrays, Site
+from jlora.types import Dynamic
 
 
 @jax.tree_util.register_dataclass
@@ -37,18 +38,34 @@ class PerSite:
     values: dict[str, jax.Array]
 
 
-def per_layer(values: jax.Array) -> PerSite:
-    """A side input [layers, ...] of which every site gets the part of its layer of the stack."""
+def per_layer(values: Shaped[jax.Array, "layers *rest"]) -> PerSite:
+    """A side input of which every site gets the part of its layer of the stack.
+
+    Args:
+      values: [layers, ...].
+
+    Returns:
+      A `PerSite` that all sites match.
+    """
     return PerSite({"": values})
 
 
 def side_inputs(
-    ctx: Mapping[str, Any], sites: Sequence[tuple[Site, Method]]
-) -> tuple[dict[str, Any], dict[str, Arrays]]:
-    """(what is the same at every site, {path: arrays [*stack, ...] of that site}).
+    ctx: Mapping[str, Dynamic], sites: Sequence[tuple[Site, Method]]
+) -> tuple[dict[str, Dynamic], dict[str, Arrays]]:
+    """The side inputs of a lifted call, those of all sites separate from those of each.
 
-    Raises ValueError for a pattern without a site, an array without the stack axes of one, and
-    a `ctx["index"]` where a method wants the index of its slice.
+    Args:
+      ctx: what the caller of the lifted function gave, by name.
+      sites: the adapted sites, with their methods.
+
+    Returns:
+      (what is the same at every site by name, {path: {name: array [*stack, ...]} of that site}).
+
+    Raises:
+      ValueError: a pattern matches no site, an array lacks the stack axes of its site, or `ctx` has
+        an
+        "index" where a method reads the index of its slice.
     """
     common = {name: value for name, value in ctx.items() if not isinstance(value, PerSite)}
     side: dict[str, Arrays] = {}
@@ -64,7 +81,7 @@ def side_inputs(
     return common, side
 
 
-def _assigned(name: str, value: PerSite, sites: Sequence[tuple[Site, Method]]) -> Any:
+def _assigned(name: str, value: PerSite, sites: Sequence[tuple[Site, Method]]) -> Dynamic:
     """(path, array [*stack, ...]) for each site that a pattern matches."""
     paths, used = [site.path for site, _ in sites], set()
     for site, _ in sites:

@@ -8,22 +8,29 @@ Deviates: nothing.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from jlora.core import compat
 from jlora.core.lazy import Lazy
 from jlora.core.matmul import Join, Operand, applied
+from jlora.core.scope import Scope
 from jlora.core.site import Site, inverse_permutation, transposed
+from jlora.types import Dynamic
 
 
 def window(site: Site) -> tuple[int, int, int]:
-    """(before, channels, after) with d_in their product: where a kernel's window lies.
+    """Where a convolution kernel's window lies among its inputs.
 
-    (9, 4, 1) of Flax's [3, 3, 4, out], (1, 4, 9) of torch's [out, 4, 3, 3], (1, d_in, 1) of others.
+    Args:
+      site: of the kernel, or of any other weight.
+
+    Returns:
+      (before, channels, after) with d_in their product: (9, 4, 1) of Flax's [3, 3, 4, out],
+      (1, 4, 9) of torch's [out, 4, 3, 3], (1, d_in, 1) of others.
     """
     kinds = site.kinds.replace("s", "")
     sizes = [n for n, kind in zip(site.shape, site.kinds, strict=True) if kind == "i"]
@@ -35,8 +42,18 @@ def window(site: Site) -> tuple[int, int, int]:
     return 1, site.d_in, 1
 
 
-def tucker(a: jax.Array, core: jax.Array) -> jax.Array:
-    """a [channels, r] and a core [before, after, r, k]: a factor [before, channels, after, k]."""
+def tucker(
+    a: Float[jax.Array, "channels r"], core: Float[jax.Array, "before after r k"]
+) -> Float[jax.Array, "before channels after k"]:
+    """A factor of a convolution kernel from its Tucker form.
+
+    Args:
+      a: the factor of the channels.
+      core: the factor of the window.
+
+    Returns:
+      Their product, [before, channels, after, k].
+    """
     return jnp.einsum("cr,bark->bcak", a, core, precision="highest")
 
 
@@ -48,11 +65,15 @@ class Patches(Operand):
         super().__init__(lambda m: conv(x, kernel(m)), lambda: own(x), shape, x.dtype)
 
     def map(self, fn: Callable) -> "Patches":
+        """As `Operand.map`: the patches of fn(x)."""
         return Patches(fn(self._x), *self._make)
 
 
-def conv(scope: Any, eqn: Any, x: Any, w: Any) -> list[Any] | None:
-    """The rule of a convolution of any rank, stride, padding, dilation and grouping."""
+def conv(scope: Scope, eqn: Dynamic, x: Dynamic, w: Dynamic) -> list[Dynamic] | None:
+    """The rule of a convolution of any rank, stride, padding, dilation and grouping.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     if isinstance(x, Lazy) or not isinstance(w, Lazy):
         return None
     aval = eqn.outvars[0].aval

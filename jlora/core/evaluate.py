@@ -8,16 +8,28 @@ Deviates: nothing.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from jlora.core import compat
 from jlora.core.lazy import Lazy
 from jlora.core.scope import DenseWeightError as DenseWeightError
 from jlora.core.scope import Scope as Scope
+from jlora.types import Dynamic
 
 
-def evaluate(scope: Scope, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-    """The outputs of a jaxpr on values of which some are lazy; lazy ones may come out."""
+def evaluate(scope: Scope, jaxpr: Dynamic, args: Sequence[Dynamic]) -> list[Dynamic]:
+    """The outputs of a jaxpr on values of which some are lazy weights.
+
+    Args:
+      scope: of the trace; its record is extended by what happens.
+      jaxpr: closed or open.
+      args: one value per input of the jaxpr, `Lazy` or an array.
+
+    Returns:
+      One value per output; lazy ones may come out.
+
+    Raises:
+      DenseWeightError: an operation needs a weight merged, and `scope.on_dense` is "error".
+    """
     jaxpr, consts = compat.opened(jaxpr)
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))

@@ -11,15 +11,19 @@ Reference: none; follows from linearity.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from jlora.core.lazy import Atom, Lazy, leaf
+from jlora.core.atoms import Atom
+from jlora.core.lazy import Lazy, leaf
 from jlora.core.matmul import Weight
 from jlora.core.method import Method
+from jlora.core.scope import Scope
 from jlora.core.site import Arrays, Site
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +41,16 @@ class Grid(NamedTuple):
     u: jax.Array  # [*axes, R], of size 1 along the 'o' axes
     v: jax.Array  # [*axes, R], of size 1 along the 'i' axes
 
-    def along(self, axis: int, move: Callable[[jax.Array, int], jax.Array]) -> "Grid":
-        """`move(array, axis)` on the factors that vary along an axis."""
+    def along(self, axis: int, move: Callable) -> "Grid":
+        """Moves along one axis, such as a slice or a flip.
+
+        Args:
+          axis: of the view.
+          move: `move(array, axis)`, linear; runs on the factors that vary along the axis.
+
+        Returns:
+          The delta after the move.
+        """
         kind = self.kinds[axis] or "s"
         kinds = (*self.kinds[:axis], kind, *self.kinds[axis + 1 :])
         u = self.u if kind == "o" else move(self.u, axis)
@@ -46,7 +58,11 @@ class Grid(NamedTuple):
         return Grid(kinds, u, v)
 
     def swapped(self) -> "Grid":
-        """The same delta with rows called columns."""
+        """The same delta with rows called columns.
+
+        Returns:
+          u and v exchanged.
+        """
         other = {"i": "o", "o": "i"}
         return Grid(tuple(other.get(k, k) for k in self.kinds), self.v, self.u)
 
@@ -54,10 +70,10 @@ class Grid(NamedTuple):
 class _Context(Mapping):
     """Side inputs that note whether they are read."""
 
-    def __init__(self, ctx: Mapping[str, Any]):
+    def __init__(self, ctx: Mapping[str, Dynamic]):
         self._ctx, self.read = ctx, False
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Dynamic:
         self.read = True
         return self._ctx[name]
 
@@ -70,8 +86,16 @@ class _Context(Mapping):
         return len(self._ctx)
 
 
-def reads_context(scope: Any, w: Lazy) -> bool:
-    """Whether the method's `apply` is more than x @ merge(w, p) here: reads `ctx`, or reports."""
+def reads_context(scope: Scope, w: Lazy) -> bool:
+    """Whether the method's `apply` is more than x @ merge(w, p) here: reads `ctx`, or reports.
+
+    Args:
+      scope: of the trace; its side inputs and reports count.
+      w: the weight.
+
+    Returns:
+      False for a weight without an adapter.
+    """
     method = w.method
     if method is None or not (scope.visible(w) or scope.reporting):
         return False
@@ -95,19 +119,25 @@ def reads_context(scope: Any, w: Lazy) -> bool:
     return ctx.read or parts[0] > 2 or (scope.reporting and parts[0] > 1)
 
 
-def delta(scope: Any, w: Any) -> Grid | jax.Array | None:
-    """The delta of an adapted weight in its view; the merged weight where there are no factors.
+def delta(scope: Scope, w: Lazy) -> Grid | jax.Array | None:
+    """The delta of an adapted weight in its view.
 
-    None where neither is right: vectors, weights without an adapter, a delta that depends on x.
+    Args:
+      scope: of the trace.
+      w: the weight.
+
+    Returns:
+      The delta; the merged weight [*shape] where the method has no factors; None where neither is
+      right: vectors, weights without an adapter, a delta that depends on x.
     """
-    if w.method is None or "i" not in w.site.kinds:
+    method, w = w.method, w.opened()
+    if method is None or "i" not in w.site.kinds:
         return None
-    w = w.opened()
     kinds = _axis_kinds(w)
     stack = len(w.of("s"))
 
     def factors(own):
-        return w.method.factors({**w.shared, **own})
+        return method.factors({**w.shared, **own})
 
     for _ in range(stack):
         factors = jax.vmap(factors)
@@ -115,14 +145,14 @@ def delta(scope: Any, w: Any) -> Grid | jax.Array | None:
     if kinds is None and uv is not None:
         return None
     if reads_context(scope, w):  # per-site side inputs have the axes of the leaf, not of the view
-        if w.side() or uv is None or _of_factors(w.method, uv, stack) is None:
+        if w.side() or uv is None or _of_factors(method, uv, stack) is None:
             return None
     if uv is not None and kinds is not None:
         return Grid(kinds, _spread(w, uv[0], "i"), _spread(w, jnp.swapaxes(uv[1], -1, -2), "o"))
-    return w.merged() if w.method.merges else None
+    return w.merged() if method.merges else None
 
 
-def _of_factors(method: Method, uv: Any, stack: int) -> Arrays | None:
+def _of_factors(method: Method, uv: Dynamic, stack: int) -> Arrays | None:
     again = method.of_factors
     for _ in range(stack):
         again = jax.vmap(again)
@@ -142,16 +172,26 @@ def _axis_kinds(w: Lazy) -> tuple[str, ...] | None:
 
 def _spread(w: Lazy, t: jax.Array, kind: str) -> jax.Array:
     """[*stack, d, R] -> [*axes of the view, R], of size 1 along the axes of the other kind."""
-    mine = (*w.of("s"), *w.of(kind))
-    order = [a for dim in w.dims for a in dim if a in mine]
-    t = t.reshape(*(w.atoms[a].size for a in mine), t.shape[-1])
-    t = t.transpose(*(mine.index(a) for a in order), len(mine))
-    sizes = [[w.atoms[a].size for a in dim if a in mine] for dim in w.dims]
+    kept = (*w.of("s"), *w.of(kind))
+    order = [a for dim in w.dims for a in dim if a in kept]
+    t = t.reshape(*(w.atoms[a].size for a in kept), t.shape[-1])
+    t = t.transpose(*(kept.index(a) for a in order), len(kept))
+    sizes = [[w.atoms[a].size for a in dim if a in kept] for dim in w.dims]
     return t.reshape(*(functools.reduce(int.__mul__, n, 1) for n in sizes), t.shape[-1])
 
 
-def rebuilt(scope: Any, w: Lazy, base: jax.Array, grid: Grid) -> Lazy:
-    """A lazy weight from its delta; `base` is what the model sees of the weight itself."""
+def rebuilt(scope: Scope, w: Lazy, base: Float[jax.Array, "*shape"], grid: Grid) -> Lazy:
+    """A lazy weight from its delta.
+
+    Args:
+      scope: of the trace.
+      w: the weight that the delta comes from.
+      base: what the model sees of the weight itself.
+      grid: the delta, in the axes of `base`.
+
+    Returns:
+      A weight of the method `Factors`, or of `w.method` where its `apply` does more.
+    """
     axes = [k for k, kind in enumerate(grid.kinds) if kind]
     atoms = tuple(Atom(grid.kinds[k], base.shape[k], ()) for k in axes)
     dims = tuple((axes.index(k),) if k in axes else () for k in range(base.ndim))

@@ -7,25 +7,43 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Key
 
 from jlora.core.adapter import Adapter
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
+from jlora.types import Dynamic
 
 
-def key_of(key: jax.Array, text: str) -> jax.Array:
-    """A key for a name, the same in every run and for every set of names."""
+def key_of(key: Key[jax.Array, ""], text: str) -> Key[jax.Array, ""]:
+    """A key for a name, the same in every run and for every set of names.
+
+    Args:
+      key: any key.
+      text: the name.
+
+    Returns:
+      `key`, folded with the CRC-32 of the name.
+    """
     return jax.random.fold_in(key, zlib.crc32(text.encode()))
 
 
 def initialise(
-    key: jax.Array, sites: Sequence[tuple[Site, Method]], weights: Mapping[str, Any]
+    key: Key[jax.Array, ""], sites: Sequence[tuple[Site, Method]], weights: Mapping[str, Dynamic]
 ) -> Adapter:
-    """A fresh adapter for `sites`. The leaves of `weights` [*leaf] are read only where needed."""
+    """A fresh adapter for sites that are known.
+
+    Args:
+      key: of random values; folded with each path.
+      sites: each with its method; those of one `group` share the tensors of `Method.shared`.
+      weights: {path: leaf}, arrays or `jax.ShapeDtypeStruct`; read only by methods that need them.
+
+    Returns:
+      The adapter, sites sorted by path.
+    """
     trainable: dict[str, Arrays] = {}
     frozen: dict[str, Arrays] = {}
     shared: dict[str, tuple[Method, tuple[Site, ...], Arrays]] = {}
@@ -62,7 +80,7 @@ def _init_site(key, site, method, weights, members, common):
     if w is not None:
         w = jnp.moveaxis(w, axes, range(len(axes))).reshape(n, *single.shape)
     steps = jnp.arange(n, dtype=jnp.int32)
-    made = jax.vmap(one, in_axes=(0, 0, None if w is None else 0))(
+    arrays = jax.vmap(one, in_axes=(0, 0, None if w is None else 0))(
         jax.random.split(key, n), steps, w
     )
-    return jax.tree.map(lambda t: t.reshape(*site.stack, *t.shape[1:]), made)
+    return jax.tree.map(lambda t: t.reshape(*site.stack, *t.shape[1:]), arrays)

@@ -9,11 +9,12 @@ Deviates: nothing.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Shaped
 
+from jlora.core.atoms import Atom, regroup
 from jlora.core.method import Method
 from jlora.core.site import (
     Arrays,
@@ -24,17 +25,9 @@ from jlora.core.site import (
     transposed,
     unfold,
 )
+from jlora.types import Dynamic
 
 SIDE = "ctx:"  # prefix of the side inputs of a site among its arrays
-
-
-class Atom(NamedTuple):
-    """A piece of an axis of the leaf."""
-
-    kind: str  # 's', 'i', 'o'; '?' while the kinds are being found out
-    size: int
-    sources: tuple[tuple[str, int], ...]  # the axes of leaves, (path, axis), that it comes from
-    copies: bool = False  # of 's': all slices are the same, by a broadcast
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +35,7 @@ class Atom(NamedTuple):
 class Lazy:
     """`base` seen through a view, to be merged with `own` and `shared` only by whoever must."""
 
-    base: Any  # array in the current layout, not yet cast; or something with `dequantize()`
+    base: Dynamic  # array in the current layout, not yet cast; or something with `dequantize()`
     own: Arrays  # arrays of the method and side inputs, [*stack atoms left, ...]
     shared: Arrays  # arrays of the method without stack axes
     site: Site = dataclasses.field(metadata={"static": True})
@@ -51,7 +44,7 @@ class Lazy:
     dims: tuple[tuple[int, ...], ...] = dataclasses.field(
         metadata={"static": True}
     )  # atoms an axis
-    casts: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+    casts: tuple[Dynamic, ...] = dataclasses.field(default=(), metadata={"static": True})
     views: tuple[tuple[str, frozenset], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )  # while the kinds are being found out: (operation, the axes of leaves that it changed)
@@ -61,37 +54,61 @@ class Lazy:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes, as the model sees them."""
         return tuple(math.prod(self.atoms[a].size for a in d) for d in self.dims)
 
     @property
     def ndim(self) -> int:
+        """How many axes it has, as the model sees it."""
         return len(self.dims)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Dynamic:
+        """Of the weight as the model has cast it."""
         return self.casts[-1] if self.casts else self.base.dtype
 
-    def replace(self, **changes: Any) -> "Lazy":
+    def replace(self, **changes: Dynamic) -> "Lazy":
+        """Returns the same weight with other fields, as `dataclasses.replace`.
+
+        Args:
+          changes: fields and their new values.
+        """
         return dataclasses.replace(self, **changes)
 
     def of(self, kind: str) -> list[int]:
-        """The atoms of a kind, in the order of the matrix."""
+        """Returns the positions in `atoms` of one kind, in the order of the matrix.
+
+        Args:
+          kind: 's', 'i' or 'o'.
+        """
         return [a for a, atom in enumerate(self.atoms) if atom.kind == kind]
 
     def size(self, kind: str) -> int:
-        """How many rows ('i'), columns ('o') or slices ('s') are in view."""
+        """Returns how many rows ('i'), columns ('o') or slices ('s') are in view.
+
+        Args:
+          kind: 's', 'i' or 'o'.
+        """
         return math.prod(self.atoms[a].size for a in self.of(kind))
 
     def sources(self, axis: int) -> tuple[tuple[str, int], ...]:
-        """The axes of leaves that an axis comes from."""
+        """Returns the axes of leaves, (path, axis), that an axis comes from.
+
+        Args:
+          axis: of the view.
+        """
         return tuple(dict.fromkeys(s for a in self.dims[axis] for s in self.atoms[a].sources))
 
     def stacks(self, axis: int) -> bool:
-        """Whether an axis is made of stack atoms only."""
+        """Returns whether an axis is made of stack atoms only; False for an axis without atoms.
+
+        Args:
+          axis: of the view.
+        """
         return bool(self.dims[axis]) and all(self.atoms[a].kind == "s" for a in self.dims[axis])
 
     def opened(self) -> "Lazy":
-        """With a base that is an array."""
+        """Returns the same with a base that is an array; a quantised one is dequantised."""
         if hasattr(self.base, "dequantize"):
             return self.replace(base=self.base.dequantize())
         return self
@@ -100,18 +117,22 @@ class Lazy:
         """Quantised bases can be cut along any axis but the last, which they keep in blocks."""
         return self.opened() if self.ndim - 1 in axes else self
 
-    def cast(self, w: jax.Array) -> jax.Array:
-        """A matrix of this weight in the dtype of the leaf, then as the model casts it."""
+    def cast(self, w: Shaped[jax.Array, "*axes"]) -> Shaped[jax.Array, "*axes"]:
+        """Returns a matrix of this weight in the dtype of the leaf, then as the model casts it.
+
+        Args:
+          w: of any axes.
+        """
         for dtype in self.casts or (self.base.dtype,):
             w = w.astype(dtype)
         return w
 
     def view(self) -> jax.Array:
-        """The base weight as the model sees it now."""
+        """Returns the base weight as the model sees it now, [*shape] in `dtype`."""
         return self.cast(self.opened().base)
 
-    def matrix(self) -> jax.Array:
-        """The base as [*stack, d_in, d_out], in the dtype it is stored in."""
+    def matrix(self) -> Shaped[jax.Array, "*stack d_in d_out"]:
+        """Returns the base as [*stack, d_in, d_out], in the dtype it is stored in."""
         order = [a for d in self.dims for a in d]
         w = self.opened().base.reshape([self.atoms[a].size for a in order])
         return fold(
@@ -119,20 +140,20 @@ class Lazy:
         )
 
     def parameters(self) -> Arrays:
-        """The arrays of the method alone."""
+        """Returns the arrays of the method alone, [*stack, ...] by name."""
         return {name: t for name, t in self.own.items() if not name.startswith(SIDE)}
 
     def side(self) -> Arrays:
-        """The side inputs of this site (`jlora.core.context`)."""
+        """Returns the side inputs of this site (`jlora.core.context`), [*stack, ...] by name."""
         return {name[len(SIDE) :]: t for name, t in self.own.items() if name.startswith(SIDE)}
 
     def prepared(self) -> Arrays:
-        """The arrays of the method, prepared for it; of a weight without stack axes."""
+        """Returns its arrays as `Method.prepare` has them, shared ones too; without stack axes."""
         assert self.method is not None
         return self.method.prepare({**self.shared, **self.parameters()})
 
     def merged(self) -> jax.Array:
-        """merge(w, p) in the current view: dense, in the current dtype."""
+        """Returns merge(w, p) in the current view, [*shape] in `dtype`."""
         if self.method is None:
             return self.view()
         stack = len(self.of("s"))
@@ -141,10 +162,16 @@ class Lazy:
         w = transposed(w, [a for d in self.dims for a in d])
         return self.cast(w.reshape(self.shape).astype(self.base.dtype))
 
-    def unstack(self, axis: int) -> tuple[tuple[Any, Arrays], Any] | None:
-        """Takes a stack axis off: (arrays with that axis in front, slice of them -> Lazy).
+    def unstack(self, axis: int) -> tuple[tuple[Dynamic, Arrays], Dynamic] | None:
+        """Takes a stack axis off, for a scan or `jax.vmap`.
 
-        None when the axis is not (only) a stack axis.
+        Args:
+          axis: of the view.
+
+        Returns:
+          (arrays with that axis in front, a function from one slice of them to a `Lazy`); None
+          where the
+          axis is not made of stack atoms only.
         """
         self, atoms = self._ready(axis), self.dims[axis]
         if not atoms or any(self.atoms[a].kind not in "s?" for a in atoms):
@@ -161,8 +188,16 @@ class Lazy:
         dims = self.dims[:axis] + self.dims[axis + 1 :]
         return arrays, self._without(atoms, dims)
 
-    def cut(self, axis: int, take: Any) -> "Lazy | None":
-        """A part of a stack axis; `take(array, axis)` cuts base and adapter alike."""
+    def cut(self, axis: int, take: Dynamic) -> "Lazy | None":
+        """A part of a stack axis.
+
+        Args:
+          axis: of the view.
+          take: `take(array, axis)` cuts base and adapter alike.
+
+        Returns:
+          The part; None where the axis is not one stack atom.
+        """
         self, atoms = self._ready(axis), self.dims[axis]
         if len(atoms) != 1 or self.atoms[atoms[0]].kind not in "s?":
             return None
@@ -175,10 +210,17 @@ class Lazy:
     def _stack_axis(self, atom: int) -> int:
         return sum(self.atoms[a].kind == "s" for a in range(atom))
 
-    def select(self, axis: int, take: Any, lead: tuple[int, ...], take_own: Any) -> "Lazy":
-        """Trades a stack axis for leading stack axes of sizes `lead`.
+    def select(self, axis: int, take: Dynamic, lead: tuple[int, ...], take_own: Dynamic) -> "Lazy":
+        """Trades a stack axis for leading stack axes.
 
-        `take(array, axis)` does so with the base, `take_own` with the adapter's arrays.
+        Args:
+          axis: of the view, of one stack atom.
+          take: `take(array, axis)` does so with the base.
+          lead: sizes of the new axes.
+          take_own: `take_own(array, axis)` does so with the adapter's arrays.
+
+        Returns:
+          The selected slices, [*lead, ...].
         """
         self, (a,) = self._ready(axis), self.dims[axis]
         base = jax.tree.map(lambda t: take(t, axis), self.base)
@@ -191,8 +233,12 @@ class Lazy:
             dims=tuple((k,) for k in range(n)) + tuple(tuple(b + n for b in d) for d in rest.dims),
         )
 
-    def squeezed(self, axes: Any) -> "Lazy":
-        """Without axes of size one."""
+    def squeezed(self, axes: Dynamic) -> "Lazy":
+        """Returns the same weight without some axes of size one.
+
+        Args:
+          axes: of the view.
+        """
         self = self._ready(*axes)
         gone = tuple(a for k in axes for a in self.dims[k])
         stack = tuple(self._stack_axis(a) for a in gone if self.atoms[a].kind == "s")
@@ -201,30 +247,15 @@ class Lazy:
         dims = tuple(d for k, d in enumerate(self.dims) if k not in axes)
         return self._without(gone, dims)((base, own))
 
-    def reshaped(self, shape: Any) -> "Lazy | None":
-        """In another shape; splits atoms where it must, None where they do not fit."""
-        flat = [(a, self.atoms[a].size) for d in self.dims for a in d][::-1]
-        groups: list[list[tuple[int, int]]] = []
-        for n in shape:
-            group, need = [], n
-            while need != 1:
-                if not flat:
-                    return None
-                a, size = flat.pop()
-                if need % size == 0:
-                    group.append((a, size))
-                    need //= size
-                elif size % need == 0:
-                    group.append((a, need))
-                    flat.append((a, size // need))
-                    need = 1
-                else:
-                    return None
-            groups.append(group)
-        if any(size != 1 for _, size in flat) or (flat and not groups):
+    def reshaped(self, shape: Dynamic) -> "Lazy | None":
+        """Returns the same weight in another shape; None where that cuts through its axes.
+
+        Args:
+          shape: the new sizes.
+        """
+        groups = regroup([(a, self.atoms[a].size) for d in self.dims for a in d], shape)
+        if groups is None:
             return None
-        if flat:
-            groups[-1].extend(flat[::-1])
         pieces = sorted(
             (a, g, k) for g, group in enumerate(groups) for k, (a, _) in enumerate(group)
         )
@@ -237,7 +268,7 @@ class Lazy:
         own = jax.tree.map(lambda t: t.reshape(*new, *t.shape[old:]), self.own)
         return self.replace(base=self.base.reshape(tuple(shape)), own=own, atoms=atoms, dims=dims)
 
-    def _without(self, gone: tuple[int, ...], dims: tuple[tuple[int, ...], ...]) -> Any:
+    def _without(self, gone: tuple[int, ...], dims: tuple[tuple[int, ...], ...]) -> Dynamic:
         keep = [a for a in range(len(self.atoms)) if a not in gone]
         atoms = tuple(self.atoms[a] for a in keep)
         dims = tuple(tuple(keep.index(a) for a in d) for d in dims)
@@ -249,8 +280,25 @@ class Lazy:
         return rebuild
 
 
-def merged(method: Method, w: jax.Array, own: Arrays, shared: Arrays, stack: int) -> jax.Array:
-    """method.merge over `stack` leading axes of `w` and `own`, in at least float32."""
+def merged(
+    method: Method,
+    w: Shaped[jax.Array, "*stack d_in d_out"],
+    own: Arrays,
+    shared: Arrays,
+    stack: int,
+) -> Float[jax.Array, "*stack d_in d_out"]:
+    """`method.merge` mapped over stack axes, in at least float32.
+
+    Args:
+      method: the method.
+      w: base matrices.
+      own: arrays of the method, [*stack, ...] by name.
+      shared: arrays without stack axes, by name.
+      stack: how many leading axes `w` and `own` have before those of one matrix.
+
+    Returns:
+      [*stack, d_in, d_out].
+    """
     dtype = at_least_float32(w.dtype)
 
     def cast(t):
@@ -267,8 +315,19 @@ def merged(method: Method, w: jax.Array, own: Arrays, shared: Arrays, stack: int
         return one(w, own)
 
 
-def leaf(w: Any, site: Site, method: Method | None, own: Arrays, shared: Arrays) -> Lazy:
-    """A leaf of the parameters, nothing done to it yet."""
+def leaf(w: Dynamic, site: Site, method: Method | None, own: Arrays, shared: Arrays) -> Lazy:
+    """A leaf of the parameters, nothing done to it yet.
+
+    Args:
+      w: the array, or something with `dequantize()`.
+      site: its site.
+      method: its method; None: the base alone.
+      own: arrays of the method and side inputs, [*stack, ...] by name.
+      shared: arrays of the method without stack axes, by name.
+
+    Returns:
+      A lazy weight whose view is the leaf itself.
+    """
     atoms = tuple(
         Atom(k, n, ((site.path, axis),))
         for axis, (k, n) in enumerate(zip(site.kinds, site.shape, strict=True))

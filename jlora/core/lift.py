@@ -12,7 +12,6 @@ Deviates: nothing.
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,21 @@ from jlora.core.lazy import leaf
 from jlora.core.rules import RULES
 from jlora.core.site import Arrays, Site
 from jlora.core.unread import check_reads
+from jlora.types import Dynamic, Tree
 
 
-def flatten(params: Any) -> tuple[dict[str, Any], Any]:
-    """{path: leaf} and the tree; a path joins the keys, names and indices with '/'."""
+def flatten(params: Tree) -> tuple[dict[str, Dynamic], Dynamic]:
+    """The leaves of parameters by path.
+
+    Args:
+      params: a PyTree; leaves with `dequantize()` are not opened.
+
+    Returns:
+      ({path: leaf}, the tree); a path joins the keys, names and indices with '/'.
+
+    Raises:
+      ValueError: two leaves have the same path.
+    """
     entries, tree = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda v: hasattr(v, "dequantize")
     )
@@ -39,17 +49,42 @@ def flatten(params: Any) -> tuple[dict[str, Any], Any]:
     return leaves, tree
 
 
-def path_string(path: Sequence[Any]) -> str:
-    """Its keys, names and indices, joined with '/'."""
+def path_string(path: Sequence[Dynamic]) -> str:
+    """The path of a leaf as text.
+
+    Args:
+      path: the keys that JAX gives for it.
+
+    Returns:
+      Its keys, names and indices, joined with '/'.
+    """
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def is_array(v: Any) -> bool:
+def is_array(v: Dynamic) -> bool:
+    """Whether a leaf is an array, abstract or quantised ones included.
+
+    Args:
+      v: any leaf.
+
+    Returns:
+      True for what has a shape and dtype, or `dequantize()`.
+    """
     return hasattr(v, "dequantize") or (hasattr(v, "shape") and hasattr(v, "dtype"))
 
 
-def traced(fn: Callable, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]):
-    """(leaves by path, those of them that are arrays, jaxpr of the latter, tree of the outputs)."""
+def traced(fn: Callable, params: Tree, args: Sequence[Dynamic], kwargs: Mapping[str, Dynamic]):
+    """A function of parameters as a jaxpr of their arrays.
+
+    Args:
+      fn: fn(params, *args, **kwargs).
+      params: a PyTree.
+      args: further positional arguments.
+      kwargs: keyword arguments.
+
+    Returns:
+      ({path: array} of the leaves that are arrays, jaxpr with one input each, tree of the outputs).
+    """
     leaves, tree = flatten(params)
     arrays = {path: v for path, v in leaves.items() if is_array(v)}
 
@@ -65,8 +100,18 @@ def traced(fn: Callable, params: Any, args: Sequence[Any], kwargs: Mapping[str, 
     return arrays, jaxpr, jax.tree.structure(shapes)
 
 
-def check(arrays: Mapping[str, Any], adapter: Adapter) -> None:
-    """Raises ValueError where a site is not a leaf of the parameters of the expected shape."""
+def check(arrays: Mapping[str, Dynamic], adapter: Adapter) -> None:
+    """Refuses an adapter that does not fit the parameters.
+
+    Args:
+      arrays: the parameters that are arrays, by path.
+      adapter: one adapter.
+
+    Raises:
+      ValueError: a site is not among `arrays`, has another shape, is not floating, or its scale has
+        the axes of a bank.
+      TypeError: as `check_adapter`.
+    """
     check_adapter(adapter)
     for site, _ in adapter.sites:
         if site.path not in arrays:
@@ -89,8 +134,18 @@ def check(arrays: Mapping[str, Any], adapter: Adapter) -> None:
             )
 
 
-def check_adapter(adapter: Any) -> Adapter:
-    """The adapter itself. Raises TypeError for anything else, as where one was forgotten."""
+def check_adapter(adapter: Dynamic) -> Adapter:
+    """Refuses what is not an adapter, as where it was forgotten in a call.
+
+    Args:
+      adapter: what was given.
+
+    Returns:
+      The adapter itself.
+
+    Raises:
+      TypeError: it is something else.
+    """
     if not isinstance(adapter, Adapter):
         shape = f" of shape {adapter.shape}" if is_array(adapter) else ""
         raise TypeError(
@@ -100,7 +155,7 @@ def check_adapter(adapter: Any) -> Adapter:
     return adapter
 
 
-def _given(adapter: Any) -> Adapter:
+def _given(adapter: Dynamic) -> Adapter:
     """An adapter; an empty one for {} and None."""
     if adapter is None or (isinstance(adapter, Mapping) and not adapter):
         return Adapter({}, {}, ())
@@ -114,24 +169,32 @@ def lift(
 
     Args:
       fn: any JAX function of a PyTree of parameters.
-      aux: also return what methods report, {site path: report}; reports made inside a scan have a
-        leading axis of steps, a site's second use in one scope is called "path#2".
-      on_dense: "error" refuses an operation for which a weight must be merged; "merge" merges
-        it there.
+      aux: also return what methods report, {site path: report}; reports of a scan have a leading
+        axis
+        of steps, a site's second use in one scope is called "path#2". False: few methods report.
+      on_dense: "error" refuses an operation for which a weight must be merged; "merge" merges it
+        there.
+        "error", so that no dense gradient goes unnoticed.
       unread: "error" refuses an adapter with weights that `fn` never reads from its parameters, as
         where it closes over copies of its own; "allow" is for a part of a model (one encoder).
+        "error",
+        as such weights would be ignored silently.
 
     Returns:
       A function of (params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs).
-      `adapter` may be empty ({} or None). `ctx` is a dict of side inputs for the methods (`key`
-      for dropout, token masks, ...); `PerSite` and `per_layer` give sites and layers values of
-      their own. `fn` is called as fn(params, *args, **kwargs,
-      **model_kwargs): a keyword of its own that is called `ctx` goes into `model_kwargs`.
+      `adapter` may be empty ({} or None). `ctx` is a dict of side inputs for the methods (`key` for
+      dropout, token masks, ...); `PerSite` and `per_layer` give sites and layers values of their
+      own.
+      `fn` is called as fn(params, *args, **kwargs, **model_kwargs): a keyword of its own that is
+      called
+      `ctx` goes into `model_kwargs`. When called it raises DenseWeightError for a weight that
+      cannot
+      stay lazy (path, primitive and source line); ValueError for sites that are not in params or
+      have
+      another shape, or that `fn` does not read; TypeError where the adapter was forgotten.
 
-    Raises (when called):
-      DenseWeightError: a weight cannot stay lazy; names path, primitive and source line.
-      ValueError: sites that are not in params or have another shape, or that `fn` does not read.
-      TypeError: the adapter was forgotten.
+    Raises:
+      ValueError: another `on_dense` or `unread`.
     """
     if on_dense not in ("error", "merge"):
         raise ValueError(f"on_dense: got {on_dense!r}, expected 'error' or 'merge'")
@@ -160,11 +223,20 @@ def lift(
 
 
 def lazy_leaves(
-    arrays: Mapping[str, Any], adapter: Adapter, side: Mapping[str, Arrays]
-) -> list[Any]:
-    """The leaves, those lazy that the adapter changes or that are quantised.
+    arrays: Mapping[str, Dynamic], adapter: Adapter, side: Mapping[str, Arrays]
+) -> list[Dynamic]:
+    """The leaves of the parameters, those lazy that the adapter changes or that are quantised.
 
-    `side` are the side inputs of sites, {path: arrays}.
+    Args:
+      arrays: the parameters that are arrays, by path.
+      adapter: one adapter.
+      side: the side inputs of sites, {path: {name: array}}.
+
+    Returns:
+      One value per array, in their order.
+
+    Raises:
+      ValueError, TypeError: as `check`.
     """
     check(arrays, adapter)
     methods = {site.path: (site, method) for site, method in adapter.sites}

@@ -7,16 +7,19 @@ Deviates: nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from jlora.core import compat
 from jlora.core.lazy import Lazy
 from jlora.core.matmul import Join, Operand, applied
+from jlora.core.scope import Scope
 from jlora.core.site import inverse_permutation, transposed
+from jlora.types import Dynamic
 
 
 class OneHotRows(Operand):
@@ -37,6 +40,7 @@ class OneHotRows(Operand):
         self._bare = own
 
     def map(self, fn: Callable) -> "OneHotRows":
+        """As `Operand.map`: the rows times one number each."""
         ones = jnp.ones((*self.shape[:-1], 1), self.dtype)
         gain = fn(ones if self._gain is None else self._gain)
         return OneHotRows(self._ids, self._bare, self.shape, self.dtype, self._options, gain)
@@ -50,13 +54,19 @@ class Lookup(NamedTuple):
     inside: jax.Array  # [...], whether the id that was given is
     offset: list[int]  # axes of the result for the weight's other axes, without `kept`
     kept: int | None  # axis of the result of size one, where the weight's own axis stays
-    mode: Any  # of JAX: what an id outside the axis gives
-    fill: Any  # with mode FILL_OR_DROP; None: NaN
+    mode: Dynamic  # of JAX: what an id outside the axis gives
+    fill: Dynamic  # with mode FILL_OR_DROP; None: NaN
 
-    def settle(self, y: jax.Array) -> jax.Array:
-        """y [..., d] with the value and the gradient that an id outside the axis has.
+    def settle(self, y: Float[jax.Array, "*ids d"]) -> Float[jax.Array, "*ids d"]:
+        """The value and the gradient that an id outside the axis has.
 
         Filled and promised ids give the weight no gradient: JAX drops them.
+
+        Args:
+          y: what was looked up with ids inside the axis.
+
+        Returns:
+          y with the fill value, or without gradient, where the id given was outside.
         """
         if self.mode == lax.GatherScatterMode.CLIP:
             return y
@@ -68,7 +78,7 @@ class Lookup(NamedTuple):
         return jnp.where(inside, y, lax.stop_gradient(y))
 
 
-def _lookup(w: Lazy, ids: Any, p: Mapping[str, Any]) -> Lookup | None:
+def _lookup(w: Lazy, ids: Dynamic, p: Mapping[str, Dynamic]) -> Lookup | None:
     """None for a gather that is not of whole slices along one axis.
 
     `w[ids]` takes the axis away; `jax.vmap(lambda i: w[i])(ids)` keeps it with size one, and has a
@@ -97,16 +107,19 @@ def _lookup(w: Lazy, ids: Any, p: Mapping[str, Any]) -> Lookup | None:
     return Lookup(axis, safe, jnp.all(safe == ids, -1), offset, kept, mode, p["fill_value"])
 
 
-def gather(scope: Any, eqn: Any, w: Any, ids: Any) -> list[Any] | None:
-    """The rule of a lookup along one axis: of a table's rows, or of slices of a stack."""
+def gather(scope: Scope, eqn: Dynamic, w: Dynamic, ids: Dynamic) -> list[Dynamic] | None:
+    """The rule of a lookup along one axis: of a table's rows, or of slices of a stack.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     if not isinstance(w, Lazy) or isinstance(ids, Lazy):
         return None
     return _taken(scope, eqn, eqn.params, w, ids, eqn.outvars[0].aval)
 
 
 def _taken(
-    scope: Any, eqn: Any, p: Mapping[str, Any], w: Lazy, ids: Any, aval: Any
-) -> list[Any] | None:
+    scope: Scope, eqn: Dynamic, p: Mapping[str, Dynamic], w: Lazy, ids: Dynamic, aval: Dynamic
+) -> list[Dynamic] | None:
     """A gather with the parameters `p` that gives an array as `aval` is."""
     mapped = p["dimension_numbers"].operand_batching_dims
     if mapped and scope.uses is None:
@@ -148,8 +161,8 @@ def _taken(
 
 
 def _tables(
-    scope: Any, eqn: Any, p: Mapping[str, Any], w: Lazy, ids: Any, aval: Any
-) -> list[Any] | None:
+    scope: Scope, eqn: Dynamic, p: Mapping[str, Dynamic], w: Lazy, ids: Dynamic, aval: Dynamic
+) -> list[Dynamic] | None:
     """A table for each of a stack, `jax.vmap(lambda w, i: w[i])(w, ids)`: one stack axis less."""
     n = p["dimension_numbers"]
     k, b = n.operand_batching_dims[0], n.start_indices_batching_dims[0]
@@ -186,7 +199,7 @@ def _without(axes: Sequence[int], gone: int) -> tuple[int, ...]:
     return tuple(k - (k > gone) for k in axes)
 
 
-def _select(w: Lazy, ids: Any, found: Lookup, p: Mapping[str, Any]) -> list[Any] | None:
+def _select(w: Lazy, ids: Dynamic, found: Lookup, p: Mapping[str, Dynamic]) -> list[Dynamic] | None:
     """Slices of a stack, w[ids]: the axis goes, the axes of `ids` (if any) come as stack axes."""
     at = p["dimension_numbers"].start_index_map.index(found.axis)
     ids = jnp.asarray(ids)[..., at : at + 1]  # as they were given: the mode says what they mean

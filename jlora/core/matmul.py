@@ -7,17 +7,20 @@ Deviates: nothing.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Shaped
 
 from jlora.core import compat
 from jlora.core.lazy import Lazy, merged
-from jlora.core.method import low_rank
-from jlora.core.site import at_least_float32, inverse_permutation, transposed
+from jlora.core.method import Method, low_rank
+from jlora.core.scope import Scope
+from jlora.core.site import Arrays, at_least_float32, inverse_permutation, transposed
+from jlora.types import Dynamic
 
 
 class Weight:
@@ -25,24 +28,36 @@ class Weight:
 
     __array_ufunc__ = None  # so that numpy leaves `x @ w` to us
 
-    def __init__(self, lazy: Lazy, own: Callable | None, x: Any):
+    def __init__(self, lazy: Lazy, own: Callable | None, x: Dynamic):
         self._lazy, self._own, self._x = lazy, own, x
         self.shape = (lazy.size("i"), lazy.size("o"))
         self.dtype = lazy.dtype
 
-    def __rmatmul__(self, x: Any) -> jax.Array:
+    def __rmatmul__(self, x: Dynamic) -> jax.Array:
         alike = isinstance(x, Operand) == isinstance(self._x, Operand)
         if self._own is not None and alike and x.shape == self._x.shape:
             return self._own(x if isinstance(x, Operand) else x.astype(self._x.dtype))
         return compat.matmul(x, self._lazy.cast(self._lazy.matrix()).astype(x.dtype))
 
-    def dense(self) -> jax.Array:
-        """The base matrix [d_in, d_out], in at least float32."""
+    def dense(self) -> Float[jax.Array, "d_in d_out"]:
+        """The base matrix.
+
+        Returns:
+          [d_in, d_out], in at least float32.
+        """
         m = self._lazy.matrix()
         return m.astype(at_least_float32(m.dtype))
 
-    def merged(self, method: Any, p: Mapping[str, jax.Array]) -> jax.Array:
-        """merge(w, p) [d_in, d_out] in the dtype that the model multiplies with."""
+    def merged(self, method: Method, p: Arrays) -> Float[jax.Array, "d_in d_out"]:
+        """The merged matrix.
+
+        Args:
+          method: whose `merge` it is.
+          p: its arrays, as `apply` got them.
+
+        Returns:
+          merge(w, p) [d_in, d_out], in the dtype that the model multiplies with.
+        """
         return self._lazy.cast(merged(method, self._lazy.matrix(), dict(p), {}, 0))
 
 
@@ -50,27 +65,44 @@ class Operand:
     """Stands for an x [..., d_in] too large to write down; `x @ m` is cheap, the rest is not."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: Dynamic
 
-    def __init__(self, times: Callable, own: Callable, shape: Sequence[int], dtype: Any):
+    def __init__(self, times: Callable, own: Callable, shape: Sequence[int], dtype: Dynamic):
         self._times, self._own, self.shape, self.dtype = times, own, tuple(shape), dtype
 
-    def __matmul__(self, m: Any) -> jax.Array:
+    def __matmul__(self, m: Dynamic) -> jax.Array:
         return m.__rmatmul__(self) if isinstance(m, Weight) else self._times(m)
 
     @property
     def ndim(self) -> int:
+        """How many axes x has."""
         return len(self.shape)
 
     def own(self) -> jax.Array:
+        """What the model's own operation gives.
+
+        Returns:
+          x @ w for the base weight, [..., d_out].
+        """
         return self._own()
 
     def map(self, fn: Callable) -> "Operand":
-        """`fn` (elementwise, keeps zero) on what it was made from."""
+        """An elementwise function of what it stands for.
+
+        Args:
+          fn: elementwise, and zero at zero.
+
+        Returns:
+          What stands for fn(x).
+        """
         raise NotImplementedError
 
     def dense(self) -> jax.Array:
-        """x itself, [..., d_in]."""
+        """x itself.
+
+        Returns:
+          [..., d_in].
+        """
         return self._times(jnp.eye(self.shape[-1], dtype=self.dtype))
 
     def __jax_array__(self) -> jax.Array:
@@ -85,16 +117,30 @@ class Join:
         self.shape = [w.shape[k] for k in axes]
         self._sizes = [w.atoms[a].size for a in self.atoms]
 
-    def join(self, x: jax.Array) -> jax.Array:
-        """[..., *shape] -> [..., d]."""
+    def join(self, x: Shaped[jax.Array, "*lead_and_axes"]) -> Shaped[jax.Array, "*lead d"]:
+        """The axes as one.
+
+        Args:
+          x: [..., *shape].
+
+        Returns:
+          [..., d], in the order of the matrix.
+        """
         lead = x.shape[: x.ndim - len(self.shape)]
         if self.atoms != sorted(self.atoms):
             x = x.reshape(*lead, *self._sizes)
             x = transposed(x, self._after(lead, inverse_permutation(self.atoms)))
         return x.reshape(*lead, math.prod(self._sizes))
 
-    def split(self, y: jax.Array) -> jax.Array:
-        """[..., d] -> [..., *shape]."""
+    def split(self, y: Shaped[jax.Array, "*lead d"]) -> Shaped[jax.Array, "*lead_and_axes"]:
+        """The inverse of `join`.
+
+        Args:
+          y: [..., d].
+
+        Returns:
+          [..., *shape].
+        """
         lead = y.shape[:-1]
         if self.atoms != sorted(self.atoms):
             order = inverse_permutation(self.atoms)
@@ -107,8 +153,18 @@ class Join:
         return [*range(len(lead)), *(len(lead) + k for k in order)]
 
 
-def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
-    """The method on x [..., d_in]; notes what it reports and publishes."""
+def applied(scope: Scope, w: Lazy, x: Dynamic, own: Callable) -> jax.Array:
+    """The method on an activation; records what it reports and publishes.
+
+    Args:
+      scope: of the trace.
+      w: a weight without stack axes.
+      x: [..., d_in], or what stands for it.
+      own: x -> [..., d_out], the model's own operation on the base.
+
+    Returns:
+      y [..., d_out].
+    """
     assert w.method is not None
     ctx = scope.enter(w)
     y = w.method.apply(x, Weight(w, own, x), w.prepared(), ctx)
@@ -121,8 +177,20 @@ def applied(scope: Any, w: Lazy, x: Any, own: Callable) -> jax.Array:
     return y
 
 
-def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.Array | None:
-    """x [..., d_out] @ merge(w, p).T, for weights used both ways (tied embeddings)."""
+def applied_transposed(
+    scope: Scope, w: Lazy, x: Float[jax.Array, "*lead d_out"], own: Callable
+) -> Float[jax.Array, "*lead d_in"] | None:
+    """x @ merge(w, p).T, for weights used both ways (tied embeddings).
+
+    Args:
+      scope: of the trace.
+      w: a weight without stack axes.
+      x: the activation.
+      own: x -> [..., d_in], the model's own operation on the base.
+
+    Returns:
+      [..., d_in]; None: the delta depends on x.
+    """
     method, p = w.method, w.prepared()
     assert method is not None
     uv = method.factors(p)
@@ -141,8 +209,11 @@ def applied_transposed(scope: Any, w: Lazy, x: jax.Array, own: Callable) -> jax.
     return jax.linear_transpose(forward, like)(x)[0]
 
 
-def dot_general(scope: Any, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
-    """The rule of a matmul: either operand, any axes, weight axes in any order."""
+def dot_general(scope: Scope, eqn: Dynamic, lhs: Dynamic, rhs: Dynamic) -> list[Dynamic] | None:
+    """The rule of a matmul: either operand, any axes, weight axes in any order.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     if isinstance(lhs, Lazy) and isinstance(rhs, Lazy):
         return None  # the rule of products in `views`
     left = isinstance(lhs, Lazy)
@@ -170,14 +241,21 @@ class Axes(NamedTuple):
     free: tuple[int, ...]  # that the result keeps
 
     def without(self, axis: int | None) -> "Axes":
-        """After `axis` is mapped over by `jax.vmap`."""
+        """The axes of the operand inside `jax.vmap` over one of them.
+
+        Args:
+          axis: that is mapped over; None: none.
+
+        Returns:
+          The other axes, renumbered.
+        """
         if axis is None:
             return self
         kept = (tuple(k - (k > axis) for k in axes if k != axis) for axes in self)
         return Axes(*kept)
 
 
-def _axes(operand: Any, contract: Sequence[int], batch: Sequence[int]) -> Axes:
+def _axes(operand: Dynamic, contract: Sequence[int], batch: Sequence[int]) -> Axes:
     free = tuple(k for k in range(operand.ndim) if k not in (*contract, *batch))
     return Axes(tuple(contract), tuple(batch), free)
 

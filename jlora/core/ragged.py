@@ -10,7 +10,6 @@ Reference: none; `jax.lax.ragged_dot_general` is what it runs.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,25 @@ from jax import lax
 from jlora.core import compat
 from jlora.core.grid import Grid, delta, reads_context
 from jlora.core.lazy import Lazy
+from jlora.core.scope import Scope
+from jlora.types import Dynamic
 
 
-def ragged_dot(scope: Any, eqn: Any, x: Any, w: Any, *sizes: Any) -> list[Any] | None:
-    """The rule of x [T, d_in] and w [groups, d_in, d_out], axes of w in any order."""
+def ragged_dot(
+    scope: Scope, eqn: Dynamic, x: Dynamic, w: Dynamic, *sizes: Dynamic
+) -> list[Dynamic] | None:
+    """The rule of x [T, d_in] and w [groups, d_in, d_out], axes of w in any order.
+
+    Args:
+      scope: of the trace.
+      eqn: a ragged matmul.
+      x: rows in groups, an array.
+      w: the stack of weights.
+      sizes: of the groups; one array.
+
+    Returns:
+      [y [T, d_out]]; None: the stack has to be merged.
+    """
     p = eqn.params["ragged_dot_dimension_numbers"]
     (xc, wc), (xb, wb) = p.dot_dimension_numbers
     if isinstance(x, Lazy) or not isinstance(w, Lazy) or len(p.rhs_group_dimensions) != 1:

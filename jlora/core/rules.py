@@ -7,14 +7,13 @@ Reference: JAX's primitives.
 Deviates: nothing.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.core import combine, compat, views
+from jlora.core import combine, compat, scaling, views
 from jlora.core.block import mixed
 from jlora.core.conv import conv
 from jlora.core.evaluate import Scope, evaluate
@@ -22,20 +21,27 @@ from jlora.core.lazy import Lazy
 from jlora.core.lookup import gather
 from jlora.core.matmul import dot_general
 from jlora.core.ragged import ragged_dot
+from jlora.core.scope import Rule
 from jlora.core.shards import all_gather, shard_map
+from jlora.types import Dynamic
 
-Rule = Callable[..., list[Any] | None]
 
+def convert(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of a cast to a floating dtype.
 
-def convert(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
     return [w if dtype == w.dtype else w.replace(casts=(*w.casts, dtype))]
 
 
-def same(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Operations that keep the value and act on where it is or on what the compiler sees."""
+def same(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic]:
+    """The rule of operations that keep the value, such as copies and sharding constraints.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     values = tuple(v.opened() if isinstance(v, Lazy) else v for v in values)
     out = compat.bind(eqn, [v.base if isinstance(v, Lazy) else v for v in values])
     return [
@@ -43,11 +49,19 @@ def same(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     ]
 
 
-def stop_gradient(scope: Scope, eqn: Any, w: Lazy) -> list[Any]:
+def stop_gradient(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic]:
+    """The rule of `jax.lax.stop_gradient`: the base and the arrays of the method have none.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     return [w.replace(**jax.tree.map(lax.stop_gradient, {"own": w.own, "shared": w.shared}))]
 
 
-def transpose(scope: Scope, eqn: Any, w: Lazy) -> list[Any]:
+def transpose(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic]:
+    """The rule of a permutation of axes.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     return [_transposed(w, eqn.params["permutation"])]
 
 
@@ -56,12 +70,19 @@ def _transposed(w: Lazy, order: Sequence[int]) -> Lazy:
     return w.replace(base=lax.transpose(w.base, order), dims=dims)
 
 
-def squeeze(scope: Scope, eqn: Any, w: Lazy) -> list[Any] | None:
+def squeeze(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of taking away axes of size one.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     return [w.squeezed(eqn.params["dimensions"])]
 
 
-def dot(scope: Scope, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
-    """A matmul with a weight; of two weights, the smaller one is merged."""
+def dot(scope: Scope, eqn: Dynamic, lhs: Dynamic, rhs: Dynamic) -> list[Dynamic] | None:
+    """The rule of a matmul with a weight; of two weights, the smaller one is merged.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     if isinstance(lhs, Lazy) and isinstance(rhs, Lazy):
         operands = combine.product(scope, eqn, lhs, rhs)
         if operands is None:
@@ -72,13 +93,20 @@ def dot(scope: Scope, eqn: Any, lhs: Any, rhs: Any) -> list[Any] | None:
     return dot_general(scope, eqn, lhs, rhs)
 
 
-def call(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Inlined; the outer jit compiles it. A `jl.block` may run once per expert instead."""
+def call(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic]:
+    """The rule of a call: inlined; the outer jit compiles it. A `jl.block` may run once per expert.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     out = mixed(scope, eqn, values)
     return evaluate(scope.inside(eqn), compat.called(eqn), values) if out is None else out
 
 
-def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
+def remat(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic]:
+    """The rule of `jax.checkpoint`, with the model's own policy.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     template = scope.fork()
 
     def body(*inside):
@@ -96,22 +124,34 @@ def remat(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
 class Carry:
     """A loop's state. A weight that every step hands on unchanged is a constant, and stays lazy."""
 
-    def __init__(self, scope: Scope, eqn: Any, values: Sequence[Any], ins: Any, outs: Any):
+    def __init__(
+        self, scope: Scope, eqn: Dynamic, values: Sequence[Dynamic], ins: Dynamic, outs: Dynamic
+    ):
         same = [isinstance(v, Lazy) and o is i for v, i, o in zip(values, ins, outs, strict=False)]
         self.free = [k for k, fixed in enumerate(same) if not fixed]
         self._all = [v if f else scope.dense(v, eqn) for v, f in zip(values, same, strict=True)]
         self.start = [self._all[k] for k in self.free]
 
-    def full(self, free: Sequence[Any]) -> list[Any]:
-        """The whole state, from the part that changes."""
+    def full(self, free: Sequence[Dynamic]) -> list[Dynamic]:
+        """The whole state, from the part that changes.
+
+        Args:
+          free: the values that change, in the order of `self.free`.
+
+        Returns:
+          All values of the state, lazy constants among them.
+        """
         out = list(self._all)
         for k, v in zip(self.free, free, strict=True):
             out[k] = v
         return out
 
 
-def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Stacks are sliced by the scan itself; outputs that are slices handed on stay lazy too."""
+def scan(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic]:
+    """The rule of a scan: it slices stacks itself; outputs that are slices handed on stay lazy too.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     s = compat.scan(eqn)
     body, _ = compat.opened(s.body)
     consts, xs = values[: s.consts], values[s.consts + s.carry :]
@@ -140,11 +180,13 @@ def scan(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
     return [*carry.full(last), *(xs[handed[k]] if k in handed else y for k, y in enumerate(ys))]
 
 
-def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
-    """Each branch reports what it has; what only another branch reports is zero.
+def cond(scope: Scope, eqn: Dynamic, index: Dynamic, *values: Dynamic) -> list[Dynamic]:
+    """The rule of branches: each reports what it has; what only another branch reports is zero.
 
     Weights that every branch returns stay lazy where they are alike, else each branch merges its
     own.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
     """
     templates = [scope.fork() for _ in eqn.params["branches"]]
     walk = scope.uses is not None
@@ -174,7 +216,7 @@ def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
         return run
 
     bodies = [body(t, b) for t, b in zip(templates, eqn.params["branches"], strict=True)]
-    shapes: dict[str, Any] = {}
+    shapes: dict[str, Dynamic] = {}
     for run in bodies if scope.reporting else ():
         shapes.update(jax.eval_shape(run, *values)[1])
 
@@ -194,8 +236,14 @@ def cond(scope: Scope, eqn: Any, index: Any, *values: Any) -> list[Any]:
     return out
 
 
-def while_(scope: Scope, eqn: Any, *values: Any) -> list[Any]:
-    """Raises ValueError for reports: a loop of unknown length cannot hand them on."""
+def while_(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic]:
+    """The rule of a loop of unknown length.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+
+    Raises:
+      ValueError: a method reports inside, which such a loop cannot hand on.
+    """
     p = eqn.params
     a, b = p["cond_nconsts"], p["body_nconsts"]
     test, body = values[:a], values[a : a + b]
@@ -238,9 +286,9 @@ RULES: dict[str, Rule] = {
     "pad": views.pad,
     "rev": views.reverse,
     "tile": views.tile,
-    "neg": views.negative,
-    "mul": views.multiply,
-    "div": views.divide,
+    "neg": scaling.negative,
+    "mul": scaling.multiply,
+    "div": scaling.divide,
     **dict.fromkeys(("add", "add_any", "sub"), combine.add),
     "concatenate": combine.concatenate,
     "stack": combine.stack,

@@ -14,7 +14,7 @@ Reference: none; `jax.shard_map` is what it runs.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -24,19 +24,26 @@ from jlora.core import compat
 from jlora.core.evaluate import evaluate
 from jlora.core.grid import Grid, delta, reads_context, rebuilt
 from jlora.core.lazy import Lazy
+from jlora.core.scope import Scope
 from jlora.core.views import Moves, seen, view
+from jlora.types import Dynamic
 
 
 class Part(NamedTuple):
     """An operand of a `shard_map`: what enters it, and what it is inside."""
 
-    arrays: Any  # a PyTree
-    specs: Any  # the same tree of PartitionSpec
-    inside: Callable[[Any, Any], Any]  # (scope, the arrays of one device) -> the operand
+    arrays: Dynamic  # a PyTree
+    specs: Dynamic  # the same tree of PartitionSpec
+    inside: Callable[
+        [Dynamic, Dynamic], Dynamic
+    ]  # (scope, the arrays of one device) -> the operand
 
 
-def shard_map(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
-    """The body on parts of weights; outputs of the body are dense."""
+def shard_map(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | None:
+    """The rule of `jax.shard_map`: the body on parts of weights; outputs of the body are dense.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     p = eqn.params
     manual = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
     found = [_part(scope, eqn, v, s) for v, s in zip(values, p["in_specs"], strict=True)]
@@ -62,7 +69,7 @@ def shard_map(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
     return out
 
 
-def _part(scope: Any, eqn: Any, v: Any, spec: Any) -> Part | None:
+def _part(scope: Scope, eqn: Dynamic, v: Dynamic, spec: Dynamic) -> Part | None:
     if not isinstance(v, Lazy):
         return Part(v, spec, lambda scope, t: t)
     if scope.uses is not None:
@@ -92,7 +99,7 @@ def _part(scope: Any, eqn: Any, v: Any, spec: Any) -> Part | None:
     )
 
 
-def _slices(w: Lazy, spec: Any, entries: Sequence[Any]) -> Part | None:
+def _slices(w: Lazy, spec: Dynamic, entries: Sequence[Dynamic]) -> Part | None:
     """Slices of a stack, with their methods; None where another axis is partitioned too."""
     w = w.opened()
     cut = [k for k, entry in enumerate(entries) if entry not in (None, ())]
@@ -102,17 +109,20 @@ def _slices(w: Lazy, spec: Any, entries: Sequence[Any]) -> Part | None:
     own = PartitionSpec(*(where.get(a) for a in w.of("s")))
 
     def inside(_, arrays):
-        base, mine, shared = arrays
+        base, own, shared = arrays
         sizes = {w.dims[k][0]: base.shape[k] for k in cut}
         atoms = tuple(a._replace(size=sizes.get(n, a.size)) for n, a in enumerate(w.atoms))
-        return w.replace(base=base, own=mine, shared=shared, atoms=atoms)
+        return w.replace(base=base, own=own, shared=shared, atoms=atoms)
 
     arrays = (w.base, w.own, w.shared)
     return Part(arrays, (spec, own, PartitionSpec()), inside)
 
 
-def all_gather(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
-    """The parts of all devices along an existing axis: a weight kept in shards until it is used."""
+def all_gather(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of joining all devices' parts of a weight along one of its axes.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     p = eqn.params
     if not p["tiled"]:
         return None

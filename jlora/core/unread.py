@@ -7,9 +7,9 @@ Reference: none.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from jlora.core import compat
+from jlora.types import Dynamic
 
 _VIEWS = (
     *("convert_element_type", "transpose", "reshape", "squeeze", "slice", "broadcast_in_dim"),
@@ -19,10 +19,15 @@ _VIEWS = (
 _BODIES = ("scan", "custom_jvp_call", "custom_vjp_call", "shard_map")  # that take what calls take
 
 
-def reads(jaxpr: Any, kept: Sequence[bool] | None = None) -> list[bool]:
-    """Of each input of a jaxpr: whether an operation uses it, inside of calls and loops too.
+def reads(jaxpr: Dynamic, kept: Sequence[bool] | None = None) -> list[bool]:
+    """Whether an operation uses each input of a jaxpr, inside of calls and loops too.
 
-    `kept`: of each output, whether the caller uses it; None: all.
+    Args:
+      jaxpr: closed or open.
+      kept: of each output, whether the caller uses it; None: all are used.
+
+    Returns:
+      One boolean per input.
     """
     jaxpr, _ = compat.opened(jaxpr)
     kept = [True] * len(jaxpr.outvars) if kept is None else kept
@@ -30,26 +35,35 @@ def reads(jaxpr: Any, kept: Sequence[bool] | None = None) -> list[bool]:
     for eqn in reversed(jaxpr.eqns):
         name, out = eqn.primitive.name, [id(v) in used for v in eqn.outvars]
         if name in compat.JIT + compat.REMAT:
-            mine = reads(compat.called(eqn), out)
+            read = reads(compat.called(eqn), out)
         elif name in _BODIES:
-            mine = reads(compat.called(eqn))
+            read = reads(compat.called(eqn))
         elif name == "cond":
             branches = [reads(branch) for branch in eqn.params["branches"]]
-            mine = [True, *map(any, zip(*branches, strict=True))]
+            read = [True, *map(any, zip(*branches, strict=True))]
         elif name in _VIEWS:
             n = len(eqn.invars)
-            mine = out if len(out) == n else [any(out)] * n
+            read = out if len(out) == n else [any(out)] * n
         else:
-            mine = [True] * len(eqn.invars)
-        used.update(id(v) for v, m in zip(eqn.invars, mine, strict=True) if m)
+            read = [True] * len(eqn.invars)
+        used.update(id(v) for v, m in zip(eqn.invars, read, strict=True) if m)
     return [id(v) in used for v in jaxpr.invars]
 
 
-def check_reads(jaxpr: Any, arrays: Mapping[str, Any], sites: Iterable[str]) -> None:
-    """Raises ValueError where a function of `arrays` does not read all of `sites`."""
-    read = dict(zip(arrays, reads(jaxpr), strict=True))
+def check_reads(jaxpr: Dynamic, arrays: Mapping[str, Dynamic], sites: Iterable[str]) -> None:
+    """Refuses a function that does not read all of an adapter's weights.
+
+    Args:
+      jaxpr: of the function, one input per array.
+      arrays: the parameters by path, in the order of the inputs; only the paths are read.
+      sites: the paths of the adapted weights.
+
+    Raises:
+      ValueError: names the weights that are not read.
+    """
+    is_read = dict(zip(arrays, reads(jaxpr), strict=True))
     sites = list(sites)
-    out = [path for path in sites if not read[path]]
+    out = [path for path in sites if not is_read[path]]
     if out:
         names = ", ".join(out[:8]) + (f", and {len(out) - 8} more" if len(out) > 8 else "")
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Linear views of one weight: slices, scalings, pads, flips, copies along an axis.
+"""Linear views of one weight: slices, pads, flips, copies along an axis.
 
 The model's own operation runs on what the model sees of the base, as it would without an adapter;
 the thin product runs on the part of u and v that is in view (`grid`). The gradient is exact: the
@@ -13,20 +13,33 @@ Reference: none; follows from linearity.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from jlora.core import compat
+from jlora.core.atoms import Atom
 from jlora.core.evaluate import evaluate
 from jlora.core.grid import Grid, delta, reads_context, rebuilt
-from jlora.core.lazy import Atom, Lazy
+from jlora.core.lazy import Lazy
+from jlora.core.scope import Scope
+from jlora.types import Dynamic
 
 
-def seen(w: Lazy, base: jax.Array, name: str, axes: Sequence[int]) -> Lazy:
-    """In the abstract walk: `w` after a view that changed `axes`, of which `base` is the value."""
+def seen(w: Lazy, base: Float[jax.Array, "*shape"], name: str, axes: Sequence[int]) -> Lazy:
+    """In the abstract walk: a weight after a view.
+
+    Args:
+      w: the weight before.
+      base: the value of the view.
+      name: of the view, as `jl.sites` prints it.
+      axes: that the view changed.
+
+    Returns:
+      The weight after; kinds of the changed axes are unknown unless they are of a stack.
+    """
     atoms, dims = [], []
     for axis, dim in enumerate(w.dims):
         whole = axis not in axes and len(dim) == 1
@@ -47,9 +60,20 @@ Moves = dict[int, Callable[[jax.Array, int], jax.Array]]  # by axis: what happen
 
 
 def view(
-    scope: Any, w: Lazy, name: str, run: Callable[[jax.Array], Sequence[Any]], parts: list[Moves]
-) -> list[Any] | None:
-    """A linear view along axes; `run` makes all parts of the dense weight, `parts` of the delta."""
+    scope: Scope, w: Lazy, name: str, run: Callable, parts: list[Moves]
+) -> list[Dynamic] | None:
+    """A linear view along axes.
+
+    Args:
+      scope: of the trace.
+      w: the weight.
+      name: of the view, as `jl.sites` prints it.
+      run: dense weight -> all outputs of the view.
+      parts: of each output, what happens to the delta along each axis.
+
+    Returns:
+      One weight per output; None: the weight has to be merged.
+    """
     axes = sorted({k for moves in parts for k in moves})
     if scope.uses is not None:
         return [seen(w, base, name, axes) for base in run(w.view())]
@@ -64,11 +88,28 @@ def view(
 
 
 def along(moves: Moves) -> Callable[[jax.Array], list[jax.Array]]:
+    """Moves along several axes, one after the other.
+
+    Args:
+      moves: by axis.
+
+    Returns:
+      A function from an array to a list of the one result.
+    """
     return lambda t: [functools.reduce(lambda t, kv: kv[1](t, kv[0]), moves.items(), t)]
 
 
-def part(scope: Any, w: Lazy, moves: Moves) -> list[Any] | None:
-    """A slice along each axis of `moves`: of stacks without touching the method, else a view."""
+def part(scope: Scope, w: Lazy, moves: Moves) -> list[Dynamic] | None:
+    """A slice along each axis of `moves`: of stacks without touching the method, else a view.
+
+    Args:
+      scope: of the trace.
+      w: the weight.
+      moves: by axis: what slices it.
+
+    Returns:
+      [the slice]; None: the weight has to be merged.
+    """
     rest: Moves = {}
     for axis, move in moves.items():
         cut = w.cut(axis, move)
@@ -80,7 +121,11 @@ def part(scope: Any, w: Lazy, moves: Moves) -> list[Any] | None:
     return view(scope, w, "slice", along(rest), [rest]) if rest else [w]
 
 
-def slice_(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+def slice_(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of a slice with constant bounds.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     p = eqn.params
     cuts = zip(p["start_indices"], p["limit_indices"], p["strides"] or (1,) * w.ndim, strict=True)
     return part(
@@ -94,7 +139,11 @@ def slice_(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
     )
 
 
-def dynamic_slice(scope: Any, eqn: Any, w: Any, *starts: Any) -> list[Any] | None:
+def dynamic_slice(scope: Scope, eqn: Dynamic, w: Dynamic, *starts: Dynamic) -> list[Dynamic] | None:
+    """The rule of a slice of constant size with computed starts.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     if not isinstance(w, Lazy) or any(isinstance(s, Lazy) for s in starts):
         return None
     return part(
@@ -108,7 +157,11 @@ def dynamic_slice(scope: Any, eqn: Any, w: Any, *starts: Any) -> list[Any] | Non
     )
 
 
-def split(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+def split(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of a split into parts along one axis.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     axis, start, moves = eqn.params["axis"], 0, []
     for size in eqn.params["sizes"]:
         cut = (int(start), int(start + size))
@@ -122,7 +175,11 @@ def split(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
     )
 
 
-def unstack(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+def unstack(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of taking apart along one axis.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     axis, out = eqn.params["axis"], []
     for i in range(w.shape[axis]):
         move = functools.partial(lax.slice_in_dim, start_index=i, limit_index=i + 1)
@@ -134,7 +191,11 @@ def unstack(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
     return out
 
 
-def pad(scope: Any, eqn: Any, w: Any, value: Any) -> list[Any] | None:
+def pad(scope: Scope, eqn: Dynamic, w: Dynamic, value: Dynamic) -> list[Dynamic] | None:
+    """The rule of padding, the interior kind included; what is padded has a delta of zero.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     if not isinstance(w, Lazy) or isinstance(value, Lazy):
         return None
 
@@ -148,12 +209,20 @@ def pad(scope: Any, eqn: Any, w: Any, value: Any) -> list[Any] | None:
     return view(scope, w, "pad", lambda t: compat.bind(eqn, (t, value)), [moves])
 
 
-def reverse(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+def reverse(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of a flip.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     moves: Moves = {k: lambda t, axis: lax.rev(t, (axis,)) for k in eqn.params["dimensions"]}
     return view(scope, w, "flip", along(moves), [moves])
 
 
-def tile(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+def tile(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of copies laid side by side along axes.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     moves: Moves = {
         k: lambda t, axis, n=n: jnp.concatenate([t] * n, axis)
         for k, n in enumerate(eqn.params["reps"])
@@ -162,8 +231,11 @@ def tile(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
     return view(scope, w, "tile", lambda t: compat.bind(eqn, (t,)), [moves])
 
 
-def broadcast(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
-    """New axes: of size one, or one slice of a stack that is the same in all."""
+def broadcast(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of new axes: of size one, or one slice of a stack that is the same in all.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     shape, kept = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if tuple(sorted(kept)) != tuple(kept):
         return None
@@ -181,8 +253,8 @@ def broadcast(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
         k: lambda t, axis, n=n: jnp.broadcast_to(t, (*t.shape[:axis], n, *t.shape[axis + 1 :]))
         for k, n in new.items()
     }
-    made = view(scope, out, "broadcast", along(moves), [moves])
-    return made and [_marked(v, new) if isinstance(v, Lazy) else v for v in made]
+    copies = view(scope, out, "broadcast", along(moves), [moves])
+    return copies and [_marked(v, new) if isinstance(v, Lazy) else v for v in copies]
 
 
 def _marked(w: Lazy, axes: Iterable[int]) -> Lazy:
@@ -191,7 +263,11 @@ def _marked(w: Lazy, axes: Iterable[int]) -> Lazy:
     return w.replace(atoms=tuple(atoms))
 
 
-def reshape(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
+def reshape(scope: Scope, eqn: Dynamic, w: Lazy) -> list[Dynamic] | None:
+    """The rule of a reshape that splits or joins axes.
+
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     sizes, order = eqn.params["new_sizes"], eqn.params.get("dimensions") or range(w.ndim)
     w = w.opened()
     w = w.replace(base=lax.transpose(w.base, tuple(order)), dims=tuple(w.dims[k] for k in order))
@@ -201,7 +277,7 @@ def reshape(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
     return None if out is None else [out]
 
 
-def _repeated(scope: Any, w: Lazy, out: Lazy) -> Lazy:
+def _repeated(scope: Scope, w: Lazy, out: Lazy) -> Lazy:
     """`w` with the copies that `out` lays along rows or columns turned into such (`jnp.repeat`)."""
     become = {}
     for dim in out.dims:
@@ -221,59 +297,13 @@ def _repeated(scope: Any, w: Lazy, out: Lazy) -> Lazy:
     return rebuilt(scope, w, w.view(), found)
 
 
-def negative(scope: Any, eqn: Any, w: Lazy) -> list[Any] | None:
-    return _scaled(scope, w, lambda t: compat.bind(eqn, (t,)), jnp.asarray(-1, w.dtype))
+def identity(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | None:
+    """The rule of a function with a gradient of its own that returns what it is given.
 
+    Its gradient asks for the dense one, so the weight is merged where that is exact.
 
-def multiply(scope: Any, eqn: Any, a: Any, b: Any) -> list[Any] | None:
-    """A weight times a number, or times one number for each row, column or slice."""
-    shape = eqn.outvars[0].aval.shape
-    whole = [isinstance(v, Lazy) and v.shape == shape for v in (a, b)]
-    if whole[0] == whole[1]:
-        return None
-    left = whole[0]
-    w, by = (a, b) if left else (b, a)
-    by = jnp.asarray(scope.dense(by, eqn))
-    return _scaled(scope, w, lambda t: compat.bind(eqn, (t, by) if left else (by, t)), by)
-
-
-def divide(scope: Any, eqn: Any, w: Any, by: Any) -> list[Any] | None:
-    """A weight over a number, or over one number for each row, column or slice."""
-    if not isinstance(w, Lazy) or w is by or w.shape != eqn.outvars[0].aval.shape:
-        return None
-    by = jnp.asarray(scope.dense(by, eqn))
-    return _scaled(scope, w, lambda t: compat.bind(eqn, (t, by)), 1 / by)
-
-
-def _scaled(scope: Any, w: Lazy, run: Callable, by: jax.Array) -> list[Any] | None:
-    axes = [k for k, n in enumerate(by.shape) if n > 1]
-    if scope.uses is not None:
-        every = [k for k, n in enumerate(w.shape) if n > 1]
-        if axes and axes == every:
-            return None
-        name = "gain" if axes else "scale"
-        return [_scale_seen(w, base, name, axes or every) for base in run(w.view())]
-    found = delta(scope, w)
-    if not isinstance(found, Grid):
-        return None if found is None else run(found)
-    kinds = {found.kinds[k] for k in axes} - {"s", ""}
-    if len(kinds) > 1:
-        return None
-    by = by[..., None] if by.ndim else by
-    if kinds == {"o"}:
-        grid = found._replace(v=found.v * by.astype(found.v.dtype))
-    else:
-        grid = found._replace(u=found.u * by.astype(found.u.dtype))
-    return [rebuilt(scope, w, base, grid) for base in run(w.view())]
-
-
-def _scale_seen(w: Lazy, base: jax.Array, name: str, axes: Sequence[int]) -> Lazy:
-    changed = frozenset(s for k in axes for s in w.sources(k))
-    return w.replace(base=base, casts=(), views=(*w.views, (name, changed)))
-
-
-def identity(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
-    """A function with a gradient of its own that returns what it is given: merged, as that asks."""
+    Args and Returns are those of `jlora.core.scope.Rule`.
+    """
     inner, _ = compat.opened(compat.called(eqn))
     places = {id(v): k for k, v in enumerate(inner.invars)}
     if inner.eqns or any(id(v) not in places for v in inner.outvars):
@@ -286,10 +316,10 @@ def identity(scope: Any, eqn: Any, *values: Any) -> list[Any] | None:
     return None if any(v is None for v in dense) else compat.bind(eqn, dense)
 
 
-def _looked_through(scope: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _looked_through(scope: Scope, eqn: Dynamic, values: Sequence[Dynamic]) -> list[Dynamic]:
     """In the abstract walk: what a function with a gradient of its own does with weights.
 
-    It needs them merged; the matmuls in it tell their axes.
+    It needs them merged; the matmuls in it show their axes.
     """
     mark = ("!" + scope.place(eqn), frozenset())
     inside = [
@@ -299,8 +329,17 @@ def _looked_through(scope: Any, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return evaluate(scope.inside(eqn), compat.called(eqn), inside)
 
 
-def merged_where_exact(scope: Any, eqn: Any, w: Lazy) -> jax.Array | None:
-    """The merged weight, where `apply` is no more than x @ merge(w, p)."""
+def merged_where_exact(scope: Scope, eqn: Dynamic, w: Lazy) -> jax.Array | None:
+    """The merged weight, where `apply` is no more than x @ merge(w, p).
+
+    Args:
+      scope: of the trace.
+      eqn: the operation that needs it.
+      w: the weight.
+
+    Returns:
+      [*shape]; None: the method reads `ctx`, reports, or its delta depends on x.
+    """
     if w.method is None or "i" not in w.site.kinds:
         return scope.dense(w, eqn)
     return w.merged() if w.method.merges and not reads_context(scope, w) else None

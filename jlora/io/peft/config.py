@@ -76,6 +76,9 @@ class Fields(Protocol):
     def allowed(self) -> Mapping[str, tuple[Any, ...]]: ...  # field -> values that can be read
 
     @property
+    def reasons(self) -> Mapping[str, str]: ...  # field -> why its other values cannot be read
+
+    @property
     def needs(self) -> tuple[str, ...]: ...  # fields that must be there
 
     @property
@@ -186,9 +189,9 @@ class Reader:
         known.update(table.patterns.values())
         for name, value in config.items():
             if name in table.allowed and value not in table.allowed[name]:
-                raise FormatError(
-                    self.source, f"{name} = {repr(value)[:80]}, expected {table.allowed[name]}"
-                )
+                why = f"; {table.reasons[name]}" if name in table.reasons else ""
+                text = f"{name} = {repr(value)[:80]}, expected {table.allowed[name]}{why}"
+                raise FormatError(self.source, text)
             if name in known:
                 continue
             neutral = table.fixed.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.site import Site
+from jlora.inits.olora import orthonormal
 from jlora.io import torch_layout
 from jlora.io.peft.table import (
     Arrays,
@@ -27,6 +29,8 @@ from jlora.methods.low_rank.adalora import TINY, AdaLoRA
 from jlora.methods.low_rank.hira import HiRA
 from jlora.methods.low_rank.kasa import KaSA, smallest
 from jlora.methods.low_rank.lora import LoRA
+from jlora.methods.low_rank.pissa import principal
+from jlora.methods.wrappers.residual import Residual
 
 MATRIX = ("lora_A.weight", "lora_B.weight")
 TABLE = ("lora_embedding_A", "lora_embedding_B")  # an embedding table [rows, d_out]
@@ -58,7 +62,13 @@ FIXED = {
     "use_bdlora": None,
     "use_qalora": False,
 }
-# The other initialisations change the base weights: the file alone is not the function.
+# The other initialisations change the base weights: the file alone is not the function. PEFT makes
+# those of `pissa` and `olora` again from the base when it loads the file, and so do we.
+REASONS = {
+    "init_lora_weights": "the base that this adapter was trained on is not in the file: 'corda' "
+    "and 'lora_ga' subtracted factors of data from it, 'pissa_niter_N' random ones, 'loftq' "
+    "quantised it; save the adapter with path_initial_model_for_weight_conversion in PEFT"
+}
 ALLOWED = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
     "bias": ("none", "all", "lora_only"),
@@ -134,6 +144,30 @@ def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     scale = {"scale": scale_of(alpha, rank, rslora)}
     trainable = {**_factors(_keys(site), site, t, rank), "m": m.reshape(-1)}
     return Read(DoRA(rank=rank, alpha=alpha, rslora=rslora), trainable, scale)
+
+
+def _read_started(site: Site, t: Arrays, fields: Mapping[str, Any], start: Any) -> Read:
+    """LoRA minus the start that PEFT subtracts from the base whenever it makes such an adapter."""
+    read = _read_lora(site, {key: t[key] for key in MATRIX}, fields)
+    w, scale = jnp.asarray(t["base"], site.param_dtype), float(read.frozen["scale"])
+    a0, b0 = start(w, fields["r"], scale)
+    frozen = {**read.frozen, "a0": np.asarray(a0), "b0": np.asarray(b0)}
+    return Read(Residual(read.method), read.trainable, frozen)
+
+
+def _read_pissa(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    def start(w: Any, rank: int, scale: float) -> Any:
+        return principal(None, w, rank, scale, None)  # type: ignore[arg-type]
+
+    return _read_started(site, t, fields, start)
+
+
+def _read_olora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+    return _read_started(site, t, fields, lambda w, rank, scale: orthonormal(w, rank))
+
+
+def _write_started(method: Residual, site: Site, p: Arrays) -> Slice:
+    raise ValueError("a start of its own cannot be said in PEFT's files: write jl.inits.fold(it)")
 
 
 def _write_kasa(method: KaSA, site: Site, p: Arrays) -> Slice:
@@ -241,6 +275,7 @@ LORA = Table(
     choose={"use_dora": False},
     free=FREE,
     allowed=ALLOWED,
+    reasons=REASONS,
     sparse=True,
     convolves=True,
 )
@@ -257,7 +292,29 @@ DORA = Table(
     choose={"use_dora": True},
     free={**FREE, "lora_dropout": 0.0},
     allowed=ALLOWED,
+    reasons=REASONS,
     convolves=True,
+)
+
+PISSA = Table(
+    type="LORA",
+    method=Residual,
+    layouts=(MATRIX,),
+    fields=LORA.fields,
+    write=_write_started,
+    read=_read_pissa,
+    patterns=PATTERNS,
+    fixed=FIXED,
+    choose={"init_lora_weights": "pissa", "use_dora": False},
+    free={k: v for k, v in FREE.items() if k != "init_lora_weights"},
+    allowed={"bias": ALLOWED["bias"]},
+    sparse=True,
+    weighs=True,
+    writes=False,
+)
+
+OLORA = dataclasses.replace(
+    PISSA, read=_read_olora, choose={"init_lora_weights": "olora", "use_dora": False}
 )
 
 KASA = Table(
@@ -273,6 +330,7 @@ KASA = Table(
     free={**FREE, "lora_dropout": 0.0},
     settle=_settle_kasa,
     allowed=ALLOWED,
+    reasons=REASONS,
     weighs=True,
 )
 
@@ -305,5 +363,6 @@ ADALORA = Table(
     masks=("rank_pattern", "lora_E"),  # of directions that the schedule has taken out
     settle=_settle_adalora,
     allowed=ALLOWED,
+    reasons=REASONS,
     sparse=True,
 )

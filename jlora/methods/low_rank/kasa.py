@@ -104,7 +104,7 @@ SYSTEM = System(
     evidence="the cut weight against numpy's SVD; outputs of torch PEFT to 1e-5",
     rows=(15,),
     tests=("tests/io/peft/types_test.py",),
-    missing="its penalties as one recipe; a claim",
+    claim="kasa",
     examples=(KaSA(rank=2, alpha=3.0),),
     breaks={"L2": "the smallest directions of the weight are cut off from the start"},
 )

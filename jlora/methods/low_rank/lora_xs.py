@@ -73,6 +73,7 @@ SYSTEM = System(
     symbol="LoRAXS",
     evidence="a core of the identity adds the principal part",
     rows=(22,),
-    missing="LoRA-SB's initialisation from gradients; a claim",
+    claim="lora_xs",
+    missing="LoRA-SB's initialisation from gradients",
     examples=(LoRAXS(rank=2, alpha=3.0),),
 )

@@ -102,6 +102,7 @@ SYSTEM = System(
     evidence="full rank from few numbers; outputs of torch PEFT to 1e-5",
     rows=(10,),
     tests=("tests/io/peft/types_test.py",),
-    missing="a gradient that keeps no scaled bases; a claim",
+    claim="randlora",
+    missing="a gradient that keeps no scaled bases",
     examples=(RandLoRA(rank=3, alpha=6.0),),
 )

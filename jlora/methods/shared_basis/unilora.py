@@ -97,7 +97,7 @@ SYSTEM = System(
     "torch PEFT to 1e-5, its files with indices back bitwise",
     tests=("tests/io/peft/shared_vectors_test.py",),
     rows=(12,),
-    missing="a claim",
+    claim="unilora",
     examples=(UniLoRA(rank=2, size=24),),
     breaks={"L2": "a vector of zeros could not learn, so the paper starts near the identity"},
 )
