@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import metadata as golden
 import peft
 import safetensors.torch
 import torch
@@ -133,12 +133,8 @@ def metadata(folder: Path) -> None:
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         "script: PYTHONHASHSEED=0 python tests/golden/make_diffusers.py",
         "licence: Apache-2.0 (as jlora; diffusers and PEFT are Apache-2.0, torch BSD-3-Clause)",
-        "sha256:",
     ]
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines.append(f"  {digest}  {path.relative_to(folder)}")
-    (folder / "METADATA").write_text("\n".join(lines) + "\n")
+    golden.write(folder, lines, folder.rglob("*.safetensors"))
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import importlib.metadata
 import shutil
 from pathlib import Path
 from typing import Any
 
 import lycoris
+import metadata as golden
 import safetensors.torch
 import torch
 
@@ -157,12 +157,8 @@ def metadata(folder: Path) -> None:
         f"versions: lycoris-lora {version}, torch {torch.__version__}",
         "script: python tests/golden/make_lycoris.py",
         "licence: Apache-2.0 (as jlora; LyCORIS is Apache-2.0, torch BSD-3-Clause)",
-        "sha256:",
     ]
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines.append(f"  {digest}  {path.relative_to(folder)}")
-    (folder / "METADATA").write_text("\n".join(lines) + "\n")
+    golden.write(folder, lines, folder.rglob("*.safetensors"))
 
 
 def main() -> None:

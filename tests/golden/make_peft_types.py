@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import metadata as golden
 import peft
 import safetensors.torch
 import torch
@@ -138,12 +138,8 @@ def metadata(folder: Path) -> None:
         f"versions: peft {peft.__version__}, torch {torch.__version__}",
         "script: PYTHONHASHSEED=0 python tests/golden/make_peft_types.py",
         "licence: Apache-2.0 (as jlora; PEFT is Apache-2.0, torch BSD-3-Clause)",
-        "sha256:",
     ]
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "METADATA"):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        lines.append(f"  {digest}  {path.relative_to(folder)}")
-    (folder / "METADATA").write_text("\n".join(lines) + "\n")
+    golden.write(folder, lines, golden.everything(folder))
 
 
 def main() -> None:

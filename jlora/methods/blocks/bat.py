@@ -31,6 +31,7 @@ from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
+from jlora.methods.blocks.blocks import check_divides
 from jlora.system import System
 
 
@@ -50,11 +51,7 @@ class BAT(Method):
     def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """b [d_out / block, block, block], zeros."""
         n = self.block
-        if site.d_in % n or site.d_out % n:
-            raise ValueError(
-                f"{site.path}: BAT block: got {n}, expected a divisor of d_in = {site.d_in} and "
-                f"d_out = {site.d_out}"
-            )
+        check_divides("BAT", n, site)
         return {"b": jnp.zeros((site.d_out // n, n, n), site.param_dtype)}, {}
 
     def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:

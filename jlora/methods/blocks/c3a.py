@@ -33,6 +33,7 @@ from jaxtyping import Float, PRNGKeyArray
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
+from jlora.methods.blocks.blocks import check_divides
 from jlora.system import System
 from jlora.types import Dynamic
 
@@ -53,11 +54,7 @@ class C3A(Method):
     def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """kernel [d_out / block, d_in / block, block], zeros."""
         n = self.block
-        if site.d_in % n or site.d_out % n:
-            raise ValueError(
-                f"{site.path}: C3A block: got {n}, expected a divisor of d_in = {site.d_in} and "
-                f"d_out = {site.d_out}"
-            )
+        check_divides("C3A", n, site)
         shape = (site.d_out // n, site.d_in // n, n)
         return {"kernel": jnp.zeros(shape, site.param_dtype)}, {}
 
