@@ -17,6 +17,9 @@ CORE = [
     "tqdm>=4.66",
 ]
 EXPERIMENTS = [
+    "gguf>=0.17",
+    "grain>=0.2.12",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
     "scikit-learn>=1.5",
     "tensorboard>=2.17",
@@ -43,7 +46,6 @@ TEST = [
     "diffusers==0.42.1; python_version < '3.12'",
     "equinox>=0.13",
     "flatbuffers>=24.3",
-    "gguf>=0.17",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
     "lycoris-lora==4.1.3; python_version < '3.12'",
