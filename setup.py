@@ -17,6 +17,9 @@ CORE = [
     "tqdm>=4.66",
 ]
 EXPERIMENTS = [
+    "gguf>=0.17",
+    "grain>=0.2.12",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
     "scikit-learn>=1.5",
     "tensorboard>=2.17",
@@ -44,7 +47,6 @@ TEST = [
     "diffusers==0.42.1; python_version < '3.12'",
     "equinox>=0.13",
     "flatbuffers>=24.3",
-    "gguf>=0.17",
     # haliax 1.3 looks for names that JAX has given up; 1.4 has development releases only
     "haliax==1.4.dev453; python_version < '3.12'",
     "hypothesis>=6.100",

@@ -193,14 +193,15 @@ class Config:
         return hashlib.sha256(blob).hexdigest()[:10]
 
 
-def define_flags() -> None:
-    """Define one absl flag for every field of `Config`."""
+def define_flags(settings: type = Config) -> None:
+    """Define one absl flag for every field of a dataclass of settings."""
     kinds: dict[str, Any] = {
+        "bool": flags.DEFINE_bool,
         "int": flags.DEFINE_integer,
         "float": flags.DEFINE_float,
         "str": flags.DEFINE_string,
     }
-    for f in dataclasses.fields(Config):
+    for f in dataclasses.fields(settings):
         text = f"[{f.metadata['stage']}] {f.metadata['help']}"
         if f.metadata["choices"]:
             flags.DEFINE_enum(f.name, str(f.default), list(f.metadata["choices"]), text)
@@ -216,35 +217,44 @@ def from_flags(values: flags.FlagValues) -> Config:
     return config
 
 
-def check(config: Config) -> None:
-    """Raise ValueError "name: got X, expected Y" for the first setting that cannot work."""
-    for field in dataclasses.fields(Config):
+def check_fields(config: Any) -> None:
+    """Raise ValueError "name: got X, expected Y" for the first setting outside its range.
+
+    Args:
+      config: of any dataclass whose fields are all `setting`s.
+    """
+    for field in dataclasses.fields(config):
         value, meta = getattr(config, field.name), field.metadata
         expected = meta["range"]
         if expected and not (math.isfinite(value) and RANGES[expected](value)):
-            raise _wrong(field.name, value, expected)
+            raise wrong(field.name, value, expected)
         if meta["choices"] and value not in meta["choices"]:
-            raise _wrong(field.name, value, f"one of {', '.join(meta['choices'])}")
+            raise wrong(field.name, value, f"one of {', '.join(meta['choices'])}")
+
+
+def check(config: Config) -> None:
+    """Raise ValueError "name: got X, expected Y" for the first setting that cannot work."""
+    check_fields(config)
     if config.width % config.heads:
-        raise _wrong("width", config.width, f"a multiple of heads={config.heads}")
+        raise wrong("width", config.width, f"a multiple of heads={config.heads}")
     if config.tasks.split(":")[0] not in TASKS:
-        raise _wrong("tasks", config.tasks, f"one of {', '.join(TASKS)} or glue:DIR")
+        raise wrong("tasks", config.tasks, f"one of {', '.join(TASKS)} or glue:DIR")
     if config.base.split(":")[0] not in BASES:
-        raise _wrong("base", config.base, "minilm, tiny or hf:DIR")
+        raise wrong("base", config.base, "minilm, tiny or hf:DIR")
     if config.sampler in ("euler", "heun") and config.objective != "flow":
-        raise _wrong("objective", config.objective, f"flow, which sampler={config.sampler} needs")
+        raise wrong("objective", config.objective, f"flow, which sampler={config.sampler} needs")
     for name in ("step_grid", "ddpm_grid"):
         parts = [part.strip() for part in getattr(config, name).split(",")]
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise _wrong(name, getattr(config, name), "positive integers joined by commas")
+            raise wrong(name, getattr(config, name), "positive integers joined by commas")
     if config.objective == "eps" and config.task_steps:
-        raise _wrong(
+        raise wrong(
             "task_steps", config.task_steps, "0: objective=eps says nothing of the data in noise"
         )
     try:
         re.compile(config.sites)
     except re.error as error:
-        raise _wrong("sites", config.sites, f"a regular expression ({error})") from error
+        raise wrong("sites", config.sites, f"a regular expression ({error})") from error
 
 
 def check_folders(config: Config) -> None:
@@ -256,10 +266,11 @@ def check_folders(config: Config) -> None:
     for name, prefix in (("tasks", "glue:"), ("base", "hf:")):
         value = getattr(config, name)
         if value.startswith(prefix) and not Path(value.removeprefix(prefix)).is_dir():
-            raise _wrong(name, value, f"{prefix}DIR with DIR a folder")
+            raise wrong(name, value, f"{prefix}DIR with DIR a folder")
     if config.task_dir:
         user.tasks(config.task_dir)
 
 
-def _wrong(name: str, got: Any, expected: str) -> ValueError:
+def wrong(name: str, got: Any, expected: str) -> ValueError:
+    """The error of a setting."""
     return ValueError(f"{name}: got {got!r}, expected {expected}")

@@ -4,7 +4,12 @@ from jlora.models.decoder.attention import Attend, attend, visible
 from jlora.models.decoder.checkpoint import load, save
 from jlora.models.decoder.config import DecoderConfig, Rope
 from jlora.models.decoder.generate import Generated, Sampler, generate, sample
-from jlora.models.decoder.gguf_file import chat_template, gguf_tokenizer, load_gguf
+from jlora.models.decoder.gguf_file import (
+    chat_template,
+    gguf_config,
+    gguf_tokenizer,
+    load_gguf,
+)
 from jlora.models.decoder.hf_config import config_from_hf, config_to_hf
 from jlora.models.decoder.model import Cache, Decoder, Output, empty_cache, forward, init, loss
 
@@ -24,6 +29,7 @@ __all__ = [
     "empty_cache",
     "forward",
     "generate",
+    "gguf_config",
     "gguf_tokenizer",
     "init",
     "load",

@@ -95,6 +95,18 @@ def load_gguf(path: str | Path) -> tuple[DecoderConfig, dict[str, Tree]]:
     return config, nest({name: jnp.asarray(value) for name, value in flat.items()})
 
 
+def gguf_config(path: str | Path) -> DecoderConfig:
+    """The architecture alone, as `load_gguf` gives it.
+
+    Args:
+      path: the ``.gguf`` file.
+
+    Raises:
+      ValueError: as `load_gguf`.
+    """
+    return _config(path, _reader(path))
+
+
 def halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """Neighbouring rows (2i, 2i + 1) of every head become its halves (i, i + D/2).
 

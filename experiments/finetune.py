@@ -1,0 +1,76 @@
+"""Fine-tune a language model with any adapter of jlora.
+
+    python -m experiments.finetune --flagfile=experiments/flags/smollm_quick.flags
+    jlora finetune --base=DIR --data=train.jsonl --eval_data=test.jsonl --workdir=runs/mine
+
+`--base` is a checkpoint directory of Hugging Face (Llama, Mistral, Qwen, SmolLM, Gemma) with its
+tokenizer; the data are chat messages or prompts with completions, one per line. The result is a
+PEFT directory and an Orbax checkpoint in the workdir, with a report of losses and answers before
+and after. Kill it whenever you like: the same command resumes. `--dry_run` says what it will take.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from experiments import config as config_lib
+from experiments.data.assets import AssetError
+from experiments.finetuning.settings import Settings, from_flags
+from experiments.workdir import StageError, explain_failed_write
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/finetune", "everything the run writes")
+CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "state parameters, steps and memory, and end")
+config_lib.define_flags(Settings)
+
+
+def main(argv: list[str]) -> None:
+    """Entry point: every expected failure is one clear line and exit code 2."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    from experiments.finetuning import run  # --help should not wait for JAX
+
+    workdir = Path(WORKDIR.value)
+    try:
+        settings = from_flags(flags.FLAGS)
+        plan = run.plan(settings, Path(CACHE.value) if CACHE.value else None)
+        if DRY_RUN.value:
+            print("\n".join(run.dry(plan)))
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        run.compile_settings(workdir)
+        report = run.run(plan, workdir)
+    except (StageError, AssetError, FloatingPointError) as error:
+        _fail(str(error))
+    except (OSError, ValueError) as error:
+        _fail(explain_failed_write(error, workdir) or str(error))
+    else:
+        print("\n".join(run.lines(report, workdir)))
+
+
+def _fail(text: str) -> None:
+    print(f"\nerror: {text}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def console(words: list[str]) -> int:
+    """The command `jlora finetune`.
+
+    Args:
+      words: its flags.
+    """
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(main, argv=["jlora finetune", *words])
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    # The checkpointer's INFO lines would bury the bars; -v=0 (or --verbosity=0) shows them.
+    flags.FLAGS.verbosity = logging.WARNING
+    app.run(main)

@@ -1,0 +1,98 @@
+"""Shardings of a decoder over a mesh of fsdp x tensor devices.
+
+Tensor parallelism splits what a head or a hidden unit owns: outputs of query, key, value, gate and
+up, inputs of out and down, the vocabulary. Fsdp splits the other axis of each matrix, and the rows
+of a batch. Norms and biases are copies. Adapters follow their base (`jlora.specs`).
+
+Reference: Shoeybi et al. 2019 (arXiv:1909.08053) for the tensor axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlora.core.lift import path_string
+
+ROWS = PartitionSpec(None, "fsdp")  # of [parts, rows, length]
+SPLIT = {  # end of a leaf's path -> axes of the matrix [in, out], or of the table [vocab, width]
+    "embed_tokens/embedding": ("tensor", "fsdp"),
+    "attention/query/kernel": ("fsdp", "tensor"),
+    "attention/key/kernel": ("fsdp", "tensor"),
+    "attention/value/kernel": ("fsdp", "tensor"),
+    "attention/out/kernel": ("tensor", "fsdp"),
+    "ffn/gate/kernel": ("fsdp", "tensor"),
+    "ffn/up/kernel": ("fsdp", "tensor"),
+    "ffn/down/kernel": ("tensor", "fsdp"),
+    "lm_head/kernel": ("fsdp", "tensor"),
+}
+
+
+def mesh(fsdp: int, tensor: int) -> Mesh:
+    """The first fsdp x tensor devices.
+
+    Raises:
+      ValueError: there are fewer.
+    """
+    devices = jax.devices()
+    if fsdp * tensor > len(devices):
+        raise ValueError(
+            f"fsdp x tensor: got {fsdp} x {tensor}, expected at most {len(devices)} devices"
+        )
+    return Mesh(np.array(devices[: fsdp * tensor]).reshape(fsdp, tensor), ("fsdp", "tensor"))
+
+
+def specs(params: Any, devices: Mesh) -> Any:
+    """One PartitionSpec per leaf of a decoder's parameters, for `jlora.specs` too.
+
+    Args:
+      params: dense parameters or their shapes.
+      devices: the mesh.
+
+    Raises:
+      ValueError: an axis that its devices do not divide, with the path.
+    """
+
+    def one(path: Any, leaf: Any) -> PartitionSpec:
+        name = path_string(path)
+        found = next((axes for end, axes in SPLIT.items() if name.endswith(end)), None)
+        if found is None:
+            return PartitionSpec()
+        spec = (None,) * (len(leaf.shape) - 2) + found
+        for size, axis in zip(leaf.shape, spec, strict=True):
+            if axis and size % devices.shape[axis]:
+                raise ValueError(
+                    f"{axis}: {name} has an axis of {size}, expected a multiple of"
+                    f" {devices.shape[axis]}"
+                )
+        return PartitionSpec(*spec)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def shardings(leaf_specs: Any, params: Any, devices: Mesh) -> Any:
+    """The specs as shardings of `params`, whose leaves may be quantised since.
+
+    Codes [..., n / block, block] and scales [..., n / block, 1] are split as [..., n], if the
+    number of blocks can be.
+
+    Args:
+      leaf_specs: of `specs`.
+      params: the parameters or their shapes.
+      devices: the mesh.
+    """
+
+    def one(spec: PartitionSpec, part: Any) -> Any:
+        def fits(leaf: Any) -> NamedSharding:
+            kept = [
+                axis if axis is None or size % devices.shape[axis] == 0 else None
+                for size, axis in zip(leaf.shape, spec, strict=False)
+            ]
+            return NamedSharding(devices, PartitionSpec(*kept))
+
+        return jax.tree.map(fits, part)
+
+    return jax.tree.map(one, leaf_specs, params, is_leaf=lambda s: isinstance(s, PartitionSpec))
