@@ -10,12 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "jlora"
 OPEN = (  # rooms and files that are not in this form yet; the list may only shrink
-    "cli",
     "compose",
     "contract",
     "contracts",
     "generation",
-    "io",
     "merging/engine/derivatives.py",
     "merging/engine/law_world.py",
     "merging/engine/laws.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +26,7 @@ from jlora.methods.low_rank.adalora import TINY, AdaLoRA
 from jlora.methods.low_rank.hira import HiRA
 from jlora.methods.low_rank.kasa import KaSA, smallest
 from jlora.methods.low_rank.lora import LoRA
+from jlora.types import Dynamic, Json
 
 MATRIX = ("lora_A.weight", "lora_B.weight")
 TABLE = ("lora_embedding_A", "lora_embedding_B")  # an embedding table [rows, d_out]
@@ -102,7 +102,7 @@ def _write_lora(method: LoRA, site: Site, p: Arrays) -> Slice | None:
     return Slice(dict(zip(_keys(site), _torch_factors(site, p), strict=True)), fields)
 
 
-def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     keys = _keys(site)
     _expect(site, t, keys)
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
@@ -121,7 +121,7 @@ def _write_dora(method: DoRA, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": method.rslora})
 
 
-def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
     _expect(site, t, (*_keys(site), MAGNITUDE))
     m, shape = t[MAGNITUDE], torch_layout.magnitude_shape(site)
@@ -142,7 +142,7 @@ def _write_kasa(method: KaSA, site: Site, p: Arrays) -> Slice:
     return Slice({MATRIX[0]: p["a"].T, MATRIX[1]: p["b"].T, DIAGONAL: p["d"]}, fields)
 
 
-def _read_kasa(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_kasa(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha = fields["r"], fields["lora_alpha"]
     want_shape(DIAGONAL, t[DIAGONAL], (rank,))
     trainable = {**_factors(MATRIX, site, t, rank), "d": t[DIAGONAL]}
@@ -162,7 +162,7 @@ def _write_hira(method: HiRA, site: Site, p: Arrays) -> Slice | None:
     return Slice(tensors, {"r": rank}) if rank else None
 
 
-def _read_hira(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_hira(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     factors = _factors(("hira_A", "hira_B"), site, t, fields["r"])
     return Read(HiRA(rank=fields["r"]), factors, {})
 
@@ -207,7 +207,7 @@ def _settle_adalora(
     return modules, {"rank_pattern": masks}
 
 
-def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     full, alpha = fields["init_r"], fields["lora_alpha"]
     scale, mask = _ada_scale(alpha, full), fields.get("mask")
     live = np.ones(full, bool) if mask is None else np.asarray(mask)
@@ -222,7 +222,7 @@ def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     for name, part in parts.items():  # zeros where a direction was taken out
         axis = AdaLoRA.rank_axes[name]
         whole = np.zeros([full if k == axis % part.ndim else n for k, n in enumerate(part.shape)])
-        index: list[Any] = [slice(None)] * part.ndim
+        index: list[Dynamic] = [slice(None)] * part.ndim
         index[axis] = np.flatnonzero(live)
         trainable[name] = whole.astype(part.dtype)
         trainable[name][tuple(index)] = part

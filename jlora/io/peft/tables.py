@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jlora.core.method import Method
 from jlora.io.peft.bases import PVERA, RANDLORA
@@ -17,6 +16,7 @@ from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
 from jlora.io.peft.weight_led import DEFT_TABLE, GLORA, PEANUT
+from jlora.types import Json
 
 TABLES: tuple[Table, ...] = (
     *(KASA, LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
@@ -30,8 +30,15 @@ TABLES: tuple[Table, ...] = (
 )
 
 
-def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:
-    """The table that reads files of this config: the first that fits of `more` and the library's.
+def table_for(config: Mapping[str, Json], more: Sequence[Table] = ()) -> Table:
+    """The table that reads files of a config.
+
+    Args:
+      config: its fields.
+      more: tables that are tried before the library's.
+
+    Returns:
+      The first that fits.
 
     Raises:
       ValueError: the library has no method for its ``peft_type``.
@@ -51,6 +58,12 @@ def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:
 
 def table_of(method: Method) -> Table:
     """The table of a method: its own (`method.peft`) or the library's.
+
+    Args:
+      method: of an adapter.
+
+    Returns:
+      The table.
 
     Raises:
       ValueError: PEFT has no such method.
