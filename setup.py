@@ -32,11 +32,12 @@ DOCS = [
 ]
 # JAX packages with models of their own: tests/golden/make_stacks.py runs them.
 STACKS = [
-    "easydel; python_version >= '3.11'",
     "gemma>=3.0",
     "google-tunix>=0.1",
     "keras-hub>=0.20",
 ]
+# It pins other releases than those accept, and imports torch and pillow without requiring them.
+EASYDEL = ["easydel>=0.3", "pillow", "torch==2.13.0"]
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.
 TEST = [
     "datasets>=4.0",
@@ -44,6 +45,8 @@ TEST = [
     "equinox>=0.13",
     "flatbuffers>=24.3",
     "gguf>=0.17",
+    # haliax 1.3 looks for names that JAX has given up; 1.4 has development releases only
+    "haliax==1.4.dev453; python_version < '3.12'",
     "hypothesis>=6.100",
     "ipykernel>=6.29",
     "lycoris-lora==4.1.3; python_version < '3.12'",
@@ -53,6 +56,7 @@ TEST = [
     "pytest>=8.3",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",
+    "qwix>=0.1.8",
     "ruff>=0.14",
     "torch==2.13.0; python_version < '3.12'",
 ]
@@ -74,6 +78,7 @@ setup(
         "glue": ["datasets>=4.0"],
         "docs": DOCS,
         "stacks": STACKS,
+        "stacks-easydel": EASYDEL,
         "test": EXPERIMENTS + DOCS + TEST,
     },
 )

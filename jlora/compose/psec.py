@@ -21,17 +21,16 @@ with means over the batch, the first over all columns too.
 Paper: Liu et al. 2025, arXiv:2502.05932.
 Source: official code (ltlhuuu/PSEC), for the maths; it has two skills, N skills as in the abstract.
 Deviates: rho / 2 becomes rho / N; scales are folded into the factors; the width of the network is
-ours.
+chosen here.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.contracts.composition import Composition, Denoiser
 from jlora.core.adapter import Adapter
@@ -39,6 +38,7 @@ from jlora.core.lift import lift
 from jlora.core.method import Method
 from jlora.core.site import Arrays
 from jlora.merging.engine.inputs import gather
+from jlora.types import Dynamic, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,11 @@ class PSEC(Method):
     skills: int
     name: str = "alpha"
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; ctx[name] is [N], or [*lead, N] with leading axes of x.
 
-        Raises ValueError: no ctx[name], or one of another shape.
+        Raises:
+          ValueError: no ctx[name], or one of another shape.
         """
         if self.name not in ctx:
             raise ValueError(f"PSEC: ctx has no {self.name!r}; got {sorted(ctx)}")
@@ -71,9 +72,18 @@ class PSEC(Method):
 
 
 def compose(skills: Sequence[Adapter] | Adapter, *, missing: str = "error") -> Adapter:
-    """An adapter that holds all `skills` (any methods with factors, any ranks), none trained.
+    """An adapter that holds all skills; none of them is trained.
 
-    Raises ValueError as `gather` does.
+    Args:
+      skills: adapters of any methods with factors and of any ranks; one Adapter is a bank of
+        `jl.stack`.
+      missing: "error", or "zero": one without a site counts there as a zero delta.
+
+    Returns:
+      An adapter of `PSEC` at all sites, to be run with alpha in the context.
+
+    Raises:
+      ValueError: skills that `gather` refuses.
     """
     bank, weights, sites = gather(skills, missing=missing)
     frozen = {}
@@ -85,30 +95,61 @@ def compose(skills: Sequence[Adapter] | Adapter, *, missing: str = "error") -> A
     return Adapter({}, frozen, tuple((site, method) for site in sites))
 
 
-def init_context(key: Array, d_obs: int, skills: int, hidden: int = 64) -> Arrays:
-    """Parameters of alpha(s); at the start it is 1 for the last skill and 0 for the others."""
+def init_context(key: PRNGKeyArray, d_obs: int, skills: int, hidden: int = 64) -> Arrays:
+    """Parameters of alpha(s); at the start it is 1 for the last skill and 0 for the others.
+
+    Args:
+      key: of the first layer.
+      d_obs: size of an observation.
+      skills: N.
+      hidden: width of the network.
+
+    Returns:
+      w1 [d_obs, hidden], b1 [hidden], w2 [hidden, N] and b2 [N].
+    """
     w = jax.random.normal(key, (d_obs, hidden)) / math.sqrt(d_obs)
     start = (jnp.arange(skills) == skills - 1).astype(w.dtype)
     return {"w1": w, "b1": jnp.zeros(hidden), "w2": jnp.zeros((hidden, skills)), "b2": start}
 
 
-def context(params: Arrays, observation: Array) -> Array:
-    """alpha [..., N] of observations [..., d_obs]."""
+def context(params: Arrays, observation: Float[Array, "... d_obs"]) -> Float[Array, "... N"]:
+    """How much of each skill a context asks for.
+
+    Args:
+      params: of `init_context`.
+      observation: the context s.
+
+    Returns:
+      alpha, [..., N].
+    """
     hidden = jnp.matmul(observation, params["w1"])
     hidden = jax.nn.relu(hidden + _row(params["b1"], hidden.ndim))
     out = jnp.matmul(hidden, params["w2"])
     return out + _row(params["b2"], out.ndim)
 
 
-def penalty(alpha: Array, strength: float = 1.0) -> Array:
-    """The pull of alpha [..., N] towards the last skill at `strength`, scalar."""
+def penalty(alpha: Float[Array, "... N"], strength: float = 1.0) -> Float[Array, ""]:
+    """The pull of alpha towards the last skill alone.
+
+    Args:
+      alpha: of a batch of contexts.
+      strength: rho; 1 is the last skill as it was trained.
+
+    Returns:
+      A scalar, to be added to the loss.
+    """
     n = alpha.shape[-1]
     return (jnp.mean(alpha) - strength / n) ** 2 + (jnp.mean(alpha[..., -1]) - strength) ** 2
 
 
 def denoise(
-    model: Denoiser, params: Any, skills: Adapter, alpha: Array, z: Array, t: Array
-) -> Array:
+    model: Denoiser,
+    params: Tree,
+    skills: Adapter,
+    alpha: Float[Array, "N"],
+    z: Float[Array, "..."],
+    t: Float[Array, ""],
+) -> Float[Array, "..."]:
     """One prediction of a denoiser in whose weights the skills are composed.
 
     Args:

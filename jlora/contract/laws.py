@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +16,15 @@ from jax.sharding import PartitionSpec as P
 
 from jlora.contract.case import (
     NAMES,
-    ROUNDING,
     SHAPES,
     Case,
     block,
-    cast,
     close,
-    projected,
-    projected_apart,
-    scaled,
     scanned,
     unrolled,
 )
-from jlora.core.adapter import Adapter, stack
+from jlora.contract.dtype_laws import dtypes_kept, precise
+from jlora.core.adapter import stack
 from jlora.core.block import BlockMethod
 from jlora.core.context import per_layer
 from jlora.core.evaluate import DenseWeightError
@@ -39,28 +34,45 @@ from jlora.core.sites import init
 from jlora.io import load_peft, save_peft
 from jlora.io.peft.tables import table_of
 from jlora.sharding import specs
+from jlora.types import Dynamic, Tree
 
 
 def empty(case: Case) -> None:
-    """an empty adapter changes nothing"""
+    """an empty adapter changes nothing
+
+    Args:
+      case: a method on the small model.
+    """
     for adapter in ({}, None):
         assert np.array_equal(case.forward(adapter), scanned(case.params, case.x))
 
 
 def identity(case: Case) -> None:
-    """a fresh adapter is the identity"""
+    """a fresh adapter is the identity
+
+    Args:
+      case: a method on the small model.
+    """
     close(case.everything(case.fresh)["lifted"][0][1], scanned(case.params, case.x), 1e-6)
 
 
 def lifted_equals_merged(case: Case) -> None:
-    """lifted and merged agree in value and gradient"""
+    """lifted and merged agree in value and gradient
+
+    Args:
+      case: a method on the small model.
+    """
     assert case.merges, "there is no merged weight"
     for value in case.values:
         close(value["lifted"], value["merged"])
 
 
 def factored(case: Case) -> None:
-    """no matmul of the gradient yields a dense weight or its gradient"""
+    """no matmul of the gradient yields a dense weight or its gradient
+
+    Args:
+      case: a method on the small model.
+    """
     jaxpr = jax.make_jaxpr(case.step(case.forward))(case.noisy[0])
     dense = {s for s in SHAPES.values()} | {s[::-1] for s in SHAPES.values()}
     for eqn in _equations(jaxpr.jaxpr):
@@ -68,7 +80,7 @@ def factored(case: Case) -> None:
             assert eqn.outvars[0].aval.shape[-2:] not in dense, eqn
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
+def _equations(jaxpr: Dynamic) -> Iterator[Dynamic]:
     for eqn in jaxpr.eqns:
         yield eqn
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "eqns")):
@@ -78,19 +90,31 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def vmap_equals_loop(case: Case) -> None:
-    """vmap over a bank is the loop over it"""
+    """vmap over a bank is the loop over it
+
+    Args:
+      case: a method on the small model.
+    """
     got = case.jit(jax.vmap(case.step(case.forward)))(stack(case.noisy))
     close(got, jax.tree.map(lambda *t: jnp.stack(t), *[v["lifted"] for v in case.values]))
 
 
 def scanned_equals_unrolled(case: Case) -> None:
-    """scanned and unrolled layers agree"""
+    """scanned and unrolled layers agree
+
+    Args:
+      case: a method on the small model.
+    """
     for value in case.values:
         close(value["lifted"], value["unrolled"])
 
 
 def base_unmodified(case: Case) -> None:
-    """base arrays stay the same objects"""
+    """base arrays stay the same objects
+
+    Args:
+      case: a method on the small model.
+    """
     before = jax.tree.map(lambda t: (t, np.array(t)), case.params)
     assert case.values
     if case.merges:
@@ -102,7 +126,12 @@ def base_unmodified(case: Case) -> None:
 
 
 def peft_round_trip(case: Case, load: Callable = load_peft) -> None:
-    """PEFT files give the same bits back, or are refused"""
+    """PEFT files give the same bits back, or are refused
+
+    Args:
+      case: a method on the small model.
+      load: `jlora.io.load_peft`, or a broken one, to see the law fail.
+    """
     adapter, name = case.noisy[1], type(case.method).__name__
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -113,14 +142,18 @@ def peft_round_trip(case: Case, load: Callable = load_peft) -> None:
         save_peft(folder, adapter, NAMES, params=case.params)
         back = load(folder, NAMES, case.params)
     assert [s.path for s, _ in back.sites] == [s.path for s, _ in adapter.sites]
-    for (ours, _), (theirs, _) in zip(adapter.sites, back.sites, strict=True):
-        for want, got in zip(adapter.arrays(ours), back.arrays(theirs), strict=True):
+    for (written, _), (read, _) in zip(adapter.sites, back.sites, strict=True):
+        for want, got in zip(adapter.arrays(written), back.arrays(read), strict=True):
             assert want.keys() == got.keys()
             assert all(np.array_equal(want[k], got[k]) for k in want)
 
 
 def sharded(case: Case) -> None:
-    """sharded and unsharded agree"""
+    """sharded and unsharded agree
+
+    Args:
+      case: a method on the small model.
+    """
     auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
     kernels = {"up": P(None, "fsdp", "tensor"), "down": P(None, "tensor", "fsdp")}
     kernels |= {name: P(None, "tensor") for name in ("gain", "bias") if type(case.method).vectors}
@@ -129,13 +162,13 @@ def sharded(case: Case) -> None:
     _sharded_on(case, explicit, {"layers": dict.fromkeys(kernels, P()), "head": P(None, "tensor")})
 
 
-def _sharded_on(case: Case, kind: Any, layout: Any) -> None:
+def _sharded_on(case: Case, kind: Dynamic, layout: Tree) -> None:
     count = min(jax.device_count(), 8)
     assert count in (1, 2, 4, 8), f"a mesh needs 1, 2, 4 or 8 devices, got {count}"
     shape = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (2, 4)}[count]
     mesh = jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(kind, kind))
 
-    def put(t: Any, spec: Any) -> Any:
+    def put(t: Dynamic, spec: Dynamic) -> Dynamic:
         return jax.device_put(t, NamedSharding(mesh, spec))
 
     shardings = specs(case.noisy[0], layout, mesh)
@@ -148,7 +181,11 @@ def _sharded_on(case: Case, kind: Any, layout: Any) -> None:
 
 
 def errors_name_the_site(case: Case) -> None:
-    """what cannot be done is an error that names it"""
+    """what cannot be done is an error that names it
+
+    Args:
+      case: a method on the small model.
+    """
 
     def bent(params, x):
         return scanned(params, x) + jnp.sin(params["layers"]["up"]).sum()
@@ -177,85 +214,22 @@ def _refuses(kind: type[Exception], words: str, run: Callable) -> None:
 
 
 def compiled_once(case: Case) -> None:
-    """other values do not recompile"""
+    """other values do not recompile
+
+    Args:
+      case: a method on the small model.
+    """
     for adapter in (case.fresh, *case.noisy):
         case.everything(adapter)
     assert case.everything._cache_size() == 1  # type: ignore[attr-defined]
 
 
-def dtypes_kept(case: Case) -> None:
-    """dtypes are kept, float32 adapters on bfloat16 bases"""
-    start = functools.partial(init, jax.random.key(0), scanned, methods={case.pattern: case.method})
-    for base in (jnp.float32, jnp.bfloat16):
-        params, x = jax.tree.map(lambda t: t.astype(base), (case.params, case.x))  # noqa: B023
-        made = jax.eval_shape(start, params, x)
-        floats = [t for t in jax.tree.leaves(made) if jnp.issubdtype(t.dtype, jnp.floating)]
-        assert all(t.dtype == jnp.float32 for t in floats)
-        y = jax.eval_shape(lambda a, p, x: case.forward(a, x, p), made, params, x)
-        assert y.dtype == base
-        if case.merges:
-            merged = jax.eval_shape(case.merge, params, made)
-            assert all(t.dtype == base for t in jax.tree.leaves(merged))
-
-
-def precise(case: Case) -> None:
-    """whatever dtypes base, adapter and activation have, it is what float64 merges"""
-    kinds = list(ROUNDING)
-    apart = isinstance(case.method, BlockMethod)
-    model = projected_apart if apart else projected
-    name, model = ("gain", scaled) if type(case.method).vectors else ("up", model)
-    # nine trials, in which every pair of dtypes occurs
-    trials = [(b, a, kinds[(i + j) % 3]) for i, b in enumerate(kinds) for j, a in enumerate(kinds)]
-    if not case.merges:  # what a router chooses may depend on how the activation is rounded
-        trials = [(base, kept, "float32") for base, kept, _ in trials]
-
-    def run(base, adapter, x):
-        y = case.forward(adapter, x, base, model)
-        return y, case.merge(base, adapter)[name] if case.merges else ()
-
-    def definition(base, adapter, x):
-        if not case.merges:
-            return run(base, adapter, x)
-        merged = case.merge(base, adapter)
-        return model(merged, x), merged[name]
-
-    adapters = {d: _stored(case.noisy[1], name, d) for d in kinds}
-    bases, xs = ({d: t.astype(d) for d in kinds} for t in (case.params["layers"][name], case.x))
-    given = [({name: bases[base]}, adapters[kept], xs[kind]) for base, kept, kind in trials]
-    found = case.jit(lambda given: [run(*each) for each in given])(given)
-    with jax.enable_x64(True):
-        one = case.jit(definition)
-        exact = [one(*cast(each, jnp.float64)) for each in given]
-    for trial, (y, merged), (want, total) in zip(trials, found, exact, strict=True):
-        what = "base {}, adapter {}, activation {}".format(*trial)
-        assert y.dtype == trial[2], what
-        tol = ROUNDING[trial[2]]
-        if name == "gain":  # the model is given the merged vector, in the dtype of its leaf
-            tol = max(tol, ROUNDING[trial[0]])
-        close(y, want, tol, what)
-        if case.merges:
-            assert merged.dtype == trial[0], what
-            close(merged, total, ROUNDING[trial[0]] / 2, what)
-
-
-def _stored(adapter: Adapter, name: str, dtype: str) -> Adapter:
-    """Of one site, as from a file of `dtype`: the scale is float32, all else in `dtype`."""
-    ((site, method),) = (row for row in adapter.sites if row[0].path == f"layers/{name}")
-    site = dataclasses.replace(site, path=name, dtype=jnp.dtype(dtype))
-
-    def kept(part: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        names = {f"layers/{name}": name, site.group: site.group}
-        named = {names[path]: arrays for path, arrays in part.items() if path in names}
-        return {
-            path: {k: t if k == "scale" else cast(t, dtype) for k, t in arrays.items()}
-            for path, arrays in named.items()
-        }
-
-    return Adapter(kept(adapter.trainable), kept(adapter.frozen), ((site, method),))
-
-
 def gradients_nonzero(case: Case) -> None:
-    """every declared trainable has a gradient"""
+    """every declared trainable has a gradient
+
+    Args:
+      case: a method on the small model.
+    """
     _, start = case.everything(case.fresh)["lifted"]
     assert any(np.any(g) for g in jax.tree.leaves(start)), "a fresh adapter cannot learn"
     for value in case.values:
@@ -270,14 +244,19 @@ def gradients_nonzero(case: Case) -> None:
 class Gated(Wrapper):
     """`method` where ctx["gate"] is 1, the base where it is 0."""
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> jax.Array:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> jax.Array:
+        """The method's output or the base's, by ctx["gate"]."""
         out = self.method.apply(x, w, p, ctx)
         tuned, plain = out[0] if isinstance(out, tuple) else out, x @ w
         return plain + ctx["gate"].astype(tuned.dtype) * (tuned - plain)
 
 
 def context_per_layer(case: Case) -> None:
-    """a side input with a value for each layer reaches the layer that it is for"""
+    """a side input with a value for each layer reaches the layer that it is for
+
+    Args:
+      case: a method on the small model.
+    """
     if type(case.method).vectors or isinstance(case.method, BlockMethod):
         return  # a vector has no `apply`, and a block's method none of its own
     adapter = case.noisy[0]
@@ -285,7 +264,7 @@ def context_per_layer(case: Case) -> None:
     ctx = {**case.ctx, "gate": per_layer(jnp.asarray([1.0, 0.0]))}
     base = jax.tree.map(lambda w: w[1], case.params["layers"])
 
-    def first(params: Any, x: Any) -> Any:  # the second layer is not of the parameters
+    def first(params: Tree, x: jax.Array) -> jax.Array:  # the second layer is not of the parameters
         x = block(x, jax.tree.map(lambda w: w[0], params["layers"]))
         return block(x, base) @ params["head"]
 
@@ -317,8 +296,24 @@ LAWS: dict[str, Callable[[Case], None]] = {
 }
 
 
+def text(law: Callable[[Case], None]) -> str:
+    """What a law says.
+
+    Args:
+      law: one of `LAWS`.
+
+    Returns:
+      The first line of its documentation.
+    """
+    return (law.__doc__ or "").partition("\n")[0]
+
+
 def check(method: Method, breaks: Container[str] = ()) -> None:
     """All laws on one method, those in `breaks` left out.
+
+    Args:
+      method: of which an adapter of the small model is made.
+      breaks: names of laws that are left out.
 
     Raises:
       AssertionError: a law is broken; the message begins with its number and its text.
@@ -329,4 +324,4 @@ def check(method: Method, breaks: Container[str] = ()) -> None:
             try:
                 law(case)
             except AssertionError as error:
-                raise AssertionError(f"{name}, {law.__doc__}: {error}") from error
+                raise AssertionError(f"{name}, {text(law)}: {error}") from error

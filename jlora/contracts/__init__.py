@@ -2,8 +2,8 @@
 
 A kind has one file here: the record that its systems end with (a `System` with the functions of
 the protocol), and its laws, pure functions ``law(record, world) -> error`` that are 0 where the law
-holds. `tests/contracts` runs every record of the registry through its laws, and shows for each law
-a broken record that fails it.
+holds (those of `optimizer` and `stream` in files of their own). `tests/contracts` runs every record
+of the registry through its laws, and shows for each law a broken record that fails it.
 
 ===================================  ========================================================
 `initialisation`, `optimizer`,       how adapters start, and how they are trained

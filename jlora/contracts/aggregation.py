@@ -61,16 +61,12 @@ class Aggregation(System):
       shared: the factor that all clients have in common: "", "u", or "uv" (a trained core between).
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/aggregation_test.py",)
 
     aggregate: Aggregate
     exact: bool = False
     shared: str = ""
-
-    def __post_init__(self):
-        System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
 
 
 class World(NamedTuple):
@@ -81,7 +77,16 @@ class World(NamedTuple):
 
 
 def world(record: Aggregation, seed: int = 0, clients: int = 4) -> World:
-    """Random clients of one site, 7 x 6 of rank 3, with the factor that a system shares."""
+    """Random clients of one site, 7 x 6 of rank 3.
+
+    Args:
+      record: the system, for the factor that it shares.
+      seed: of the draws.
+      clients: N, at least 3.
+
+    Returns:
+      The clients and their weights.
+    """
     rng = np.random.default_rng(seed)
     u, v = rng.normal(size=(clients, 7, 3)), rng.normal(size=(clients, 3, 6))
     if record.shared:
@@ -94,25 +99,58 @@ def world(record: Aggregation, seed: int = 0, clients: int = 4) -> World:
 
 
 def error(law: str, record: Aggregation, at: World) -> float:
-    """The error of a law; 0 where it holds, infinity where something is not finite."""
-    found = CHECKS[law](record, at)
-    return found if np.isfinite(found) else float("inf")
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds, infinity where something is not finite.
+    """
+    worst = CHECKS[law](record, at)
+    return worst if np.isfinite(worst) else float("inf")
 
 
 def laws_of(record: Aggregation) -> tuple[str, ...]:
-    """The laws that a system can be asked for."""
+    """The laws that a system can be asked for.
+
+    Args:
+      record: the system.
+
+    Returns:
+      Names of `LAWS`; "exact" of systems that claim it alone.
+    """
     return tuple(law for law in LAWS if law != "exact" or record.exact)
 
 
-def dense(record: Aggregation, bank: LowRank, weights: Array) -> np.ndarray:
-    """D of one round, float64."""
+def dense(record: Aggregation, bank: LowRank, weights: Float[Array, "N"]) -> np.ndarray:
+    """D of one round.
+
+    Args:
+      record: the system.
+      bank: the clients' factors.
+      weights: p.
+
+    Returns:
+      [d_in, d_out], float64.
+    """
     mean, residual = record.aggregate(bank, weights)
     parts = [mean] + ([residual] if residual is not None else [])
     return np.sum([np.asarray(x.u, "f8") @ np.asarray(x.v, "f8") for x in parts], axis=0)
 
 
-def average(bank: LowRank, weights: Array) -> np.ndarray:
-    """The exact average of the deltas, float64."""
+def average(bank: LowRank, weights: Float[Array, "N"]) -> np.ndarray:
+    """The exact average of the deltas.
+
+    Args:
+      bank: the clients' factors.
+      weights: p.
+
+    Returns:
+      [d_in, d_out], float64.
+    """
     u, v, p = (np.asarray(t, "f8") for t in (*bank, weights))
     return np.einsum("n,nir,nro->io", p, u, v)
 
@@ -122,14 +160,20 @@ def _pick(bank: LowRank, clients: np.ndarray) -> LowRank:
 
 
 def order(record: Aggregation, at: World) -> float:
-    """Clients in reverse."""
+    """Clients in reverse.
+
+    Args and Returns are those of `error`.
+    """
     turned = np.arange(len(at.weights))[::-1].copy()
     again = dense(record, _pick(at.bank, turned), at.weights[turned])
     return gap(dense(record, *at), again)
 
 
 def absent(record: Aggregation, at: World) -> float:
-    """The last client with weight 0, against the round without it."""
+    """The last client with weight 0, against the round without it.
+
+    Args and Returns are those of `error`.
+    """
     present = at.weights.at[-1].set(0.0)
     present = present / jnp.sum(present)
     without = np.arange(len(at.weights) - 1)
@@ -139,19 +183,28 @@ def absent(record: Aggregation, at: World) -> float:
 
 
 def equal(record: Aggregation, at: World) -> float:
-    """All clients as the first."""
+    """All clients as the first.
+
+    Args and Returns are those of `error`.
+    """
     same = _pick(at.bank, np.zeros(len(at.weights), np.int32))
     one = np.asarray(at.bank.u[0], "f8") @ np.asarray(at.bank.v[0], "f8")
     return gap(dense(record, same, at.weights), one)
 
 
 def exact(record: Aggregation, at: World) -> float:
-    """Against the average of the dense deltas."""
+    """Against the average of the dense deltas.
+
+    Args and Returns are those of `error`.
+    """
     return gap(dense(record, *at), average(*at))
 
 
 def finite(record: Aggregation, at: World) -> float:
-    """0, or infinity where a value or a derivative by the weights is not finite."""
+    """0, or infinity where a value or a derivative by the weights is not finite.
+
+    Args and Returns are those of `error`.
+    """
 
     def total(weights: Array, bank: LowRank) -> Array:
         mean, residual = record.aggregate(bank, weights)
@@ -166,7 +219,10 @@ def finite(record: Aggregation, at: World) -> float:
 
 
 def jit(record: Aggregation, at: World) -> float:
-    """Jitted against eager."""
+    """Jitted against eager.
+
+    Args and Returns are those of `error`.
+    """
     compiled = dataclasses.replace(record, aggregate=jax.jit(record.aggregate))
     return gap(dense(compiled, *at), dense(record, *at))
 

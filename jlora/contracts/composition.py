@@ -34,7 +34,7 @@ jit        jitted is eager
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,12 @@ from jlora.core.adapter import Adapter
 from jlora.core.lift import lift
 from jlora.core.method import Method
 from jlora.system import System
+from jlora.types import Dynamic, Tree
 
 LAWS = ("single", "zero", "absent", "order", "turns", "batch", "scan", "finite", "jit")
 STEPS, RATE = 4, 0.3  # of the loops that the laws run
 
-Denoiser = Callable[[Any, Array, Array], Array]  # (params, z, t) -> prediction, as z
+Denoiser = Callable[[Tree, Array, Array], Array]  # (params, z, t) -> prediction, as z
 
 
 def alike(adapters: int, steps: int) -> Float[Array, "T N"]:
@@ -77,16 +78,12 @@ class Composition(System):
       weights: (N, T) -> weights of every step [T, N].
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/composition_test.py",)
 
-    prepare: Callable[[Sequence[Adapter]], Any]
-    denoise: Callable[[Denoiser, Any, Any, Array, Array, Array], Array]
+    prepare: Callable[[Sequence[Adapter]], Tree]
+    denoise: Callable[[Denoiser, Tree, Tree, Array, Array, Array], Array]
     weights: Callable[[int, int], Array] = alike
-
-    def __post_init__(self):
-        System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
 
 
 class World(NamedTuple):
@@ -104,6 +101,9 @@ def world(methods: Sequence[Method], seed: int = 0) -> World:
     Args:
       methods: one adaptation method per adapter; ranks may differ.
       seed: of the draws.
+
+    Returns:
+      The world.
     """
     p, rng = tiny.params(seed), np.random.default_rng(seed + 1)
     w = jnp.asarray(rng.uniform(0.3, 1.2, size=(2, len(methods))), jnp.float32).at[0, 1].mul(-1.0)
@@ -111,14 +111,28 @@ def world(methods: Sequence[Method], seed: int = 0) -> World:
 
 
 def error(law: str, record: Composition, at: World) -> float:
-    """The error of a law; 0 where it holds, infinity where something is not finite."""
-    found = CHECKS[law](record, at)
-    return found if np.isfinite(found) else float("inf")
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds, infinity where something is not finite.
+    """
+    worst = CHECKS[law](record, at)
+    return worst if np.isfinite(worst) else float("inf")
 
 
 def loop(
-    record: Composition, model: Denoiser, params: Any, state: Any, z: Array, w: Float[Array, "T N"]
-) -> Array:
+    record: Composition,
+    model: Denoiser,
+    params: Tree,
+    state: Tree,
+    z: Float[Array, "..."],
+    w: Float[Array, "T N"],
+) -> Float[Array, "..."]:
     """The loop of the equation, under scan, at times from 1 down to 1 / T.
 
     Args:
@@ -150,39 +164,54 @@ def _compiled(denoise: Callable[..., Array]) -> Callable[..., Array]:
     return jax.jit(functools.partial(denoise, tiny.model))
 
 
-def _predict(record: Composition, at: World, adapters: Sequence[Adapter], w: Any) -> Array:
+def _predict(record: Composition, at: World, adapters: Sequence[Adapter], w: Dynamic) -> Array:
     """The prediction at the first sample and time 0.5."""
     state, w = record.prepare(adapters), jnp.asarray(w, jnp.float32)
     return _compiled(record.denoise)(at.params, state, w, at.z[0], jnp.float32(0.5))
 
 
 def single(record: Composition, at: World) -> float:
-    """The first adapter alone, with weight 1."""
+    """The first adapter alone, with weight 1.
+
+    Args and Returns are those of `error`.
+    """
     want = lift(tiny.model)(at.params, at.adapters[0], at.z[0], jnp.float32(0.5))
     return gap(_predict(record, at, at.adapters[:1], [1.0]), want)
 
 
 def zero(record: Composition, at: World) -> float:
-    """All adapters, with weight 0."""
+    """All adapters, with weight 0.
+
+    Args and Returns are those of `error`.
+    """
     got = _predict(record, at, at.adapters, np.zeros(len(at.adapters)))
     return gap(got, tiny.model(at.params, at.z[0], jnp.float32(0.5)))
 
 
 def absent(record: Composition, at: World) -> float:
-    """The last adapter, of weight 0, exchanged for the first."""
+    """The last adapter, of weight 0, exchanged for the first.
+
+    Args and Returns are those of `error`.
+    """
     w = at.w[0].at[-1].set(0.0)
     other = (*at.adapters[:-1], at.adapters[0])
     return gap(_predict(record, at, at.adapters, w), _predict(record, at, other, w))
 
 
 def order(record: Composition, at: World) -> float:
-    """Adapters and weights in reverse."""
+    """Adapters and weights in reverse.
+
+    Args and Returns are those of `error`.
+    """
     turned = _predict(record, at, at.adapters[::-1], at.w[0][::-1])
     return gap(turned, _predict(record, at, at.adapters, at.w[0]))
 
 
 def turns(record: Composition, at: World) -> float:
-    """Adapters in reverse, with the system's own weights of a loop."""
+    """Adapters in reverse, with the system's own weights of a loop.
+
+    Args and Returns are those of `error`.
+    """
     w = record.weights(len(at.adapters), STEPS)
     found = [_unrolled(record, at, a, w) for a in (at.adapters[::-1], at.adapters)]
     return gap(*found)
@@ -199,7 +228,10 @@ def _unrolled(
 
 
 def batch(record: Composition, at: World) -> float:
-    """All samples under one vmap, against one by one."""
+    """All samples under one vmap, against one by one.
+
+    Args and Returns are those of `error`.
+    """
     state, t, one = record.prepare(at.adapters), jnp.float32(0.5), _compiled(record.denoise)
     run = jax.jit(jax.vmap(functools.partial(record.denoise, tiny.model), (None, None, 0, 0, None)))
     want = [one(at.params, state, w, z, t) for w, z in zip(at.w, at.z, strict=True)]
@@ -207,7 +239,10 @@ def batch(record: Composition, at: World) -> float:
 
 
 def scan(record: Composition, at: World) -> float:
-    """A loop whose weights change in every step, against the same one unrolled."""
+    """A loop whose weights change in every step, against the same one unrolled.
+
+    Args and Returns are those of `error`.
+    """
     w = jnp.tile(at.w, (STEPS // 2, 1))
     w = w * jnp.linspace(0.5, 1.5, STEPS, dtype=w.dtype)[:, None]
     run = jax.jit(functools.partial(loop, record, tiny.model))
@@ -216,7 +251,10 @@ def scan(record: Composition, at: World) -> float:
 
 
 def finite(record: Composition, at: World) -> float:
-    """0, or infinity where a derivative by a weight is zero or something is not finite."""
+    """0, or infinity where a derivative by a weight is zero or something is not finite.
+
+    Args and Returns are those of `error`.
+    """
     state = record.prepare(at.adapters)
 
     @jax.jit
@@ -231,7 +269,10 @@ def finite(record: Composition, at: World) -> float:
 
 
 def jit(record: Composition, at: World) -> float:
-    """Jitted against eager."""
+    """Jitted against eager.
+
+    Args and Returns are those of `error`.
+    """
     state = record.prepare(at.adapters)
     given = (at.params, state, at.w[0], at.z[0], jnp.float32(0.5))
     return gap(_compiled(record.denoise)(*given), record.denoise(tiny.model, *given))

@@ -1,12 +1,12 @@
 """How far two trees of arrays are apart: what the laws of the contracts measure."""
 
-from typing import Any
-
 import jax
 import numpy as np
 
+from jlora.types import Dynamic, Tree
 
-def gap(a: Any, b: Any) -> float:
+
+def gap(a: Tree, b: Tree) -> float:
     """The largest difference between two trees, relative to the largest entry of each array.
 
     Args:
@@ -28,10 +28,18 @@ def gap(a: Any, b: Any) -> float:
     return worst
 
 
-def same_bits(a: Any, b: Any) -> bool:
-    """Whether two trees have one structure and every array the same dtype, shape and bytes."""
+def same_bits(a: Tree, b: Tree) -> bool:
+    """Whether two trees are the same, bit for bit.
 
-    def bits(tree: Any) -> list[tuple[Any, tuple[int, ...], bytes]]:
+    Args:
+      a: a PyTree of arrays.
+      b: another one.
+
+    Returns:
+      True where structures are equal, and every array has the same dtype, shape and bytes.
+    """
+
+    def bits(tree: Tree) -> list[tuple[Dynamic, tuple[int, ...], bytes]]:
         return [(t.dtype, t.shape, np.asarray(t).tobytes()) for t in jax.tree.leaves(tree)]
 
     return jax.tree.structure(a) == jax.tree.structure(b) and bits(a) == bits(b)

@@ -25,7 +25,7 @@ jit          jitted is eager
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +37,11 @@ from jlora.contracts.distance import gap, same_bits
 from jlora.core.adapter import Adapter, stack
 from jlora.core.method import Method
 from jlora.system import System
+from jlora.types import Tree
 
 LAWS = ("same", "batch", "valid", "order", "refused", "conditioned", "jit")
 
-State = Any  # a PyTree of arrays
+State = Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,16 +54,12 @@ class Generator(System):
       orderless: whether the order of the examples is claimed not to matter.
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/generator_test.py",)
 
     fit: Callable[[PRNGKeyArray, Array, Array, Adapter], State]
     generate: Callable[[PRNGKeyArray, State, Array], Adapter]
     orderless: bool = False
-
-    def __post_init__(self):
-        System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
 
 
 class World(NamedTuple):
@@ -80,6 +77,9 @@ def world(method: Method, seed: int = 0) -> World:
     Args:
       method: of all sites; what it freezes is shared by all adapters.
       seed: of the draws.
+
+    Returns:
+      The world.
     """
     rng, fresh = np.random.default_rng(seed), tiny.fresh(method, tiny.params(seed))
     bank = stack([tiny.moved(fresh, 20 + k) for k in range(8)])
@@ -89,22 +89,41 @@ def world(method: Method, seed: int = 0) -> World:
 
 
 def laws_of(record: Generator) -> tuple[str, ...]:
-    """The laws that a system can be asked for."""
+    """The laws that a system can be asked for.
+
+    Args:
+      record: the system.
+
+    Returns:
+      Names of `LAWS`; "order" of systems that claim it alone.
+    """
     return tuple(law for law in LAWS if law != "order" or record.orderless)
 
 
 def error(law: str, record: Generator, at: World) -> float:
-    """The error of a law; 0 where it holds, infinity where something is not finite."""
-    found = CHECKS[law](record, at)
-    return found if np.isfinite(found) else float("inf")
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds, infinity where something is not finite.
+    """
+    worst = CHECKS[law](record, at)
+    return worst if np.isfinite(worst) else float("inf")
 
 
 def checked(condition: Float[Array, "E"], width: int) -> Float[Array, "E"]:
-    """The condition itself.
+    """A condition that a generator can use.
 
     Args:
       condition: given to a generator; its values are checked outside of transformations only.
       width: E, of the conditions that it was fitted on.
+
+    Returns:
+      The condition, unchanged.
 
     Raises:
       ValueError: another shape, or a number that is not finite.
@@ -125,14 +144,20 @@ def _fitted(record: Generator, at: World) -> State:
 
 
 def same(record: Generator, at: World) -> float:
-    """0, or infinity where a second fit, or a second call, gives other bits."""
+    """0, or infinity where a second fit, or a second call, gives other bits.
+
+    Args and Returns are those of `error`.
+    """
     first, second = _fitted(record, at), _fitted(record, at)
     found = [record.generate(_key(1), s, at.queries[0]) for s in (first, first, second)]
     return 0.0 if all(same_bits(f, found[0]) for f in found) else float("inf")
 
 
 def batch(record: Generator, at: World) -> float:
-    """All conditions under one vmap."""
+    """All conditions under one vmap.
+
+    Args and Returns are those of `error`.
+    """
     state, keys = _fitted(record, at), jnp.stack([_key(k) for k in range(len(at.queries))])
     many = jax.jit(jax.vmap(record.generate, (0, None, 0)))(keys, state, at.queries)
     each = [record.generate(k, state, c) for k, c in zip(keys, at.queries, strict=True)]
@@ -140,7 +165,10 @@ def batch(record: Generator, at: World) -> float:
 
 
 def valid(record: Generator, at: World) -> float:
-    """0, or infinity where the adapter is none of the bank's kind."""
+    """0, or infinity where the adapter is none of the bank's kind.
+
+    Args and Returns are those of `error`.
+    """
     found, one = record.generate(_key(1), _fitted(record, at), at.queries[0]), at.bank[0]
     if jax.tree.structure(found) != jax.tree.structure(one):
         return float("inf")
@@ -151,7 +179,10 @@ def valid(record: Generator, at: World) -> float:
 
 
 def order(record: Generator, at: World) -> float:
-    """Examples in reverse."""
+    """Examples in reverse.
+
+    Args and Returns are those of `error`.
+    """
     turned = np.arange(len(at.groups))[::-1].copy()
     state = record.fit(_key(0), at.conditions[turned], at.groups[turned], at.bank[turned])
     found = (record.generate(_key(1), s, at.queries[0]) for s in (state, _fitted(record, at)))
@@ -159,7 +190,10 @@ def order(record: Generator, at: World) -> float:
 
 
 def refused(record: Generator, at: World) -> float:
-    """0, or infinity where a bad condition gives an adapter."""
+    """0, or infinity where a bad condition gives an adapter.
+
+    Args and Returns are those of `error`.
+    """
     state, good = _fitted(record, at), at.queries[0]
     for bad in (good.at[1].set(jnp.nan), good.at[0].set(jnp.inf), good[:-1], at.queries):
         try:
@@ -175,6 +209,8 @@ def conditioned(record: Generator, at: World) -> float:
     """0, or infinity where two conditions that differ give one adapter.
 
     The conditions are those of two tasks of the bank.
+
+    Args and Returns are those of `error`.
     """
     state = _fitted(record, at)
     found = [record.generate(_key(1), state, at.conditions[k]).trainable for k in (0, -1)]
@@ -182,7 +218,10 @@ def conditioned(record: Generator, at: World) -> float:
 
 
 def jit(record: Generator, at: World) -> float:
-    """Jitted against eager."""
+    """Jitted against eager.
+
+    Args and Returns are those of `error`.
+    """
     given = (_key(1), _fitted(record, at), at.queries[0])
     return gap(jax.jit(record.generate)(*given), record.generate(*given))
 

@@ -32,7 +32,7 @@ abstract      without values of W: an error that names the path, or (systems tha
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,14 @@ from jlora.core.merge import delta
 from jlora.core.method import Method
 from jlora.core.site import Site, fold
 from jlora.system import System
+from jlora.types import Tree
 
 LAWS = ("identity", "tree", "base", "stream", "key", "stacked", "abstract")
 NEEDS = ("nothing", "inputs", "gradients")
 NO = float("inf")
 
-Params = Any  # a PyTree of weights
-Statistics = Any  # a PyTree; () of a system that needs no data
+Params = Tree  # of weights
+Statistics = Tree  # () of a system that needs no data
 Batch = Mapping[str, Array]  # path -> x [*stack, n, d_in] or G [*stack, d_in, d_out]
 Initialise = Callable[[Array, Adapter, Params, Statistics], Adapter]
 
@@ -72,6 +73,7 @@ class Initialisation(System):
       random: whether the values depend on the key.
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/initialisation_test.py",)
 
     method: Method
@@ -84,8 +86,6 @@ class Initialisation(System):
 
     def __post_init__(self):
         System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
         if self.needs not in NEEDS:
             raise ValueError(f"{self.name}: needs: got {self.needs!r}, expected one of {NEEDS}")
 
@@ -99,7 +99,15 @@ class World(NamedTuple):
 
 
 def world(record: Initialisation, seed: int = 0) -> World:
-    """Random weights of two stacked layers and a transposed head, with data where needed."""
+    """Random weights of two stacked layers and a transposed head, with data where needed.
+
+    Args:
+      record: the system.
+      seed: of the draws.
+
+    Returns:
+      The world.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> Array:
@@ -122,17 +130,42 @@ def world(record: Initialisation, seed: int = 0) -> World:
 
 
 def error(law: str, record: Initialisation, at: World) -> float:
-    """The error of a law; 0 where it holds."""
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds.
+    """
     return CHECKS[law](record, at)
 
 
 def laws_of(record: Initialisation) -> tuple[str, ...]:
-    """The laws that a system can be asked for: keys of a stack are not those of its layers."""
+    """The laws that a system can be asked for: keys of a stack are not those of its layers.
+
+    Args:
+      record: the system.
+
+    Returns:
+      Names of `LAWS`; "stacked" of systems that are not random alone.
+    """
     return tuple(law for law in LAWS if law != "stacked" or not record.random)
 
 
 def gathered(record: Initialisation, adapter: Adapter, batches: Sequence[Batch]) -> Statistics:
-    """The statistics of some batches, one after the other."""
+    """The statistics of some batches, one after the other.
+
+    Args:
+      record: the system.
+      adapter: a fresh adapter.
+      batches: its data.
+
+    Returns:
+      What `record.gather` returns last.
+    """
     statistics = record.start(adapter)
     for batch in batches:
         statistics = record.gather(statistics, batch)
@@ -140,14 +173,27 @@ def gathered(record: Initialisation, adapter: Adapter, batches: Sequence[Batch])
 
 
 def run(record: Initialisation, at: World, seed: int = 7, params: Params = None) -> Adapter:
-    """The initialised adapter; `params`: instead of the world's."""
+    """The initialised adapter.
+
+    Args:
+      record: the system.
+      at: the world.
+      seed: of the key.
+      params: instead of the world's; None: those.
+
+    Returns:
+      The adapter to train.
+    """
     statistics = gathered(record, at.adapter, at.batches)
     params = at.params if params is None else params
     return record.initialise(jax.random.key(seed), at.adapter, params, statistics)
 
 
 def identity(record: Initialisation, at: World) -> float:
-    """The largest change of a weight, relative to the weight."""
+    """The largest change of a weight, relative to the weight.
+
+    Args and Returns are those of `error`.
+    """
     adapter, leaves = run(record, at), flatten(at.params)[0]
     worst = 0.0
     for site, _ in adapter.sites:
@@ -157,7 +203,10 @@ def identity(record: Initialisation, at: World) -> float:
 
 
 def tree(record: Initialisation, at: World) -> float:
-    """0, or infinity where a path, shape, dtype, site or method is another."""
+    """0, or infinity where a path, shape, dtype, site or method is another.
+
+    Args and Returns are those of `error`.
+    """
     after = run(record, at)
     if jax.tree.structure(after) != jax.tree.structure(at.adapter):
         return NO
@@ -166,7 +215,10 @@ def tree(record: Initialisation, at: World) -> float:
 
 
 def base(record: Initialisation, at: World) -> float:
-    """0, or infinity where a parameter was replaced, changed or given away."""
+    """0, or infinity where a parameter was replaced, changed or given away.
+
+    Args and Returns are those of `error`.
+    """
     given = jax.tree.map(lambda t: jnp.array(t), at.params)  # an array of its own: it may be lost
     before = jax.tree.leaves(given)
     run(record, at, params=given)
@@ -178,7 +230,10 @@ def base(record: Initialisation, at: World) -> float:
 
 
 def stream(record: Initialisation, at: World) -> float:
-    """Statistics of the batches in reverse, and with the first two as one, against the batches'."""
+    """Statistics of the batches in reverse, and with the first two as one, against the batches'.
+
+    Args and Returns are those of `error`.
+    """
     if not at.batches:
         return 0.0
     first, second, *rest = at.batches
@@ -192,18 +247,24 @@ def stream(record: Initialisation, at: World) -> float:
 
 
 def key(record: Initialisation, at: World) -> float:
-    """0, or infinity where the bits differ."""
+    """0, or infinity where the bits differ.
+
+    Args and Returns are those of `error`.
+    """
     again = run(record, at) if record.random else run(record, at, seed=8)
     first, twice = run(record, at), run(record, at)
     return 0.0 if same_bits(first, twice) and same_bits(first, again) else NO
 
 
 def stacked(record: Initialisation, at: World) -> float:
-    """Against a world in which both layers are sites of their own."""
+    """Against a world in which both layers are sites of their own.
+
+    Args and Returns are those of `error`.
+    """
     layers = range(2)
     params = {**at.params, "layers": [{"up": at.params["layers"]["up"][k]} for k in layers]}
 
-    def apart(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    def apart(by_path: Mapping[str, Tree]) -> dict[str, Tree]:
         one = lambda k: jax.tree.map(lambda t: t[k], by_path["layers/up"])  # noqa: E731
         rest = {p: v for p, v in by_path.items() if p != "layers/up"}
         return {**rest, **{f"layers/{k}/up": one(k) for k in layers if "layers/up" in by_path}}
@@ -221,7 +282,10 @@ def stacked(record: Initialisation, at: World) -> float:
 
 
 def abstract(record: Initialisation, at: World) -> float:
-    """0, or infinity for a wrong answer to parameters without values."""
+    """0, or infinity for a wrong answer to parameters without values.
+
+    Args and Returns are those of `error`.
+    """
     params = jax.tree.map(lambda t: jax.ShapeDtypeStruct(t.shape, t.dtype), at.params)
     try:
         after = run(record, at, params=params)

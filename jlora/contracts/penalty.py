@@ -19,7 +19,7 @@ thin         neither value nor gradient makes an array of the size of a weight
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jlora.core.adapter import Adapter
 from jlora.core.init import initialise
 from jlora.core.site import Arrays, Site
 from jlora.system import System
+from jlora.types import Dynamic, Tree
 
 LAWS = ("finite", "positive", "zero", "jit", "additive", "gradient", "thin")
 SHAPES = {"down": (11, 13), "layers/up": (2, 13, 11)}  # path -> leaf; the second a stack of two
@@ -48,17 +49,16 @@ class Penalty(System):
       ctx: what the laws pass for ctx.
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/penalty_test.py",)
 
-    penalty: Callable[[Adapter, Params, Mapping[str, Any]], jax.Array]
+    penalty: Callable[[Adapter, Params, Mapping[str, Dynamic]], jax.Array]
     zero: Callable[[Adapter], Adapter] | None = None
     additive: bool = False
-    ctx: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ctx: Mapping[str, Dynamic] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
         if not self.examples:
             raise ValueError(f"{self.name}: examples: got none, expected adaptation methods")
 
@@ -72,7 +72,16 @@ class World(NamedTuple):
 
 
 def world(record: Penalty, seed: int = 0, example: int = 0) -> World:
-    """Random weights, and an adapter of one of the record's methods."""
+    """Random weights, and an adapter of one of the record's methods.
+
+    Args:
+      record: the system.
+      seed: of the draws.
+      example: which of its methods.
+
+    Returns:
+      The world.
+    """
     rng = np.random.default_rng(seed)
     params = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in SHAPES.items()}
     sites = [
@@ -85,19 +94,43 @@ def world(record: Penalty, seed: int = 0, example: int = 0) -> World:
 
 
 def error(law: str, record: Penalty, at: World) -> float:
-    """The error of a law; 0 where it holds, infinity where something is not finite."""
-    found = CHECKS[law](record, at)
-    return found if np.isfinite(found) else float("inf")
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds, infinity where something is not finite.
+    """
+    worst = CHECKS[law](record, at)
+    return worst if np.isfinite(worst) else float("inf")
 
 
 def laws_of(record: Penalty) -> tuple[str, ...]:
-    """The laws that a system can be asked for."""
+    """The laws that a system can be asked for.
+
+    Args:
+      record: the system.
+
+    Returns:
+      Names of `LAWS`; "zero" and "additive" of systems that claim them alone.
+    """
     claims = {"zero": record.zero is not None, "additive": record.additive}
     return tuple(law for law in LAWS if claims.get(law, True))
 
 
 def value(record: Penalty, adapter: Adapter, params: Params) -> float:
     """The penalty as a number.
+
+    Args:
+      record: the system.
+      adapter: what is penalised.
+      params: the frozen weights.
+
+    Returns:
+      A Python float.
 
     Raises:
       ValueError: it is no scalar, or of a dtype below float32.
@@ -108,19 +141,22 @@ def value(record: Penalty, adapter: Adapter, params: Params) -> float:
     return float(found)
 
 
-def _sloped(record: Penalty, adapter: Adapter, params: Params) -> Callable[..., Any]:
+def _sloped(record: Penalty, adapter: Adapter, params: Params) -> Callable[..., Tree]:
     """A function of the trainable arrays that gives value and gradient."""
     return jax.value_and_grad(
         lambda t: record.penalty(adapter.replace(trainable=t), params, record.ctx)
     )
 
 
-def _flat(tree: Any) -> np.ndarray:
+def _flat(tree: Tree) -> np.ndarray:
     return np.concatenate([np.asarray(t, "f8").ravel() for t in jax.tree.leaves(tree)])
 
 
 def finite(record: Penalty, at: World) -> float:
-    """0, or infinity where a value or an entry of a gradient is not finite."""
+    """0, or infinity where a value or an entry of a gradient is not finite.
+
+    Args and Returns are those of `error`.
+    """
     empty = at.fresh.replace(trainable=jax.tree.map(jnp.zeros_like, at.fresh.trainable))
     for adapter in (at.adapter, at.fresh, empty):
         found = _sloped(record, adapter, at.params)(adapter.trainable)
@@ -130,7 +166,10 @@ def finite(record: Penalty, at: World) -> float:
 
 
 def positive(record: Penalty, at: World) -> float:
-    """The most negative of the values: random, at the start, small, large."""
+    """The most negative of the values: random, at the start, small, large.
+
+    Args and Returns are those of `error`.
+    """
     found = [
         value(record, at.adapter.replace(trainable=_scaled(t, size)), at.params)
         for t in (at.adapter.trainable, at.fresh.trainable)
@@ -144,21 +183,30 @@ def _scaled(tree: dict[str, Arrays], size: float) -> dict[str, Arrays]:
 
 
 def zero(record: Penalty, at: World) -> float:
-    """The value where it is claimed to be zero, by that of the random adapter."""
+    """The value where it is claimed to be zero, by that of the random adapter.
+
+    Args and Returns are those of `error`.
+    """
     assert record.zero is not None
     found = value(record, record.zero(at.adapter), at.params)
     return abs(found) / abs(value(record, at.adapter, at.params))
 
 
 def jit(record: Penalty, at: World) -> float:
-    """Jitted against eager."""
+    """Jitted against eager.
+
+    Args and Returns are those of `error`.
+    """
     sloped = _sloped(record, at.adapter, at.params)
     eager, compiled = (_flat(f(at.adapter.trainable)) for f in (sloped, jax.jit(sloped)))
     return float(np.linalg.norm(compiled - eager) / np.linalg.norm(eager))
 
 
 def additive(record: Penalty, at: World) -> float:
-    """The sum over adapters of one site."""
+    """The sum over adapters of one site.
+
+    Args and Returns are those of `error`.
+    """
     whole = value(record, at.adapter, at.params)
     alone = [at.adapter.replace(sites=(pair,)) for pair in at.adapter.sites]
     parts = [
@@ -172,7 +220,10 @@ def additive(record: Penalty, at: World) -> float:
 
 
 def gradient(record: Penalty, at: World) -> float:
-    """The derivative along a random direction against the central difference, in float64."""
+    """The derivative along a random direction against the central difference, in float64.
+
+    Args and Returns are those of `error`.
+    """
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
         wide = lambda t: jnp.asarray(np.asarray(t, "f8"))  # noqa: E731
@@ -190,9 +241,12 @@ def gradient(record: Penalty, at: World) -> float:
 
 
 def thin(record: Penalty, at: World) -> float:
-    """0, or infinity where value or gradient makes an array as large as a weight on its way."""
+    """0, or infinity where value or gradient makes an array as large as a weight on its way.
 
-    def run(trainable: Any, frozen: Any, params: Params) -> Any:
+    Args and Returns are those of `error`.
+    """
+
+    def run(trainable: Tree, frozen: Tree, params: Params) -> Tree:
         adapter = at.adapter.replace(frozen=frozen)
         return _sloped(record, adapter, params)(trainable)
 
@@ -201,7 +255,7 @@ def thin(record: Penalty, at: World) -> float:
     return float("inf") if max(_sizes(program.jaxpr), default=0) >= weight else 0.0
 
 
-def _sizes(jaxpr: Any) -> Iterator[int]:
+def _sizes(jaxpr: Dynamic) -> Iterator[int]:
     """Elements of every array that a program and its inner programs make."""
     for e in jaxpr.eqns:
         yield from (getattr(v.aval, "size", 0) for v in e.outvars)
@@ -210,7 +264,7 @@ def _sizes(jaxpr: Any) -> Iterator[int]:
                 yield from _sizes(getattr(inner, "jaxpr", inner))
 
 
-def _program(x: Any) -> bool:
+def _program(x: Dynamic) -> bool:
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 

@@ -27,19 +27,21 @@ jit          jitted is eager
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jlora import types
 from jlora.contracts import tiny
 from jlora.contracts.distance import gap
 from jlora.core.adapter import Adapter
 from jlora.core.lift import lift
 from jlora.core.method import Method
 from jlora.system import System
+from jlora.types import Tree
 
 LAWS = ("start", "sign", "shift", "reference", "rows", "finite", "jit")
 FAR = 1e4  # log-probabilities of a long answer
@@ -54,7 +56,7 @@ class LogProbs(NamedTuple):
     rejected_length: Float[Array, "B"]
 
 
-Scorer = Callable[[Any, Adapter | None, Any], LogProbs]  # (params, adapter, batch)
+Scorer = Callable[[Tree, Adapter | None, types.Batch], LogProbs]  # (params, adapter, batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,16 +69,12 @@ class Preference(System):
       start: the loss of every pair where the adapter changes nothing; None: it depends on the pair.
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/preference_test.py",)
 
-    objective: Callable[[Scorer, Any, Adapter, Any], Array]
+    objective: Callable[[Scorer, Tree, Adapter, types.Batch], Array]
     referenced: bool = True
     start: float | None = None
-
-    def __post_init__(self):
-        System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
 
 
 class Batch(NamedTuple):
@@ -103,6 +101,9 @@ def world(method: Method, seed: int = 0) -> World:
     Args:
       method: the adaptation method of all sites.
       seed: of the draws.
+
+    Returns:
+      The world.
     """
     rng, p = np.random.default_rng(seed), tiny.params(seed)
     fresh = tiny.fresh(method, p)
@@ -114,22 +115,47 @@ def world(method: Method, seed: int = 0) -> World:
 
 
 def laws_of(record: Preference) -> tuple[str, ...]:
-    """The laws that a system can be asked for."""
+    """The laws that a system can be asked for.
+
+    Args:
+      record: the system.
+
+    Returns:
+      Names of `LAWS`; "start" of systems that claim a loss alone.
+    """
     return tuple(law for law in LAWS if law != "start" or record.start is not None)
 
 
 def error(law: str, record: Preference, at: World) -> float:
-    """The error of a law; 0 where it holds, infinity where something is not finite."""
-    found = CHECKS[law](record, at)
-    return found if np.isfinite(found) else float("inf")
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds, infinity where something is not finite.
+    """
+    worst = CHECKS[law](record, at)
+    return worst if np.isfinite(worst) else float("inf")
 
 
-def scores(params: Any, adapter: Adapter | None, batch: Batch) -> LogProbs:
-    """The `log_probs` of the laws: of the lifted tiny model."""
+def scores(params: Tree, adapter: Adapter | None, batch: Batch) -> LogProbs:
+    """The `log_probs` of the laws: of the lifted tiny model.
+
+    Args:
+      params: its weights.
+      adapter: None: the base.
+      batch: pairs of answers.
+
+    Returns:
+      Log-probabilities and lengths.
+    """
     return _scores(lambda z: lift(tiny.model)(params, adapter, z, jnp.zeros(())), batch)
 
 
-def _of_base(params: Any, batch: Batch) -> LogProbs:
+def _of_base(params: Tree, batch: Batch) -> LogProbs:
     """The same of the base, which is not lifted."""
     return _scores(lambda z: tiny.model(params, z, jnp.zeros(())), batch)
 
@@ -147,7 +173,7 @@ def _loss(record: Preference, at: World, chosen: Array, rejected: Array) -> Arra
     base = _of_base(at.params, at.batch)
     policy = base._replace(chosen=base.chosen + chosen, rejected=base.rejected + rejected)
 
-    def log_probs(params: Any, adapter: Adapter | None, batch: Any) -> LogProbs:
+    def log_probs(params: Tree, adapter: Adapter | None, batch: types.Batch) -> LogProbs:
         del params, batch
         return base if adapter is None else policy
 
@@ -167,21 +193,30 @@ def _slopes(record: Preference, at: World, by: float) -> tuple[Array, Array, Arr
 
 
 def start(record: Preference, at: World) -> float:
-    """The loss of a fresh adapter against the claim."""
+    """The loss of a fresh adapter against the claim.
+
+    Args and Returns are those of `error`.
+    """
     assert record.start is not None
     found = record.objective(scores, at.params, at.fresh, at.batch)
     return gap(found, jnp.full(found.shape, record.start, found.dtype))
 
 
 def sign(record: Preference, at: World) -> float:
-    """0, or infinity where a slope at the start has the wrong sign."""
+    """0, or infinity where a slope at the start has the wrong sign.
+
+    Args and Returns are those of `error`.
+    """
     _, by_chosen, by_rejected = _slopes(record, at, 0.0)
     right = (np.asarray(by_chosen) < 0).all() and (np.asarray(by_rejected) > 0).all()
     return 0.0 if right else float("inf")
 
 
 def shift(record: Preference, at: World) -> float:
-    """Both answers less likely by the same factor."""
+    """Both answers less likely by the same factor.
+
+    Args and Returns are those of `error`.
+    """
     c, r = jnp.asarray([0.5, -0.5, 2.0, 0.0]), jnp.asarray([0.1, 1.0, -1.0, 0.0])
     return gap(_loss(record, at, c - 3.0, r - 3.0), _loss(record, at, c, r))
 
@@ -190,18 +225,20 @@ def reference(record: Preference, at: World) -> float:
     """Loss and gradients against those with the base's log-probabilities as constants.
 
     Infinite where the number of passes with no adapter is not 1, or 0 without a reference.
+
+    Args and Returns are those of `error`.
     """
     base, off = _of_base(at.params, at.batch), []
 
-    def counted(params: Any, adapter: Adapter | None, batch: Batch) -> LogProbs:
+    def counted(params: Tree, adapter: Adapter | None, batch: Batch) -> LogProbs:
         off.append(adapter is None)
         return scores(params, adapter, batch)
 
-    def constant(params: Any, adapter: Adapter | None, batch: Batch) -> LogProbs:
+    def constant(params: Tree, adapter: Adapter | None, batch: Batch) -> LogProbs:
         return base if adapter is None else scores(params, adapter, batch)
 
-    def sloped(log_probs: Scorer) -> Any:
-        def total(params: Any, trainable: Any) -> Array:
+    def sloped(log_probs: Scorer) -> Tree:
+        def total(params: Tree, trainable: Tree) -> Array:
             adapter = at.adapter.replace(trainable=trainable)
             return jnp.sum(record.objective(log_probs, params, adapter, at.batch))
 
@@ -212,7 +249,10 @@ def reference(record: Preference, at: World) -> float:
 
 
 def rows(record: Preference, at: World) -> float:
-    """Pairs in reverse, the first two of them alone."""
+    """Pairs in reverse, the first two of them alone.
+
+    Args and Returns are those of `error`.
+    """
     turned = Batch(at.batch.chosen[::-1][:2], at.batch.rejected[::-1][:2],
                    at.batch.tokens[:, ::-1][:, :2], at.batch.mask[:, ::-1][:, :2])  # fmt: skip
     some = record.objective(scores, at.params, at.adapter, turned)
@@ -220,15 +260,21 @@ def rows(record: Preference, at: World) -> float:
 
 
 def finite(record: Preference, at: World) -> float:
-    """0, or infinity where a loss or a slope is not finite."""
+    """0, or infinity where a loss or a slope is not finite.
+
+    Args and Returns are those of `error`.
+    """
     found = [np.asarray(t) for by in (-FAR, 0.0, FAR) for t in _slopes(record, at, by)]
     return 0.0 if all(np.isfinite(t).all() for t in found) else float("inf")
 
 
 def jit(record: Preference, at: World) -> float:
-    """Jitted against eager."""
+    """Jitted against eager.
 
-    def run(params: Any, adapter: Adapter, batch: Batch) -> Array:
+    Args and Returns are those of `error`.
+    """
+
+    def run(params: Tree, adapter: Adapter, batch: Batch) -> Array:
         return record.objective(scores, params, adapter, batch)
 
     given = (at.params, at.adapter, at.batch)

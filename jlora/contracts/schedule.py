@@ -6,7 +6,7 @@ m          masks, path of a site -> bool [R]: which of its ranks are kept
 
 A system gives functions of a state of its own, a PyTree of arrays:
 
-- ``start(adapter) -> state`` and ``observe(state, adapter, gradients) -> state``, once a step;
+- ``start(adapter) -> state`` and ``observe(state, adapter, gradients) -> state``, once per step;
 - ``masks(state, step) -> m``, under jit: shapes stay, values change;
 - ``mask(adapter, m) -> adapter`` of the same shapes, in which dropped ranks add nothing to a delta;
 - ``shrink(adapter, optimizer_state, m) -> (adapter, optimizer_state)`` between two phases: smaller
@@ -27,7 +27,7 @@ resume     from the state of any step, what follows is what followed, bit for bi
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +39,25 @@ from jlora.core.adapter import Adapter
 from jlora.core.init import initialise
 from jlora.core.site import Arrays, Site
 from jlora.system import System
+from jlora.types import Dynamic, Tree
 
 LAWS = ("shrunk", "moments", "revive", "budget", "jit", "resume")
 
 Masks = dict[str, jax.Array]  # path -> bool [R]
-Tree = dict[str, Arrays]  # path -> name -> array
+Trainable = dict[str, Arrays]  # path -> name -> array
 
 
-def unchanged(state: Any, adapter: Adapter, gradients: Tree) -> Any:
-    """The `observe` of a schedule that looks at nothing."""
+def unchanged(state: Tree, adapter: Adapter, gradients: Trainable) -> Tree:
+    """The `observe` of a schedule that looks at nothing.
+
+    Args:
+      state: of the schedule.
+      adapter: not read.
+      gradients: not read.
+
+    Returns:
+      The state.
+    """
     del adapter, gradients
     return state
 
@@ -66,20 +76,19 @@ class Schedule(System):
       observe: (state, adapter, gradients like its trainable) -> state.
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/schedule_test.py",)
 
-    start: Callable[[Adapter], Any]
-    masks: Callable[[Any, Any], Masks]
+    start: Callable[[Adapter], Tree]
+    masks: Callable[[Tree, Dynamic], Masks]
     mask: Callable[[Adapter, Masks], Adapter]
-    shrink: Callable[[Adapter, Any, Masks], tuple[Adapter, Any]]
+    shrink: Callable[[Adapter, Tree, Masks], tuple[Adapter, Tree]]
     budget: Callable[[Adapter, int], int]
     length: int
-    observe: Callable[[Any, Adapter, Tree], Any] = unchanged
+    observe: Callable[[Tree, Adapter, Trainable], Tree] = unchanged
 
     def __post_init__(self):
         System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
         if not self.examples:
             raise ValueError(f"{self.name}: examples: got none, expected adaptation methods")
 
@@ -88,12 +97,21 @@ class World(NamedTuple):
     """What the laws are measured on: an adapter of two sites, in training."""
 
     adapter: Adapter  # all arrays not zero
-    moments: Any  # state of `optax.adam` after the gradients
-    gradients: tuple[Tree, ...]  # one per step of the schedule
+    moments: Tree  # state of `optax.adam` after the gradients
+    gradients: tuple[Trainable, ...]  # one per step of the schedule
 
 
 def world(record: Schedule, seed: int = 0, example: int = 0) -> World:
-    """Random factors of two sites, 7 x 5, and a random gradient per step."""
+    """Random factors of two sites, 7 x 5, and a random gradient per step.
+
+    Args:
+      record: the system.
+      seed: of the draws.
+      example: which of its methods.
+
+    Returns:
+      The world.
+    """
     rng, paths = np.random.default_rng(seed), ("down", "up")
     sites = [
         (Site(p, (7, 5), "io", np.dtype("float32"), ("dot",)), record.examples[example])
@@ -113,13 +131,32 @@ def world(record: Schedule, seed: int = 0, example: int = 0) -> World:
 
 
 def error(law: str, record: Schedule, at: World) -> float:
-    """The error of a law; 0 where it holds, infinity where something is not finite."""
-    found = CHECKS[law](record, at)
-    return found if np.isfinite(found) else float("inf")
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds, infinity where something is not finite.
+    """
+    worst = CHECKS[law](record, at)
+    return worst if np.isfinite(worst) else float("inf")
 
 
 def deltas(adapter: Adapter) -> dict[str, jax.Array]:
-    """The change of every weight [d_in, d_out], of methods that have factors."""
+    """The change of every weight.
+
+    Args:
+      adapter: of methods that have factors.
+
+    Returns:
+      path -> [d_in, d_out].
+
+    Raises:
+      ValueError: a method without factors.
+    """
     out = {}
     for site, method in adapter.sites:
         p = method.prepare({**adapter.frozen[site.path], **adapter.trainable[site.path]})
@@ -130,18 +167,34 @@ def deltas(adapter: Adapter) -> dict[str, jax.Array]:
     return out
 
 
-def gradients(adapter: Adapter) -> Tree:
-    """Of a loss of the deltas that is not linear in them."""
+def gradients(adapter: Adapter) -> Trainable:
+    """The gradients of a loss of the deltas that is not linear in them.
 
-    def loss(trainable: Tree) -> jax.Array:
+    Args:
+      adapter: of methods that have factors.
+
+    Returns:
+      A tree like `adapter.trainable`.
+    """
+
+    def loss(trainable: Trainable) -> jax.Array:
         found = deltas(adapter.replace(trainable=trainable))
         return sum((jnp.sum(jnp.sin(d + 0.3)) for d in found.values()), jnp.zeros(()))
 
     return jax.grad(loss)(adapter.trainable)
 
 
-def take(tree: Tree, adapter: Adapter, masks: Masks) -> dict[str, dict[str, np.ndarray]]:
-    """The kept ranks of a tree like `adapter.trainable`, by the rank axes of the methods."""
+def take(tree: Trainable, adapter: Adapter, masks: Masks) -> dict[str, dict[str, np.ndarray]]:
+    """The kept ranks of a tree, by the rank axes of the methods.
+
+    Args:
+      tree: like `adapter.trainable`.
+      adapter: says which axis of an array is its rank.
+      masks: which ranks are kept.
+
+    Returns:
+      The tree with smaller arrays.
+    """
     out: dict[str, dict[str, np.ndarray]] = {}
     for site, method in adapter.sites:
         kept = np.flatnonzero(np.asarray(masks[site.path]))
@@ -153,7 +206,7 @@ def take(tree: Tree, adapter: Adapter, masks: Masks) -> dict[str, dict[str, np.n
     return out
 
 
-def _observed(record: Schedule, at: World) -> Any:
+def _observed(record: Schedule, at: World) -> Tree:
     """The state after all steps."""
     state = record.start(at.adapter)
     for g in at.gradients:
@@ -175,7 +228,10 @@ def _final(record: Schedule, at: World) -> Masks:
 
 
 def shrunk(record: Schedule, at: World) -> float:
-    """Masked against shrunk: deltas, and gradients of the kept ranks."""
+    """Masked against shrunk: deltas, and gradients of the kept ranks.
+
+    Args and Returns are those of `error`.
+    """
     masks = _final(record, at)
     masked = record.mask(at.adapter, masks)
     small, _ = record.shrink(at.adapter, at.moments, masks)
@@ -184,7 +240,10 @@ def shrunk(record: Schedule, at: World) -> float:
 
 
 def moments(record: Schedule, at: World) -> float:
-    """0, or infinity where the moments of kept ranks, or the count of steps, are others."""
+    """0, or infinity where the moments of kept ranks, or the count of steps, are others.
+
+    Args and Returns are those of `error`.
+    """
     masks = _final(record, at)
     _, found = record.shrink(at.adapter, at.moments, masks)
     adam = at.moments[0]
@@ -193,7 +252,10 @@ def moments(record: Schedule, at: World) -> float:
 
 
 def revive(record: Schedule, at: World) -> float:
-    """0, or infinity where no factor of a dropped rank has a gradient."""
+    """0, or infinity where no factor of a dropped rank has a gradient.
+
+    Args and Returns are those of `error`.
+    """
     masks = _final(record, at)
     masked = record.mask(at.adapter, masks)
     slopes = take(gradients(masked), masked, {p: ~m for p, m in masks.items()})
@@ -209,7 +271,10 @@ def revive(record: Schedule, at: World) -> float:
 
 
 def budget(record: Schedule, at: World) -> float:
-    """The largest number of ranks by which a step exceeds its budget."""
+    """The largest number of ranks by which a step exceeds its budget.
+
+    Args and Returns are those of `error`.
+    """
     state, excess = record.start(at.adapter), 0
     for step, g in enumerate((*at.gradients, at.gradients[-1])):
         masks = record.masks(state, jnp.int32(step))
@@ -220,10 +285,13 @@ def budget(record: Schedule, at: World) -> float:
 
 
 def jit(record: Schedule, at: World) -> float:
-    """Jitted against eager at three steps; infinity where it compiles twice, or not at all."""
+    """Jitted against eager at three steps; infinity where it compiles twice, or not at all.
+
+    Args and Returns are those of `error`.
+    """
     traced = []
 
-    def run(state: Any, adapter: Adapter, g: Tree, step: Any) -> tuple[Any, Masks, Any]:
+    def run(state: Tree, adapter: Adapter, g: Trainable, step: Dynamic) -> tuple[Tree, Masks, Tree]:
         traced.append(step)
         state = record.observe(state, adapter, g)
         masks = record.masks(state, step)
@@ -245,7 +313,10 @@ def jit(record: Schedule, at: World) -> float:
 
 
 def resume(record: Schedule, at: World) -> float:
-    """0, or infinity where a run that is resumed at some step differs from the whole one."""
+    """0, or infinity where a run that is resumed at some step differs from the whole one.
+
+    Args and Returns are those of `error`.
+    """
     steps = range(record.length)
     states = [record.start(at.adapter)]
     if not all(isinstance(t, jax.Array) for t in jax.tree.leaves(states)):

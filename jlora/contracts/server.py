@@ -27,7 +27,7 @@ full         one more adapter than fits is refused by name, and so is a name tha
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +40,19 @@ from jlora.core.adapter import Adapter
 from jlora.core.merge import merge
 from jlora.core.method import Method
 from jlora.system import System
+from jlora.types import Tree
 
 LAWS = ("rows", "base", "unknown", "unload", "isolated", "swap", "order", "full")
 CAPACITY = 3
 
-Model = Callable[[Any, Any], Any]  # (params, x of one row) -> output
-State = Any
+Model = Callable[[Tree, Tree], Tree]  # (params, x of one row) -> output
+State = Tree
 
 
 class Answers(NamedTuple):
     """What a server says to a batch."""
 
-    outputs: Any  # leading axis of rows
+    outputs: Tree  # leading axis of rows
     errors: Mapping[int, Exception]  # row -> why it has no answer
 
 
@@ -66,17 +67,13 @@ class Server(System):
       run: (state, names, xs) -> `Answers`.
     """
 
+    laws: ClassVar[tuple[str, ...]] = LAWS
     suite: ClassVar[tuple[str, ...]] = ("tests/contracts/server_test.py",)
 
-    start: Callable[[Model, Any, Adapter, int], State]
+    start: Callable[[Model, Tree, Adapter, int], State]
     load: Callable[[State, str, Adapter], State]
     unload: Callable[[State, str], State]
-    run: Callable[[State, Sequence[str | None], Any], Answers]
-
-    def __post_init__(self):
-        System.__post_init__(self)
-        for law in self.breaks.keys() - set(LAWS):
-            raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {LAWS}")
+    run: Callable[[State, Sequence[str | None], Tree], Answers]
 
 
 class World(NamedTuple):
@@ -94,6 +91,9 @@ def world(methods: Sequence[Method], seed: int = 0) -> World:
     Args:
       methods: of the adapters called a, b, c, d; the first has the largest rank.
       seed: of the draws.
+
+    Returns:
+      The world.
     """
     p = tiny.params(seed)
     adapters = dict(zip("abcd", tiny.trained(methods, p), strict=True))
@@ -101,13 +101,30 @@ def world(methods: Sequence[Method], seed: int = 0) -> World:
 
 
 def error(law: str, record: Server, at: World) -> float:
-    """The error of a law; 0 where it holds, infinity where something is not finite."""
-    found = CHECKS[law](record, at)
-    return found if np.isfinite(found) else float("inf")
+    """The error of a law.
+
+    Args:
+      law: one of `LAWS`.
+      record: the system.
+      at: what it is measured on.
+
+    Returns:
+      0 where the law holds, infinity where something is not finite.
+    """
+    worst = CHECKS[law](record, at)
+    return worst if np.isfinite(worst) else float("inf")
 
 
 def model(params: tiny.Params, x: Float[Array, "3 5"]) -> Float[Array, "3 5"]:
-    """The tiny model, at time 0."""
+    """The tiny model, at time 0.
+
+    Args:
+      params: its weights.
+      x: one row.
+
+    Returns:
+      Its output.
+    """
     return tiny.model(params, x, jnp.zeros(()))
 
 
@@ -140,7 +157,7 @@ def _answer(record: Server, at: World, state: State, names: Sequence[str | None]
     return list(found.outputs)
 
 
-def _refused(action: Callable[[], Any], *named: str) -> bool:
+def _refused(action: Callable[[], Tree], *named: str) -> bool:
     """Whether an action is an error that names these."""
     try:
         action()
@@ -150,13 +167,19 @@ def _refused(action: Callable[[], Any], *named: str) -> bool:
 
 
 def rows(record: Server, at: World) -> float:
-    """Four rows of three adapters."""
+    """Four rows of three adapters.
+
+    Args and Returns are those of `error`.
+    """
     names = ["b", "a", "c", "b"]
     return gap(_answer(record, at, _started(record, at, "abc"), names), _want(at, names))
 
 
 def base(record: Server, at: World) -> float:
-    """Rows with no adapter, among others and alone."""
+    """Rows with no adapter, among others and alone.
+
+    Args and Returns are those of `error`.
+    """
     state = _started(record, at, "ab")
     found = _answer(record, at, state, [None, "a", None, "b"])[::2]
     return max(
@@ -166,7 +189,10 @@ def base(record: Server, at: World) -> float:
 
 
 def unknown(record: Server, at: World) -> float:
-    """0, or infinity where a row is not named by its error or another row changes a bit."""
+    """0, or infinity where a row is not named by its error or another row changes a bit.
+
+    Args and Returns are those of `error`.
+    """
     state = _started(record, at, "ab")
     found = record.run(state, ["a", "nobody", None, "b"], at.xs)
     if list(found.errors) != [1] or "nobody" not in str(found.errors[1]):
@@ -178,7 +204,10 @@ def unknown(record: Server, at: World) -> float:
 
 
 def unload(record: Server, at: World) -> float:
-    """The largest adapter goes, the smallest takes its place in a pool that was full."""
+    """The largest adapter goes, the smallest takes its place in a pool that was full.
+
+    Args and Returns are those of `error`.
+    """
     state = record.unload(_started(record, at, "abc"), "a")
     found = record.run(state, ["b", "a", "b", "b"], at.xs)
     if list(found.errors) != [1] or not _refused(lambda: record.unload(state, "a"), "a"):
@@ -189,7 +218,10 @@ def unload(record: Server, at: World) -> float:
 
 
 def isolated(record: Server, at: World) -> float:
-    """0, or infinity where a bit of a row changes while others come and go."""
+    """0, or infinity where a bit of a row changes while others come and go.
+
+    Args and Returns are those of `error`.
+    """
     early = _started(record, at, "ab")
     names = ["a", None, "a", "b"]
     want = _answer(record, at, early, names)
@@ -202,7 +234,10 @@ def isolated(record: Server, at: World) -> float:
 
 
 def swap(record: Server, at: World) -> float:
-    """How often the model is traced after its first batch."""
+    """How often the model is traced after its first batch.
+
+    Args and Returns are those of `error`.
+    """
     traced = []
 
     def counted(params: tiny.Params, x: Array) -> Array:
@@ -223,14 +258,20 @@ def swap(record: Server, at: World) -> float:
 
 
 def order(record: Server, at: World) -> float:
-    """Adapters loaded in reverse."""
+    """Adapters loaded in reverse.
+
+    Args and Returns are those of `error`.
+    """
     names = ["c", "a", None, "b"]
     found = [_answer(record, at, _started(record, at, given), names) for given in ("cba", "abc")]
     return gap(*found)
 
 
 def full(record: Server, at: World) -> float:
-    """0, or infinity where an adapter that does not fit is taken."""
+    """0, or infinity where an adapter that does not fit is taken.
+
+    Args and Returns are those of `error`.
+    """
     state = _started(record, at, "abc")
     some = record.unload(state, "b")
     refused = (

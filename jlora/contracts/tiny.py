@@ -41,6 +41,9 @@ def inputs(count: int, seed: int = 1) -> Float[Array, "count 3 5"]:
     Args:
       count: how many.
       seed: of the draws.
+
+    Returns:
+      float32.
     """
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.normal(size=(count, TOKENS, WIDTH)), jnp.float32)
@@ -53,6 +56,9 @@ def model(p: Params, z: Float[Array, "*t 5"], t: Float[Array, ""]) -> Float[Arra
       p: weights, as of `params`.
       z: inputs.
       t: the time.
+
+    Returns:
+      Outputs, as z.
     """
     h = jnp.tanh(z @ p["first"] + t.astype(z.dtype))
     return jax.lax.scan(_layer, h, p["layers"])[0] @ p["last"]
@@ -69,9 +75,12 @@ def fresh(method: Method, p: Params, seed: int = 0) -> Adapter:
       method: the adaptation method of all sites.
       p: the weights.
       seed: of its `init`.
+
+    Returns:
+      The adapter, which changes nothing.
     """
-    found = sites(model, p, inputs(1)[0], jnp.zeros(()))
-    return initialise(jax.random.key(seed), found.select({PATTERN: method}), p)
+    every = sites(model, p, inputs(1)[0], jnp.zeros(()))
+    return initialise(jax.random.key(seed), every.select({PATTERN: method}), p)
 
 
 def moved(adapter: Adapter, seed: int = 0, size: float = 0.3) -> Adapter:
@@ -81,6 +90,9 @@ def moved(adapter: Adapter, seed: int = 0, size: float = 0.3) -> Adapter:
       adapter: any.
       seed: of the noise.
       size: its standard deviation.
+
+    Returns:
+      One like it.
     """
     rng = np.random.default_rng(seed)
 
@@ -96,5 +108,8 @@ def trained(methods: Sequence[Method], p: Params) -> tuple[Adapter, ...]:
     Args:
       methods: adaptation methods; ranks may differ.
       p: the weights.
+
+    Returns:
+      The adapters, all different.
     """
     return tuple(moved(fresh(m, p, k), 10 + k) for k, m in enumerate(methods))

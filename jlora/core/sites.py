@@ -7,7 +7,7 @@ Deviates: nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Key
 
 from jlora.core.adapter import Adapter
+from jlora.core.declared_stacks import with_stacks
 from jlora.core.evaluate import evaluate
 from jlora.core.init import initialise
 from jlora.core.lazy import Lazy, leaf
@@ -39,9 +40,8 @@ def sites(fn: Callable, params: Tree, /, *args: Dynamic, **kwargs: Dynamic) -> S
 
     Returns:
       The table of sites, sorted by path. `ops` says what consumes a leaf: "dot", "conv", "gather",
-      or
-      the primitives for which it would have to be merged. FLOPs are of one call, a loop of unknown
-      length counted once.
+      or the primitives for which it would have to be merged. FLOPs are of one call; a loop of
+      unknown length is counted once.
     """
     return _table(fn, params, args, kwargs)
 
@@ -160,6 +160,7 @@ def init(
     /,
     *args: Dynamic,
     methods: Mapping[str, Method | None],
+    stacks: Mapping[str, int | Sequence[int]] | None = None,
     on_dense: str = "error",
     model_kwargs: Mapping[str, Dynamic] | None = None,
     **kwargs: Dynamic,
@@ -175,6 +176,9 @@ def init(
       args: its further arguments; abstract ones serve.
       methods: {regex on paths, or "all-linear": Method, or None to leave out}; the first match
         wins.
+      stacks: {regex on paths: axis or axes of the leaf} whose slices are matrices of their own,
+        each with its own arrays, where the function uses them all at once: {"kv_einsum": 0}. None:
+        only axes that the function scans, maps or indexes over.
       on_dense: "merge" also adapts weights that an operation needs merged before the matmul (masks,
         quantisation); `lift` is then called with the same. "error" refuses them, as `lift` does.
       model_kwargs: its keyword arguments that are called as one of `init`; None: none.
@@ -184,11 +188,12 @@ def init(
       The adapter.
 
     Raises:
-      ValueError: another `on_dense`, and as `Sites.select`.
+      ValueError: another `on_dense`, and as `Sites.select` and `with_stacks`.
     """
     if on_dense not in ("error", "merge"):
         raise ValueError(f"on_dense: got {on_dense!r}, expected 'error' or 'merge'")
     kwargs |= dict(model_kwargs or {})
-    chosen = _table(fn, params, args, kwargs, on_dense == "merge").select(methods)
+    table = _table(fn, params, args, kwargs, on_dense == "merge")
+    chosen = Sites(tuple(with_stacks(table, stacks or {}))).select(methods)
     weights, _ = flatten(params)
     return initialise(key, chosen, weights)

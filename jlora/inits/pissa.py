@@ -1,4 +1,4 @@
-r"""PiSSA as an initialisation: an existing adapter starts from the principal part of the weights.
+r"""PiSSA as an initialisation: an adapter starts from the principal part of the weights.
 
 =========  =======================================================================
 W          the weight of a site, [d_in, d_out]
@@ -11,36 +11,69 @@ s          the adapter's own `scale`, which stays what it is
     W = U \Sigma V^T, \quad a = a_0 = U_r \sqrt{\Sigma_r / s}, \quad
     b = b_0 = \sqrt{\Sigma_r / s} \, V_r^T, \qquad W' = (W - s a_0 b_0) + s a b
 
-`jl.init` with the method `PiSSA` starts there already. This sets an adapter anew from other values
-of the weights: those that are loaded after the adapter was made, or that it was merged into (the
-next round of training then starts from the principal part of what the last one has learned).
+`jl.init` with the method `PiSSA` starts there already. `of_adapter` sets an adapter anew from other
+values of the weights: those that are loaded after the adapter was made, or that it was merged into
+(the next round of training then starts from the principal part of what the last one has learned).
 
 Paper: Meng, Wang and Zhang 2024, arXiv:2404.02948.
 Source: paper, by the functions of `jlora.methods.low_rank.pissa`.
 Deviates: a0 and b0 carry the residual; the weights are not edited.
 """
 
-import math
+from collections.abc import Callable, Iterable
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from jlora.contracts.initialisation import Initialisation, Params
 from jlora.core.adapter import Adapter
-from jlora.core.bank import one_adapter
-from jlora.core.init import key_of
-from jlora.core.lift import check, flatten, is_array
-from jlora.core.site import Arrays, Site, fold
+from jlora.core.site import Arrays
+from jlora.inits.start import Methods, filled, fresh
+from jlora.methods.low_rank.lora import LoRA
 from jlora.methods.low_rank.pissa import PiSSA, principal
+from jlora.methods.wrappers.residual import Residual
+from jlora.types import Batch, Dynamic, Tree
 
 
-def pissa(key: PRNGKeyArray, adapter: Adapter, params: Params, niter: int | None = None) -> Adapter:
-    """The adapter with a, b, a0 and b0 of every site set from the principal part of its weight.
+def pissa(
+    fn: Callable,
+    params: Tree,
+    batches: Iterable[Batch],
+    *,
+    methods: Methods,
+    niter: int | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Adapter:
+    """An adapter that starts from the principal part of the weights.
+
+    Args:
+      fn: (params, *batch) -> anything; a batch that is no tuple is one argument.
+      params: the parameters; they are read and left alone.
+      batches: of which the first one shows the shapes.
+      methods: {regex on paths, or "all-linear": LoRA}, as of `jl.init`.
+      niter: power iterations of a randomised SVD; None takes the exact one.
+      key: of the randomised SVD; needed with `niter`.
+
+    Returns:
+      Of `Residual(LoRA)` at every site; the function is that of the parameters.
+
+    Raises:
+      ValueError: `niter` without a key, an abstract weight or one that is not finite, a rank above
+        min(d_in, d_out), and as `jl.init`.
+    """
+    if niter is not None and key is None:
+        raise ValueError("key: got None, expected one: a randomised SVD draws")
+    adapter, _ = fresh(fn, params, batches, methods, Residual)
+    return of_adapter(key, adapter, params, niter)
+
+
+def of_adapter(
+    key: PRNGKeyArray | None, adapter: Adapter, params: Params, niter: int | None = None
+) -> Adapter:
+    """An adapter with a, b, a0 and b0 of every site set from the principal part of its weight.
 
     Args:
       key: of the randomised SVD, folded per site; not used without `niter`.
-      adapter: one adapter, all of whose sites are of the method `PiSSA`.
+      adapter: one adapter, all of whose sites are of the method `PiSSA` or `Residual(LoRA)`.
       params: the weights that it belongs to; they are read and left alone.
       niter: power iterations of a randomised SVD; None takes the exact one.
 
@@ -52,57 +85,31 @@ def pissa(key: PRNGKeyArray, adapter: Adapter, params: Params, niter: int | None
       ValueError: a bank, a site of another method or that is not in `params`, an abstract weight, a
         rank above min(d_in, d_out), a and a0 (b and b0) of different dtypes.
     """
-    one_adapter(adapter, "pissa")
-    leaves, _ = flatten(params)
-    check({path: w for path, w in leaves.items() if is_array(w)}, adapter)
-    trainable, frozen = dict(adapter.trainable), dict(adapter.frozen)
     for site, method in adapter.sites:
-        if type(method) is not PiSSA:
+        inner = method.method if isinstance(method, Residual) else method
+        if type(method) is not PiSSA and (inner is method or type(inner) is not LoRA):
             raise ValueError(f"{site.path}: got the method {method}, expected PiSSA")
-        w = leaves[site.path]
-        w = w.dequantize() if hasattr(w, "dequantize") else w
-        if isinstance(w, jax.ShapeDtypeStruct):
-            raise ValueError(f"{site.path}: got an abstract weight, expected one with values")
-        new = _factors(key_of(key, site.path), site, w, adapter, niter)
-        trainable[site.path] = {**trainable[site.path], "a": new["a"], "b": new["b"]}
-        frozen[site.path] = {**frozen[site.path], "a0": new["a"], "b0": new["b"]}
-    return adapter.replace(trainable=trainable, frozen=frozen)
+        own, _ = adapter.arrays(site)
+        for name in ("a", "b"):
+            got, expected = own[f"{name}0"].dtype, own[name].dtype
+            if got != expected:
+                got = f"got {got}, expected {expected} as {name} has"
+                raise ValueError(f"{site.path}/{name}0: {got}")
 
+    def rule(key: Dynamic, w: Dynamic, scale: Dynamic, _: None, *, rank: int) -> Arrays:
+        a, b = principal(key, w, rank, scale, niter)
+        return {"a": a, "b": b}
 
-def _factors(
-    key: jax.Array, site: Site, w: jax.Array, adapter: Adapter, niter: int | None
-) -> Arrays:
-    """a [*stack, d_in, r] and b [*stack, r, d_out] of one site, in the dtypes of the adapter."""
-    own, _ = adapter.arrays(site)
-    for name in ("a", "b"):
-        got, expected = own[f"{name}0"].dtype, own[name].dtype
-        if got != expected:
-            raise ValueError(f"{site.path}/{name}0: got {got}, expected {expected} as {name} has")
-    rank, limit = own["a"].shape[-1], min(site.d_in, site.d_out)
-    if rank > limit:
-        raise ValueError(f"{site.path}: PiSSA rank expected in 1..{limit}, got {rank}")
-
-    def one(key: jax.Array, w: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return principal(key, w, rank, scale, niter)
-
-    m, scale = fold(w, site.kinds).astype(site.param_dtype), own["scale"].astype(site.param_dtype)
-    if site.stack:
-        count = math.prod(site.stack)
-        keys = jax.random.split(key, count)
-        a, b = jax.vmap(one)(keys, m.reshape(count, *m.shape[-2:]), scale.reshape(count))
-    else:
-        a, b = one(key, m, scale)
-    made = {"a": a, "b": b}
-    return {k: jnp.reshape(t, own[k].shape).astype(own[k].dtype) for k, t in made.items()}
+    return filled(adapter, params, rule, name="PiSSA", key=key)
 
 
 SYSTEM = Initialisation(
     name="PiSSA initialisation",
     paper="Meng 2024, 2404.02948",
     symbol="pissa",
-    evidence="numpy's SVD in float64; bitwise the adapter of jl.init",
+    evidence="numpy's SVD in float64; bitwise the adapter of jl.init; PEFT's delta",
     kind="component",
     method=PiSSA(rank=2),
-    initialise=lambda key, adapter, params, statistics: pissa(key, adapter, params),
+    initialise=lambda key, adapter, params, statistics: of_adapter(key, adapter, params),
     reads_weights=True,
 )

@@ -9,13 +9,18 @@ from jlora.methods.decomposed.delora import DeLoRA as DeLoRA
 from jlora.methods.decomposed.dora import DoRA as DoRA
 from jlora.methods.kronecker.lokr import LoKr as LoKr
 from jlora.methods.low_rank.adalora import AdaLoRA as AdaLoRA
+from jlora.methods.low_rank.allora import ALLoRA as ALLoRA
+from jlora.methods.low_rank.block_lora import BlockLoRA as BlockLoRA
 from jlora.methods.low_rank.hira import HiRA as HiRA
 from jlora.methods.low_rank.kasa import KaSA as KaSA
+from jlora.methods.low_rank.lamda import LaMDA as LaMDA
 from jlora.methods.low_rank.locon import LoCon as LoCon
 from jlora.methods.low_rank.loha import LoHa as LoHa
+from jlora.methods.low_rank.loldu import LoLDU as LoLDU
 from jlora.methods.low_rank.lora import LoRA as LoRA
 from jlora.methods.low_rank.lora_xs import LoRAXS as LoRAXS
 from jlora.methods.low_rank.pissa import PiSSA as PiSSA
+from jlora.methods.low_rank.slora import SLoRA as SLoRA
 from jlora.methods.orthogonal.boft import BOFT as BOFT
 from jlora.methods.orthogonal.hra import HRA as HRA
 from jlora.methods.orthogonal.oft import OFT as OFT
@@ -26,8 +31,10 @@ from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning
 from jlora.methods.selective.trainable_tokens import TrainableTokens as TrainableTokens
+from jlora.methods.shared_basis.nola import NOLA as NOLA
 from jlora.methods.shared_basis.pvera import PVeRA as PVeRA
 from jlora.methods.shared_basis.randlora import RandLoRA as RandLoRA
+from jlora.methods.shared_basis.tera import TeRA as TeRA
 from jlora.methods.shared_basis.unilora import UniLoRA as UniLoRA
 from jlora.methods.shared_basis.vblora import VBLoRA as VBLoRA
 from jlora.methods.shared_basis.vera import VeRA as VeRA
@@ -38,4 +45,5 @@ from jlora.methods.sparse.waveft import WaveFT as WaveFT
 from jlora.methods.weight_led.deft import DEFT as DEFT
 from jlora.methods.weight_led.glora import GLoRA as GLoRA
 from jlora.methods.weight_led.peanut import PEANuT as PEANuT
+from jlora.methods.wrappers.residual import Residual as Residual
 from jlora.methods.wrappers.token_mask import TokenMask as TokenMask

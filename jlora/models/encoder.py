@@ -30,7 +30,7 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from jlora.models import layers
 from jlora.models.encoder_config import EncoderConfig, Params
@@ -153,13 +153,40 @@ class Encoder(nn.Module):
         return _stack(self.config, self.config.layers, "layers")(x, layers.mask_bias(mask))[0]
 
 
-def embed(config: EncoderConfig, params: Params, ids: Array) -> Array:
-    """The lower half of ``Encoder``: ``ids [b, t]`` to ``[b, t, d]``; reads ``embeddings``."""
+def embed(config: EncoderConfig, params: Params, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """The lower half of ``Encoder``: tokens to vectors.
+
+    Args:
+      config: the architecture.
+      params: holds "embeddings"; the rest is not read.
+      ids: tokens.
+
+    Returns:
+      Vectors with position and segment 0 added, in ``config.dtype``.
+
+    Raises:
+      ValueError: more tokens than positions.
+    """
     return cast(Array, Embeddings(config).apply({"params": params["embeddings"]}, ids))
 
 
-def run(params: Params, hidden: Array, mask: Array, config: EncoderConfig) -> Array:
-    """The upper half: all layers found in ``params['layers']``, however many; ``[b, t, d]``."""
+def run(
+    params: Params, hidden: Float[Array, "b t d"], mask: Bool[Array, "b t"], config: EncoderConfig
+) -> Float[Array, "b t d"]:
+    """The upper half of ``Encoder``: all layers in the parameters, however many they are.
+
+    Args:
+      params: holds "layers"; the rest is not read.
+      hidden: states, of `embed` or of the lower part of a `split`.
+      mask: True for a token.
+      config: the architecture; its depth is not read.
+
+    Returns:
+      Last states.
+
+    Raises:
+      ValueError: a mask of another dtype or shape.
+    """
     _check_mask(hidden.shape[:2], mask)
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
     stack = _stack(config, depth)
@@ -167,7 +194,18 @@ def run(params: Params, hidden: Array, mask: Array, config: EncoderConfig) -> Ar
 
 
 def split(params: Params, k: int) -> tuple[Params, Params]:
-    """Cut the stack below layer ``k``: (embeddings and layers ``:k``, ``{'layers': k:}``)."""
+    """Cuts the stack below layer k.
+
+    Args:
+      params: of an encoder.
+      k: how many layers stay below, 0 to L.
+
+    Returns:
+      (embeddings and the first k layers, {"layers": the others}).
+
+    Raises:
+      ValueError: a cut outside the stack.
+    """
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
     if not 0 <= k <= depth:
         raise ValueError(f"split: got k={k}, expected 0 <= k <= {depth}")
@@ -175,10 +213,17 @@ def split(params: Params, k: int) -> tuple[Params, Params]:
     return lower, {"layers": jax.tree.map(lambda x: x[k:], params["layers"])}
 
 
-def mean_pool(hidden: Array, mask: Array) -> Array:
-    """Mean of the unmasked states, scaled to unit norm: ``[b, t, d]``, ``[b, t]`` -> ``[b, d]``.
+def mean_pool(hidden: Float[Array, "b t d"], mask: Bool[Array, "b t"]) -> Float[Array, "b d"]:
+    """Mean of the unmasked states, scaled to unit norm.
 
-    The mean's length cancels, so this is the sum over its norm; a row without tokens gives zeros.
+    The length of the mean cancels, so this is the sum over its norm.
+
+    Args:
+      hidden: states.
+      mask: True for a token.
+
+    Returns:
+      One vector per row; zeros for a row without tokens.
     """
     total = jnp.einsum("btd,bt->bd", hidden, mask.astype(hidden.dtype))
     square = jnp.sum(total * total, axis=-1, keepdims=True)

@@ -73,12 +73,37 @@ _MODULES = {
 
 
 def config_from_hf(directory: str | Path) -> EncoderConfig:
-    """Read ``config.json``; ``ValueError`` for a missing field or an unimplemented value."""
+    """Reads ``config.json``.
+
+    Args:
+      directory: of the checkpoint.
+
+    Returns:
+      The architecture.
+
+    Raises:
+      ValueError: a field is missing, or asks for what the encoder does not implement.
+    """
     return read_config(directory, EncoderConfig, _FIELDS, _FIXED, ("init_std", "pad"))
 
 
 def load(directory: str | Path, ignore: str = IGNORE) -> tuple[EncoderConfig, Params]:
-    """Read a checkpoint directory; ``ignore`` is a regex of tensor names (less ``bert.``)."""
+    """Reads a checkpoint directory.
+
+    Args:
+      directory: holds ``config.json`` and the weights.
+      ignore: a regex of names of tensors, less ``bert.``, that are left alone; by default the parts
+        that
+        the encoder lacks.
+
+    Returns:
+      The architecture and the parameters, in the dtype of the file.
+
+    Raises:
+      ValueError: as `config_from_hf`; or tensors are missing, surplus, misshapen, of another dtype
+        or
+        not finite.
+    """
     config = config_from_hf(directory)
     expected = list(_names(config))
     flips = {name: flip for _, name, _, flip in expected}
@@ -91,7 +116,16 @@ def load(directory: str | Path, ignore: str = IGNORE) -> tuple[EncoderConfig, Pa
 
 
 def save(directory: str | Path, config: EncoderConfig, params: Params) -> None:
-    """Write ``config.json`` and ``model.safetensors`` (names without prefix, no pooler)."""
+    """Writes ``config.json`` and ``model.safetensors``, names without prefix.
+
+    Args:
+      directory: made if it does not exist.
+      config: the architecture.
+      params: its parameters.
+
+    Raises:
+      ValueError: a parameter is missing, surplus or misshapen.
+    """
     directory = Path(directory)
     flat = flatten(params)
     tensors, counts = {}, dict.fromkeys(flat, 0)
@@ -118,7 +152,7 @@ def save(directory: str | Path, config: EncoderConfig, params: Params) -> None:
 
 
 def _names(c: EncoderConfig) -> Iterator[tuple[str, str, tuple[int, ...], bool]]:
-    """Every tensor of the file: (our leaf, name, stored shape, whether it is stored transposed)."""
+    """Every tensor of the file: (leaf, name, stored shape, whether it is stored transposed)."""
     rows = {"word": c.vocab, "position": c.max_positions, "type": c.segments}
     for leaf, name in _EMBEDDINGS.items():
         part = leaf.split("/")[0]

@@ -1,15 +1,5 @@
 """What every reader of a Hugging Face directory needs: its config and its tensors, checked.
 
-``read_config(directory, kind, fields, fixed, optional)``: ``config.json`` as a `kind`; ``fields``:
-our names -> theirs; ``fixed``: fields that change the function and have one implemented value,
-absent means that value; ``optional``: ours that may be absent.
-
-``read_leaves(directory, names, plain, ours, ignore)``: ``model.safetensors`` (or the shards of
-its index) as a tree; ``names``:
-(leaf, name, stored shape) of every tensor; ``plain``: the file's name -> that name; ``ours(name,
-value)``: the stored tensor in our layout; ``ignore``: a regex of names that are left alone. Leaves
-below ``layers/`` come once a layer, in order, and are stacked.
-
 Errors: ``ValueError`` with path, name, got and expected for a field that is missing or not
 implemented; for tensors that are missing, surplus, there twice, misshapen, of another dtype than
 float32, float16 and bfloat16, or not finite.
@@ -22,17 +12,19 @@ import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Shaped
 from safetensors import safe_open
 
 from jlora.io import safetensors_file
 from jlora.io.inside import inside
 from jlora.io.json_file import read_json
 from jlora.models.encoder_config import Params
+from jlora.types import Dynamic, Json
 
 T = TypeVar("T")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,9 +34,25 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 def read_config(
     directory: str | Path, kind: Callable[..., T], fields: Mapping[str, str],
-    fixed: Mapping[str, Any], optional: Collection[str],
+    fixed: Mapping[str, Json], optional: Collection[str],
 ) -> T:  # fmt: skip
-    """``config.json`` as a `kind`."""
+    """``config.json`` of a directory as a configuration.
+
+    Args:
+      directory: of the checkpoint.
+      kind: makes the configuration, from keyword arguments.
+      fields: of `kind` -> of the file.
+      fixed: fields of the file that change the function and have one implemented value; where one
+        is
+        absent, it has that value.
+      optional: fields of `kind` that the file need not have.
+
+    Returns:
+      What `kind` returns.
+
+    Raises:
+      ValueError: a field is missing, or has a value that is not implemented.
+    """
     path = Path(directory) / "config.json"
     raw = read_json(path)
     for field, expected in fixed.items():
@@ -62,6 +70,9 @@ def shards(directory: str | Path) -> list[Path]:
     Args:
       directory: of the checkpoint.
 
+    Returns:
+      Their paths, sorted.
+
     Raises:
       ValueError: the index is no index, or names a file outside `directory`.
     """
@@ -77,15 +88,32 @@ def shards(directory: str | Path) -> list[Path]:
 
 def read_leaves(
     directory: str | Path, names: Sequence[tuple[str, str, tuple[int, ...]]],
-    plain: Callable[[str], str], ours: Callable[[str, np.ndarray], np.ndarray], ignore: str,
+    plain: Callable[[str], str], convert: Callable[[str, np.ndarray], np.ndarray], ignore: str,
 ) -> Params:  # fmt: skip
-    """``model.safetensors`` as a tree of our leaves."""
+    """The tensors of a checkpoint as a tree of parameters.
+
+    Args:
+      directory: holds ``model.safetensors``, or the shards of its index.
+      names: (leaf, name, stored shape) of every tensor; leaves below ``layers/`` come once per
+        layer, in
+        order, and are stacked.
+      plain: name in the file -> name in `names`.
+      convert: (name, stored tensor) -> that tensor in the layout of the leaf.
+      ignore: a regex of names that are left alone.
+
+    Returns:
+      The tree, in the dtypes of the file.
+
+    Raises:
+      ValueError: tensors are missing, surplus, there twice, misshapen, of another dtype or not
+        finite.
+    """
     leaves: dict[str, list[np.ndarray]] = {}
-    with contextlib.ExitStack() as opened:
-        stored: dict[str, tuple[str, Any, Path]] = {}
+    with contextlib.ExitStack() as files_to_close:
+        stored: dict[str, tuple[str, Dynamic, Path]] = {}
         files = shards(directory)
         for path in files:
-            file = opened.enter_context(safe_open(path, framework="flax"))
+            file = files_to_close.enter_context(safe_open(path, framework="flax"))
             for name in file.keys():
                 if (short := plain(name)) in stored:
                     first = stored[short][0]
@@ -100,12 +128,27 @@ def read_leaves(
         for leaf, name, shape in names:
             original, file, source = stored[name]
             value = read_tensor(file, original, shape, source)
-            leaves.setdefault(leaf, []).append(ours(name, value))
+            leaves.setdefault(leaf, []).append(convert(name, value))
     return nest({leaf: stack_leaf(leaf, parts, path) for leaf, parts in leaves.items()})
 
 
-def read_tensor(file: Any, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
-    """One tensor of an open file; ValueError for another shape or dtype, or values not finite."""
+def read_tensor(file: Dynamic, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    """One tensor of an open file.
+
+    Args:
+      file: of `safetensors.safe_open`.
+      name: of the tensor.
+      shape: that it must have.
+      path: of the file, for errors.
+
+    Returns:
+      The values, in the dtype of the file.
+
+    Raises:
+      ValueError: another shape, another dtype than float32, float16 and bfloat16, or values that
+        are
+        not finite.
+    """
     view = file.get_slice(name)
     if (got := tuple(view.get_shape())) != shape:
         raise ValueError(f"{path}: {name}: got shape {got}, expected {shape}")
@@ -119,14 +162,33 @@ def read_tensor(file: Any, name: str, shape: tuple[int, ...], path: Path) -> np.
 
 
 def stack_leaf(leaf: str, parts: list[np.ndarray], path: Path) -> jax.Array:
-    """The tensors of all layers as one leaf; of other leaves the only one."""
+    """The tensors of all layers as one leaf.
+
+    Args:
+      leaf: path of the leaf.
+      parts: its tensors; one, unless the path begins with ``layers/``.
+      path: of the file, for errors.
+
+    Returns:
+      [L, ...] of all layers; of other leaves the only tensor.
+
+    Raises:
+      ValueError: layers of different dtypes.
+    """
     if len(dtypes := sorted({str(p.dtype) for p in parts})) > 1:
         raise ValueError(f"{path}: {leaf}: got dtypes {dtypes} over the layers, expected one")
     return jnp.asarray(np.stack(parts) if leaf.startswith("layers/") else parts[0])
 
 
-def nest(flat: dict[str, jax.Array]) -> Params:
-    """{"a/b": x} -> {"a": {"b": x}}."""
+def nest(flat: dict[str, Shaped[Array, "..."]]) -> Params:
+    """A tree from paths: {"a/b": x} -> {"a": {"b": x}}.
+
+    Args:
+      flat: {path: leaf}.
+
+    Returns:
+      Nested dicts.
+    """
     tree: Params = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
@@ -138,7 +200,15 @@ def nest(flat: dict[str, jax.Array]) -> Params:
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, jax.Array]:
-    """The inverse of `nest`."""
+    """The inverse of `nest`.
+
+    Args:
+      tree: nested dicts.
+      prefix: of the paths; for the recursion.
+
+    Returns:
+      {path: leaf}.
+    """
     flat = {}
     for key, value in tree.items():
         inner = isinstance(value, dict)

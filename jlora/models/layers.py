@@ -22,16 +22,24 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float
 
 # A masked key gets this logit: finite, so that a row without any key is uniform and never NaN.
 MASKED = -1e30
 
 
 @jax.custom_jvp
-def gelu(x: Array) -> Array:
-    r"""Exact GELU, ``x`` times the standard normal distribution function; same shape and dtype."""
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact GELU: x times the standard normal distribution function.
+
+    Args:
+      x: activations.
+
+    Returns:
+      The same shape and dtype.
+    """
     return x * _normal_cdf(x)
 
 
@@ -49,10 +57,19 @@ def _normal_cdf(x: Array) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    r"""Normalise the last axis: ``x [..., d]``, ``scale``, ``bias`` :math:`\gamma, \beta` ``[d]``.
+def layer_norm(
+    x: Float[Array, "... d"], scale: Float[Array, "d"], bias: Float[Array, "d"], eps: float
+) -> Float[Array, "... d"]:
+    """Normalises the last axis; statistics in float32.
 
-    Statistics in float32 whatever the dtype of ``x``, which the result keeps.
+    Args:
+      x: activations.
+      scale: gamma.
+      bias: beta.
+      eps: added to the variance.
+
+    Returns:
+      The same shape and dtype as x.
     """
     return _normalise(x, scale, bias, eps)[0]
 
@@ -94,8 +111,15 @@ def _layer_norm_jvp(eps, primals, tangents):
 
 
 @jax.custom_jvp
-def softmax(x: Array) -> Array:
-    r"""Softmax over the last axis; same shape and dtype."""
+def softmax(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Softmax over the last axis.
+
+    Args:
+      x: logits.
+
+    Returns:
+      The same shape and dtype.
+    """
     powers = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
     return powers / jnp.sum(powers, axis=-1, keepdims=True)
 
@@ -107,15 +131,28 @@ def _softmax_jvp(primals, tangents):
     return y, inner - y * jnp.sum(inner, axis=-1, keepdims=True)
 
 
-def attention(q: Array, k: Array, v: Array, bias: Array, heads: int) -> Array:
-    r"""Multi-head attention: ``q, k, v [b, t, d]``, ``bias`` :math:`m` ``[b, t]`` -> ``[b, t, d]``.
+def attention(
+    q: Float[Array, "b t d"],
+    k: Float[Array, "b t d"],
+    v: Float[Array, "b t d"],
+    bias: Float[Array, "b t"],
+    heads: int,
+) -> Float[Array, "b t d"]:
+    """Multi-head attention; logits and softmax in float32.
 
-    ``heads`` is :math:`H`. ``bias`` is added to the logits of every query (0 for a key to see,
-    ``MASKED`` for one to hide). Logits and softmax in float32.
+    Args:
+      q: queries of all heads.
+      k: keys.
+      v: values.
+      bias: m, added to the logits of every query: 0 for a key to see, `MASKED` for one to hide.
+      heads: H, which divides d.
+
+    Returns:
+      Mixed values, in the dtype of v.
     """
     b, t, d = q.shape
     # Heads before tokens: both products are then plain batched matmuls. The queries are scaled,
-    # not the logits: d numbers a token instead of H * t.
+    # not the logits: d numbers per token instead of H * t.
     q, k, v = (x.reshape(b, t, heads, d // heads).transpose(0, 2, 1, 3) for x in (q, k, v))
     q = q * (heads / d) ** 0.5
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
@@ -123,6 +160,13 @@ def attention(q: Array, k: Array, v: Array, bias: Array, heads: int) -> Array:
     return jnp.einsum("bhqk,bhkd->bhqd", weights, v).transpose(0, 2, 1, 3).reshape(b, t, d)
 
 
-def mask_bias(mask: Array) -> Array:
-    """``mask`` bool ``[b, t]`` (True = a token) -> float32 logit bias ``[b, t]``."""
+def mask_bias(mask: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+    """What `attention` adds to the logits.
+
+    Args:
+      mask: True for a token.
+
+    Returns:
+      0 for tokens, `MASKED` for others, float32.
+    """
     return jnp.where(mask, jnp.float32(0.0), jnp.float32(MASKED))

@@ -34,7 +34,21 @@ class Tokenizer:
         return self._fast.get_vocab_size()
 
     def encode_batch(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """``n`` texts -> ``(ids int32 [n, length], mask bool [n, length])``."""
+        """Token arrays of one length.
+
+        Args:
+          texts: n strings.
+          length: t, tokens per row; longer texts are cut (closing special tokens kept), shorter
+            ones padded
+            on the right.
+
+        Returns:
+          ids int32 [n, t], and mask bool [n, t], True for a token.
+
+        Raises:
+          TypeError: a text that is not a string.
+          ValueError: a length that does not even hold the special tokens.
+        """
         if isinstance(texts, str):
             raise TypeError("texts: got one str, expected a sequence of str")
         if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
@@ -51,7 +65,18 @@ class Tokenizer:
 
 
 def tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory."""
+    """The tokenizer of a checkpoint directory.
+
+    Args:
+      directory: holds ``tokenizer.json``.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the vocabulary has no token [PAD].
+    """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

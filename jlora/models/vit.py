@@ -36,7 +36,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
 from jlora.models import layers
 from jlora.models.encoder_config import Params
@@ -112,8 +112,16 @@ def _dense(config: VitConfig, features: int, name: str) -> nn.Dense:
     return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
 
 
-def cut(images: Array, patch: int) -> Array:
-    """``[b, s, s, c]`` -> ``[b, N, c P P]``: patches row by row, each by channel, row, column."""
+def cut(images: Float[Array, "b side side c"], patch: int) -> Float[Array, "b N features"]:
+    """Patches of images, row by row, each by channel, row and column.
+
+    Args:
+      images: of a side that P divides.
+      patch: P, pixels each way.
+
+    Returns:
+      [b, N, c P P].
+    """
     b, side, _, c = images.shape
     n = side // patch
     grid = images.reshape(b, n, patch, n, patch, c).transpose(0, 1, 3, 5, 2, 4)
@@ -197,12 +205,37 @@ class Vit(nn.Module):
 
 
 def config_from_hf(directory: str | Path) -> VitConfig:
-    """Read ``config.json``; ``ValueError`` for a missing field or an unimplemented value."""
+    """Reads ``config.json``.
+
+    Args:
+      directory: of the checkpoint.
+
+    Returns:
+      The architecture.
+
+    Raises:
+      ValueError: a field is missing, or asks for what the model does not implement.
+    """
     return read_config(directory, VitConfig, _FIELDS, _FIXED, ("init_std",))
 
 
 def load(directory: str | Path, ignore: str = IGNORE) -> tuple[VitConfig, Params]:
-    """Read a checkpoint directory; ``ignore`` is a regex of tensor names (less ``vit.``)."""
+    """Reads a checkpoint directory.
+
+    Args:
+      directory: holds ``config.json`` and the weights.
+      ignore: a regex of names of tensors, less ``vit.``, that are left alone; by default the parts
+        that
+        the model lacks.
+
+    Returns:
+      The architecture and the parameters, in the dtype of the file.
+
+    Raises:
+      ValueError: as `config_from_hf`; or tensors are missing, surplus, misshapen, of another dtype
+        or
+        not finite.
+    """
     config = config_from_hf(directory)
     names = list(_names(config))
     return config, read_leaves(directory, names, _plain, _ours, ignore)
@@ -213,7 +246,7 @@ def _plain(name: str) -> str:
 
 
 def _ours(name: str, value: np.ndarray) -> np.ndarray:
-    """A stored tensor in our layout: kernels ``[in, out]``, tables without the leading one."""
+    """A stored tensor as its leaf: kernels ``[in, out]``, tables without the leading one."""
     if name == "embeddings.cls_token":
         return value[0, 0]
     if name == "embeddings.position_embeddings":
@@ -222,7 +255,7 @@ def _ours(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _names(c: VitConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Every tensor of the file: (our leaf, name, stored shape)."""
+    """Every tensor of the file: (leaf, name, stored shape)."""
     d, projection = c.width, "embeddings.patch_embeddings.projection"
     yield "embeddings/cls", "embeddings.cls_token", (1, 1, d)
     yield "embeddings/position/embedding", "embeddings.position_embeddings", (1, c.patches + 1, d)

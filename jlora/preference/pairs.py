@@ -15,7 +15,7 @@ Deviates: the reference is the base with no adapter: no second copy of the weigh
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jlora.core.adapter import Adapter
 from jlora.core.lift import lift
 from jlora.core.site import at_least_float32
 from jlora.system import System
+from jlora.types import Batch, Tree
 
 
 class Pairs(NamedTuple):
@@ -55,7 +56,7 @@ def sequence_log_probs(
     return jnp.sum(found[..., 0] * mask[:, 1:].astype(found.dtype), axis=-1)
 
 
-def scorer(model: Callable[[Any, Array], Array]) -> Scorer:
+def scorer(model: Callable[[Tree, Int[Array, "B T"]], Float[Array, "B T V"]]) -> Scorer:
     """``log_probs(params, adapter, pairs)`` of a causal language model.
 
     Args:
@@ -67,7 +68,7 @@ def scorer(model: Callable[[Any, Array], Array]) -> Scorer:
     """
     tuned = lift(model)
 
-    def log_probs(params: Any, adapter: Adapter | None, pairs: Pairs) -> LogProbs:
+    def log_probs(params: Tree, adapter: Adapter | None, pairs: Pairs) -> LogProbs:
         tokens = jnp.concatenate([pairs.chosen, pairs.rejected])
         mask = jnp.concatenate([pairs.chosen_mask, pairs.rejected_mask])
         sums = sequence_log_probs(tuned(params, adapter, tokens), tokens, mask)
@@ -78,8 +79,8 @@ def scorer(model: Callable[[Any, Array], Array]) -> Scorer:
 
 
 def against_base(
-    loss: Callable[[LogProbs, LogProbs], Array],
-) -> Callable[[Scorer, Any, Adapter, Any], Array]:
+    loss: Callable[[LogProbs, LogProbs], Float[Array, "B"]],
+) -> Callable[[Scorer, Tree, Adapter, Batch], Float[Array, "B"]]:
     """The objective of a loss that compares the adapted model with the base.
 
     Args:
@@ -89,7 +90,7 @@ def against_base(
       objective(log_probs, params, adapter, batch) -> [B]. The base takes no gradient.
     """
 
-    def objective(log_probs: Scorer, params: Any, adapter: Adapter, batch: Any) -> Array:
+    def objective(log_probs: Scorer, params: Tree, adapter: Adapter, batch: Batch) -> Array:
         base = jax.lax.stop_gradient(log_probs(params, None, batch))
         return loss(log_probs(params, adapter, batch), base)
 

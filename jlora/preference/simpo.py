@@ -15,13 +15,12 @@ Source: paper.
 Deviates: nothing.
 """
 
-from typing import Any
-
 import jax
 from jaxtyping import Array, Float
 
 from jlora.contracts.preference import LogProbs, Preference, Scorer
 from jlora.core.adapter import Adapter
+from jlora.types import Batch, Tree
 
 
 def simpo(policy: LogProbs, *, beta: float = 2.0, gamma: float = 1.0) -> Float[Array, "B"]:
@@ -45,7 +44,7 @@ def simpo(policy: LogProbs, *, beta: float = 2.0, gamma: float = 1.0) -> Float[A
     return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
 
 
-def _objective(log_probs: Scorer, params: Any, adapter: Adapter, batch: Any) -> Array:
+def _objective(log_probs: Scorer, params: Tree, adapter: Adapter, batch: Batch) -> Array:
     return simpo(log_probs(params, adapter, batch))
 
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from jlora import registry
-from jlora.contracts import optimizer
-from jlora.contracts.optimizer import Optimizer, error, laws_of, only, steps, world
+from jlora.contracts.optimizer import LAWS, Optimizer, only
+from jlora.contracts.optimizer_laws import deltas, error, laws_of, steps, world
 
 TOLERANCE = 2e-4
 
@@ -79,7 +79,7 @@ def test_the_scale_is_needed_for_a_step_of_d_that_does_not_depend_on_it():
     rule, moved = stateless(scaled), []
     for w in (at, other):
         end = steps(rule.update, rule.init(w.trainable), w)[2]
-        moved.append(optimizer.deltas(end.trainable, w.frozen))
+        moved.append(deltas(end.trainable, w.frozen))
     for x, y in zip(*map(jax.tree.leaves, moved), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
 
@@ -154,7 +154,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("law", optimizer.LAWS)
+@pytest.mark.parametrize("law", LAWS)
 def test_mutation_a_broken_record_fails_its_law(law):
     calls.clear()
     assert error(law, dataclasses.replace(GOOD, make=BROKEN[law]), world()) > TOLERANCE

@@ -1,6 +1,7 @@
 """Golden trees of JAX packages with language models: paths, shapes, dtypes, and logits.
 
-Run by a developer where the package is installed (`pip install -e '.[stacks]'`), from the root:
+Run by a developer where the package is installed (`pip install -e '.[stacks]'`, and for EasyDeL
+`pip install -e '.[stacks-easydel]' pytest` in an environment of its own), from the root:
 
     python tests/golden/make_stacks.py tunix-llama3 gemma ...
 
@@ -137,11 +138,18 @@ def _easydel():
     from flax import nnx
 
     sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
-    config = easydel.LlamaConfig(**sizes, head_dim=6, tie_word_embeddings=False)
+    config = easydel.LlamaConfig(
+        **sizes, head_dim=6, tie_word_embeddings=False, attn_dtype=jnp.float32
+    )
     model = easydel.LlamaForCausalLM(
         config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
-    return _nnx(model, lambda model, ids: model(input_ids=ids).logits)
+
+    def call(model, ids):
+        with config.mesh:
+            return model(input_ids=ids).logits
+
+    return _nnx(model, call)
 
 
 def _llama(**more):
@@ -183,7 +191,7 @@ def filled(params: Any) -> Any:
     from jlora.core.lift import path_string
 
     def fill(path, leaf):
-        if not np.issubdtype(leaf.dtype, np.floating):
+        if not jax.numpy.issubdtype(leaf.dtype, np.floating):
             return leaf
         return jax.numpy.asarray(weight(path_string(path), tuple(leaf.shape)), leaf.dtype)
 

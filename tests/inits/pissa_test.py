@@ -1,5 +1,7 @@
 """PiSSA as an initialisation: numpy's SVD in float64, the adapter of `jl.init`, refusals."""
 
+import importlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,11 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.inits import pissa as module
-from jlora.inits.pissa import pissa
+from jlora.inits.pissa import of_adapter
 from jlora.methods.low_rank.pissa import PiSSA
 
 KEY = jax.random.key(3)
+module = importlib.import_module("jlora.inits.pissa")  # `jl.inits.pissa` is the function
 
 
 def drawn(seed, dtype=jnp.float32):
@@ -41,7 +43,7 @@ def adapter():
 
 
 def check_value(adapter, params):
-    got = pissa(KEY, adapter, params)
+    got = of_adapter(KEY, adapter, params)
     for path, w in params.items():
         p = {**got.trainable[path], **got.frozen[path]}
         u, s, vt = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
@@ -66,7 +68,7 @@ def test_it_is_the_adapter_of_init_bit_for_bit(adapter):
     params = drawn(1)
     for niter in (None, 2):
         want = adapter_of(PiSSA(rank=3, alpha=6.0, niter=niter), params)
-        got = pissa(KEY, adapter, params, niter=niter)
+        got = of_adapter(KEY, adapter, params, niter=niter)
         chex.assert_trees_all_equal(got.trainable, want.trainable)
         chex.assert_trees_all_equal(got.frozen, want.frozen)
 
@@ -76,7 +78,7 @@ def test_the_scale_is_the_adapters_own_not_that_of_its_method(adapter):
     scale = {"up": jnp.asarray([0.5, 4.0]), "head": jnp.asarray(3.0)}
     frozen = {p: {**t, "scale": scale[p]} for p, t in adapter.frozen.items()}
     params = drawn(1)
-    got = pissa(KEY, adapter.replace(frozen=frozen), params)
+    got = of_adapter(KEY, adapter.replace(frozen=frozen), params)
     u, s, vt = np.linalg.svd(np.asarray(params["up"], np.float64), full_matrices=False)
     best = (u[..., :3] * s[:, None, :3]) @ vt[:, :3]
     a, b = (np.asarray(got.trainable["up"][k], np.float64) for k in ("a", "b"))
@@ -88,14 +90,14 @@ def test_the_next_round_starts_from_what_the_last_one_learned(adapter):
     """Trained, merged, started anew: the function is that of the trained adapter."""
     trained = adapter.replace(trainable=jax.tree.map(lambda t: t + 0.1, adapter.trainable))
     learned = jl.merge(drawn(0), trained)
-    again = pissa(KEY, adapter, learned)
+    again = of_adapter(KEY, adapter, learned)
     for path, w in jl.merge(learned, again).items():
         np.testing.assert_array_equal(w, learned[path])
 
 
 def test_a_narrow_adapter_stays_narrow_and_starts_at_the_weights(adapter):
     narrow = jax.tree.map(lambda t: t.astype(jnp.bfloat16), adapter)
-    got, params = pissa(KEY, narrow, drawn(1)), drawn(1)
+    got, params = of_adapter(KEY, narrow, drawn(1)), drawn(1)
     assert {t.dtype for t in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
     for path, w in jl.merge(params, got).items():
         np.testing.assert_array_equal(w, params[path])
@@ -104,7 +106,7 @@ def test_a_narrow_adapter_stays_narrow_and_starts_at_the_weights(adapter):
 def test_a_quantised_base_is_read(adapter):
     params = drawn(1)
     packed = {**params, "up": jl.quantize(params["up"], 8, 6)}
-    got = pissa(KEY, adapter, packed).trainable["up"]
+    got = of_adapter(KEY, adapter, packed).trainable["up"]
     w = np.asarray(packed["up"].dequantize(), np.float64)
     u, s, vt = np.linalg.svd(w, full_matrices=False)
     best = (u[..., :3] * s[:, None, :3]) @ vt[:, :3]
@@ -115,24 +117,24 @@ def test_a_quantised_base_is_read(adapter):
 def test_refusals(adapter):
     params = drawn(1)
     with pytest.raises(ValueError, match=r"head: got the method LoRA\(.*, expected PiSSA"):
-        pissa(KEY, adapter_of(jl.LoRA(rank=2)), params)
+        of_adapter(KEY, adapter_of(jl.LoRA(rank=2)), params)
     missing = jax.ShapeDtypeStruct((2, 8, 6), jnp.float32)
     with pytest.raises(ValueError, match="up: got an abstract weight, expected one with values"):
-        pissa(KEY, adapter, {**params, "up": missing})
-    with pytest.raises(ValueError, match="pissa: got a bank of 2 adapters, expected one"):
-        pissa(KEY, jl.stack([adapter, adapter]), params)
+        of_adapter(KEY, adapter, {**params, "up": missing})
+    with pytest.raises(ValueError, match="PiSSA: got a bank of 2 adapters, expected one"):
+        of_adapter(KEY, jl.stack([adapter, adapter]), params)
     with pytest.raises(ValueError, match="site head is not in params"):
-        pissa(KEY, adapter, {"up": params["up"]})
+        of_adapter(KEY, adapter, {"up": params["up"]})
     half = jax.tree.map(lambda t: t.astype(jnp.bfloat16), adapter.trainable)
     with pytest.raises(ValueError, match="a0: got float32, expected bfloat16 as a has"):
-        pissa(KEY, adapter.replace(trainable=half), params)
+        of_adapter(KEY, adapter.replace(trainable=half), params)
 
 
 def test_a_rank_above_the_weights_is_refused(adapter):
     wide = jax.tree.map(lambda t: t, adapter.trainable)
     wide["head"]["a"], wide["head"]["b"] = jnp.zeros((6, 6)), jnp.zeros((6, 5))
     with pytest.raises(ValueError, match=r"head: PiSSA rank expected in 1\.\.5, got 6"):
-        pissa(KEY, adapter.replace(trainable=wide), drawn(1))
+        of_adapter(KEY, adapter.replace(trainable=wide), drawn(1))
 
 
 def test_mutation_an_unbalanced_split_is_seen(adapter, monkeypatch):
@@ -145,3 +147,42 @@ def test_mutation_an_unbalanced_split_is_seen(adapter, monkeypatch):
     monkeypatch.setattr(module, "principal", lopsided)
     with pytest.raises(AssertionError):
         check_value(adapter, drawn(1))
+
+
+def test_one_call(adapter):
+    """`jl.inits.pissa` is the same start, of LoRA and what is subtracted from it."""
+    params, x = drawn(1), jnp.ones((3, 8))
+    got = jl.inits.pissa(model, params, [x], methods={"up|head": jl.LoRA(rank=3, alpha=6.0)})
+    want = of_adapter(KEY, adapter, params)
+    assert {m for _, m in got.sites} == {jl.Residual(jl.LoRA(rank=3))}
+    chex.assert_trees_all_close(got.trainable, want.trainable, rtol=1e-6)
+    for path, w in jl.merge(params, got).items():
+        np.testing.assert_array_equal(w, params[path])
+    with pytest.raises(ValueError, match="key: got None, expected one"):
+        jl.inits.pissa(model, params, [x], methods={"up": jl.LoRA(rank=3)}, niter=2)
+    with pytest.raises(ValueError, match="batches: got none"):
+        jl.inits.pissa(model, params, [], methods={"up": jl.LoRA(rank=3)})
+    with pytest.raises(ValueError, match=r"methods\['up'\]: got DoRA.*expected LoRA"):
+        jl.inits.pissa(model, params, [x], methods={"up": jl.DoRA(rank=3)})
+    bad = {**params, "head": params["head"].at[0, 0].set(jnp.inf)}
+    with pytest.raises(ValueError, match="head: got a weight with values that are not finite"):
+        jl.inits.pissa(model, bad, [x], methods={"head": jl.LoRA(rank=3)})
+
+
+def test_it_is_the_start_of_peft():
+    """The delta of both factors, and the base that is left, of real PEFT."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    w = np.asarray(drawn(1)["head"])
+    layer = torch.nn.Linear(6, 5, bias=False)
+    layer.weight.data = torch.tensor(w.T)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(torch.nn.Sequential(layer), config).base_model.model[0]
+    ours = jl.inits.pissa(
+        lambda p, x: x @ p["w"], {"w": w}, [w.T], methods={"w": jl.LoRA(rank=2, alpha=6.0)}
+    )
+    start = 3 * np.asarray(ours.trainable["w"]["a"] @ ours.trainable["w"]["b"])
+    delta = theirs.get_delta_weight("default").detach().numpy().T
+    np.testing.assert_allclose(start, delta, atol=1e-5)
+    ((path, left),) = jl.inits.residual_leaves({"w": w}, ours)
+    np.testing.assert_allclose(left, theirs.base_layer.weight.detach().numpy().T, atol=1e-5)
+    assert path == "w"

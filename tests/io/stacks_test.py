@@ -73,6 +73,11 @@ def twin(data, leaves, names):
     wanted = set(dict(model.named_parameters()))
     assert set(given) == wanted, (sorted(wanted - set(given)), sorted(set(given) - wanted))
     model.load_state_dict({k: torch.tensor(v) for k, v in given.items()}, strict=False)
+    if "easydel" in data["versions"]:  # it keeps its tables of cosines and sines in bfloat16
+        exact = model.model.rotary_emb.forward
+        model.model.rotary_emb.forward = lambda *x, **at: [
+            t.bfloat16().float() for t in exact(*x, **at)
+        ]
     return model
 
 

@@ -15,7 +15,7 @@ Deviates: nothing.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jlora.generation.tokens import normalise
 from jlora.generation.tokens.site_tokens import TokenSpec, factors
+from jlora.types import Tree
 
 
 @jax.tree_util.register_dataclass
@@ -32,11 +33,11 @@ class DeltaView:
 
     spec: TokenSpec = dataclasses.field(metadata={"static": True})  # layout of the tokens
     norm: normalise.Normaliser | None = None  # a global one; None: tokens are not normalised
-    frozen: Any = None  # path -> {"a": [*stack, d_in, r]} where A is not trained
+    frozen: Tree = None  # path -> {"a": [*stack, d_in, r]} where A is not trained
 
 
 class DeltaTerms(NamedTuple):
-    """Squared Frobenius norms and inner product a token."""
+    """Squared Frobenius norms and inner product of each token."""
 
     error: Array  # [T] |D_hat - D|^2
     inner: Array  # [T] <D_hat, D>
@@ -44,8 +45,23 @@ class DeltaTerms(NamedTuple):
     norm_hat: Array  # [T] |D_hat|^2
 
 
-def product_inner(u: Array, v: Array, p: Array, q: Array) -> Array:
-    """<u v, p q> of stacks u, p [k, m, r], v, q [k, r, n]: [k]."""
+def product_inner(
+    u: Float[Array, "k m r"],
+    v: Float[Array, "k r n"],
+    p: Float[Array, "k m s"],
+    q: Float[Array, "k s n"],
+) -> Float[Array, "k"]:
+    """<u v, p q>, without the products.
+
+    Args:
+      u: left factors.
+      v: right factors.
+      p: left factors of the other products, of any rank.
+      q: right factors of the other products.
+
+    Returns:
+      Inner products.
+    """
     left = jnp.einsum("kmr,kms->krs", u, p, precision="highest")
     right = jnp.einsum("krn,ksn->krs", v, q, precision="highest")
     return jnp.sum(left * right, axis=(1, 2))
@@ -57,13 +73,16 @@ def delta_terms(
     """Terms of the error of x_hat against x.
 
     Args:
-        view: how tokens become factors; None takes the tokens themselves for the deltas (right up
-            to scale where a frozen A has orthonormal columns).
-        x_hat: [T, D] normalised tokens.
-        x: [T, D] normalised tokens.
+      view: how tokens become factors; None takes the tokens themselves for the deltas (right up
+        to scale where a frozen A has orthonormal columns).
+      x_hat: [T, D] normalised tokens.
+      x: [T, D] normalised tokens.
+
+    Returns:
+      One number of each kind per token.
 
     Raises:
-        ValueError: a view with a normaliser of mode "task" (it has no one inverse).
+      ValueError: a view with a normaliser of mode "task" (it has no one inverse).
     """
     if view is None:
         pairs = ((x_hat - x,) * 2, (x_hat, x), (x, x), (x_hat, x_hat))

@@ -1,7 +1,7 @@
 r"""Audits of generated adapters: replica, interpolation or something new?
 
 Everything works on inner products of deltas (Gram matrices), which are free of the gauge of the
-factors and cost O(d r^2) an entry, never a dense delta. Symbols: g generated, i training adapters.
+factors and cost O(d r^2) per entry, never a dense delta. Symbols: g generated, i training adapters.
 
 .. math::
     d_{NN}(g) = \min_i \frac{\|\Delta_g - \Delta_i\|}{\|\Delta_i\|}, \qquad
@@ -38,13 +38,29 @@ class Confusion(NamedTuple):
 def distances(
     cross: Float[Array, "m n"], squared_x: Float[Array, "m"], squared_y: Float[Array, "n"]
 ) -> Float[Array, "m n"]:
-    """Distances [m, n] from inner products ``cross`` [m, n] and squared norms [m], [n]."""
+    """Distances from inner products.
+
+    Args:
+      cross: inner products of adapters x with adapters y.
+      squared_x: squared norms of x.
+      squared_y: squared norms of y.
+
+    Returns:
+      [m, n].
+    """
     square = squared_x[:, None] + squared_y[None, :] - 2 * cross
     return jnp.sqrt(jnp.maximum(square, 0))  # below zero is rounding
 
 
 def self_distances(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Distances [n, n] among the adapters of one Gram matrix."""
+    """Distances among the adapters of one Gram matrix.
+
+    Args:
+      gram: inner products.
+
+    Returns:
+      [n, n].
+    """
     norms = jnp.diagonal(gram)
     return distances(gram, norms, norms)
 
@@ -52,19 +68,30 @@ def self_distances(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
 def nearest_distance(
     cross: Float[Array, "m n"], squared_x: Float[Array, "m"], squared_y: Float[Array, "n"]
 ) -> tuple[Float[Array, "m"], Int[Array, "m"]]:
-    """d_NN [m], relative to the norm of the training adapter, and which adapter [m] it is.
+    """How far each adapter is from the nearest training adapter.
 
     Args:
-      cross: [m, n] of the adapters in question with training adapters.
-      squared_x: [m].
-      squared_y: [n] > 0.
+      cross: inner products of the adapters in question with training adapters.
+      squared_x: squared norms of the adapters in question.
+      squared_y: squared norms of the training adapters, above 0.
+
+    Returns:
+      d_NN, relative to the norm of the training adapter, and which adapter it is.
     """
     relative = distances(cross, squared_x, squared_y) / jnp.sqrt(squared_y)[None, :]
     return jnp.min(relative, axis=1), jnp.argmin(relative, axis=1)
 
 
 def novelty_ratio(generated: Float[Array, "m"], held_out: Float[Array, "s"]) -> Float[Array, ""]:
-    """median d_NN of generated adapters over median d_NN of real held-out seeds (0: replicas)."""
+    """How new generated adapters are, compared with real ones of held-out seeds.
+
+    Args:
+      generated: d_NN of generated adapters.
+      held_out: d_NN of real adapters of seeds that were not trained on.
+
+    Returns:
+      median over median; 0: replicas.
+    """
     return jnp.median(generated) / jnp.median(held_out)
 
 
@@ -74,9 +101,11 @@ def within_task_distance(
     """Mean over tasks of the mean distance between adapters of one task and different runs.
 
     Args:
-      gram: [n, n]. tasks: [n] task of each adapter.
-      runs: [n] seed of each real adapter (snapshots of one run are nearly one point and do not
-        count as a pair); ``jnp.arange(n)`` for generated adapters, which are all their own.
+      gram: inner products.
+      tasks: task of each adapter.
+      runs: seed of each real adapter (snapshots of one run are nearly one point and do not count as
+        a
+        pair); ``jnp.arange(n)`` for generated adapters, which are all their own.
 
     Returns:
       scalar; each task weighs the same; NaN where no task has a pair.
@@ -100,10 +129,21 @@ def diversity_ratio(
     tasks_real: Int[Array, "n"],
     seeds_real: Int[Array, "n"],
 ) -> Float[Array, ""]:
-    """Within-task distance gen-gen over real-real across seeds (0: one adapter over and over)."""
+    """Within-task distance of generated adapters over that of real ones across seeds.
+
+    Args:
+      gram_generated: inner products of generated adapters.
+      tasks_generated: task of each generated adapter.
+      gram_real: inner products of real adapters.
+      tasks_real: task of each real adapter.
+      seeds_real: seed of each real adapter.
+
+    Returns:
+      scalar; 0: one adapter over and over.
+    """
     alone = jnp.arange(tasks_generated.shape[0], dtype=tasks_generated.dtype)
-    made = within_task_distance(gram_generated, tasks_generated, alone)
-    return made / within_task_distance(gram_real, tasks_real, seeds_real)
+    generated = within_task_distance(gram_generated, tasks_generated, alone)
+    return generated / within_task_distance(gram_real, tasks_real, seeds_real)
 
 
 def nearest_soup_confusion(
@@ -115,13 +155,18 @@ def nearest_soup_confusion(
     """Which task's soup is each adapter closest to, against the task it was asked for.
 
     Args:
-      cross: [m, tasks] inner products of the adapters with the soups. squared_x: [m].
-      squared_soups: [tasks]. tasks: [m] index of the task asked for.
+      cross: inner products of the adapters with the soups.
+      squared_x: squared norms of the adapters.
+      squared_soups: squared norms of the soups.
+      tasks: index of the task each adapter was asked for.
+
+    Returns:
+      Counts, fractions and the share of hits.
     """
     number = squared_soups.shape[0]
-    found = jnp.argmin(distances(cross, squared_x, squared_soups), axis=1)
+    nearest = jnp.argmin(distances(cross, squared_x, squared_soups), axis=1)
     asked = jax.nn.one_hot(tasks, number, dtype=jnp.int32)
-    counts = asked.T @ jax.nn.one_hot(found, number, dtype=jnp.int32)
+    counts = asked.T @ jax.nn.one_hot(nearest, number, dtype=jnp.int32)
     rows = jnp.sum(counts, axis=1, keepdims=True)
     matrix = counts.astype(cross.dtype) / jnp.maximum(rows, 1).astype(cross.dtype)
     hits = jnp.trace(counts).astype(cross.dtype)
@@ -131,7 +176,16 @@ def nearest_soup_confusion(
 def soup_distance(
     cross_own: Float[Array, "m"], squared_x: Float[Array, "m"], squared_own: Float[Array, "m"]
 ) -> Float[Array, "m"]:
-    """Distance to the soup of the own task over the soup's norm, all arguments [m]."""
+    """Distance to the soup of the own task over the soup's norm.
+
+    Args:
+      cross_own: inner products of the adapters with their own task's soup.
+      squared_x: squared norms of the adapters.
+      squared_own: squared norms of those soups.
+
+    Returns:
+      [m].
+    """
     square = jnp.maximum(squared_x + squared_own - 2 * cross_own, 0)
     return jnp.sqrt(square / squared_own)
 
@@ -142,11 +196,16 @@ def affine_residual(
     cross: Float[Array, "m n"],
     squared_x: Float[Array, "m"],
 ) -> Float[Array, "m"]:
-    """Distance to the affine hull over distance to the mean: 0 inside the hull, 1 alongside it.
+    """Distance to the affine hull of a task's training adapters over distance to their mean.
 
     Args:
-      weights: [m, n] of the projections, from ``span.affine_weights(gram, cross)``.
-      gram, cross, squared_x: [n, n] of the task's training adapters, [m, n], [m]; vmap over tasks.
+      weights: of the projections, from ``span.affine_weights(gram, cross)``.
+      gram: inner products of the training adapters; `jax.vmap` over tasks.
+      cross: inner products of the adapters in question with them.
+      squared_x: squared norms of the adapters in question.
+
+    Returns:
+      0 inside the hull, 1 where it explains nothing.
     """
     hull = squared_x - 2 * jnp.sum(weights * cross, axis=1)
     hull = hull + jnp.sum(matmul(weights, gram) * weights, axis=1)
@@ -155,10 +214,14 @@ def affine_residual(
 
 
 def effective_rank(gram: Float[Array, "n n"], centred: bool = True) -> Float[Array, ""]:
-    """exp of the entropy of the normalised singular values of n adapters: 1 (a line) .. n.
+    """exp of the entropy of the normalised singular values of n adapters.
 
     Args:
-      gram: [n, n]. centred: subtract the mean adapter first (static).
+      gram: inner products.
+      centred: subtract the mean adapter first (static).
+
+    Returns:
+      scalar, from 1 (a line) to n.
     """
     n = gram.shape[0]
     if centred:
@@ -172,7 +235,12 @@ def effective_rank(gram: Float[Array, "n n"], centred: bool = True) -> Float[Arr
 def wrong_iou(wrong_x: Bool[Array, "m t"], wrong_y: Bool[Array, "n t"]) -> Float[Array, "m n"]:
     """Overlap of mistakes on t test inputs: |both wrong| / |either wrong|.
 
-    Two adapters without any mistake agree in all of them: 1.
+    Args:
+      wrong_x: which inputs each of m adapters gets wrong.
+      wrong_y: the same of n adapters.
+
+    Returns:
+      [m, n]; 1 for two adapters without any mistake: they agree in all of them.
     """
     x, y = wrong_x.astype(jnp.float32), wrong_y.astype(jnp.float32)
     both = matmul(x, y.T)

@@ -35,7 +35,15 @@ TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # tried by `fit`
 def similarity(
     query: Float[Array, "m E"], conditions: Float[Array, "n E"], kind: str = "cosine"
 ) -> Float[Array, "m n"]:
-    """Similarities [m, n]: cosine, or minus the squared distance.
+    """How alike conditions are.
+
+    Args:
+      query: conditions of m tasks.
+      conditions: those of n training entries.
+      kind: "cosine", or "distance": minus the squared distance.
+
+    Returns:
+      [m, n].
 
     Raises:
       ValueError: unknown ``kind``, or arrays that are not [m, E] and [n, E].
@@ -56,7 +64,14 @@ def similarity(
 
 
 def nearest(similarities: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    """One-hot weights [m, n] on the most similar entry (the first one on a tie)."""
+    """One-hot weights on the most similar entry, the first one on a tie.
+
+    Args:
+      similarities: of `similarity`.
+
+    Returns:
+      [m, n].
+    """
     n = similarities.shape[1]
     return jax.nn.one_hot(jnp.argmax(similarities, axis=1), n, dtype=similarities.dtype)
 
@@ -64,13 +79,29 @@ def nearest(similarities: Float[Array, "m n"]) -> Float[Array, "m n"]:
 def softmax(
     similarities: Float[Array, "m n"], temperature: float | Float[Array, ""]
 ) -> Float[Array, "m n"]:
-    """Softmax weights [m, n] at ``temperature`` > 0."""
+    """Softmax weights.
+
+    Args:
+      similarities: of `similarity`.
+      temperature: tau > 0.
+
+    Returns:
+      [m, n], rows sum to one.
+    """
     tau = jnp.asarray(temperature, similarities.dtype)
     return jax.nn.softmax(similarities / tau, axis=1)
 
 
 def leave_out(similarities: Float[Array, "n n"], groups: Int[Array, "n"]) -> Float[Array, "n n"]:
-    """Similarities with every entry of the row's own task excluded (minus infinity)."""
+    """Similarities with every entry of the row's own task excluded.
+
+    Args:
+      similarities: among the training entries.
+      groups: task of each entry.
+
+    Returns:
+      [n, n], minus infinity for entries of one task.
+    """
     same = groups[:, None] == groups[None, :]
     return jnp.where(same, -jnp.inf, similarities)
 
@@ -127,15 +158,18 @@ def fit(
       tasks: of each adapter; at least two different ones.
       bank: n adapters that differ in what is trained alone.
 
+    Returns:
+      One soup and condition per task, and the temperature.
+
     Raises:
       ValueError: as `soup.examples` and `choose_temperature` do.
     """
     del key
-    found = soup.examples(conditions, tasks, bank)
-    alike = similarity(found.conditions, found.conditions)
-    groups = jnp.arange(len(found.conditions), dtype=jnp.int32)
-    best, _ = choose_temperature(alike, algebra.gram(found.soups), groups, TEMPERATURES)
-    return SoftSoup(found, jnp.asarray(best, conditions.dtype))
+    train = soup.examples(conditions, tasks, bank)
+    alike = similarity(train.conditions, train.conditions)
+    groups = jnp.arange(len(train.conditions), dtype=jnp.int32)
+    best, _ = choose_temperature(alike, algebra.gram(train.soups), groups, TEMPERATURES)
+    return SoftSoup(train, jnp.asarray(best, conditions.dtype))
 
 
 def generate(key: PRNGKeyArray, state: SoftSoup, condition: Float[Array, "E"]) -> Adapter:
@@ -146,13 +180,16 @@ def generate(key: PRNGKeyArray, state: SoftSoup, condition: Float[Array, "E"]) -
       state: of `fit`.
       condition: of the new task.
 
+    Returns:
+      An adapter like those of the bank.
+
     Raises:
       ValueError: a condition of another width, or one that is not finite.
     """
     del key
-    found, tau = state
-    query = checked(condition, found.conditions.shape[1])[None]
-    return soup.mixed(softmax(similarity(query, found.conditions), tau), found.soups)
+    train, tau = state
+    query = checked(condition, train.conditions.shape[1])[None]
+    return soup.mixed(softmax(similarity(query, train.conditions), tau), train.soups)
 
 
 SYSTEM = Generator(

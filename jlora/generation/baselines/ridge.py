@@ -88,13 +88,23 @@ class Choice(NamedTuple):
     tried: tuple[tuple[Kernel, float, float], ...]  # every (kernel, penalty, error)
 
 
-def smoother(kernel_matrix: Float[Array, "n n"], penalty) -> Float[Array, "n n"]:
-    """P [n, n] of the docstring; symmetric, rows sum to zero. ``penalty`` > 0, scalar."""
+def smoother(
+    kernel_matrix: Float[Array, "n n"], penalty: float | Float[Array, ""]
+) -> Float[Array, "n n"]:
+    """P, which makes weights of kernel values; symmetric, rows sum to zero.
+
+    Args:
+      kernel_matrix: K of the training conditions.
+      penalty: lambda > 0.
+
+    Returns:
+      [n, n].
+    """
     return _smoother(*_spectrum(kernel_matrix), penalty)
 
 
 def _spectrum(kernel_matrix):
-    """Eigenvalues [n] of HKH and its eigenvectors, centred [n, n]: once a kernel."""
+    """Eigenvalues [n] of HKH and its eigenvectors, centred [n, n]: once per kernel."""
     n = kernel_matrix.shape[0]
     centre = jnp.eye(n, dtype=kernel_matrix.dtype) - 1.0 / n
     values, vectors = numerics.eigh(matmul(matmul(centre, kernel_matrix), centre))
@@ -117,6 +127,9 @@ def fit(kernel: Kernel, conditions: Float[Array, "n E"], penalty: float) -> Ridg
 
     Returns:
       Ridge state.
+
+    Raises:
+      ValueError: conditions that are not a matrix.
     """
     if conditions.ndim != 2:
         raise ValueError(f"ridge.fit: conditions {conditions.shape}, expected [n, E]")
@@ -125,19 +138,45 @@ def fit(kernel: Kernel, conditions: Float[Array, "n E"], penalty: float) -> Ridg
 
 
 def weights(kernel: Kernel, state: Ridge, query: Float[Array, "m E"]) -> Float[Array, "m n"]:
-    """Weights [m, n] of the predictions for ``query`` [m, E]; rows sum to one."""
-    n = state.kernel_mean.shape[0]
+    """The rows of weights of predictions.
+
+    Args:
+      kernel: that of the fit.
+      state: of `fit`.
+      query: conditions of m tasks.
+
+    Returns:
+      [m, n] over the training rows; each row sums to one.
+    """
     centred = kernel(query, state.conditions) - state.kernel_mean[None, :]
-    return 1.0 / n + matmul(centred, state.smoother)
+    return 1.0 / len(state.kernel_mean) + matmul(centred, state.smoother)
 
 
 def predict(kernel: Kernel, state: Ridge, values: PyTree, query: Float[Array, "m E"]) -> PyTree:
-    """Predicted adapters: leaves [m, ...] from training leaves [n, ...]."""
+    """Predicted adapters.
+
+    Args:
+      kernel: that of the fit.
+      state: of `fit`.
+      values: training adapters, leaves [n, ...].
+      query: conditions of m tasks.
+
+    Returns:
+      Leaves [m, ...].
+    """
     return soup.combine(weights(kernel, state, query), values)
 
 
 def residual_map(p: Float[Array, "n n"], groups: Int[Array, "n"]) -> Float[Array, "n n"]:
-    """R [n, n]: ``R @ Y`` are the leave-one-task-out residuals; at least two tasks."""
+    """R: ``R @ Y`` are the leave-one-task-out residuals.
+
+    Args:
+      p: of `smoother`.
+      groups: task of each row; at least two different ones.
+
+    Returns:
+      [n, n].
+    """
     same = (groups[:, None] == groups[None, :]).astype(p.dtype)
     return numerics.solve(p * same, p)
 
@@ -146,13 +185,13 @@ def leave_out_weights(state: Ridge, groups: Int[Array, "n"]) -> Float[Array, "n 
     """Weights of each training row's prediction from all OTHER tasks: zero on its own task.
 
     Args:
-      state: a fit on all n rows. groups: [n] task index of each row.
+      state: a fit on all n rows.
+      groups: task of each row.
 
     Returns:
       [n, n]; rows sum to one. Equal to refitting without the task, for every task.
     """
-    n = groups.shape[0]
-    eye = jnp.eye(n, dtype=state.smoother.dtype)
+    eye = jnp.eye(groups.shape[0], dtype=state.smoother.dtype)
     return eye - residual_map(state.smoother, groups)
 
 
@@ -227,7 +266,13 @@ def choose(
 
 
 def median_distance(conditions: Float[Array, "n E"]) -> float:
-    """Median distance between rows that differ (host value: it becomes a static width).
+    """Median distance between rows that differ.
+
+    Args:
+      conditions: of the training rows, concrete: the result becomes a static width.
+
+    Returns:
+      A Python float.
 
     Raises:
       ValueError: all conditions are equal.
@@ -260,15 +305,18 @@ def learn(
       tasks: of each adapter; at least two different ones.
       bank: n adapters that differ in what is trained alone.
 
+    Returns:
+      Kernel, fit and one soup per task.
+
     Raises:
       ValueError: as `soup.examples` and `choose` do.
     """
     del key
-    found = soup.examples(conditions, tasks, bank)
-    groups = jnp.arange(len(found.conditions), dtype=jnp.int32)
-    best = choose(found.conditions, algebra.gram(found.soups), groups)
-    fitted = fit(best.kernel, found.conditions, best.penalty)
-    return RidgeGenerator(best.kernel, fitted, found.soups)
+    train = soup.examples(conditions, tasks, bank)
+    groups = jnp.arange(len(train.conditions), dtype=jnp.int32)
+    best = choose(train.conditions, algebra.gram(train.soups), groups)
+    fitted = fit(best.kernel, train.conditions, best.penalty)
+    return RidgeGenerator(best.kernel, fitted, train.soups)
 
 
 def generate(key: PRNGKeyArray, state: RidgeGenerator, condition: Float[Array, "E"]) -> Adapter:
@@ -278,6 +326,9 @@ def generate(key: PRNGKeyArray, state: RidgeGenerator, condition: Float[Array, "
       key: not used.
       state: of `learn`.
       condition: of the new task.
+
+    Returns:
+      An adapter like those of the bank.
 
     Raises:
       ValueError: a condition of another width, or one that is not finite.

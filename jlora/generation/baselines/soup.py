@@ -11,7 +11,7 @@ of adapter n. Three ways to form the sum, by what the adapters share:
 * ``combine``: averages the factors themselves. Exact in delta space when all other factors are
   shared (one frozen ``a``, only ``b`` trained: the delta is linear in ``b``); otherwise it is the
   mean of factors, a different adapter. ``require_shared`` is the check.
-* ``core.algebra.combine``: exact for any adapters by concatenation, the rank grows to n R.
+* ``jlora.algebra.combine``: exact for any adapters by concatenation, the rank grows to n R.
 * ``delta_soups``: the best rank-k approximation of that exact sum, with its error.
 
 Paper: Wortsman et al., Model soups, 2022 (the averaging).
@@ -19,11 +19,12 @@ Deviates: soups there average full weights, here deltas.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jlora import algebra
@@ -35,13 +36,23 @@ from jlora.system import System
 matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def mean_weights(n: int, dtype=jnp.float32) -> Float[Array, "1 n"]:
-    """Weights [1, n] of the mean adapter: every training adapter alike."""
+def mean_weights(n: int, dtype: DTypeLike = jnp.float32) -> Float[Array, "1 n"]:
+    """Weights of the mean adapter: every training adapter alike.
+
+    Args:
+      n: number of adapters.
+      dtype: of the weights.
+
+    Returns:
+      [1, n].
+    """
     return jnp.full((1, n), 1.0 / n, dtype)
 
 
-def task_weights(groups: Int[Array, "n"], tasks: int, dtype=jnp.float32) -> Float[Array, "tasks n"]:
-    """Weights of one soup a task.
+def task_weights(
+    groups: Int[Array, "n"], tasks: int, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "tasks n"]:
+    """Weights of one soup per task.
 
     Args:
       groups: [n] task index of each adapter, in ``range(tasks)``.
@@ -103,7 +114,9 @@ def require_shared(frozen: PyTree) -> None:
             )
 
 
-def delta_soups(bank: Any, weights: Float[Array, "m n"], rank: int) -> algebra.Truncated:
+def delta_soups(
+    bank: Adapter | algebra.Deltas, weights: Float[Array, "m n"], rank: int
+) -> algebra.Truncated:
     r"""Weighted sums of deltas, cut to rank ``rank``: exact where the sum has no higher rank.
 
     .. math:: \Delta_m = \mathrm{trunc}_k\,[w_{m1} u_1, \dots, w_{mn} u_n]\,[v_1; \dots; v_n] .
@@ -131,8 +144,10 @@ def squared_error(
     .. math:: \|\Delta_m - \sum_n w_{mn}\Delta_n\|^2 = \|\Delta_m\|^2 - 2 w_m c_m + w_m G w_m^T .
 
     Args:
-      weights: [m, n]. gram: :math:`G` [n, n] of the training deltas. cross: :math:`c` [m, n] of
-        targets with training deltas. squared_norms: [m] of the targets.
+      weights: of the sums.
+      gram: :math:`G` of the training deltas.
+      cross: :math:`c` of targets with training deltas.
+      squared_norms: of the targets.
 
     Returns:
       [m], rounding below zero cut off.
@@ -165,9 +180,9 @@ def examples(conditions: Float[Array, "n E"], tasks: Int[Array, "n"], bank: Adap
     require_shared(bank.frozen)
     if not np.isfinite(np.asarray(conditions)).all():
         raise ValueError("conditions: got numbers that are not finite")
-    found, groups = np.unique(np.asarray(tasks), return_inverse=True)
-    weights = task_weights(jnp.asarray(groups, jnp.int32), len(found), conditions.dtype)
-    frozen = jax.tree.map(lambda t: t[: len(found)], bank.frozen)
+    numbers, groups = np.unique(np.asarray(tasks), return_inverse=True)
+    weights = task_weights(jnp.asarray(groups, jnp.int32), len(numbers), conditions.dtype)
+    frozen = jax.tree.map(lambda t: t[: len(numbers)], bank.frozen)
     soups = bank.replace(trainable=combine(weights, bank.trainable), frozen=frozen)
     return Examples(matmul(weights, conditions), soups)
 
@@ -178,6 +193,9 @@ def mixed(weights: Float[Array, "1 tasks"], soups: Adapter) -> Adapter:
     Args:
       weights: one row.
       soups: the bank.
+
+    Returns:
+      An adapter like those of the bank.
     """
     trainable = jax.tree.map(lambda t: t[0], combine(weights, soups.trainable))
     return soups.replace(trainable=trainable, frozen=jax.tree.map(lambda t: t[0], soups.frozen))
@@ -193,6 +211,12 @@ def fit(
       conditions: of each adapter; their width is checked, their values count in nothing.
       tasks: of each adapter.
       bank: n adapters.
+
+    Returns:
+      One soup and condition per task.
+
+    Raises:
+      ValueError: a bank or conditions that `examples` refuses.
     """
     del key
     return examples(conditions, tasks, bank)
@@ -205,6 +229,9 @@ def generate(key: PRNGKeyArray, state: Examples, condition: Float[Array, "E"]) -
       key: not used.
       state: of `fit`.
       condition: checked, and not used.
+
+    Returns:
+      An adapter like those of the bank.
 
     Raises:
       ValueError: a condition of another width, or one that is not finite.

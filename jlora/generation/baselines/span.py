@@ -68,9 +68,18 @@ def residual(
     cross: Float[Array, "m n"],
     squared_norms: Float[Array, "m"],
 ) -> Float[Array, "m"]:
-    """Relative distance [m] of the targets to their projections: 0 inside the span, at most ~1.
+    """Relative distance of the targets to their projections.
 
     In float32 it cannot resolve below about 1e-3 (the square root of rounding).
+
+    Args:
+      weights: of `affine_weights`.
+      gram: inner products of the training deltas.
+      cross: inner products of the targets with the training deltas.
+      squared_norms: of the targets.
+
+    Returns:
+      0 inside the span, at most about 1.
     """
     return jnp.sqrt(soup.squared_error(weights, gram, cross, squared_norms) / squared_norms)
 

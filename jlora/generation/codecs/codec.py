@@ -16,23 +16,26 @@ Deviates: nothing.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from jlora.generation.codecs import conv as codec_conv
 from jlora.generation.codecs import pca as codec_pca
 from jlora.generation.codecs import token as codec_token
+from jlora.types import Dynamic, Tree
 
 
 class Codec(NamedTuple):
     """Functions of one codec."""
 
-    config: Callable[..., Any]  # class of its hyper-parameters
-    fit: Callable[..., tuple[Any, Any]]  # (key, x [n, T, D], config, *, view, callback, resume)
-    encode: Callable[[Any, jax.Array], jax.Array]  # (state, x [T, D]) -> z [S, L]
-    decode: Callable[[Any, jax.Array], jax.Array]  # (state, z [S, L]) -> x [T, D]
-    init: Callable[..., Any]  # (key, config, T, D) -> untrained state
+    config: Callable[..., Dynamic]  # class of its hyper-parameters
+    fit: Callable[
+        ..., tuple[Tree, Dynamic]
+    ]  # (key, x [n, T, D], config, *, view, callback, resume)
+    encode: Callable[[Tree, jax.Array], jax.Array]  # (state, x [T, D]) -> z [S, L]
+    decode: Callable[[Tree, jax.Array], jax.Array]  # (state, z [S, L]) -> x [T, D]
+    init: Callable[..., Tree]  # (key, config, T, D) -> untrained state
 
 
 CODECS = {
@@ -59,15 +62,34 @@ CODECS = {
 def by_name(name: str) -> Codec:
     """The codec of a name.
 
+    Args:
+      name: "pca", "token_ae" or "conv_ae".
+
+    Returns:
+      Its functions.
+
     Raises:
-        ValueError: an unknown name (lists the known ones).
+      ValueError: an unknown name (lists the known ones).
     """
     if name not in CODECS:
         raise ValueError(f"unknown codec {name!r}, expected one of {tuple(CODECS)}")
     return CODECS[name]
 
 
-def template(name: str, config: Any, length: int, dim: int) -> Any:
-    """Abstract state (ShapeDtypeStructs) of a codec for tokens [length, dim]; computes nothing."""
+def template(name: str, config: Dynamic, length: int, dim: int) -> Tree:
+    """Shapes and dtypes of a codec's state; computes nothing.
+
+    Args:
+      name: of the codec.
+      config: its hyper-parameters.
+      length: T, tokens of an adapter.
+      dim: D, numbers of a token.
+
+    Returns:
+      A state of ShapeDtypeStructs, to restore a checkpoint into.
+
+    Raises:
+      ValueError: an unknown name.
+    """
     init = functools.partial(by_name(name).init, config=config, length=length, dim=dim)
     return jax.eval_shape(init, jax.random.key(0))

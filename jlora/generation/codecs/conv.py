@@ -22,8 +22,8 @@ Latents are a sequence [S, L] of S columns of L channels; `standardise` shifts a
 unit variance for the denoiser (the paper uses them raw, in [-1, 1]).
 
 Symbols: encoder channels `enc_channels`, decoder channels `dec_channels`, m their number.
-Cost: with the paper's channels a forward pass is about 63,000 multiply-adds a number; on a CPU use
-fewer `dec_channels`.
+Cost: with the paper's channels a forward pass is about 63,000 multiply-adds per number; on a CPU
+use fewer `dec_channels`.
 
 Source: Jin et al., "Conditional LoRA Parameter Generation", arXiv 2408.01415, and the layer list
 ("medium") of its released language code.
@@ -32,13 +32,12 @@ Deviates: padding of unequal tokens is part of the vector; the plateau schedule 
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.generation.audit.delta_error import DeltaView
 from jlora.generation.codecs.train import (
@@ -51,6 +50,7 @@ from jlora.generation.codecs.train import (
 )
 from jlora.generation.tokens.normalise import check_finite
 from jlora.system import System
+from jlora.types import Tree
 
 FOLD = 5  # kernel size and stride
 
@@ -65,7 +65,7 @@ class ConvAEConfig:
     latent_noise: float = 0.1  # share of noise in the latent
     standardise: bool = True  # latents to unit scale; False: raw tanh outputs as in the paper
     steps: int = 10_000  # training steps (the paper's batch is its whole zoo: one step per epoch)
-    batch: int = 256  # adapters a step
+    batch: int = 256  # adapters per step
     chunk: int = 100  # steps in one jitted scan
     learning_rate: float = 1e-3  # AdamW
     weight_decay: float = 1e-2  # AdamW
@@ -77,7 +77,7 @@ class ConvAEConfig:
 class ConvAEState:
     """A fitted codec."""
 
-    params: Any  # parameters of `ConvAE`
+    params: Tree  # parameters of `ConvAE`
     mean: Array  # [S, L] of the raw latents of the training set (zeros if not standardised)
     scale: Array  # [L] deviation of each channel around it (ones if not standardised)
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # (T, D)
@@ -115,7 +115,14 @@ class Conv(nn.Module):
 
 
 def instance_norm(x: Float[Array, "n c"]) -> Float[Array, "n c"]:
-    """Zero mean and unit variance of each channel over the length, eps 1e-5."""
+    """Zero mean and unit variance of each channel over the length, eps 1e-5.
+
+    Args:
+      x: n places of c channels.
+
+    Returns:
+      The same shape.
+    """
     x = x - jnp.mean(x, axis=0, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=0, keepdims=True) + 1e-5)
 
@@ -127,6 +134,11 @@ class ConvAE(nn.Module):
     size: int  # K
 
     def setup(self) -> None:
+        """Makes the layers.
+
+        Raises:
+          ValueError: channels that do not fit, or a vector that is too short for the blocks.
+        """
         enc, dec = self.config.enc_channels, self.config.dec_channels
         if not enc or len(enc) != len(dec) or enc[-1] != dec[0]:
             raise ValueError(f"channels {enc} and {dec}: expected one number, enc[-1] == dec[0]")
@@ -141,6 +153,14 @@ class ConvAE(nn.Module):
         self.dec_same = [Conv(c, "same", p) for c, p in zip([*dec[1:], 1], pads, strict=True)]
 
     def encode(self, x: Float[Array, "K"]) -> Float[Array, "S L"]:
+        """Raw latents of one vector.
+
+        Args:
+          x: K numbers.
+
+        Returns:
+          S columns of L channels, in [-1, 1].
+        """
         h = jnp.pad(x, (0, self.padded - self.size))[:, None]
         for i, (same, down) in enumerate(zip(self.enc_same, self.enc_down, strict=True)):
             h = nn.leaky_relu(h) if i else h
@@ -148,6 +168,14 @@ class ConvAE(nn.Module):
         return jnp.tanh(h)
 
     def decode(self, z: Float[Array, "S L"]) -> Float[Array, "K"]:
+        """The vector of raw latents.
+
+        Args:
+          z: S columns of L channels.
+
+        Returns:
+          K numbers.
+        """
         h = z
         for up, same in zip(self.dec_up, self.dec_same, strict=True):
             h = up(instance_norm(nn.leaky_relu(h)))
@@ -158,8 +186,21 @@ class ConvAE(nn.Module):
         return self.decode(self.encode(x))
 
 
-def init(key: Array, config: ConvAEConfig, length: int, dim: int) -> ConvAEState:
-    """An untrained codec for tokens [length, dim]; also the template to restore one into."""
+def init(key: PRNGKeyArray, config: ConvAEConfig, length: int, dim: int) -> ConvAEState:
+    """An untrained codec; also the template to restore one into.
+
+    Args:
+      key: of the parameters.
+      config: hyper-parameters.
+      length: T, tokens of an adapter.
+      dim: D, numbers of a token.
+
+    Returns:
+      The state, whose latents are not standardised.
+
+    Raises:
+      ValueError: channels that do not fit, or T D too small for the number of blocks.
+    """
     model = ConvAE(config, length * dim)
     x = jnp.zeros(length * dim)
     params = draw_params(key, model, x)
@@ -168,9 +209,20 @@ def init(key: Array, config: ConvAEConfig, length: int, dim: int) -> ConvAEState
 
 
 def losses(
-    model: ConvAE, view: None, params: Any, key: Array, x: Float[Array, "b K"]
+    model: ConvAE, view: None, params: Tree, key: PRNGKeyArray, x: Float[Array, "b K"]
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean square error of the noisy round trip on a batch of flat adapters; `view` is unused."""
+    """Mean square error of the noisy round trip.
+
+    Args:
+      model: the autoencoder, unbound.
+      view: unused.
+      params: of the model.
+      key: of the noise.
+      x: a batch of flat adapters.
+
+    Returns:
+      The loss, and {"mse": it}.
+    """
     del view
     c, (k_in, k_latent) = model.config, jax.random.split(key)
     run = model.bind({"params": params})
@@ -193,7 +245,7 @@ def _optimizer(model: ConvAE) -> optax.GradientTransformation:
 
 
 def fit(
-    key: Array,
+    key: PRNGKeyArray,
     x: Float[Array, "n T D"],
     config: ConvAEConfig,
     *,
@@ -201,20 +253,23 @@ def fit(
     callback: Callback | None = None,
     resume: TrainState | None = None,
 ) -> tuple[ConvAEState, TrainInfo]:
-    """Trains the autoencoder; arguments, results and errors as `codec_token.fit`.
+    """Trains the autoencoder.
 
     Args:
-        key: PRNG key.
-        x: [n, T, D] normalised tokens of training adapters, float32.
-        config: hyper-parameters.
-        view: unused: the paper's loss is on the numbers (the protocol of codecs has it).
-        callback: called after each chunk with the training state and the chunk's metrics.
-        resume: a training state that a callback saved, or `info.train`.
+      key: PRNG key.
+      x: [n, T, D] normalised tokens of training adapters, float32.
+      config: hyper-parameters.
+      view: unused: the paper's loss is on the numbers (the protocol of codecs has it).
+      callback: called after each chunk with the training state and the chunk's metrics.
+      resume: a training state that a callback saved, or `info.train`.
+
+    Returns:
+      (state, info) with info.train to go on from and info.history of the losses.
 
     Raises:
-        ValueError: values that are not finite, channels that do not fit, or T D too small for the
-            number of blocks.
-        FloatingPointError: the loss is not finite.
+      ValueError: values that are not finite, channels that do not fit, or T D too small for the
+        number of blocks.
+      FloatingPointError: the loss is not finite.
     """
     del view
     check_finite(x)
@@ -244,7 +299,7 @@ def fit(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _encode_all(model: ConvAE, params: Any, flat: Float[Array, "n K"]) -> Float[Array, "n S L"]:
+def _encode_all(model: ConvAE, params: Tree, flat: Float[Array, "n K"]) -> Float[Array, "n S L"]:
     return jax.lax.map(model.bind({"params": params}).encode, flat)
 
 
@@ -254,12 +309,28 @@ def _bound(state: ConvAEState) -> ConvAE:
 
 
 def encode(state: ConvAEState, x: Float[Array, "T D"]) -> Float[Array, "S L"]:
-    """Latents of one adapter's tokens."""
+    """Latents of one adapter.
+
+    Args:
+      state: of `fit`.
+      x: its normalised tokens.
+
+    Returns:
+      [S, L], at about unit scale.
+    """
     return (_bound(state).encode(x.reshape(-1)) - state.mean) / state.scale[None]
 
 
 def decode(state: ConvAEState, z: Float[Array, "S L"]) -> Float[Array, "T D"]:
-    """Tokens of one adapter's latents."""
+    """Tokens of one adapter.
+
+    Args:
+      state: of `fit`.
+      z: its latents.
+
+    Returns:
+      [T, D], normalised.
+    """
     return _bound(state).decode(z * state.scale[None] + state.mean).reshape(state.shape)
 
 

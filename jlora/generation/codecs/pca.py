@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.generation.tokens.normalise import check_finite
@@ -39,7 +39,7 @@ class PCAConfig:
     components: int = 64  # L of each token; with joint=True of all tokens together
     joint: bool = False  # one basis over all tokens
     length: int = 1  # latents in the sequence with joint=True; divides `components`
-    whiten: bool = True  # every component unit scale; False: one scale a token
+    whiten: bool = True  # every component unit scale; False: one scale per token
     floor: float = 1e-3  # smallest scale of a component relative to the first
     solver: str = "svd"  # "svd", or "gram" (n x n eigenproblem: faster, drops what is < 3e-4)
 
@@ -60,8 +60,18 @@ class PCAInfo(NamedTuple):
     total: Array  # [] share of the energy of all tokens in the kept components
 
 
-def init(key: Array, config: PCAConfig, length: int, dim: int) -> PCAState:
-    """An unfitted state (zero basis) for tokens [length, dim]: the template to restore one into."""
+def init(key: PRNGKeyArray, config: PCAConfig, length: int, dim: int) -> PCAState:
+    """An unfitted codec; also the template to restore one into.
+
+    Args:
+      key: unused; the protocol of codecs has it.
+      config: hyper-parameters.
+      length: T, tokens of an adapter.
+      dim: D, numbers of a token.
+
+    Returns:
+      The state, whose bases are zero.
+    """
     del key
     groups, width = (1, length * dim) if config.joint else (length, dim)
     basis = jnp.zeros((groups, config.components, width))
@@ -71,7 +81,7 @@ def init(key: Array, config: PCAConfig, length: int, dim: int) -> PCAState:
 
 
 def fit(
-    key: Array,
+    key: PRNGKeyArray,
     x: Float[Array, "n T D"],
     config: PCAConfig,
     *,
@@ -82,19 +92,19 @@ def fit(
     """Bases of training tokens.
 
     Args:
-        key: unused, like `view`, `callback` and `resume`: the protocol of codecs has them.
-        x: [n, T, D] normalised tokens of training adapters.
-        config: hyper-parameters.
-        view: unused.
-        callback: unused.
-        resume: unused.
+      key: unused, like `view`, `callback` and `resume`: the protocol of codecs has them.
+      x: [n, T, D] normalised tokens of training adapters.
+      config: hyper-parameters.
+      view: unused.
+      callback: unused.
+      resume: unused.
 
     Returns:
-        (state, info).
+      (state, info).
 
     Raises:
-        ValueError: more components than min(n, D), a length that does not divide them, an unknown
-            solver, or values that are not finite.
+      ValueError: more components than min(n, D), a length that does not divide them, an unknown
+        solver, or values that are not finite.
     """
     del key, view, callback, resume
     check_finite(x)
@@ -145,7 +155,15 @@ def _gram(x: Array, kept: int) -> tuple[Array, Array]:
 
 
 def encode(state: PCAState, x: Float[Array, "T D"]) -> Float[Array, "S L"]:
-    """Latents of one adapter's tokens."""
+    """Latents of one adapter.
+
+    Args:
+      state: of `fit`.
+      x: its normalised tokens.
+
+    Returns:
+      [S, L], at about unit scale.
+    """
     groups, _, width = state.basis.shape
     centred = (x - state.mean).reshape(groups, width)
     z = jnp.einsum("gd,gld->gl", centred, state.basis, precision=_PRECISE)
@@ -153,7 +171,15 @@ def encode(state: PCAState, x: Float[Array, "T D"]) -> Float[Array, "S L"]:
 
 
 def decode(state: PCAState, z: Float[Array, "S L"]) -> Float[Array, "T D"]:
-    """Tokens of one adapter's latents; affine in z."""
+    """Tokens of one adapter, affine in the latents.
+
+    Args:
+      state: of `fit`.
+      z: its latents.
+
+    Returns:
+      [T, D], normalised.
+    """
     groups, kept, _ = state.basis.shape
     coordinates = (z * state.scale).reshape(groups, kept)
     x = jnp.einsum("gl,gld->gd", coordinates, state.basis, precision=_PRECISE)

@@ -25,13 +25,12 @@ that a token whose delta is near zero does not rule the loss.
 """
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.generation.audit.delta_error import DeltaView, delta_terms
 from jlora.generation.codecs.train import (
@@ -44,13 +43,14 @@ from jlora.generation.codecs.train import (
 )
 from jlora.generation.tokens.normalise import check_finite
 from jlora.system import System
+from jlora.types import Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenAEConfig:
     """Hyper-parameters."""
 
-    latent: int = 32  # L, latent numbers a token
+    latent: int = 32  # L, latent numbers per token
     width: int = 256  # hidden size of the MLPs
     depth: int = 2  # residual blocks in the encoder, and in the decoder
     embed: int = 32  # size of the site embedding
@@ -61,7 +61,7 @@ class TokenAEConfig:
     mse_weight: float = 1.0  # weight of the mean square token error
     floor: float = 1e-3  # share of the mean delta energy added to denominators
     steps: int = 2000  # training steps
-    batch: int = 64  # adapters a step
+    batch: int = 64  # adapters per step
     chunk: int = 100  # steps in one jitted scan
     learning_rate: float = 1e-3  # peak, after a warm-up of 5 %, then cosine to zero
     weight_decay: float = 1e-4  # AdamW
@@ -72,7 +72,7 @@ class TokenAEConfig:
 class TokenAEState:
     """A fitted codec."""
 
-    params: Any  # parameters of `TokenAE`
+    params: Tree  # parameters of `TokenAE`
     mean: Array  # [T, L] of the raw latents of the training set
     scale: Array  # [T, L] their standard deviation
     dim: int = dataclasses.field(metadata={"static": True})  # D
@@ -114,27 +114,68 @@ class TokenAE(nn.Module):
         self.to_latent, self.to_token = nn.Dense(c.latent), nn.Dense(self.dim)
 
     def encode(self, x: Float[Array, "T D"]) -> Float[Array, "T L"]:
+        """Raw latents of one adapter.
+
+        Args:
+          x: its normalised tokens.
+
+        Returns:
+          [T, L], in the ball |z|^2 < L.
+        """
         u = self.to_latent(self.enc(x, self.site))
         return u * jax.lax.rsqrt(1 + jnp.mean(u * u, axis=1, keepdims=True))
 
     def decode(self, z: Float[Array, "T L"]) -> Float[Array, "T D"]:
+        """Tokens of raw latents.
+
+        Args:
+          z: latents of one adapter.
+
+        Returns:
+          [T, D], normalised.
+        """
         return self.to_token(self.dec(z, self.site))
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         return self.decode(self.encode(x))
 
 
-def init(key: Array, config: TokenAEConfig, length: int, dim: int) -> TokenAEState:
-    """An untrained codec for tokens [length, dim]; also the template to restore one into."""
+def init(key: PRNGKeyArray, config: TokenAEConfig, length: int, dim: int) -> TokenAEState:
+    """An untrained codec; also the template to restore one into.
+
+    Args:
+      key: of the parameters.
+      config: hyper-parameters.
+      length: T, tokens of an adapter.
+      dim: D, numbers of a token.
+
+    Returns:
+      The state, whose latents are not standardised.
+    """
     params = draw_params(key, TokenAE(config, length, dim), jnp.zeros((length, dim)))
     shape = (length, config.latent)
     return TokenAEState(params, jnp.zeros(shape), jnp.ones(shape), dim, config)
 
 
 def losses(
-    model: TokenAE, view: DeltaView | None, params: Any, key: Array, x: Float[Array, "b T D"]
+    model: TokenAE,
+    view: DeltaView | None,
+    params: Tree,
+    key: PRNGKeyArray,
+    x: Float[Array, "b T D"],
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss of the docstring on a batch, and its parts."""
+    """The loss described above.
+
+    Args:
+      model: the autoencoder, unbound.
+      view: how tokens become deltas; None: tokens are taken for deltas.
+      params: of the model.
+      key: of the noise.
+      x: a batch of normalised tokens.
+
+    Returns:
+      The loss, and its parts by name.
+    """
     c = model.config
     k_in, k_latent = jax.random.split(key)
     noisy = x + c.input_noise * jax.random.normal(k_in, x.shape, x.dtype)
@@ -161,7 +202,7 @@ def _optimizer(model: TokenAE) -> optax.GradientTransformation:
 
 
 def fit(
-    key: Array,
+    key: PRNGKeyArray,
     x: Float[Array, "n T D"],
     config: TokenAEConfig,
     *,
@@ -172,19 +213,19 @@ def fit(
     """Trains the autoencoder.
 
     Args:
-        key: PRNG key; the same key, data and config give the same codec.
-        x: [n, T, D] normalised tokens of training adapters, float32.
-        config: hyper-parameters.
-        view: how tokens become deltas; None: tokens are taken for deltas.
-        callback: called after each chunk with the training state and the chunk's metrics.
-        resume: a training state that a callback saved, or `info.train`.
+      key: PRNG key; the same key, data and config give the same codec.
+      x: [n, T, D] normalised tokens of training adapters, float32.
+      config: hyper-parameters.
+      view: how tokens become deltas; None: tokens are taken for deltas.
+      callback: called after each chunk with the training state and the chunk's metrics.
+      resume: a training state that a callback saved, or `info.train`.
 
     Returns:
-        (state, info) with info.train to go on from and info.history of the losses.
+      (state, info) with info.train to go on from and info.history of the losses.
 
     Raises:
-        ValueError: values that are not finite, or steps, batch, chunk < 1.
-        FloatingPointError: the loss is not finite.
+      ValueError: values that are not finite, or steps, batch, chunk < 1.
+      FloatingPointError: the loss is not finite.
     """
     check_finite(x)
     k_init, k_train = jax.random.split(key)
@@ -217,12 +258,28 @@ def _bound(state: TokenAEState) -> TokenAE:
 
 
 def encode(state: TokenAEState, x: Float[Array, "T D"]) -> Float[Array, "T L"]:
-    """Latents of one adapter's tokens, about unit scale."""
+    """Latents of one adapter.
+
+    Args:
+      state: of `fit`.
+      x: its normalised tokens.
+
+    Returns:
+      [T, L], at about unit scale.
+    """
     return (_bound(state).encode(x) - state.mean) / state.scale
 
 
 def decode(state: TokenAEState, z: Float[Array, "T L"]) -> Float[Array, "T D"]:
-    """Tokens of one adapter's latents."""
+    """Tokens of one adapter.
+
+    Args:
+      state: of `fit`.
+      z: its latents.
+
+    Returns:
+      [T, D], normalised.
+    """
     return _bound(state).decode(z * state.scale + state.mean)
 
 

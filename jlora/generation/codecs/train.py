@@ -9,23 +9,25 @@ Deviates: nothing.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-Metrics = dict[str, Any]
+from jlora.types import Dynamic, Tree
+
+Metrics = dict[str, Dynamic]
 Callback = Callable[["TrainState", Metrics], None]
 
 
 class TrainState(NamedTuple):
     """What is needed to go on; a PyTree of arrays."""
 
-    params: Any  # parameters of the autoencoder
+    params: Tree  # parameters of the autoencoder
     opt_state: optax.OptState  # moments and schedule position
     step: Array  # int32 [], steps taken
 
@@ -45,17 +47,20 @@ class TrainInfo(NamedTuple):
     history: dict[str, np.ndarray]  # metric -> [steps taken in this call]
 
 
-def draw_params(key: Array, model: nn.Module, *args: Array) -> Any:
+def draw_params(key: PRNGKeyArray, model: nn.Module, *args: Shaped[Array, "..."]) -> Tree:
     """Initial parameters of a model from a single draw.
 
     A layer with a kernel gets kernel and bias uniform in +-1 / sqrt(fan-in), any other leaf is
-    uniform with unit variance. One draw for all: with a draw a leaf, as Flax does it, XLA takes
+    uniform with unit variance. One draw for all: with a draw per leaf, as Flax does it, XLA takes
     longer to compile the generator of the parameters than these codecs take to train.
 
     Args:
-        key: PRNG key.
-        model: Flax module, whose own initialisers are not used.
-        args: what the module is called with (shapes only).
+      key: PRNG key.
+      model: Flax module, whose own initialisers are not used.
+      args: what the module is called with (shapes only).
+
+    Returns:
+      The parameters, float32.
     """
     shapes = jax.eval_shape(model.init, key, *args)["params"]
     leaves, tree = jax.tree.flatten(shapes)
@@ -66,7 +71,7 @@ def draw_params(key: Array, model: nn.Module, *args: Array) -> Any:
     return jax.tree.unflatten(tree, params)
 
 
-def _bounds(shapes: Any) -> Any:
+def _bounds(shapes: Tree) -> Tree:
     layer = 3.0**0.5
     if "kernel" in shapes:
         layer = math.prod(shapes["kernel"].shape[:-1]) ** -0.5
@@ -75,7 +80,7 @@ def _bounds(shapes: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("problem", "size", "length"))
 def _run(
-    problem: Problem, size: int, length: int, state: TrainState, view: Any, x: Array, key: Array
+    problem: Problem, size: int, length: int, state: TrainState, view: Tree, x: Array, key: Array
 ) -> tuple[TrainState, Metrics]:
     optimizer = optax.with_extra_args_support(problem.optimizer(problem.model))
 
@@ -97,37 +102,37 @@ def _run(
 
 def train(
     problem: Problem,
-    params: Any,
+    params: Tree,
     x: Float[Array, "n ..."],
-    key: Array,
+    key: PRNGKeyArray,
     *,
     steps: int,
     batch: int,
     chunk: int,
-    view: Any = None,
+    view: Tree = None,
     callback: Callback | None = None,
     resume: TrainState | None = None,
 ) -> TrainInfo:
     """Minimises a loss over minibatches drawn without replacement within a step.
 
     Args:
-        problem: model, loss and optimizer.
-        params: initial parameters (ignored with `resume`).
-        x: [n, ...] training examples.
-        key: PRNG key of the whole run.
-        steps: total steps, including those already taken by `resume`.
-        batch: minibatch size; more than n is n.
-        chunk: steps in one jitted scan.
-        view: PyTree handed on to the loss.
-        callback: called after each chunk with the state and the metrics [chunk] as numpy arrays.
-        resume: a state to go on from.
+      problem: model, loss and optimizer.
+      params: initial parameters (ignored with `resume`).
+      x: [n, ...] training examples.
+      key: PRNG key of the whole run.
+      steps: total steps, including those already taken by `resume`.
+      batch: minibatch size; more than n is n.
+      chunk: steps in one jitted scan.
+      view: PyTree handed on to the loss.
+      callback: called after each chunk with the state and the metrics [chunk] as numpy arrays.
+      resume: a state to go on from.
 
     Returns:
-        `TrainInfo`.
+      `TrainInfo`.
 
     Raises:
-        ValueError: no steps, chunks or batch.
-        FloatingPointError: the loss is not finite (names the step).
+      ValueError: no steps, chunks or batch.
+      FloatingPointError: the loss is not finite (names the step).
     """
     if min(steps, batch, chunk) < 1:
         raise ValueError(f"steps, batch and chunk must be positive, got {steps}, {batch}, {chunk}")

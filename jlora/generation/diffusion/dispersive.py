@@ -38,7 +38,19 @@ MASKS = ("all", "other_condition", "same_condition")
 
 
 def pair_mask(mask: str, count: int, groups: Int[Array, "B"] | None = None) -> Bool[Array, "B B"]:
-    """Which pairs count; the diagonal always does."""
+    """Which pairs count; the diagonal always does.
+
+    Args:
+      mask: one of `MASKS`.
+      count: B.
+      groups: condition of each example; not needed for "all".
+
+    Returns:
+      True for the pairs of M.
+
+    Raises:
+      ValueError: an unknown mask, or no groups where they are needed.
+    """
     if mask not in MASKS:
         raise ValueError(f"dispersive mask: got {mask!r}, expected one of {MASKS}")
     if mask == "all":
@@ -50,7 +62,14 @@ def pair_mask(mask: str, count: int, groups: Int[Array, "B"] | None = None) -> B
 
 
 def squared_distances(z: Float[Array, "B d"]) -> Float[Array, "B B"]:
-    """|z_i - z_j|^2 / d."""
+    """D_ij = |z_i - z_j|^2 / d.
+
+    Args:
+      z: activations.
+
+    Returns:
+      [B, B].
+    """
     z = z - jnp.mean(z, axis=0, keepdims=True)  # distances stay, cancellation shrinks
     square = jnp.sum(z * z, axis=1)
     gram = jnp.matmul(z, z.T, precision="highest")
@@ -58,18 +77,40 @@ def squared_distances(z: Float[Array, "B d"]) -> Float[Array, "B B"]:
 
 
 def unit(z: Float[Array, "B d"]) -> Float[Array, "B d"]:
-    """Rows at length one; a zero row stays zero."""
+    """Rows at length one.
+
+    Args:
+      z: activations.
+
+    Returns:
+      The same shape; a zero row stays zero.
+    """
     square = jnp.sum(z * z, axis=1, keepdims=True)
     return z * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
 
 
 def log_mean_exp(logits: Float[Array, "B B"], mask: Bool[Array, "B B"]) -> Float[Array, ""]:
-    """Log of the mean of exp(logits) over the mask."""
+    """Log of the mean of exp over some pairs.
+
+    Args:
+      logits: one per pair.
+      mask: the pairs.
+
+    Returns:
+      scalar.
+    """
     return jax.nn.logsumexp(logits, where=mask) - jnp.log(jnp.sum(mask, dtype=logits.dtype))
 
 
 def centred_gram(z: Float[Array, "B d"]) -> Float[Array, "B B"]:
-    """Gram matrix of the centred rows: its eigenvalues / (B - 1) are those of the covariance."""
+    """Gram matrix of the centred rows.
+
+    Args:
+      z: activations.
+
+    Returns:
+      [B, B]; its eigenvalues / (B - 1) are those of the covariance.
+    """
     z = z - jnp.mean(z, axis=0, keepdims=True)
     return jnp.matmul(z, z.T, precision="highest")
 
@@ -83,7 +124,22 @@ def dispersive_loss(
     temperature: float = 0.5,
     margin: float = 1.0,
 ) -> Float[Array, ""]:
-    """The loss `name` of one batch of activations."""
+    """The dispersive loss of one batch of activations.
+
+    Args:
+      name: one of `LOSSES`; "none" is 0.
+      hidden: activations, flattened per example.
+      groups: condition of each example; not needed for mask "all".
+      mask: one of `MASKS`; "covariance" takes "all" alone.
+      temperature: tau, the paper's default.
+      margin: epsilon of "hinge".
+
+    Returns:
+      scalar.
+
+    Raises:
+      ValueError: an unknown name or mask, a mask with "covariance", or a mask without groups.
+    """
     if name not in LOSSES:
         raise ValueError(f"dispersive loss: got {name!r}, expected one of {LOSSES}")
     count = hidden.shape[0]
@@ -110,7 +166,13 @@ def dispersive_loss(
 def effective_rank(hidden: Float[Array, "B ..."]) -> Float[Array, ""]:
     """exp(entropy) of the normalised covariance spectrum: how many directions a batch uses.
 
-    1 for a line, up to B - 1; 0/0 (nan) where all rows are equal. Roy and Vetterli 2007.
+    Roy and Vetterli 2007.
+
+    Args:
+      hidden: activations, flattened per example.
+
+    Returns:
+      1 for a line, up to B - 1; 0/0 (nan) where all rows are equal.
     """
     gram = centred_gram(hidden.reshape(hidden.shape[0], -1))
     share = jnp.maximum(numerics.eigvalsh(gram), 0.0) / jnp.trace(gram)

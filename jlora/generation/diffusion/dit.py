@@ -1,6 +1,6 @@
 r"""A transformer over site tokens with adaLN-zero: the denoiser.
 
-One example: tokens z [S, L] (one a site of the adapter), a time, and condition tokens [C, E].
+One example: tokens z [S, L] (one per site of the adapter), a time, and condition tokens [C, E].
 
 .. math::
     c &= \mathrm{MLP}(\phi(t)) + \mathrm{MLP}(\mathrm{pool}(e)), \qquad
@@ -12,9 +12,9 @@ One example: tokens z [S, L] (one a site of the adapter), a time, and condition 
 W_m, b_m and the output layer start at zero: a fresh block is the identity and a fresh model returns
 zero. The output is read from the S site tokens alone.
 
-Symbols: p -> ``site`` (learned, one a token: layer and module), r -> ``role`` (learned, one a
-condition position), :math:`\phi` -> ``sinusoid``, e -> ``cond`` at unit root mean square a token,
-or the learned ``null`` when the flag is set.
+Symbols: p -> ``site`` (learned, one per token: layer and module), r -> ``role`` (learned, one
+per condition position), :math:`\phi` -> ``sinusoid``, e -> ``cond``, each token at unit root mean
+square, or the learned ``null`` when the flag is set.
 Pooling: ``concat`` joins all C tokens before the MLP, so that positions have meaning (class 0,
 class 1); ``mean`` averages after the projection, for many exchangeable examples.
 Shapes: z [S, L], t scalar, cond [C, E], null scalar bool -> prediction [S, L], hidden [S, width]
@@ -26,20 +26,30 @@ Deviates: site tokens instead of image patches; condition tokens are also in the
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from jlora.generation.diffusion.guidance import Model
 from jlora.system import System
+from jlora.types import Tree
 
 POOLS = ("concat", "mean")
 
 
 def sinusoid(t: Float[Array, ""], width: int, period: float = 10_000.0) -> Float[Array, "width"]:
-    """cos and sin of 1000 t at `width` / 2 geometric frequencies from 1 down to 1 / period."""
+    """cos and sin of 1000 t at geometric frequencies from 1 down to 1 / period.
+
+    Args:
+      t: a time in [0, 1].
+      width: of the result, even.
+      period: of the slowest frequency; the usual 10,000.
+
+    Returns:
+      Cosines, then sines.
+    """
     half = width // 2
     frequency = jnp.exp(-jnp.log(period) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = 1000.0 * t * frequency
@@ -60,14 +70,30 @@ class Mlp(nn.Module):
 
 
 def modulation(c: Float[Array, "width"], parts: int, name: str) -> list[Float[Array, "1 width"]]:
-    """`parts` vectors from the conditioning vector, zero in a fresh model."""
+    """Vectors from the conditioning vector, zero in a fresh model.
+
+    Args:
+      c: the conditioning vector.
+      parts: how many vectors.
+      name: of the layer; called in a compact module.
+
+    Returns:
+      `parts` of them.
+    """
     zeros = nn.initializers.zeros_init()
     out = nn.Dense(parts * c.shape[-1], kernel_init=zeros, name=name)(nn.silu(c))
     return jnp.split(out[None], parts, axis=-1)
 
 
 def norm(x: Float[Array, "T width"]) -> Float[Array, "T width"]:
-    """Layer norm without parameters of its own: adaLN supplies them."""
+    """Layer norm without parameters of its own: adaLN supplies them.
+
+    Args:
+      x: tokens.
+
+    Returns:
+      The same shape.
+    """
     return nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False)(x)
 
 
@@ -148,22 +174,39 @@ class DiT(nn.Module):
 
 def init(
     model: nn.Module,
-    key: Array,
+    key: PRNGKeyArray,
     latent: tuple[int, int],
     condition: tuple[int, int],
-) -> dict:
-    """Parameters of a denoiser for latents [S, L] and conditions [C, E]."""
+) -> dict[str, Tree]:
+    """Parameters of a denoiser.
+
+    Args:
+      model: `DiT` or `UNet1d`.
+      key: of the parameters.
+      latent: (S, L).
+      condition: (C, E).
+
+    Returns:
+      The tree of parameters, float32.
+    """
     z, cond = jnp.zeros(latent, jnp.float32), jnp.zeros(condition, jnp.float32)
     return _init(model, key, z, jnp.asarray(0.5, jnp.float32), cond, jnp.asarray(False))["params"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(model: nn.Module, *args: Array) -> Any:
+def _init(model: nn.Module, *args: Array) -> Tree:
     return model.init(*args)
 
 
-def bind(model: nn.Module):
-    """The model as a function (params, z, t, cond, null) -> (prediction, hidden)."""
+def bind(model: nn.Module) -> Model:
+    """The model as a function.
+
+    Args:
+      model: `DiT` or `UNet1d`.
+
+    Returns:
+      (params, z, t, cond, null) -> (prediction, hidden).
+    """
     return lambda params, z, t, cond, null: model.apply({"params": params}, z, t, cond, null)
 
 

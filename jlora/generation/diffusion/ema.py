@@ -15,13 +15,14 @@ Source: papers; the recursion is optax.ema's.
 Deviates: the correction makes early averages usable: there is no warm-up of the decay.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from jlora.system import System
+from jlora.types import Tree
 
 ONE = np.ones((), np.float32)
 
@@ -33,7 +34,17 @@ class EmaState(NamedTuple):
 
 
 def average(decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
-    """Follow the parameters; updates pass unchanged. Put it last in ``optax.chain``."""
+    """Follows the parameters; updates pass unchanged. Put it last in ``optax.chain``.
+
+    Args:
+      decay: d; 0.999 averages over about a thousand steps.
+
+    Returns:
+      A transformation whose update needs the parameters.
+
+    Raises:
+      ValueError: a decay outside [0, 1); at an update, no parameters.
+    """
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"ema decay: got {decay}, expected 0 <= decay < 1")
     ema = optax.ema(decay, debias=False)
@@ -51,13 +62,23 @@ def average(decay: float = 0.999) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def averaged(opt_state: Any) -> Any:
-    """The bias-corrected average held somewhere in an optimizer state, after >= 1 update."""
+def averaged(opt_state: Tree) -> Tree:
+    """The bias-corrected average held somewhere in an optimizer state.
+
+    Args:
+      opt_state: after at least one update.
+
+    Returns:
+      A tree like the parameters.
+
+    Raises:
+      ValueError: the state does not hold exactly one average.
+    """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EmaState))
     found = [leaf for leaf in leaves if isinstance(leaf, EmaState)]
     if len(found) != 1:
         raise ValueError(f"ema: got {len(found)} averages in the optimizer state, expected 1")
-    pair: Any = found[0].inner.ema
+    pair: Tree = found[0].inner.ema
     moments, correction = pair
     return jax.tree.map(lambda m: m / correction, moments)
 

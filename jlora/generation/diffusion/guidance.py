@@ -16,22 +16,31 @@ Deviates: w = 1 is the plain conditional prediction (some texts call that w = 0)
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jlora.system import System
+from jlora.types import Tree
 
 # (params, z [S, L], t, cond [C, E], null) -> (prediction [S, L], hidden activation)
-Model = Callable[..., tuple[Float[Array, "..."], Any]]
+Model = Callable[..., tuple[Float[Array, "..."], Tree]]
 
 
 def combine(
     null: Float[Array, "..."], conditional: Float[Array, "..."], scale: Float[Array, ""]
 ) -> Float[Array, "..."]:
-    """null + scale (conditional - null)."""
+    """null + scale (conditional - null).
+
+    Args:
+      null: prediction of the null condition.
+      conditional: prediction of the condition.
+      scale: w; 1 is the conditional prediction.
+
+    Returns:
+      The guided prediction.
+    """
     return null + scale * (conditional - null)
 
 
@@ -42,13 +51,31 @@ def combine_two(
     scale_condition: Float[Array, ""],
     scale_tuned: Float[Array, ""],
 ) -> Float[Array, "..."]:
-    """One scale for the condition, one for what tuning added to the base."""
+    """One scale for the condition, one for what tuning added to the base.
+
+    Args:
+      base_null: the base's prediction of the null condition.
+      base_conditional: the base's prediction of the condition.
+      tuned_conditional: the tuned model's prediction of the condition.
+      scale_condition: w_c.
+      scale_tuned: w_s.
+
+    Returns:
+      The guided prediction.
+    """
     condition = scale_condition * (base_conditional - base_null)
     return base_null + condition + scale_tuned * (tuned_conditional - base_conditional)
 
 
 def plain(model: Model) -> Callable[..., Float[Array, "..."]]:
-    """denoise(params, z, t, cond) -> the conditional prediction alone."""
+    """The conditional prediction alone.
+
+    Args:
+      model: the denoiser.
+
+    Returns:
+      denoise(params, z, t, cond).
+    """
 
     def denoise(params, z, t, cond):
         return model(params, z, t, cond, jnp.asarray(False))[0]
@@ -57,7 +84,14 @@ def plain(model: Model) -> Callable[..., Float[Array, "..."]]:
 
 
 def guided(model: Model) -> Callable[..., Float[Array, "..."]]:
-    """denoise(params, z, t, cond, scale): both predictions in one batched evaluation."""
+    """Guidance with one scale; both predictions in one batched evaluation.
+
+    Args:
+      model: the denoiser.
+
+    Returns:
+      denoise(params, z, t, cond, scale).
+    """
 
     def denoise(params, z, t, cond, scale):
         def one(null: Bool[Array, ""]):
@@ -70,7 +104,14 @@ def guided(model: Model) -> Callable[..., Float[Array, "..."]]:
 
 
 def guided_two(model: Model) -> Callable[..., Float[Array, "..."]]:
-    """denoise((base_params, params), z, t, cond, scale_condition, scale_tuned)."""
+    """Guidance with one scale for the condition and one for tuning.
+
+    Args:
+      model: the denoiser.
+
+    Returns:
+      denoise((base_params, params), z, t, cond, scale_condition, scale_tuned).
+    """
 
     def denoise(params, z, t, cond, scale_condition, scale_tuned):
         base, tuned = params

@@ -25,14 +25,15 @@ is given the first example's timestep; off unless asked for.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jlora.generation.diffusion import predict
 from jlora.generation.diffusion.paths import Path
+from jlora.types import Dynamic, Tree
 
 TIMES = ("uniform", "stratified", "logit_normal", "discrete")
 
@@ -50,7 +51,7 @@ class Objective:
     logit_std: float = 1.0
     min_snr: float | None = None  # gamma; None weighs every time alike
     drop: float = 0.1  # probability of the null condition
-    time_bug: bool = False  # tell the model t of the first example only
+    time_bug: bool = False  # give the model t of the first example only
 
     def __post_init__(self):
         predict.check_kind(self.kind)
@@ -73,13 +74,22 @@ class Outcome(NamedTuple):
 
     losses: Float[Array, "B"]  # weighted loss of each example
     x0: Float[Array, "B S L"]  # data estimate, for a task loss through the decoder
-    hidden: Any  # activations [B, ...] of the model's chosen block, for the dispersive loss
+    hidden: Dynamic  # activations [B, ...] of the model's chosen block, for the dispersive loss
     t: Float[Array, "B"]  # times drawn
     null: Bool[Array, "B"]  # whose condition was dropped
 
 
-def draw_times(key: Array, count: int, objective: Objective) -> Float[Array, "B"]:
-    """`count` times from the objective's law."""
+def draw_times(key: PRNGKeyArray, count: int, objective: Objective) -> Float[Array, "B"]:
+    """Times from the law of the objective.
+
+    Args:
+      key: of the draw.
+      count: B.
+      objective: its `times` and their parameters.
+
+    Returns:
+      Times in (0, 1], float32.
+    """
     if objective.times == "discrete":
         index = jax.random.randint(key, (count,), 1, objective.steps + 1)
         return index.astype(jnp.float32) / objective.steps
@@ -96,7 +106,15 @@ def draw_times(key: Array, count: int, objective: Objective) -> Float[Array, "B"
 
 
 def weight(objective: Objective, t: Float[Array, ""]) -> Float[Array, ""]:
-    """min-SNR weight of one time, 1 without min-SNR."""
+    """min-SNR weight of one time.
+
+    Args:
+      objective: its path, kind and `min_snr`.
+      t: the time.
+
+    Returns:
+      w(t); 1 without min-SNR.
+    """
     if objective.min_snr is None:
         return jnp.ones_like(t)
     alpha, sigma = objective.path(t)
@@ -105,14 +123,26 @@ def weight(objective: Objective, t: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def diffusion_loss(
-    model: Callable[..., tuple[Float[Array, "S L"], Any]],
-    params: Any,
-    key: Array,
+    model: Callable[..., tuple[Float[Array, "S L"], Dynamic]],
+    params: Tree,
+    key: PRNGKeyArray,
     x: Float[Array, "B S L"],
     cond: Float[Array, "B C E"],
     objective: Objective,
 ) -> tuple[Float[Array, ""], Outcome]:
-    """Loss of one batch; ``model(params, z, t, cond, null) -> (prediction, hidden)`` on one."""
+    """Loss of one batch.
+
+    Args:
+      model: (params, z, t, cond, null) -> (prediction, hidden), of one example.
+      params: of the model.
+      key: of times, noise and dropped conditions.
+      x: latents.
+      cond: condition tokens.
+      objective: what the denoiser is trained for.
+
+    Returns:
+      The mean loss, and what it was made of.
+    """
     path, kind, count = objective.path, objective.kind, x.shape[0]
     key_t, key_noise, key_drop = jax.random.split(key, 3)
     t = draw_times(key_t, count, objective)

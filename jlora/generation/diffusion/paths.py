@@ -46,20 +46,50 @@ class Path:
         """alpha(t), sigma(t)."""
         return self.alpha(t), self.sigma(t)
 
-    def mix(self, x: Float[Array, "..."], noise: Float[Array, "..."], t: Float[Array, ""]):
-        """z_t = alpha(t) x + sigma(t) noise."""
+    def mix(
+        self, x: Float[Array, "..."], noise: Float[Array, "..."], t: Float[Array, ""]
+    ) -> Float[Array, "..."]:
+        """The noisy sample z_t = alpha(t) x + sigma(t) noise.
+
+        Args:
+          x: data.
+          noise: of the shape of x.
+          t: time.
+
+        Returns:
+          The shape of x.
+        """
         alpha, sigma = self(t)
         return alpha * x + sigma * noise
 
     def rates(self, t: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """d alpha / dt, d sigma / dt (infinite for sigma of ddpm_linear at t = 0)."""
+        """The time derivatives of alpha and sigma.
+
+        Args:
+          t: time.
+
+        Returns:
+          d alpha / dt, d sigma / dt (infinite for sigma of ddpm_linear at t = 0).
+        """
         one = jnp.ones_like(t)
         return jax.jvp(self.alpha, (t,), (one,))[1], jax.jvp(self.sigma, (t,), (one,))[1]
 
 
 @cache
 def ddpm_linear(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 2e-2) -> Path:
-    """The table of DDPM and of Cond P-Diff: beta rises linearly over `steps` steps."""
+    """The table of DDPM and of Cond P-Diff: beta rises linearly over the steps.
+
+    Args:
+      steps: T; this and the next two are DDPM's.
+      beta_min: of the first step.
+      beta_max: of the last step.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: no steps, or betas outside 0 < beta_min <= beta_max < 1.
+    """
     if steps < 1 or not 0.0 < beta_min <= beta_max < 1.0:
         raise ValueError(
             f"ddpm_linear: got steps={steps}, beta_min={beta_min}, beta_max={beta_max}; "
@@ -85,7 +115,11 @@ def ddpm_linear(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 2e-
 
 @cache
 def cosine() -> Path:
-    """The quarter circle: alpha^2 + sigma^2 = 1 and alpha(1) = 0 exactly."""
+    """The quarter circle: alpha^2 + sigma^2 = 1 and alpha(1) = 0 exactly.
+
+    Returns:
+      The path.
+    """
     quarter = float(np.pi / 2)
     return Path(
         "cosine",
@@ -96,7 +130,11 @@ def cosine() -> Path:
 
 @cache
 def rectified_flow() -> Path:
-    """The straight line between data and noise; its velocity is noise - x at every t."""
+    """The straight line between data and noise; its velocity is noise - x at every t.
+
+    Returns:
+      The path.
+    """
     return Path("rectified_flow", alpha=lambda t: 1.0 - t, sigma=lambda t: t)
 
 
@@ -108,7 +146,17 @@ PATHS: dict[str, Callable[[], Path]] = {
 
 
 def path(name: str) -> Path:
-    """The path of that name, with its default table."""
+    """The path of a name, with its default table.
+
+    Args:
+      name: one of `PATHS`.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: an unknown name.
+    """
     if name not in PATHS:
         raise ValueError(f"path: got {name!r}, expected one of {sorted(PATHS)}")
     return PATHS[name]()

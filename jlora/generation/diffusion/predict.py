@@ -34,7 +34,14 @@ KINDS = ("eps", "x0", "v", "velocity")
 
 
 def check_kind(kind: str) -> None:
-    """Raise unless `kind` is one of KINDS."""
+    """Refuses an unknown kind of prediction.
+
+    Args:
+      kind: the name.
+
+    Raises:
+      ValueError: not one of `KINDS`.
+    """
     if kind not in KINDS:
         raise ValueError(f"prediction kind: got {kind!r}, expected one of {KINDS}")
 
@@ -42,7 +49,21 @@ def check_kind(kind: str) -> None:
 def target(
     path: Path, kind: str, x0: Float[Array, "..."], eps: Float[Array, "..."], t: Float[Array, ""]
 ) -> Float[Array, "..."]:
-    """The value of `kind` when data and noise are known."""
+    """The value of a kind when data and noise are known.
+
+    Args:
+      path: the noise schedule.
+      kind: one of `KINDS`.
+      x0: data.
+      eps: noise.
+      t: time.
+
+    Returns:
+      The shape of x0.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
     check_kind(kind)
     if kind == "eps":
         return eps
@@ -58,7 +79,21 @@ def target(
 def estimates(
     path: Path, kind: str, value: Float[Array, "..."], z: Float[Array, "..."], t: Float[Array, ""]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """(x0, eps) implied by a prediction `value` of `kind` at (z, t)."""
+    """Data and noise that a prediction implies.
+
+    Args:
+      path: the noise schedule.
+      kind: what is predicted, one of `KINDS`.
+      value: the prediction at (z, t).
+      z: the noisy sample.
+      t: its time.
+
+    Returns:
+      (x0, eps), of the shape of z.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
     check_kind(kind)
     alpha, sigma = path(t)
     if kind == "eps":
@@ -82,13 +117,40 @@ def convert(
     z: Float[Array, "..."],
     t: Float[Array, ""],
 ) -> Float[Array, "..."]:
-    """The prediction `value` of kind `source`, expressed as kind `goal`."""
+    """A prediction expressed as another kind.
+
+    Args:
+      path: the noise schedule.
+      source: kind of `value`.
+      goal: kind of the result.
+      value: the prediction at (z, t).
+      z: the noisy sample.
+      t: its time.
+
+    Returns:
+      The shape of z.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
     x0, eps = estimates(path, source, value, z, t)
     return target(path, goal, x0, eps, t)
 
 
 def error_ratio(path: Path, kind: str, t: Float[Array, ""]) -> Float[Array, ""]:
-    """Squared error in `kind` over squared error in x0 at one (z, t): what min-SNR divides by."""
+    """Squared error in a kind over squared error in x0 at one (z, t): what min-SNR divides by.
+
+    Args:
+      path: the noise schedule.
+      kind: one of `KINDS`.
+      t: time.
+
+    Returns:
+      scalar.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
     check_kind(kind)
     alpha, sigma = path(t)
     if kind == "x0":

@@ -1,4 +1,4 @@
-r"""From noise to data: DDPM, DDIM, Euler and Heun on any path, from one prediction a step.
+r"""From noise to data: DDPM, DDIM, Euler and Heun on any path, from one prediction per step.
 
 Let x, e be the data and noise that the prediction at (z, t) implies and s < t the next time; a, b
 abbreviate :math:`\alpha, \sigma`.
@@ -14,7 +14,7 @@ abbreviate :math:`\alpha, \sigma`.
     \text{flow}:\quad \frac{dy}{d\tau} &= e - x, \qquad y = \frac{z}{a + b},\
         \tau = \frac{b}{a + b}
 
-The last step (s = 0) adds no noise. Euler takes one slope a step, Heun the mean of the slopes at
+The last step (s = 0) adds no noise. Euler takes one slope per step, Heun the mean of the slopes at
 both ends (its last step is Euler, since x0 has no noise to divide by at s = 0).
 
 Symbols: x, e -> ``x0``, ``eps``; n -> noise of the step; :math:`\eta` -> ``eta``.
@@ -29,15 +29,15 @@ Clipping x0 (off by default; Cond P-Diff clips at 1) also moves eps, so that z s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.generation.diffusion.paths import Path
 from jlora.generation.diffusion.predict import check_kind, estimates
 from jlora.system import System
+from jlora.types import Dynamic
 
 METHODS = ("ddpm", "ddim", "euler", "heun")
 VARIANCES = ("fixedlarge", "fixedsmall")
@@ -73,15 +73,47 @@ class Sampler:
             raise ValueError("Sampler.clip_state: needs clip, got clip=None")
 
 
-def transition(path: Path, t: Float[Array, ""], s: Float[Array, ""]):
-    """(a_ts, b_ts^2) of the forward kernel z_t = a_ts z_s + b_ts n, for s < t."""
+def transition(
+    path: Path, t: Float[Array, ""], s: Float[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The forward kernel z_t = a_ts z_s + b_ts n.
+
+    Args:
+      path: the noise schedule.
+      t: the later time.
+      s: the earlier one, s < t.
+
+    Returns:
+      a_ts, b_ts^2.
+    """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
     ratio = alpha_t / alpha_s
     return ratio, jnp.maximum(sigma_t**2 - (ratio * sigma_s) ** 2, 0.0)  # rounding only
 
 
-def ddpm_step(path: Path, variance: str, z, x0, t, s, noise):
-    """Ancestral step: a draw from q(z_s | z_t, x0), or with its variance widened to b_ts^2."""
+def ddpm_step(
+    path: Path,
+    variance: str,
+    z: Float[Array, "..."],
+    x0: Float[Array, "..."],
+    t: Float[Array, ""],
+    s: Float[Array, ""],
+    noise: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """Ancestral step: a draw from q(z_s | z_t, x0), or with its variance widened to b_ts^2.
+
+    Args:
+      path: the noise schedule.
+      variance: "fixedsmall" is the posterior's, "fixedlarge" the widened one.
+      z: state at t.
+      x0: data estimate.
+      t: time of the state.
+      s: next time, s < t.
+      noise: standard normal.
+
+    Returns:
+      The state at s.
+    """
     (alpha_s, sigma_s), sigma_t = path(s), path.sigma(t)
     ratio, kernel = transition(path, t, s)
     mean = (ratio * sigma_s**2 * z + alpha_s * kernel * x0) / sigma_t**2
@@ -89,8 +121,29 @@ def ddpm_step(path: Path, variance: str, z, x0, t, s, noise):
     return mean + jnp.where(s > 0.0, jnp.sqrt(spread), 0.0) * noise
 
 
-def ddim_step(path: Path, eta: float, x0, eps, t, s, noise):
-    """The non-Markovian step: same marginals, noise scaled by eta."""
+def ddim_step(
+    path: Path,
+    eta: float,
+    x0: Float[Array, "..."],
+    eps: Float[Array, "..."],
+    t: Float[Array, ""],
+    s: Float[Array, ""],
+    noise: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """The non-Markovian step: same marginals, noise scaled by eta.
+
+    Args:
+      path: the noise schedule.
+      eta: 0 is deterministic, 1 the ancestral step.
+      x0: data estimate.
+      eps: noise estimate.
+      t: time of the state.
+      s: next time, s < t.
+      noise: standard normal.
+
+    Returns:
+      The state at s.
+    """
     (alpha_s, sigma_s), sigma_t = path(s), path.sigma(t)
     _, kernel = transition(path, t, s)
     fresh = eta * sigma_s * jnp.sqrt(kernel) / sigma_t
@@ -98,8 +151,25 @@ def ddim_step(path: Path, eta: float, x0, eps, t, s, noise):
     return alpha_s * x0 + kept * eps + fresh * noise
 
 
-def flow_step(path: Path, z, slope, t, s):
-    """One explicit step of dy/dtau = slope, expressed in z."""
+def flow_step(
+    path: Path,
+    z: Float[Array, "..."],
+    slope: Float[Array, "..."],
+    t: Float[Array, ""],
+    s: Float[Array, ""],
+) -> Float[Array, "..."]:
+    """One explicit step of dy/dtau = slope, expressed in z.
+
+    Args:
+      path: the noise schedule.
+      z: state at t.
+      slope: e - x.
+      t: time of the state.
+      s: next time, s < t.
+
+    Returns:
+      The state at s.
+    """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = path(t), path(s)
     size_t, size_s = alpha_t + sigma_t, alpha_s + sigma_s
     return size_s * (z / size_t + (sigma_s / size_s - sigma_t / size_t) * slope)
@@ -107,14 +177,27 @@ def flow_step(path: Path, z, slope, t, s):
 
 def sample(
     denoise: Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]],
-    key: Array,
+    key: PRNGKeyArray,
     shape: tuple[int, ...],
     path: Path,
     kind: str,
     config: Sampler,
     trajectory: bool = False,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
-    """One sample by ``denoise(z, t)``; with `trajectory` its states [steps + 1, *shape] too."""
+    """One sample.
+
+    Args:
+      denoise: (z, t) -> prediction.
+      key: of the start and of the steps' noise.
+      shape: of z.
+      path: the noise schedule.
+      kind: what is predicted, one of `predict.KINDS`.
+      config: the sampler.
+      trajectory: whether to keep all states.
+
+    Returns:
+      The last state; and all states [steps + 1, *shape] with `trajectory`, else None.
+    """
     bound = config.clip
     first, rest = jax.random.split(key)
     times = jnp.linspace(config.start, 0.0, config.steps + 1, dtype=jnp.float32)
@@ -166,11 +249,24 @@ def build(
     shape: tuple[int, ...],
     config: Sampler,
     trajectory: bool = False,
-) -> Callable[..., Any]:
-    """One jitted call for a batch: ``run(params, keys [n], cond [n, C, E], *scales)``.
+) -> Callable[..., Dynamic]:
+    """One jitted call for a batch.
 
-    ``denoise(params, z, t, cond, *scales)`` predicts `kind` for one example (see guidance.py).
-    Returns z [n, *shape], and with `trajectory` also the states [n, steps + 1, *shape].
+    Args:
+      denoise: (params, z, t, cond, *scales) -> prediction of one example (see `guidance`).
+      path: the noise schedule.
+      kind: what is predicted, one of `predict.KINDS`.
+      shape: of one z.
+      config: the sampler.
+      trajectory: whether to return all states too.
+
+    Returns:
+      run(params, keys [n], cond [n, C, E], *scales) -> z [n, *shape], and with `trajectory` also
+      the
+      states [n, steps + 1, *shape].
+
+    Raises:
+      ValueError: an unknown kind, or a start that has no data estimate.
     """
     check_kind(kind)
     with jax.ensure_compile_time_eval():

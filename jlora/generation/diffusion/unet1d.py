@@ -17,9 +17,9 @@ Shapes: z [S, L], t scalar, cond [C, E], null scalar bool -> prediction [S, L], 
 [N, channels] (output of block max(2K // 4, 1)), float32.
 Raises: ValueError for fewer than two widths.
 Paper: Jin et al. 2024, arXiv 2408.01415.
-Source: official code (structure and sizes; ours is written from its description).
+Source: official code (structure and sizes; written from its description).
 Deviates: the null condition is the zero vector (the paper has none); the order convolution, norm,
-activation within a block is our choice; t in (0, 1] stands for step round(t T). The official
+activation within a block is chosen here; t in (0, 1] stands for step round(t T). The official
 training gave all examples the first one's timestep: see ``Objective.time_bug``, off here. For that
 program's loss use kind ``eps`` on ``ddpm_linear`` with ``times="discrete"``.
 """

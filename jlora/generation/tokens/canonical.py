@@ -44,11 +44,11 @@ def balanced_svd(
     """Factors with a'b' = ab, a'^T a' = b' b'^T = S descending, and fixed signs.
 
     Args:
-        a: [d_in, r], float32 or float64.
-        b: [r, d_out], same dtype.
+      a: [d_in, r], float32 or float64.
+      b: [r, d_out], same dtype.
 
     Returns:
-        (a', b') of the same shapes and dtype; columns beyond the rank of a b are zero.
+      (a', b') of the same shapes and dtype; columns beyond the rank of a b are zero.
     """
     rank = a.shape[1]
     q_a, r_a = numerics.qr(a)
@@ -73,13 +73,13 @@ def procrustes(
     """Balanced factors turned by the rotation that brings them closest to a balanced reference.
 
     Args:
-        a: [d_in, r].
-        b: [r, d_out].
-        a_ref: [d_in, r] factor of the reference, in any gauge.
-        b_ref: [r, d_out] likewise.
+      a: [d_in, r].
+      b: [r, d_out].
+      a_ref: [d_in, r] factor of the reference, in any gauge.
+      b_ref: [r, d_out] likewise.
 
     Returns:
-        (a'', b'') with a''b'' = ab, minimising |a'' - a_0|^2 + |b'' - b_0|^2 over O(r).
+      (a'', b'') with a''b'' = ab, minimising |a'' - a_0|^2 + |b'' - b_0|^2 over O(r).
     """
     a, b = balanced_svd(a, b)
     a_ref, b_ref = balanced_svd(a_ref, b_ref)
@@ -98,24 +98,24 @@ def _over_stack(fn, *args: Array):
 def canonicalise(
     kind: str,
     trainable: Tree,
-    scale: Mapping[str, Array] | None = None,
+    scale: Mapping[str, Float[Array, "*stack"]] | None = None,
     reference: Tree | None = None,
 ) -> dict[str, dict[str, Array]]:
     """Canonical factors of every site of an adapter (vmap over a bank).
 
     Args:
-        kind: "none", "balanced_svd", "procrustes" or "frozen_A" (A is no trainable leaf, so there
-            is no gauge: only the scale is folded in).
-        trainable: path -> {"a" [*stack, d_in, r], "b" [*stack, r, d_out], ...}; further leaves
-            pass through.
-        scale: path -> [*stack], the scale to fold into b; None where it is 1 or to be left alone.
-        reference: for "procrustes", a tree like `trainable`, its own scale already folded in.
+      kind: "none", "balanced_svd", "procrustes" or "frozen_A" (A is no trainable leaf, so there
+        is no gauge: only the scale is folded in).
+      trainable: path -> {"a" [*stack, d_in, r], "b" [*stack, r, d_out], ...}; further leaves
+        pass through.
+      scale: path -> [*stack], the scale to fold into b; None where it is 1 or to be left alone.
+      reference: for "procrustes", a tree like `trainable`, its own scale already folded in.
 
     Returns:
-        A tree of the same structure, shapes and dtypes, with a'b' = scale a b.
+      A tree of the same structure, shapes and dtypes, with a'b' = scale a b.
 
     Raises:
-        ValueError: unknown kind, missing factors or reference, or a trained "a" under "frozen_A".
+      ValueError: unknown kind, missing factors or reference, or a trained "a" under "frozen_A".
     """
     if kind not in KINDS:
         raise ValueError(f"unknown canonical form {kind!r}, expected one of {KINDS}")
@@ -138,12 +138,17 @@ def canonicalise(
     return out
 
 
-def unfold(trainable: Tree, scale: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+def unfold(
+    trainable: Tree, scale: Mapping[str, Float[Array, "*stack"]]
+) -> dict[str, dict[str, Array]]:
     """Factors for a template with its own scale: b / scale, so that scale a b is the delta.
 
     Args:
-        trainable: canonical factors of scale 1.
-        scale: path -> [*stack], non-zero.
+      trainable: canonical factors of scale 1.
+      scale: path -> [*stack], non-zero.
+
+    Returns:
+      path -> name -> array, of the same shapes.
     """
     return {
         path: dict(leaves) | {"b": _times(leaves["b"], 1.0 / scale[path])}

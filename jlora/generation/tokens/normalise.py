@@ -52,20 +52,20 @@ def fit(
     """Statistics of training adapters. Give no held-out adapter to it.
 
     Args:
-        mode: "site_rms", "coordinate" or "task".
-        x: [n, T, D] tokens.
-        mask: bool [T, D], False in the padding (`TokenSpec.mask`); None: no padding.
-        types: int [T], the type of each token (`TokenSpec.types`), for "site_rms"; None: every
-            token is a type of its own.
-        tasks: int [n], the task id 0 .. K-1 of each adapter, for "task".
-        floor: smallest scale relative to the root mean square of x.
+      mode: "site_rms", "coordinate" or "task".
+      x: [n, T, D] tokens.
+      mask: bool [T, D], False in the padding (`TokenSpec.mask`); None: no padding.
+      types: int [T], the type of each token (`TokenSpec.types`), for "site_rms"; None: every
+        token is a type of its own.
+      tasks: int [n], the task id 0 .. K-1 of each adapter, for "task".
+      floor: smallest scale relative to the root mean square of x.
 
     Returns:
-        A `Normaliser` of x's dtype.
+      A `Normaliser` of x's dtype.
 
     Raises:
-        ValueError: unknown mode, wrong shapes, missing task ids, ids without adapters, or a value
-            that is not finite (names the adapter).
+      ValueError: unknown mode, wrong shapes, missing task ids, ids without adapters, or a value
+        that is not finite (names the adapter).
     """
     if mode not in MODES:
         raise ValueError(f"unknown normalisation {mode!r}, expected one of {MODES}")
@@ -106,14 +106,42 @@ def _moments(x: Array) -> tuple[Array, Array]:
     return mean, jnp.mean(jnp.square(x - mean[None]), axis=0)
 
 
-def apply(norm: Normaliser, x: Float[Array, "T D"], task: Array | int | None = None) -> Array:
-    """Normalised tokens [T, D] of one adapter; `task` (an id) is required by mode "task" only."""
+def apply(
+    norm: Normaliser, x: Float[Array, "T D"], task: Int[Array, ""] | int | None = None
+) -> Float[Array, "T D"]:
+    """Normalised tokens of one adapter.
+
+    Args:
+      norm: the statistics.
+      x: tokens.
+      task: its id, of a normaliser of mode "task" alone.
+
+    Returns:
+      (x - mean) / scale.
+
+    Raises:
+      ValueError: a task id that is missing, or one that is not wanted.
+    """
     mean, scale = _rows(norm, task)
     return (x - mean) / scale
 
 
-def invert(norm: Normaliser, x: Float[Array, "T D"], task: Array | int | None = None) -> Array:
-    """Tokens [T, D] of normalised ones; the inverse of `apply` with the same task id."""
+def invert(
+    norm: Normaliser, x: Float[Array, "T D"], task: Int[Array, ""] | int | None = None
+) -> Float[Array, "T D"]:
+    """Tokens of normalised ones: the inverse of `apply`.
+
+    Args:
+      norm: the statistics.
+      x: normalised tokens of one adapter.
+      task: as in `apply`.
+
+    Returns:
+      x scale + mean.
+
+    Raises:
+      ValueError: a task id that is missing, or one that is not wanted.
+    """
     mean, scale = _rows(norm, task)
     return x * scale + mean
 
@@ -126,7 +154,14 @@ def _rows(norm: Normaliser, task: Array | int | None) -> tuple[Array, Array]:
 
 
 def check_finite(x: Float[Array, "n T D"]) -> None:
-    """Raises ValueError naming the adapters that hold a NaN or infinity (not under tracing)."""
+    """Refuses adapters that hold a NaN or infinity; does nothing under tracing.
+
+    Args:
+      x: tokens of n adapters.
+
+    Raises:
+      ValueError: names the adapters.
+    """
     if isinstance(x, jax.core.Tracer):
         return
     bad = np.flatnonzero(~np.isfinite(np.asarray(x)).all(axis=(1, 2)))

@@ -1,4 +1,4 @@
-r"""Adapter weights as a sequence of tokens: one token a (site, stack index).
+r"""Adapter weights as a sequence of tokens: one token per (site, stack index).
 
 The trainable leaves of one site slice, flattened and joined in the order of their names, are one
 token; tokens shorter than the longest are padded with zeros:
@@ -19,13 +19,15 @@ Deviates: factors enter whole; that paper splits them into one token per singula
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Tree = Mapping[str, Mapping[str, Any]]
+from jlora.core.adapter import Adapter
+from jlora.types import Dynamic
+
+Tree = Mapping[str, Mapping[str, Dynamic]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Group:
 class TokenSpec:
     """Static layout of the tokens of an adapter: hashable, usable as a jit static argument."""
 
-    groups: tuple[Group, ...]  # one a site, sorted by path
+    groups: tuple[Group, ...]  # one per site, sorted by path
     dtype: str  # common dtype of all leaves
 
     @property
@@ -81,7 +83,11 @@ class TokenSpec:
         return np.arange(self.dim)[None, :] < sizes[:, None]
 
     def names(self) -> tuple[str, ...]:
-        """One readable name a token, "path[2]" or "path" for an un-stacked site."""
+        """Readable names of the tokens.
+
+        Returns:
+          One per token: "path[2]", or "path" for an un-stacked site.
+        """
         out = []
         for group in self.groups:
             for index in np.ndindex(*group.stack):
@@ -93,16 +99,16 @@ def from_tree(trainable: Tree, stack: Mapping[str, tuple[int, ...]] | None = Non
     """Layout of a tree of one adapter's trainable leaves.
 
     Args:
-        trainable: path -> name -> array (or anything with shape and dtype) [*stack, ...].
-        stack: path -> sizes of the stack axes. Without it every leaf is taken for a stacked
-            matrix, so the stack is all but its last two axes.
+      trainable: path -> name -> array (or anything with shape and dtype) [*stack, ...].
+      stack: path -> sizes of the stack axes. Without it every leaf is taken for a stacked
+        matrix, so the stack is all but its last two axes.
 
     Returns:
-        The `TokenSpec`.
+      The `TokenSpec`.
 
     Raises:
-        ValueError: no leaves at all, leaves of one site that disagree on the stack axes, or leaves
-            of different dtypes.
+      ValueError: no leaves at all, leaves of one site that disagree on the stack axes, or leaves
+        of different dtypes.
     """
     groups, dtypes = [], {}
     for path in sorted(trainable):
@@ -130,14 +136,17 @@ def from_tree(trainable: Tree, stack: Mapping[str, tuple[int, ...]] | None = Non
     return TokenSpec(tuple(groups), next(iter(dtypes.values())))
 
 
-def from_adapter(adapter: Any) -> TokenSpec:
+def from_adapter(adapter: Adapter) -> TokenSpec:
     """Layout of a `jlora` Adapter: the stack axes are those its sites declare.
 
     Args:
-        adapter: one Adapter (of a bank: `bank[0]`), with `trainable` and `sites`.
+      adapter: one Adapter (of a bank: `bank[0]`), with `trainable` and `sites`.
+
+    Returns:
+      The `TokenSpec`.
 
     Raises:
-        ValueError: as `from_tree`; a bank fails here because its leaves have a leading axis more.
+      ValueError: as `from_tree`; a bank fails here because its leaves have a leading axis more.
     """
     stack = {site.path: tuple(site.stack) for site, _ in adapter.sites}
     return from_tree(adapter.trainable, stack)
@@ -147,19 +156,19 @@ def tokenise(spec: TokenSpec, trainable: Tree) -> Float[Array, "T D"]:
     """Tokens of one adapter.
 
     Args:
-        spec: layout.
-        trainable: path -> name -> array [*stack, ...].
+      spec: layout.
+      trainable: path -> name -> array [*stack, ...].
 
     Returns:
-        [T, D] of the leaves' dtype, zeros in the padding.
+      [T, D] of the leaves' dtype, zeros in the padding.
 
     Raises:
-        ValueError: a path or name missing or unexpected, or a leaf of another shape or dtype.
+      ValueError: a path or name missing or unexpected, or a leaf of another shape or dtype.
     """
-    found = {path for path, leaves in trainable.items() if leaves}
+    given = {path for path, leaves in trainable.items() if leaves}
     wanted = {group.path for group in spec.groups}
-    if found != wanted:
-        raise ValueError(f"sites: missing {wanted - found}, unexpected {found - wanted}")
+    if given != wanted:
+        raise ValueError(f"sites: missing {wanted - given}, unexpected {given - wanted}")
     rows = []
     for group in spec.groups:
         site = trainable[group.path]
@@ -183,14 +192,14 @@ def detokenise(spec: TokenSpec, tokens: Float[Array, "T D"]) -> dict[str, dict[s
     """The trainable tree of tokens; what stands in the padding is not read.
 
     Args:
-        spec: layout.
-        tokens: [T, D] of any float dtype (cast to the leaves' dtype).
+      spec: layout.
+      tokens: [T, D] of any float dtype (cast to the leaves' dtype).
 
     Returns:
-        path -> name -> array [*stack, ...].
+      path -> name -> array [*stack, ...].
 
     Raises:
-        ValueError: another shape.
+      ValueError: another shape.
     """
     if tokens.shape != (spec.length, spec.dim):
         raise ValueError(f"tokens: got {tokens.shape}, expected {(spec.length, spec.dim)}")
@@ -210,15 +219,18 @@ def detokenise(spec: TokenSpec, tokens: Float[Array, "T D"]) -> dict[str, dict[s
 def factors(
     spec: TokenSpec, tokens: Float[Array, "T D"], frozen: Tree | None = None
 ) -> tuple[tuple[Array, Array], ...]:
-    """LoRA factors of tokens, a pair (a [k, d_in, r], b [k, r, d_out]) a site of k stack slices.
+    """LoRA factors of tokens.
 
     Args:
-        spec: layout; every site has leaves "b" and either a trainable or a frozen "a".
-        tokens: [T, D].
-        frozen: path -> name -> array [*stack, ...], asked for "a" where it is not trained.
+      spec: layout; every site has leaves "b" and either a trainable or a frozen "a".
+      tokens: [T, D].
+      frozen: path -> name -> array [*stack, ...], asked for "a" where it is not trained.
+
+    Returns:
+      A pair (a [k, d_in, r], b [k, r, d_out]) per site of k stack slices.
 
     Raises:
-        ValueError: a site without "a" or "b".
+      ValueError: a site without "a" or "b".
     """
     tree, out = detokenise(spec, tokens), []
     for group in spec.groups:

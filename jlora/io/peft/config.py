@@ -201,9 +201,9 @@ class Reader:
         known.update(table.patterns.values())
         for name, value in config.items():
             if name in table.allowed and value not in table.allowed[name]:
-                raise FormatError(
-                    self.source, f"{name} = {repr(value)[:80]}, expected {table.allowed[name]}"
-                )
+                why = f"; {table.reasons[name]}" if name in table.reasons else ""
+                text = f"{name} = {repr(value)[:80]}, expected {table.allowed[name]}{why}"
+                raise FormatError(self.source, text)
             if name in known:
                 continue
             neutral = table.fixed.get(name)

@@ -51,6 +51,11 @@ class Fields(Protocol):
         ...
 
     @property
+    def reasons(self) -> Mapping[str, str]:
+        """Field -> why its other values cannot be read."""
+        ...
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Fields that must be there."""
         ...

@@ -58,7 +58,13 @@ FIXED = {
     "use_bdlora": None,
     "use_qalora": False,
 }
-# The other initialisations change the base weights: the file alone is not the function.
+# The other initialisations change the base weights: the file alone is not the function. PEFT makes
+# those of `pissa` and `olora` again from the base when it loads the file, and so do we.
+REASONS = {
+    "init_lora_weights": "the base that this adapter was trained on is not in the file: 'corda' "
+    "and 'lora_ga' subtracted factors of data from it, 'pissa_niter_N' random ones, 'loftq' "
+    "quantised it; save the adapter with path_initial_model_for_weight_conversion in PEFT"
+}
 ALLOWED = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
     "bias": ("none", "all", "lora_only"),
@@ -241,6 +247,7 @@ LORA = Table(
     choose={"use_dora": False},
     free=FREE,
     allowed=ALLOWED,
+    reasons=REASONS,
     sparse=True,
     convolves=True,
 )
@@ -257,8 +264,10 @@ DORA = Table(
     choose={"use_dora": True},
     free={**FREE, "lora_dropout": 0.0},
     allowed=ALLOWED,
+    reasons=REASONS,
     convolves=True,
 )
+
 
 KASA = Table(
     type="LORA",
@@ -273,6 +282,7 @@ KASA = Table(
     free={**FREE, "lora_dropout": 0.0},
     settle=_settle_kasa,
     allowed=ALLOWED,
+    reasons=REASONS,
     weighs=True,
 )
 
@@ -305,5 +315,6 @@ ADALORA = Table(
     masks=("rank_pattern", "lora_E"),  # of directions that the schedule has taken out
     settle=_settle_adalora,
     allowed=ALLOWED,
+    reasons=REASONS,
     sparse=True,
 )

@@ -63,6 +63,8 @@ class Table:
       masks: (config field, suffix): the field has a list of booleans by ``module.suffix``, which
         `read` gets, and `write` gives, as the field ``mask`` (None: none).
       allowed: of a field, the values that can be read.
+      reasons: of a field, why its other values cannot.
+      writes: whether adapters of the method are written with this table as well.
       needs: fields that must be there: their default has changed over time.
       lacks: of the fields that say which modules are adapted, those this type does not have.
       sparse: absent modules of a stacked site may be filled with zeros.
@@ -92,6 +94,8 @@ class Table:
     free: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     masks: tuple[str, str] | None = None
     allowed: Mapping[str, tuple[Json, ...]] = dataclasses.field(default_factory=dict)
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    writes: bool = True
     needs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     sparse: bool = False

@@ -12,14 +12,17 @@ from jlora.io.peft.lycoris import LOHA, LOKR
 from jlora.io.peft.rotations import DELORA, HRA_TABLE, ROAD
 from jlora.io.peft.seeded import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from jlora.io.peft.shared_vectors import UNILORA, VBLORA
+from jlora.io.peft.started import OLORA, PISSA
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
 from jlora.io.peft.weight_led import DEFT_TABLE, GLORA, PEANUT
+from jlora.methods.low_rank.pissa import PiSSA
+from jlora.methods.wrappers.residual import Residual
 from jlora.types import Json
 
 TABLES: tuple[Table, ...] = (
-    *(KASA, LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
+    *(PISSA, OLORA, KASA, LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
     *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING),
     *(BAT_TABLE, MISS, C3A_TABLE, GRALORA),  # BAT is a form of MISS
     *(HRA_TABLE, ROAD, DELORA),
@@ -72,9 +75,11 @@ def table_of(method: Method) -> Table:
     if own is not None:
         return own
     for table in TABLES:
-        if type(method) is table.method:
+        if table.writes and type(method) is table.method:
             return table
+    way = ", or write jl.inits.fold(adapter)" if isinstance(method, Residual | PiSSA) else ""
     raise ValueError(
         f"PEFT's files have no place for {type(method).__name__}; it can be written for "
-        f"{sorted(t.method.__name__ for t in TABLES)} (or give the method a `peft` table)"
+        f"{sorted({t.method.__name__ for t in TABLES if t.writes})} (or give the method a `peft` "
+        f"table{way})"
     )

@@ -13,7 +13,6 @@ Deviates: nothing.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,22 @@ from jlora.algebra import LowRank
 from jlora.merging.engine.law_world import Errors, World
 from jlora.merging.engine.run import apply
 from jlora.merging.engine.table import Merging
+from jlora.types import Dynamic, Tree
 
 STEP = 1e-7  # of central differences in float64: few elements are so near to a kink
 SLACK = 10  # of gradients in float32, alongside deltas in float32
 
 
 def gradient(row: Merging, world: World) -> Errors:
-    """Zero where the gradient by weights and factors of each slice is finite and not all zero."""
+    """Zero where the gradient by weights and factors of each slice is finite and not all zero.
+
+    Args:
+      row: the merging method; it is run with its own options.
+      world: the inputs.
+
+    Returns:
+      {"": 0 or infinity}.
+    """
     x, names, key = _moved(row, world)
     slopes = _slopes(x, key, *_static(row))
     sizes = [
@@ -46,9 +54,16 @@ def difference(row: Merging, world: World) -> Errors:
 
     Each site has an error for its factors and one for its weights, relative to the derivative and
     to the root of the sum of squares of its terms g_i d_i, whichever is larger; a `SLACK`-th of it.
+
+    Args:
+      row: the merging method; it is run with its own options.
+      world: the inputs.
+
+    Returns:
+      {"factors of PATH" and "weights of PATH": error}.
     """
     (x, names, key), rng = _moved(row, world), np.random.default_rng(12)
-    x = jax.tree.map(lambda t: _beside(t, rng), x, is_leaf=lambda t: isinstance(t, LowRank))
+    x = jax.tree.map(lambda t: _spread(t, rng), x, is_leaf=lambda t: isinstance(t, LowRank))
     slopes = _slopes(x, key, *_static(row))
     x = jax.tree.map(lambda t: np.asarray(t, np.float64), x)
     # what is zero stays zero: the rank that is padded is an edge of many merges
@@ -68,7 +83,7 @@ def difference(row: Merging, world: World) -> Errors:
     return out
 
 
-def _moved(row: Merging, world: World) -> tuple[Any, dict[str, list[str]], Any]:
+def _moved(row: Merging, world: World) -> tuple[Tree, dict[str, list[str]], Dynamic]:
     """({group: (factors [N, S, ...], weights [N, S])}, {group: paths [S]}, key).
 
     Sites of one shape are slices of one group, whose program is compiled sooner; a merge of all
@@ -88,13 +103,13 @@ def _moved(row: Merging, world: World) -> tuple[Any, dict[str, list[str]], Any]:
     return joined, names, key
 
 
-def _rows(t: Any, paths: list[str]) -> np.ndarray:
+def _rows(t: Dynamic, paths: list[str]) -> np.ndarray:
     """[N, S, ...] as [S, elements]."""
     t = np.asarray(t)
     return t.reshape(1, -1) if len(paths) == 1 else np.moveaxis(t, 1, 0).reshape(len(paths), -1)
 
 
-def _beside(low: Any, rng: np.random.Generator) -> Any:
+def _spread(low: Tree, rng: np.random.Generator) -> Tree:
     """Factors a way off, deltas of elements about 1: no kink where subspaces meet, as OFT's do."""
     if not isinstance(low, LowRank):
         return low
@@ -103,27 +118,27 @@ def _beside(low: Any, rng: np.random.Generator) -> Any:
     return LowRank(jnp.asarray(u, jnp.float32), jnp.asarray(v, jnp.float32))
 
 
-def _static(row: Merging) -> tuple[Any, Any]:
+def _static(row: Merging) -> tuple[Dynamic, Dynamic]:
     """What a program depends on, hashable, so that it is compiled once."""
     kind = (("function", row.function), ("scope", row.scope), ("loop", row.loop))
     return (*kind, ("randomised", row.randomised)), tuple(sorted(row.options.items()))
 
 
-def _sines(x: Any, key: Any, kind: Any, options: Any) -> dict[str, Array]:
+def _sines(x: Tree, key: Dynamic, kind: Dynamic, options: Dynamic) -> dict[str, Array]:
     """{group: [S], sums of sin of the merged deltas}."""
     row = Merging(name="", paper="", symbol="", evidence="", **dict(kind))
     every = row.scope == "adapter"
     bank, w = x[""] if every else ({k: t[i] for k, t in x.items()} for i in (0, 1))
-    made = apply(row, bank, w, dict(options), key=key)
-    found = {k: jnp.sum(jnp.sin(u @ v), (-2, -1)) for k, (u, v) in made.items()}  # type: ignore[misc]
+    deltas = apply(row, bank, w, dict(options), key=key)
+    found = {k: jnp.sum(jnp.sin(u @ v), (-2, -1)) for k, (u, v) in deltas.items()}  # type: ignore[misc]
     return {"": sum(map(jnp.sum, found.values()), jnp.zeros(()))[None]} if every else found
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _slopes(x: Any, key: Any, kind: Any, options: Any) -> Any:
+def _slopes(x: Tree, key: Dynamic, kind: Dynamic, options: Dynamic) -> Tree:
     """The gradient of the sum of `_sines`, like x."""
 
-    def f(x: Any) -> Array:
+    def f(x: Tree) -> Array:
         return sum(map(jnp.sum, _sines(x, key, kind, options).values()), jnp.zeros(()))
 
     return jax.grad(f)(x)
@@ -132,7 +147,9 @@ def _slopes(x: Any, key: Any, kind: Any, options: Any) -> Any:
 _values = jax.jit(_sines, static_argnums=(2, 3))
 
 
-def _at(row: Merging, key: Any, x: Any, d: Any, part: int, step: float) -> dict[str, np.ndarray]:
+def _at(
+    row: Merging, key: Dynamic, x: Tree, d: Tree, part: int, step: float
+) -> dict[str, np.ndarray]:
     """`_sines` in float64 where factors (part 0) or weights (part 1) have moved by step d."""
     with jax.enable_x64(True):
         moved = {k: list(t) for k, t in x.items()}

@@ -4,7 +4,7 @@
 
 .. math:: \\mathrm{error} = \\max_{\\text{sites}} |\\Delta_1 - \\Delta_2| \\, / \\, |\\text{inputs}|
 
-The laws of derivatives are in `derivatives`.
+The laws of derivatives are in `derivatives`, those of programs in `law_programs`.
 
 `error(law, row, world)` is 0 where a law holds exactly, about the precision where it holds, and
 not small where it is broken; infinite where something is not finite. Deltas are compared densely:
@@ -13,39 +13,61 @@ this is for tests on tiny banks.
 Deviates: nothing.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import algebra, numerics
 from jlora.algebra import Deltas, LowRank
-from jlora.core.adapter import Adapter
 from jlora.core.site import Site
 from jlora.merging.engine.derivatives import difference, gradient
 from jlora.merging.engine.inputs import gather, to_adapter
+from jlora.merging.engine.law_programs import dtypes, jit, memory, sharded
 from jlora.merging.engine.law_world import Errors, World, dense, first, gap, merged, take
 from jlora.merging.engine.run import bound, checked
 from jlora.merging.engine.table import Merging
-from jlora.methods.low_rank.lora import LoRA
+from jlora.types import Dynamic
 
 
 def laws_of(row: Merging) -> list[str]:
-    """The laws that a row can be asked for."""
+    """The laws that a row can be asked for.
+
+    Args:
+      row: a merging method.
+
+    Returns:
+      Names of `CHECKS`.
+    """
     return [law for law in CHECKS if law != "certificate" or row.certificate is not None]
 
 
 def error(law: str, row: Merging, world: World) -> float:
-    """The error of a law, relative to the norm of the bank, at the site where it is largest."""
+    """The error of a law, relative to the norm of the bank, at the site where it is largest.
+
+    Args and Raises are those of `errors`.
+
+    Returns:
+      0 where the law holds exactly.
+    """
     return max(errors(law, row, world).values())
 
 
 def errors(law: str, row: Merging, world: World) -> dict[str, float]:
-    """{path: error}; a law that is no comparison of deltas has other names, as ""."""
+    """The error of a law at every site, relative to the norm of the site's bank.
+
+    Args:
+      law: a name of `CHECKS`.
+      row: the merging method; it is run with its own options.
+      world: the inputs.
+
+    Returns:
+      {path: error}; a law that is no comparison of deltas has other names, such as "".
+
+    Raises:
+      ValueError: the law is "sharded" and the world has no mesh.
+    """
     if row.size is not None:
         w = world.weights[: row.size]
         world = world._replace(bank=take(world.bank, slice(row.size)), weights=w / jnp.sum(w))
@@ -56,7 +78,10 @@ def errors(law: str, row: Merging, world: World) -> dict[str, float]:
 
 
 def weight_one(row: Merging, world: World) -> Errors:
-    """One adapter of weight 1; where a method takes a fixed number, the others weigh 0."""
+    """One adapter of weight 1; where a method takes a fixed number, the others weigh 0.
+
+    Args and Returns are those of `errors`.
+    """
     if row.size is None:
         return gap(merged(row, world, take(world.bank, slice(1)), [1.0]), first(world.bank))
     w = [1.0] + [0.0] * (row.size - 1)
@@ -64,7 +89,10 @@ def weight_one(row: Merging, world: World) -> Errors:
 
 
 def minus_one(row: Merging, world: World) -> Errors:
-    """One adapter of weight -1 (the others of a fixed number weigh 0), against minus weight 1."""
+    """One adapter of weight -1 (the others of a fixed number weigh 0), against minus weight 1.
+
+    Args and Returns are those of `errors`.
+    """
     size = row.size or 1
     bank, w = take(world.bank, slice(size)), np.eye(size)[0]
     if not row.signed:
@@ -73,7 +101,10 @@ def minus_one(row: Merging, world: World) -> Errors:
 
 
 def signs(row: Merging, world: World) -> Errors:
-    """Weights of both signs, against positive ones of adapters of both signs."""
+    """Weights of both signs, against positive ones of adapters of both signs.
+
+    Args and Returns are those of `errors`.
+    """
     sign = np.where(np.arange(world.weights.shape[0]) % 2, -1.0, 1.0).astype(np.float32)
     if not row.signed:
         return _refused(row, world.bank, world.weights * sign)
@@ -81,12 +112,15 @@ def signs(row: Merging, world: World) -> Errors:
     def turned(low: LowRank) -> LowRank:
         return LowRank(low.u * sign.reshape(-1, *[1] * (low.u.ndim - 1)), low.v)
 
-    bank = {p: turned(low) for p, low in world.bank.items()}  # type: ignore[arg-type]
+    bank: Deltas = {p: turned(low) for p, low in world.bank.items()}  # type: ignore[arg-type]
     return gap(merged(row, world, weights=world.weights * sign), merged(row, world, bank))
 
 
 def absent(row: Merging, world: World) -> Errors:
-    """One adapter with others of weight 0, whatever those are; and all of weight 0, against 0."""
+    """One adapter with others of weight 0, whatever those are; and all of weight 0, against 0.
+
+    Args and Returns are those of `errors`.
+    """
     n = world.weights.shape[0]
     nothing = dense(merged(row, world, weights=np.zeros(n)))
     out = {p: float(np.sqrt((d**2).sum())) for p, d in nothing.items()}
@@ -100,6 +134,8 @@ def bounded(row: Merging, world: World) -> Errors:
     """How far the norm is beyond 4 sums of norms, for weights whose sum nearly vanishes.
 
     The adapters are nearly equal, so that those which agree on a sign can be of opposite weights.
+
+    Args and Returns are those of `errors`.
     """
     n = world.weights.shape[0]
     near: Deltas = {}
@@ -108,16 +144,19 @@ def bounded(row: Merging, world: World) -> Errors:
     w = np.array([1.0, -0.999, 1e-3, *[0.0] * n])[:n]
     if not row.signed:
         return _refused(row, world.bank, w)
-    made, each = dense(merged(row, world, near, w)), dense(near)
+    deltas, inputs = dense(merged(row, world, near, w)), dense(near)
     out = {}
-    for path, d in made.items():
-        size = np.sqrt((each[path] ** 2).reshape(n, -1).sum(1)).sum()
+    for path, d in deltas.items():
+        size = np.sqrt((inputs[path] ** 2).reshape(n, -1).sum(1)).sum()
         out[path] = float(np.maximum(np.sqrt((d**2).sum()) - 4 * size, 0.0))  # nan stays
     return out
 
 
 def bank(row: Merging, world: World) -> Errors:
-    """Adapters in a list, against one Adapter whose arrays lead with an axis of them."""
+    """Adapters in a list, against one Adapter whose arrays lead with an axis of them.
+
+    Args and Returns are those of `errors`.
+    """
     sites = []
     for path, (u, v) in world.bank.items():  # type: ignore[misc]
         shape, kinds = (*u.shape[1:-1], v.shape[-1]), "s" * (u.ndim - 3) + "io"
@@ -129,7 +168,7 @@ def bank(row: Merging, world: World) -> Errors:
     )
 
 
-def _refused(row: Merging, bank: Deltas, w: Any) -> Errors:
+def _refused(row: Merging, bank: Deltas, w: Dynamic) -> Errors:
     """Zero where the weights are refused by name, else infinite."""
     try:
         checked(row, bank, jnp.asarray(w, jnp.float32), jax.random.key(0), row.options)
@@ -140,13 +179,19 @@ def _refused(row: Merging, bank: Deltas, w: Any) -> Errors:
 
 
 def idempotent(row: Merging, world: World) -> Errors:
-    """Equal adapters, weights that sum to 1."""
+    """Equal adapters, weights that sum to 1.
+
+    Args and Returns are those of `errors`.
+    """
     same = jax.tree.map(lambda t: jnp.broadcast_to(t[:1], t.shape), world.bank)
     return gap(merged(row, world, same), first(world.bank))
 
 
 def permutation(row: Merging, world: World) -> Errors:
-    """The adapters in another order, with their weights and ids."""
+    """The adapters in another order, with their weights and ids.
+
+    Args and Returns are those of `errors`.
+    """
     order = np.roll(np.arange(world.weights.shape[0]), 1)
     bank, w = take(world.bank, order), world.weights[order]
     ids = order.astype(np.uint32)
@@ -154,7 +199,10 @@ def permutation(row: Merging, world: World) -> Errors:
 
 
 def gauge(row: Merging, world: World) -> Errors:
-    """(u G, G^-1 v), another G for each site, slice and adapter."""
+    """(u G, G^-1 v), another G for each site, slice and adapter.
+
+    Args and Returns are those of `errors`.
+    """
 
     def turned(k: int, low: LowRank) -> LowRank:
         shape = (*low.u.shape[:-2], low.u.shape[-1], low.u.shape[-1])
@@ -163,108 +211,23 @@ def gauge(row: Merging, world: World) -> Errors:
         g = (g * grow.reshape(*[1] * (g.ndim - 1), -1)).astype(low.u.dtype)
         return LowRank(low.u @ g, numerics.inv(g) @ low.v)
 
-    bank = {p: turned(k, low) for k, (p, low) in enumerate(world.bank.items())}  # type: ignore[arg-type]
+    bank: Deltas = {p: turned(k, low) for k, (p, low) in enumerate(world.bank.items())}  # type: ignore[arg-type]
     return gap(merged(row, world, bank), merged(row, world))
 
 
 def certificate(row: Merging, world: World) -> Errors:
-    """The excess of the true error over its bound; the difference where the bound is tight."""
+    """The excess of the true error over its bound; the difference where the bound is tight.
+
+    Args and Returns are those of `errors`.
+    """
     w = dense(algebra.combine(world.bank, world.weights))
-    made = dense(merged(row, world))
+    deltas = dense(merged(row, world))
     out = {}
     for path, limit in bound(row, world.bank, world.weights, row.options).items():
-        true = np.sqrt(((w[path] - made[path]) ** 2).sum((-2, -1)))
+        true = np.sqrt(((w[path] - deltas[path]) ** 2).sum((-2, -1)))
         gap = true - np.asarray(limit, np.float64)
         out[path] = float((np.abs(gap) if row.tight else gap).max())
     return out
-
-
-def jit(row: Merging, world: World) -> Errors:
-    """Jitted against not jitted."""
-    return gap(merged(row, world, jit=False), merged(row, world))
-
-
-def sharded(row: Merging, world: World) -> Errors:
-    """Rows, columns and layers spread over devices, against one device.
-
-    What is spread depends on shapes alone: one site without and one with layers are measured, in a
-    program of their own, against the same sites in the program of all (a merge of all sites at once
-    takes all).
-    """
-    if world.mesh is None:
-        raise ValueError("world.mesh: got None, expected a mesh")
-
-    def put(t: Array, axis: int) -> Array:
-        spec: list[Any] = [None] * t.ndim
-        spec[axis] = "d"
-        if t.ndim > 3:
-            spec[1] = "s"
-        return jax.device_put(t, NamedSharding(world.mesh, PartitionSpec(*spec)))  # type: ignore[arg-type]
-
-    one_of_each = {low[0].ndim: path for path, low in world.bank.items()}.values()
-    paths = world.bank if row.scope == "adapter" else one_of_each
-    bank: Deltas = {}
-    for path in paths:
-        u, v = world.bank[path][0], world.bank[path][1]
-        bank[path] = LowRank(put(u, -2), put(v, -1))
-    one_device = merged(row, world)
-    return gap(merged(row, world, bank), {path: one_device[path] for path in bank})
-
-
-def memory(row: Merging, world: World) -> Errors:
-    """Zero where no array of the program on a large site is a quarter of a dense delta or more."""
-    n, width = world.weights.shape[0], 4096
-    u, v = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((n, width, 4), (n, 4, width)))
-
-    def f(bank: Deltas, w: Array) -> Deltas:
-        return merged(row, world._replace(weights=w), bank, w, jit=False)
-
-    jaxpr = jax.make_jaxpr(f)({"x": LowRank(u, v)}, world.weights).jaxpr  # type: ignore[arg-type]
-    return {"": 0.0 if 4 * max(_sizes(jaxpr)) < width * width else float("inf")}
-
-
-def dtypes(row: Merging, world: World) -> Errors:
-    """Adapters and factors kept in 16 bits, against the same numbers in float32."""
-    half, exact = (_kept(world.bank, jnp.bfloat16, kind) for kind in (jnp.bfloat16, jnp.float32))
-    factor = 0.7  # no number of 8 bits
-    read = gather(_adapters(half, factor)).bank
-    scaled = {p: LowRank(u, v * jnp.float32(factor)) for p, (u, v) in exact.items()}  # type: ignore[misc]
-    out = gap(merged(row, world, read), merged(row, world, scaled))
-    half, exact = (_kept(world.bank, jnp.float16, kind) for kind in (jnp.float16, jnp.float32))
-    made = merged(row, world, half)
-    gaps = gap(made, merged(row, world, exact))
-    wide = {p: all(t.dtype == jnp.float32 for t in d) for p, d in made.items()}
-    return {p: max(e, gaps[p]) if wide[p] else float("inf") for p, e in out.items()}
-
-
-def _kept(bank: Deltas, kept: Any, dtype: Any) -> Deltas:
-    """A bank rounded to `kept`, in `dtype`."""
-    return jax.tree.map(lambda t: t.astype(kept).astype(dtype), bank)
-
-
-def _adapters(bank: Deltas, scale: float) -> Adapter:
-    """LoRA adapters of factors [N, *stack, ...], their scale in float32."""
-    trainable, frozen, rows = {}, {}, []
-    for path, (u, v) in bank.items():  # type: ignore[misc]
-        shape, rank = (*u.shape[1:-1], v.shape[-1]), u.shape[-1]
-        site = Site(path, shape, "s" * (len(shape) - 2) + "io", jnp.dtype(jnp.float32))
-        trainable[path] = {"a": u, "b": v}
-        frozen[path] = {"scale": jnp.full(u.shape[:-2], scale, jnp.float32)}
-        rows.append((site, LoRA(rank=rank)))
-    return Adapter(trainable, frozen, tuple(rows))
-
-
-def _sizes(jaxpr: Any) -> Iterator[int]:
-    """Elements of every array that a program and its inner programs make."""
-    for e in jaxpr.eqns:
-        yield from (getattr(v.aval, "size", 0) for v in e.outvars)
-        for value in jax.tree.leaves(tuple(e.params.values()), is_leaf=_program):
-            if _program(value):
-                yield from _sizes(getattr(value, "jaxpr", value))
-
-
-def _program(x: Any) -> bool:
-    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
 CHECKS: dict[str, Callable[[Merging, World], Errors]] = {

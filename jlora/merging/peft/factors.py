@@ -27,6 +27,8 @@ Deviates: of elements equal to the threshold all are kept. torch adds the last f
 banks of 8 and more in another order: there the last bit may differ.
 """
 
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -256,99 +258,36 @@ def _mask(keys: Array, side: int, density: float, like: Array) -> Array:
     return jax.vmap(one)(keys).astype(like.dtype)
 
 
+def _record(
+    function: Callable[..., LowRank],
+    breaks: Mapping[str, str],
+    options: Mapping[str, float] | None = None,
+    randomised: bool = False,
+) -> Merging:
+    name = function.__name__
+    return Merging(
+        name=name,
+        paper="Mangrulkar 2022, PEFT 0.21.2",
+        symbol=name,
+        claim=name,
+        function=function,
+        kind="composition",
+        randomised=randomised,
+        options=options or {},
+        breaks=breaks,
+        evidence="PEFT's bits on its own models; numpy value",
+        tests=("tests/merging/peft/peft_torch_test.py",),
+    )
+
+
+_APART = {"idempotent": SUMMED_APART, "gauge": AS_WRITTEN}
+_VOTE = {"signs": BLIND_VOTE, "absent": BLIND_VOTE}
+_HALF = {"density": 0.5}
 SYSTEMS = (
-    Merging(
-        name="peft_linear",
-        paper="Mangrulkar 2022, PEFT 0.21.2",
-        symbol="peft_linear",
-        claim="peft_linear",
-        function=peft_linear,
-        kind="composition",
-        breaks={
-            "idempotent": SUMMED_APART,
-            "gauge": AS_WRITTEN,
-        },
-        evidence="PEFT's bits on its own models; numpy value",
-        tests=("tests/merging/peft/peft_torch_test.py",),
-    ),
-    Merging(
-        name="peft_cat",
-        paper="Mangrulkar 2022, PEFT 0.21.2",
-        symbol="peft_cat",
-        claim="peft_cat",
-        function=peft_cat,
-        kind="composition",
-        evidence="PEFT's bits on its own models; numpy value",
-        tests=("tests/merging/peft/peft_torch_test.py",),
-    ),
-    Merging(
-        name="peft_magnitude_prune",
-        paper="Mangrulkar 2022, PEFT 0.21.2",
-        symbol="peft_magnitude_prune",
-        claim="peft_magnitude_prune",
-        function=peft_magnitude_prune,
-        kind="composition",
-        options={"density": 0.5},
-        breaks={
-            "idempotent": SUMMED_APART,
-            "gauge": AS_WRITTEN,
-            "weight_one": TRIMMED,
-        },
-        evidence="PEFT's bits on its own models; numpy value",
-        tests=("tests/merging/peft/peft_torch_test.py",),
-    ),
-    Merging(
-        name="peft_ties",
-        paper="Mangrulkar 2022, PEFT 0.21.2",
-        symbol="peft_ties",
-        claim="peft_ties",
-        function=peft_ties,
-        kind="composition",
-        options={"density": 0.5},
-        breaks={
-            "idempotent": SUMMED_APART,
-            "gauge": AS_WRITTEN,
-            "weight_one": TRIMMED,
-            "signs": BLIND_VOTE,
-            "absent": BLIND_VOTE,
-        },
-        evidence="PEFT's bits on its own models; numpy value",
-        tests=("tests/merging/peft/peft_torch_test.py",),
-    ),
-    Merging(
-        name="peft_dare_linear",
-        paper="Mangrulkar 2022, PEFT 0.21.2",
-        symbol="peft_dare_linear",
-        claim="peft_dare_linear",
-        function=peft_dare_linear,
-        kind="composition",
-        randomised=True,
-        options={"density": 0.5},
-        breaks={
-            "idempotent": SUMMED_APART,
-            "gauge": AS_WRITTEN,
-            "weight_one": DROPPED,
-        },
-        evidence="PEFT's bits on its own models; numpy value",
-        tests=("tests/merging/peft/peft_torch_test.py",),
-    ),
-    Merging(
-        name="peft_dare_ties",
-        paper="Mangrulkar 2022, PEFT 0.21.2",
-        symbol="peft_dare_ties",
-        claim="peft_dare_ties",
-        function=peft_dare_ties,
-        kind="composition",
-        randomised=True,
-        options={"density": 0.5},
-        breaks={
-            "idempotent": SUMMED_APART,
-            "gauge": AS_WRITTEN,
-            "weight_one": DROPPED,
-            "signs": BLIND_VOTE,
-            "absent": BLIND_VOTE,
-        },
-        evidence="PEFT's bits on its own models; numpy value",
-        tests=("tests/merging/peft/peft_torch_test.py",),
-    ),
+    _record(peft_linear, _APART),
+    _record(peft_cat, {}),
+    _record(peft_magnitude_prune, {**_APART, "weight_one": TRIMMED}, _HALF),
+    _record(peft_ties, {**_APART, "weight_one": TRIMMED, **_VOTE}, _HALF),
+    _record(peft_dare_linear, {**_APART, "weight_one": DROPPED}, _HALF, randomised=True),
+    _record(peft_dare_ties, {**_APART, "weight_one": DROPPED, **_VOTE}, _HALF, randomised=True),
 )

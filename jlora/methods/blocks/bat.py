@@ -72,7 +72,7 @@ SYSTEM = System(
     evidence="full rank, undone by its inverse; outputs of torch PEFT to 1e-5",
     rows=(8,),
     tests=("tests/io/peft/types_test.py",),
-    missing="a claim",
+    claim="bat",
     examples=(BAT(block=4),),
     breaks={"L4": "every block of outputs wants another rotation of the inputs"},
 )

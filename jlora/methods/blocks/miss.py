@@ -98,6 +98,6 @@ SYSTEM = System(
     evidence="equal to LoRA with a tiled identity; outputs of torch PEFT to 1e-5",
     rows=(8,),
     tests=("tests/io/peft/types_test.py",),
-    missing="a claim",
+    claim="miss",
     examples=(MiSS(rank=5), MiSS(rank=4, mini=2)),
 )

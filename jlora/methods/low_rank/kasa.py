@@ -32,6 +32,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.checks import check_whole
@@ -40,11 +41,18 @@ from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
-def smallest(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
-    """a0 [d_in, rank], b0 [rank, d_out]: their product is w in its `rank` smallest directions.
+def smallest(w: Float[Array, "d_in d_out"], rank: int) -> tuple[jax.Array, jax.Array]:
+    """The part of a weight in its smallest singular directions, as a product.
+
+    Args:
+      w: the weight, of which one SVD is taken.
+      rank: how many directions, less than min(d_in, d_out).
+
+    Returns:
+      a0 [d_in, rank], which holds the singular values, and b0 [rank, d_out].
 
     Raises:
-      ValueError: a rank that leaves no direction of w [d_in, d_out].
+      ValueError: a rank that leaves no direction of w.
     """
     kept = min(w.shape) - rank
     if kept < 1:
@@ -69,7 +77,7 @@ class KaSA(Method):
     def __post_init__(self) -> None:
         check_whole("KaSA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a, d, b = 0; frozen a0, b0 and scale []."""
         try:
             a0, b0 = smallest(context.weight(), self.rank)
@@ -96,7 +104,7 @@ SYSTEM = System(
     evidence="the cut weight against numpy's SVD; outputs of torch PEFT to 1e-5",
     rows=(15,),
     tests=("tests/io/peft/types_test.py",),
-    missing="its penalties as one recipe; a claim",
+    claim="kasa",
     examples=(KaSA(rank=2, alpha=3.0),),
     breaks={"L2": "the smallest directions of the weight are cut off from the start"},
 )

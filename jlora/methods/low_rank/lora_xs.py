@@ -29,6 +29,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.checks import check_whole
@@ -51,7 +52,7 @@ class LoRAXS(Method):
     def __post_init__(self) -> None:
         check_whole("LoRAXS.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """core [r, r] = 0; frozen a [d_in, r], b [r, d_out], scale []."""
         limit, r = min(site.d_in, site.d_out), self.rank
         if r > limit:
@@ -72,6 +73,7 @@ SYSTEM = System(
     symbol="LoRAXS",
     evidence="a core of the identity adds the principal part",
     rows=(22,),
-    missing="LoRA-SB's initialisation from gradients; a claim",
+    claim="lora_xs",
+    missing="LoRA-SB's initialisation from gradients",
     examples=(LoRAXS(rank=2, alpha=3.0),),
 )

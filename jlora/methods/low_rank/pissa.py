@@ -129,5 +129,6 @@ SYSTEM = System(
     symbol="PiSSA",
     evidence="principal part against numpy's SVD",
     kind="composition",
+    claim="pissa",
     examples=(PiSSA(rank=2),),
 )

@@ -26,10 +26,10 @@ official code gathers the tokens of each expert). The base's part of the first l
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.core.block import BlockMethod
 from jlora.core.method import Method, Wrapper
@@ -37,6 +37,7 @@ from jlora.core.site import Arrays, InitContext, Site
 from jlora.methods.low_rank.lora import LoRA
 from jlora.routing import router
 from jlora.system import System
+from jlora.types import Dynamic
 
 PREFIX = "expert_"  # of the names of arrays that have an axis of experts
 
@@ -61,7 +62,7 @@ class MixLoRA(BlockMethod):
     def rank_axes(self) -> Mapping[str, int]:  # type: ignore[override]
         return {PREFIX + name: axis for name, axis in self.method.rank_axes.items()}
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """The method's arrays for each expert, [E, ...]; at one site router [d_in, E]."""
         key, of_router = jax.random.split(key)
         one = lambda key: self.method.init(key, site, context)  # noqa: E731
@@ -73,15 +74,37 @@ class MixLoRA(BlockMethod):
         return trainable, frozen
 
     def experts_of(self, p: Arrays) -> tuple[Arrays, Arrays]:
-        """The arrays of experts by the names of the method, and the router."""
+        """The arrays of experts by the names of the method, and the router.
+
+        Args:
+          p: the arrays of one site, as `prepare` returns them.
+
+        Returns:
+          The arrays with a leading axis of experts, by the method's names, and the others.
+        """
         experts = {k[len(PREFIX) :]: t for k, t in p.items() if k.startswith(PREFIX)}
         return experts, {k: t for k, t in p.items() if not k.startswith(PREFIX)}
 
     def expert(self, p: Arrays) -> Method:
+        """The method that each expert runs at this site.
+
+        Args:
+          p: the arrays of one site.
+
+        Returns:
+          The method; at the site of the router, one that also publishes where each token goes.
+        """
         return Routed(self.method, self.block, self.top_k) if "router" in p else self.method
 
-    def mix(self, y: jax.Array, ctx: Mapping[str, Any]) -> tuple[jax.Array, Arrays]:
-        """y [E, ..., n] weighted by what the router published, [..., E].
+    def mix(self, y: Float[Array, "E ..."], ctx: Mapping[str, Dynamic]) -> tuple[jax.Array, Arrays]:
+        """The sum of the experts' outputs, weighted by what the router published.
+
+        Args:
+          y: outputs of the block by expert, [E, ..., n], with the router's tokens as leading axes.
+          ctx: holds the routes under the name of the block.
+
+        Returns:
+          [..., n], and the reports {"balance": [], "load": [E]}.
 
         Raises:
           ValueError: no site of the block has the router, or it saw other tokens.
@@ -108,7 +131,7 @@ class Routed(Wrapper):
     name: str
     top_k: int
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> ([..., d_out], reports of the method, {name: routes})."""
         out = self.method.apply(x, w, p, ctx)
         y, *reports = out if isinstance(out, tuple) else (out,)

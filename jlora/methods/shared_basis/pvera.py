@@ -22,18 +22,19 @@ Deviates: the bases come from JAX's generator, of `seed`; those of PEFT files ar
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core import compat
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
+from jlora.methods.shared_basis.vera import random_bases, scaled_bases
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,37 +52,33 @@ class PVeRA(Method):
     def __post_init__(self) -> None:
         check_whole("PVeRA.rank", self.rank)
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+    def shared(self, key: PRNGKeyArray, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """Frozen basis_a [max d_in, 2 r], basis_b [r, max d_out] of `seed`; `key` is not used."""
-        ka, kb = jax.random.split(jax.random.key(self.seed))
-        rows, cols = max(s.d_in for s in sites), max(s.d_out for s in sites)
-        dtype = max((s.param_dtype for s in sites), key=lambda d: jnp.dtype(d).itemsize)
+        return {}, random_bases(sites, self.seed, 2 * self.rank, self.rank)
 
-        def uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
-            bound = math.sqrt(6 / fan_in)
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        a = uniform(ka, (rows, 2 * self.rank), rows)
-        return {}, {"basis_a": a, "basis_b": uniform(kb, (self.rank, cols), self.rank)}
-
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """d [2 r], b [d_out] = 0; frozen rows [d_in] int32, the rows of basis_a that are used."""
         d = jnp.full(2 * self.rank, self.d_initial, site.param_dtype)
         b = jnp.zeros(site.d_out, site.param_dtype)
         return {"d": d, "b": b}, {"rows": jnp.arange(site.d_in, dtype=jnp.int32)}
 
     def parts(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
-        """u [d_in, 2 r] to means and logarithms of variances, v [r, d_out]."""
-        a = p["basis_a"].at[p["rows"]].get(mode="promise_in_bounds")
-        b = p["basis_b"][:, : p["b"].shape[0]]
-        return a * p["d"][None, :], b * p["b"][None, :]
+        """The two matrices between which the variable is drawn.
+
+        Args:
+          p: the arrays of one site with the shared bases.
+
+        Returns:
+          u [d_in, 2 r], to means and logarithms of variances, and v [r, d_out].
+        """
+        return scaled_bases(p)
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """u [d_in, r] to the means, v [r, d_out]."""
         u, v = self.parts(p)
         return u[:, : v.shape[0]], v
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; drawn with `ctx["key"]`, the mean without."""
         if "key" not in ctx:
             return super().apply(x, w, p, ctx)

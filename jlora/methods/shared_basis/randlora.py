@@ -33,6 +33,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -55,7 +56,7 @@ class RandLoRA(Method):
     def __post_init__(self) -> None:
         check_whole("RandLoRA.rank", self.rank)
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+    def shared(self, key: PRNGKeyArray, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """Frozen basis_a [r, max d], basis_b [max D, N, r] of `seed`; `key` is not used."""
         d_in, d_out = max(s.d_in for s in sites), max(s.d_out for s in sites)
         small, large = min(d_in, d_out), max(d_in, d_out)
@@ -66,7 +67,7 @@ class RandLoRA(Method):
         b = jax.random.uniform(kb, shape, dtype, -1, 1)
         return {}, {"basis_a": a / jnp.std(a), "basis_b": b / jnp.std(b)}
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """lam [r, N] = 0, gamma [N, d]; frozen scale [], and rows [d_in], cols [d_out] int32.
 
         These two are the numbers of the rows of a basis that the inputs and the outputs use.
@@ -101,6 +102,7 @@ SYSTEM = System(
     evidence="full rank from few numbers; outputs of torch PEFT to 1e-5",
     rows=(10,),
     tests=("tests/io/peft/types_test.py",),
-    missing="a gradient that keeps no scaled bases; a claim",
+    claim="randlora",
+    missing="a gradient that keeps no scaled bases",
     examples=(RandLoRA(rank=3, alpha=6.0),),
 )

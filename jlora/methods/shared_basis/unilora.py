@@ -27,6 +27,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -51,7 +52,7 @@ class UniLoRA(Method):
         check_whole("UniLoRA.rank", self.rank)
         check_whole("UniLoRA.size", self.size)
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+    def shared(self, key: PRNGKeyArray, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """Trainable theta [d], in the widest dtype of the sites."""
         total = sum(self._entries(s) * math.prod(s.stack) for s in sites)
         if not self.size <= total < 2**31:
@@ -60,7 +61,7 @@ class UniLoRA(Method):
         dtype = max((s.param_dtype for s in sites), key=lambda d: jnp.dtype(d).itemsize)
         return {"theta": jax.random.uniform(key, (self.size,), dtype, -self.bound, self.bound)}, {}
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """Nothing trainable; frozen index_a, scale_a [d_in, r], index_b, scale_b [r, d_out]."""
         before = [s for s in context.siblings if s.path < site.path]
         start = sum(self._entries(s) * math.prod(s.stack) for s in before)
@@ -96,7 +97,7 @@ SYSTEM = System(
     "torch PEFT to 1e-5, its files with indices back bitwise",
     tests=("tests/io/peft/shared_vectors_test.py",),
     rows=(12,),
-    missing="a claim",
+    claim="unilora",
     examples=(UniLoRA(rank=2, size=24),),
     breaks={"L2": "a vector of zeros could not learn, so the paper starts near the identity"},
 )

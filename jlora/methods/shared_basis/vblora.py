@@ -25,6 +25,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -54,13 +55,13 @@ class VBLoRA(Method):
         if self.top_k > self.num_vectors:
             raise ValueError(f"VBLoRA.top_k: got {self.top_k}, expected 1..{self.num_vectors}")
 
-    def shared(self, key: jax.Array, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
+    def shared(self, key: PRNGKeyArray, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """Trainable bank [h, l], in the widest dtype of the sites."""
         dtype = max((s.param_dtype for s in sites), key=lambda d: jnp.dtype(d).itemsize)
         shape, bound = (self.num_vectors, self.vector_length), self.bank_bound
         return {"bank": jax.random.uniform(key, shape, dtype, -bound, bound)}, {}
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """logits_a [r, d_in / l, h] and logits_b [d_out / l, r, h]."""
         pieces = []
         for name, size in (("inputs", site.d_in), ("outputs", site.d_out)):
@@ -86,8 +87,17 @@ class VBLoRA(Method):
         return u, jnp.swapaxes(c, 0, 1).reshape(c.shape[1], -1)
 
 
-def composed(logits: jax.Array, bank: jax.Array, top_k: int) -> jax.Array:
-    """Pieces [..., l]: for each row of logits [..., h] the softmax mix of its best vectors."""
+def composed(logits: Float[Array, "... h"], bank: Float[Array, "h l"], top_k: int) -> jax.Array:
+    """For each row of logits the softmax mix of its best vectors.
+
+    Args:
+      logits: one per vector of the bank.
+      bank: h vectors of l entries.
+      top_k: how many vectors a piece is mixed from.
+
+    Returns:
+      Pieces [..., l].
+    """
     best, ids = jax.lax.top_k(logits, top_k)
     weights = jax.nn.softmax(best, axis=-1)
     vectors = bank.at[ids].get(mode="promise_in_bounds")

@@ -1,4 +1,4 @@
-"""VeRA: one frozen random pair of bases for all sites, and two trained vectors a site.
+"""VeRA: one frozen random pair of bases for all sites, and two trained vectors per site.
 
 Symbols: shared bases A -> `basis_a` [max d_in, r], B -> `basis_b` [r, max d_out], of which a site
 uses the first rows / columns (`rows` [d_in]); d -> `d` [r]; b -> `b` [d_out].
@@ -30,6 +30,44 @@ from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 
+def random_bases(sites: tuple[Site, ...], seed: int, inner: int, rank: int) -> Arrays:
+    """Two bases for all sites, uniform in ±sqrt(6 / fan-in), in the widest dtype of the sites.
+
+    Args:
+      sites: all sites of the method.
+      seed: of the values, which depend on nothing else but the shapes.
+      inner: columns of A.
+      rank: rows of B.
+
+    Returns:
+      basis_a [max d_in, inner] and basis_b [rank, max d_out].
+    """
+    ka, kb = jax.random.split(jax.random.key(seed))
+    rows, cols = max(s.d_in for s in sites), max(s.d_out for s in sites)
+    dtype = max((s.param_dtype for s in sites), key=lambda d: jnp.dtype(d).itemsize)
+
+    def uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
+        bound = math.sqrt(6 / fan_in)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    a, b = uniform(ka, (rows, inner), rows), uniform(kb, (rank, cols), rank)
+    return {"basis_a": a, "basis_b": b}
+
+
+def scaled_bases(p: Arrays) -> tuple[jax.Array, jax.Array]:
+    """The parts of the bases that a site uses, times its vectors.
+
+    Args:
+      p: basis_a [max d_in, R], basis_b [r, max d_out], rows [d_in], d [R] and b [d_out].
+
+    Returns:
+      [d_in, R] = rows of A times d, and [r, d_out] = columns of B times b.
+    """
+    a = p["basis_a"].at[p["rows"]].get(mode="promise_in_bounds")
+    b = p["basis_b"][:, : p["b"].shape[0]]
+    return a * p["d"][None, :], b * p["b"][None, :]
+
+
 @dataclasses.dataclass(frozen=True)
 class VeRA(Method):
     """Vector-based random adapter; the bases are one group for all sites of the pattern.
@@ -47,16 +85,7 @@ class VeRA(Method):
 
     def shared(self, key: PRNGKeyArray, sites: tuple[Site, ...]) -> tuple[Arrays, Arrays]:
         """Frozen basis_a [max d_in, r], basis_b [r, max d_out] of `seed`; `key` is not used."""
-        ka, kb = jax.random.split(jax.random.key(self.seed))
-        rows, cols = max(s.d_in for s in sites), max(s.d_out for s in sites)
-        dtype = max((s.param_dtype for s in sites), key=lambda d: jnp.dtype(d).itemsize)
-
-        def uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
-            bound = math.sqrt(6 / fan_in)
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        a, b = uniform(ka, (rows, self.rank), rows), uniform(kb, (self.rank, cols), self.rank)
-        return {}, {"basis_a": a, "basis_b": b}
+        return {}, random_bases(sites, self.seed, self.rank, self.rank)
 
     def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """d [r], b [d_out]; frozen rows [d_in] int32, the rows of basis_a that the site uses."""
@@ -66,9 +95,7 @@ class VeRA(Method):
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """u [d_in, r] = rows of A times d, v [r, d_out] = columns of B times b."""
-        a = p["basis_a"].at[p["rows"]].get(mode="promise_in_bounds")
-        b = p["basis_b"][:, : p["b"].shape[0]]
-        return a * p["d"][None, :], b * p["b"][None, :]
+        return scaled_bases(p)
 
 
 SYSTEM = System(

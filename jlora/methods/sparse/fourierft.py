@@ -31,30 +31,50 @@ zero, as here), and forms the delta in every step.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, add_low_rank, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 from jlora.torch_random import Generator
+from jlora.types import Dynamic
 
 
 def places(d_in: int, d_out: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, cols) [count] int32 of distinct places of a [d_in, d_out] matrix, as PEFT draws them.
+    """Distinct places of a matrix, as PEFT draws them.
 
-    The seed's permutation of the places of the [d_out, d_in] matrix, row by row.
+    They are the first of the seed's permutation of the places of the [d_out, d_in] matrix, row by
+    row.
+
+    Args:
+      d_in: rows of the matrix.
+      d_out: its columns.
+      count: how many places, at most d_in d_out.
+      seed: of torch's generator.
+
+    Returns:
+      (rows, cols), int32 [count].
     """
     flat = Generator(seed).permutation(d_in * d_out, count).astype(np.int32)
     return flat % np.int32(d_in), flat // np.int32(d_in)
 
 
 def check_count(name: str, site: Site, count: int) -> None:
-    """Raises ValueError for more coefficients than the matrix has."""
+    """Refuses more coefficients than a matrix has entries.
+
+    Args:
+      name: of the hyper-parameter, for the error.
+      site: whose matrix it is.
+      count: number of coefficients.
+
+    Raises:
+      ValueError: count > d_in d_out.
+    """
     if count > site.d_in * site.d_out:
         raise ValueError(
             f"{site.path}: {name}: got {count}, expected at most {site.d_in * site.d_out}"
@@ -76,7 +96,7 @@ class FourierFT(Method):
     def __post_init__(self) -> None:
         check_whole("FourierFT.count", self.count)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [count] = 0; frozen rows, cols [count] int32 of `seed`, and scale []."""
         check_count("FourierFT count", site, self.count)
         rows, cols = places(site.d_in, site.d_out, self.count, self.seed)
@@ -85,7 +105,15 @@ class FourierFT(Method):
         return {"c": jnp.zeros(self.count, site.param_dtype)}, frozen
 
     def waves(self, p: Arrays, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        """u [d_in, 2 n] of cosines, then sines, with coefficients; v [2 n, d_out]."""
+        """The delta as a product of waves.
+
+        Args:
+          p: the arrays of one site.
+          shape: (d_in, d_out).
+
+        Returns:
+          u [d_in, 2 n] of cosines, then sines, with coefficients and scale; v [2 n, d_out].
+        """
         sides = []
         for name, size in zip(("rows", "cols"), shape, strict=True):
             turns = p[name][:, None] * jnp.arange(size, dtype=jnp.int32)[None] % jnp.int32(size)
@@ -95,11 +123,11 @@ class FourierFT(Method):
         c = (p["scale"] * p["c"] / math.prod(shape))[:, None]
         return jnp.concatenate([c * inner[0], -c * inner[1]]).T, jnp.concatenate(outer)
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w plus all waves, [d_in, d_out]."""
         return add_low_rank(w, *self.waves(p, w.shape))
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]."""
         y = x @ w
         return y + low_rank(x, *self.waves(p, w.shape)).astype(y.dtype)

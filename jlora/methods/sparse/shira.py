@@ -22,23 +22,36 @@ weight or gradient of the paper are made by giving `rows` and `cols` other value
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 def sparse_product(
-    x: jax.Array, c: jax.Array, rows: jax.Array, cols: jax.Array, d_out: int
+    x: Float[Array, "... d_in"],
+    c: Float[Array, "n"],
+    rows: Int[Array, "n"],
+    cols: Int[Array, "n"],
+    d_out: int,
 ) -> jax.Array:
-    """x [..., d_in] times the matrix of entries `c` [n] at `rows`, `cols`: [..., d_out].
+    """x times a matrix of n entries, which is not formed.
 
-    Of the dtype of c; the matrix is not formed.
+    Args:
+      x: activations.
+      c: values of the entries.
+      rows: of the entries, below d_in.
+      cols: of the entries, below d_out; entries of one place add up.
+      d_out: columns of the matrix.
+
+    Returns:
+      [..., d_out], of the dtype of c.
     """
 
     def one(x: jax.Array) -> jax.Array:
@@ -50,8 +63,23 @@ def sparse_product(
     return one(x)
 
 
-def scattered(w: jax.Array, c: jax.Array, rows: jax.Array, cols: jax.Array) -> jax.Array:
-    """w [d_in, d_out] with `c` [n] added at `rows`, `cols`."""
+def scattered(
+    w: Float[Array, "d_in d_out"],
+    c: Float[Array, "n"],
+    rows: Int[Array, "n"],
+    cols: Int[Array, "n"],
+) -> jax.Array:
+    """A matrix with entries added.
+
+    Args:
+      w: the matrix.
+      c: what is added, cast to the dtype of w.
+      rows: of the entries, below d_in.
+      cols: of the entries, below d_out.
+
+    Returns:
+      [d_in, d_out].
+    """
     return w.at[rows, cols].add(c.astype(w.dtype), mode="promise_in_bounds")
 
 
@@ -68,7 +96,7 @@ class SHiRA(Method):
     def __post_init__(self) -> None:
         check_whole("SHiRA.rank", self.rank)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [n] = 0; frozen rows, cols [n] int32, sorted by column."""
         count, size = self.rank * (site.d_in + site.d_out), site.d_in * site.d_out
         if count > size:
@@ -80,11 +108,11 @@ class SHiRA(Method):
         rows, cols = flat % jnp.int32(site.d_in), flat // jnp.int32(site.d_in)
         return {"c": jnp.zeros(count, site.param_dtype)}, {"rows": rows, "cols": cols}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w with c added at its places."""
         return scattered(w, p["c"], p["rows"], p["cols"])
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

@@ -20,16 +20,18 @@ Deviates: nothing that is known.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.methods.sparse.shira import scattered, sparse_product
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class SuperTuning(Method):
             raise ValueError(f"SuperTuning.sparsity: got {self.sparsity}, expected 0 <= it < 1")
         check_whole("SuperTuning.rank", self.rank, 0)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [n] = 0, and with `rank` a, b = 0; frozen rows, cols [n] int32, and scale []."""
         w = context.weight()
         count = int(w.size * (1 - self.sparsity))
@@ -74,13 +76,13 @@ class SuperTuning(Method):
             frozen["scale"] = jnp.asarray(self.alpha / self.rank, jnp.float32)
         return trainable, frozen
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w with c added at its places, and s a b."""
         if self.rank:
             w = w + p["scale"] * (p["a"] @ p["b"])
         return scattered(w, p["c"], p["rows"], p["cols"])
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

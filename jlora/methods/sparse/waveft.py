@@ -29,11 +29,11 @@ Deviates: of PEFT's wavelet families "db1" (Haar) alone.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
@@ -41,12 +41,24 @@ from jlora.core.site import Arrays, InitContext, Site
 from jlora.methods.sparse import fourierft
 from jlora.methods.sparse.shira import scattered, sparse_product
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 def places(
     d_in: int, d_out: int, count: int, seed: int, wavelet: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, cols) [count] int32 of C [d_in, d_out] as PEFT has them, sides even with `wavelet`."""
+    """Distinct places of the transform C, as PEFT has them.
+
+    Args:
+      d_in: rows of the weight.
+      d_out: its columns.
+      count: how many places, at most d_in d_out.
+      seed: of torch's generator.
+      wavelet: places of Haar's transform, whose sides are even; False: of the weight itself.
+
+    Returns:
+      (rows, cols), int32 [count].
+    """
     rows, cols = fourierft.places(d_in, d_out, count, seed)
     if not wavelet:
         return rows, cols
@@ -58,16 +70,31 @@ def places(
     )
 
 
-def analysis(x: jax.Array) -> jax.Array:
-    """x [..., d] H, [..., d or d + 1]: sums of neighbours, then differences."""
+def analysis(x: Float[Array, "... d"]) -> jax.Array:
+    """x H: sums of neighbours, then their differences.
+
+    Args:
+      x: [..., d].
+
+    Returns:
+      [..., d], or [..., d + 1] where d is odd.
+    """
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     first, second = pairs[..., 0], pairs[..., 1]
     return jnp.concatenate([first + second, first - second], axis=-1) * math.sqrt(0.5)
 
 
-def synthesis(x: jax.Array, size: int) -> jax.Array:
-    """x [..., size or size + 1] H^T, [..., size]: the inverse of `analysis`."""
+def synthesis(x: Float[Array, "... d"], size: int) -> jax.Array:
+    """x H^T: the inverse of `analysis`.
+
+    Args:
+      x: coefficients, d = `size` or `size` + 1.
+      size: of the last axis of the result.
+
+    Returns:
+      [..., size].
+    """
     halves = x.reshape(*x.shape[:-1], 2, -1)
     low, high = halves[..., 0, :], halves[..., 1, :]
     pairs = jnp.stack([low + high, low - high], axis=-1) * math.sqrt(0.5)
@@ -90,7 +117,7 @@ class WaveFT(Method):
     def __post_init__(self) -> None:
         check_whole("WaveFT.count", self.count)
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """c [count] = 0; frozen rows, cols [count] int32 of `seed`, and scale []."""
         fourierft.check_count("WaveFT count", site, self.count)
         rows, cols = places(site.d_in, site.d_out, self.count, self.seed, self.wavelet)
@@ -98,7 +125,7 @@ class WaveFT(Method):
         frozen["scale"] = jnp.asarray(self.scaling, jnp.float32)
         return {"c": jnp.zeros(self.count, site.param_dtype)}, frozen
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + s H C H.T, [d_in, d_out]."""
         c, (d_in, d_out) = p["scale"] * p["c"], w.shape
         if not self.wavelet:
@@ -107,7 +134,7 @@ class WaveFT(Method):
         table = scattered(jnp.zeros(sides, w.dtype), c, p["rows"], p["cols"])
         return w + synthesis(synthesis(table, d_out).T, d_in).T
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

@@ -25,10 +25,10 @@ Deviates: nothing that is known. "qr" takes the signs of LAPACK's factor, as tor
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core import compat
@@ -36,6 +36,7 @@ from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class DEFT(Method):
         if self.projection not in ("relu", "qr"):
             raise ValueError(f"DEFT.projection: got {self.projection!r}, expected 'relu' or 'qr'")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """p [d_out, r], and without `remove` r [d_in, r]; frozen scale []."""
         if self.rank > site.d_out:
             raise ValueError(
@@ -69,20 +70,27 @@ class DEFT(Method):
             trainable["r"] = numerics.matmul(context.weight(), self.sides(p)[0]) / scale
         return trainable, {"scale": jnp.asarray(scale, jnp.float32)}
 
-    def sides(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """N and Q, [d_out, r] each."""
+    def sides(self, p: Float[Array, "d_out r"]) -> tuple[jax.Array, jax.Array]:
+        """The two sides of the projection.
+
+        Args:
+          p: the trained matrix.
+
+        Returns:
+          N and Q, [d_out, r] each: relu(p) and p, or twice the orthonormal factor of its QR.
+        """
         if self.projection == "relu":
             return jax.nn.relu(p), p
         q, _ = numerics.qr(p)
         return q, q
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + (s r - w N) Q.T, [d_in, d_out]."""
         n, q = self.sides(p["p"])
         put = 0.0 if self.remove else p["scale"] * p["r"]
         return w + (put - w @ n) @ q.T
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]."""
         y, (n, q) = x @ w, self.sides(p["p"])
         inner = -compat.matmul(y, n.astype(y.dtype), thin=True)

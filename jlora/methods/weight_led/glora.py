@@ -26,15 +26,16 @@ itself and by the weight, are not here, so a PEFT file is read for modules witho
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 FORMS = ("lora", "vector", "constant")
 
@@ -55,7 +56,7 @@ class GLoRA(Method):
         if self.form not in FORMS:
             raise ValueError(f"GLoRA.form: got {self.form!r}, expected one of {list(FORMS)}")
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a_in, b_in [d_in, r], a_out, b_out [r, d_out] = 0; or a, b [d_out] or [] = 0."""
         dtype, p = site.param_dtype, {}
         if self.form != "lora":
@@ -67,14 +68,14 @@ class GLoRA(Method):
             p[f"{name}_out"] = jnp.zeros((self.rank, site.d_out), dtype)
         return p, {}
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + w A + B entrywise, [d_in, d_out]; exactly w at init."""
         if self.form == "lora":
             return w + w * (p["a_in"] @ p["a_out"]) + p["b_in"] @ p["b_out"]
         a, b = (jnp.broadcast_to(p[k], w.shape[1:])[None] for k in "ab")
         return w + w * a + b
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; of "lora", rows and patches on the merged weight."""
         if self.form == "lora" or not isinstance(x, jax.Array):
             return x @ w.merged(self, p)

@@ -26,16 +26,17 @@ Deviates: PEFT forms the delta in every step.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora import numerics
 from jlora.core.checks import check_whole
 from jlora.core.method import Method, low_rank
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -67,7 +68,7 @@ class PEANuT(Method):
                 f"PEANuT.activation: got {self.activation!r}, expected one of {list(ACTIVATIONS)}"
             )
 
-    def init(self, key: jax.Array, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
+    def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """a [d_out, r], b [r, d_out] = 0, and of a depth enc, dec [depth, r, r]."""
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
 
@@ -81,8 +82,16 @@ class PEANuT(Method):
             p["dec"] = uniform(keys[2], (self.depth, r, r))
         return p, {}
 
-    def first(self, w: jax.Array, p: Arrays) -> jax.Array:
-        """s g of w [d_in, d_out], [d_in, r]."""
+    def first(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
+        """The first factor of the delta: the network of the weight.
+
+        Args:
+          w: the weight.
+          p: a [d_out, r], and of a depth enc, dec [depth, r, r].
+
+        Returns:
+          s g(w), [d_in, r].
+        """
         f = ACTIVATIONS[self.activation]
         h, kept = f(numerics.matmul(w.astype(p["a"].dtype), p["a"])), []
         for k in range(self.depth):
@@ -92,11 +101,11 @@ class PEANuT(Method):
             h = f(numerics.matmul(h, p["dec"][k])) + kept.pop()
         return self.scaling * h
 
-    def merge(self, w: jax.Array, p: Arrays) -> jax.Array:
+    def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w + s g b, [d_in, d_out]; exactly w while b is zero."""
         return w + self.first(w, p) @ p["b"]
 
-    def apply(self, x: Any, w: Any, p: Arrays, ctx: Mapping[str, Any]) -> Any:
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]."""
         y = x @ w
         return y + low_rank(x, self.first(w.dense(), p), p["b"]).astype(y.dtype)

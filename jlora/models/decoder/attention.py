@@ -14,8 +14,7 @@ Reference: Ainslie et al. 2023 (arXiv:2305.13245); Gemma Team 2024 (arXiv:2408.0
 from typing import Protocol
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jlora.models.layers import MASKED, softmax
 
@@ -50,6 +49,9 @@ def visible(
       query_segments: documents of packed rows, any integers; None: one document per row.
       key_segments: those of the keys; given with `query_segments`.
       window: tokens seen, the query's own included; 0: all.
+
+    Returns:
+      True where query t of a row sees key s.
     """
     ahead = queries[:, :, None] - keys[:, None, :]
     seen = ahead >= 0
@@ -78,6 +80,9 @@ def attend(
       visible: what each query sees; one that sees nothing gets the mean of all values.
       scale: s.
       cap: c; 0: uncapped.
+
+    Returns:
+      The mixed values by head, in the dtype of v.
     """
     b, t, heads, width = q.shape
     grouped = q.reshape(b, t, k.shape[2], heads // k.shape[2], width)
@@ -87,6 +92,14 @@ def attend(
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(b, t, heads, width)
 
 
-def soft_cap(x: Array, cap: float) -> Array:
-    """``cap tanh(x / cap)``, or `x` where `cap` is 0."""
+def soft_cap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Logits squeezed into (-cap, cap).
+
+    Args:
+      x: logits.
+      cap: c; 0: uncapped.
+
+    Returns:
+      ``cap tanh(x / cap)``, or x itself where cap is 0.
+    """
     return cap * jnp.tanh(x / cap) if cap else x

@@ -14,7 +14,6 @@ Reference: the published checkpoints.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,12 +21,13 @@ from jlora.io import safetensors_file
 from jlora.models.decoder.config import DecoderConfig
 from jlora.models.decoder.hf_config import config_from_hf, config_to_hf
 from jlora.models.hf import INDEX, SINGLE, flatten, read_leaves
+from jlora.types import Json, Tree
 
 IGNORE = r".*rotary_emb\.inv_freq"  # constants that old files hold
 SHARD = 5 * 10**9  # bytes of one file
 
 
-def load(directory: str | Path, ignore: str = IGNORE) -> tuple[DecoderConfig, dict[str, Any]]:
+def load(directory: str | Path, ignore: str = IGNORE) -> tuple[DecoderConfig, dict[str, Tree]]:
     """Reads a checkpoint directory.
 
     Args:
@@ -52,7 +52,7 @@ def load(directory: str | Path, ignore: str = IGNORE) -> tuple[DecoderConfig, di
 
 
 def save(
-    directory: str | Path, config: DecoderConfig, params: dict[str, Any], shard: int = SHARD
+    directory: str | Path, config: DecoderConfig, params: dict[str, Tree], shard: int = SHARD
 ) -> None:
     """Writes ``config.json`` and the weights, which transformers and `load` read.
 
@@ -100,7 +100,7 @@ def save(
     _write_json(directory / "config.json", config_to_hf(config))
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: Json) -> None:
     safetensors_file.write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 

@@ -16,23 +16,23 @@ Reference: Fan et al. 2018 (arXiv:1805.04833) for top-k; Holtzman et al. 2019 (a
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.models.decoder.config import DecoderConfig
 from jlora.models.decoder.model import Cache, Output, empty_cache
 from jlora.models.layers import MASKED
+from jlora.types import Tree
 
 
 class Forward(Protocol):
     """`jlora.models.decoder.forward` of a config, or its lifted form with the adapter filled in."""
 
     def __call__(
-        self, params: Any, ids: Array, positions: Array, segments: None, cache: Cache, last: Array
+        self, params: Tree, ids: Array, positions: Array, segments: None, cache: Cache, last: Array
     ) -> Output: ...
 
 
@@ -66,13 +66,16 @@ class Generated(NamedTuple):
     lengths: Array  # int32 [b]: tokens of each row, the end token included
 
 
-def sample(key: Array, logits: Float[Array, "b vocab"], sampler: Sampler) -> Int[Array, "b"]:
+def sample(key: PRNGKeyArray, logits: Float[Array, "b vocab"], sampler: Sampler) -> Int[Array, "b"]:
     """One token per row.
 
     Args:
       key: of the draw; greedy decoding does not read it.
       logits: of the next token, float32.
       sampler: temperature, top-k and top-p.
+
+    Returns:
+      Numbers of tokens, int32.
     """
     if sampler.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -91,10 +94,10 @@ def sample(key: Array, logits: Float[Array, "b vocab"], sampler: Sampler) -> Int
 
 def generate(
     forward: Forward,
-    params: Any,
+    params: Tree,
     prompts: Int[Array, "b t"],
     lengths: Int[Array, "b"],
-    key: Array,
+    key: PRNGKeyArray,
     *,
     config: DecoderConfig,
     steps: int,

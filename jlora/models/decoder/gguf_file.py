@@ -12,13 +12,13 @@ Reference: the GGUF specification of the ggml project, version 3.
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.models.decoder.config import DecoderConfig, Rope
 from jlora.models.hf import nest
+from jlora.types import Dynamic, Tree
 
 MODULES = {
     "attention/query": "attn_q",
@@ -32,7 +32,7 @@ MODULES = {
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
-def load_gguf(path: str | Path) -> tuple[DecoderConfig, dict[str, Any]]:
+def load_gguf(path: str | Path) -> tuple[DecoderConfig, dict[str, Tree]]:
     """Reads the architecture and the weights, float32.
 
     Args:
@@ -101,16 +101,22 @@ def halves(weight: np.ndarray, heads: int) -> np.ndarray:
     Args:
       weight: queries or keys as llama.cpp stores them, ``[heads * D, d_in]``.
       heads: of this projection.
+
+    Returns:
+      The same shape, in the order of `jlora.models.decoder`.
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def gguf_tokenizer(path: str | Path) -> Any:
+def gguf_tokenizer(path: str | Path) -> Dynamic:
     """The byte-level BPE tokenizer in the file, as a ``tokenizers.Tokenizer``.
 
     Args:
       path: the ``.gguf`` file.
+
+    Returns:
+      The tokenizer, with the file's special tokens.
 
     Raises:
       ValueError: the file holds a tokenizer of another kind than "gpt2" with the pre-tokenizer
@@ -138,12 +144,22 @@ def gguf_tokenizer(path: str | Path) -> Any:
 
 
 def chat_template(path: str | Path) -> str:
-    """The chat template in the file (Jinja); "" where it holds none."""
+    """The chat template in the file.
+
+    Args:
+      path: the ``.gguf`` file.
+
+    Returns:
+      A Jinja template; "" where the file holds none.
+
+    Raises:
+      ValueError: not a GGUF file.
+    """
     field = _reader(path).get_field("tokenizer.chat_template")
     return str(field.contents()) if field is not None else ""
 
 
-def _reader(path: str | Path) -> Any:
+def _reader(path: str | Path) -> Dynamic:
     from gguf import GGUFReader
 
     try:
@@ -152,14 +168,14 @@ def _reader(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a GGUF file that can be read ({error})") from error
 
 
-def _field(path: str | Path, reader: Any, name: str, default: Any = None) -> Any:
+def _field(path: str | Path, reader: Dynamic, name: str, default: Dynamic = None) -> Dynamic:
     field = reader.get_field(name)
     if field is None and default is None:
         raise ValueError(f"{path}: {name}: missing")
     return default if field is None else field.contents()
 
 
-def _config(path: str | Path, reader: Any) -> DecoderConfig:
+def _config(path: str | Path, reader: Dynamic) -> DecoderConfig:
     if (kind := _field(path, reader, "general.architecture")) != "llama":
         raise ValueError(f"{path}: general.architecture: got {kind!r}, expected 'llama'")
     get = lambda name, default=None: _field(path, reader, f"llama.{name}", default)  # noqa: E731

@@ -9,10 +9,11 @@ Reference: the published checkpoints.
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from jlora.io import safetensors_file
 from jlora.models.decoder.config import DecoderConfig, Rope
+from jlora.types import Dynamic, Json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 FULL, LOCAL = "full_attention", "sliding_attention"
@@ -24,6 +25,9 @@ def config_from_hf(directory: str | Path) -> DecoderConfig:
 
     Args:
       directory: of the checkpoint.
+
+    Returns:
+      The architecture.
 
     Raises:
       ValueError: a field is missing, or asks for what the decoder does not implement.
@@ -39,8 +43,8 @@ def config_from_hf(directory: str | Path) -> DecoderConfig:
     return _config(path, raw, raw["model_type"])
 
 
-def _config(path: Path, raw: Mapping[str, Any], family: str) -> DecoderConfig:
-    def need(name: str) -> Any:
+def _config(path: Path, raw: Mapping[str, Json], family: str) -> DecoderConfig:
+    def need(name: str) -> Json:
         if raw.get(name) is None:
             raise ValueError(f"{path}: {name}: missing")
         return raw[name]
@@ -78,7 +82,7 @@ def _config(path: Path, raw: Mapping[str, Any], family: str) -> DecoderConfig:
         local_rope=local_rope if any(local) else None,
         local=local if any(local) else (),
         window=window if any(local) else 0,
-        activation=cast(Any, act),  # checked there
+        activation=cast(Dynamic, act),  # checked there
         qkv_bias=attention_bias or family == "qwen2",
         out_bias=attention_bias,
         ffn_bias=bool(raw.get("mlp_bias", False)),
@@ -96,7 +100,7 @@ def _config(path: Path, raw: Mapping[str, Any], family: str) -> DecoderConfig:
 
 
 def _local(
-    path: Path, raw: Mapping[str, Any], family: str, layers: int, window: int
+    path: Path, raw: Mapping[str, Json], family: str, layers: int, window: int
 ) -> tuple[bool, ...]:
     """Which layers attend within the window."""
     if family in ("llama", "gemma") or not window:
@@ -117,7 +121,7 @@ def _local(
     return tuple(bool((i + 1) % period) for i in range(layers))
 
 
-def _ropes(path: Path, raw: Mapping[str, Any], family: str) -> tuple[Rope, Rope | None]:
+def _ropes(path: Path, raw: Mapping[str, Json], family: str) -> tuple[Rope, Rope | None]:
     """The rotary embedding of full and of local layers (None: the same)."""
     given = raw.get("rope_parameters") or {}
     if FULL in given or LOCAL in given:  # transformers 5, per kind of layer
@@ -132,7 +136,7 @@ def _ropes(path: Path, raw: Mapping[str, Any], family: str) -> tuple[Rope, Rope 
 
 
 def _rope(
-    path: Path, raw: Mapping[str, Any], given: Mapping[str, Any], theta: float | None
+    path: Path, raw: Mapping[str, Json], given: Mapping[str, Json], theta: float | None
 ) -> Rope:
     kind = given.get("rope_type", given.get("type", "default"))
     if (partial := given.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))) != 1:
@@ -153,15 +157,18 @@ def _rope(
         raise ValueError(f"{path}: {error}") from error
 
 
-def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+def config_to_hf(config: DecoderConfig) -> dict[str, Json]:
     """``config.json`` of a decoder, readable by transformers 4 and 5.
 
     Args:
       config: the architecture.
+
+    Returns:
+      The fields by name, to be written as JSON.
     """
     c = config
     act = "silu" if c.activation == "silu" else "gelu_pytorch_tanh"
-    raw: dict[str, Any] = {
+    raw: dict[str, Json] = {
         "architectures": [_ARCHITECTURES[c.model_type]],
         "model_type": c.model_type,
         "vocab_size": c.vocab,
@@ -211,8 +218,8 @@ _ARCHITECTURES = {
 }
 
 
-def _rope_to_hf(rope: Rope) -> dict[str, Any]:
-    raw: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
+def _rope_to_hf(rope: Rope) -> dict[str, Json]:
+    raw: dict[str, Json] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
     if rope.scaling != "default":
         raw["factor"] = rope.factor
     if rope.scaling == "llama3":

@@ -25,17 +25,17 @@ Reference: as `jlora.models.decoder.config`.
 Deviates: no dropout.
 """
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.models.decoder import attention, rope
 from jlora.models.decoder.attention import Attend
 from jlora.models.decoder.config import DecoderConfig
+from jlora.types import Dynamic, Tree
 
 Remat = Literal["none", "dots", "all"]
 POLICIES = {
@@ -69,7 +69,16 @@ class Shared(NamedTuple):
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int) -> Cache:
-    """A cache for `batch` rows of at most `slots` tokens, of ``config.dtype``."""
+    """A cache without tokens.
+
+    Args:
+      config: the architecture.
+      batch: rows.
+      slots: tokens of a row at most.
+
+    Returns:
+      Zeros in ``config.dtype``.
+    """
     shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
@@ -197,7 +206,9 @@ class Decoder(nn.Module):
             if given is not None and given.shape != ids.shape:
                 raise ValueError(f"{name}: got shape {given.shape}, expected {ids.shape}")
         if cache is not None and segments is not None:
-            raise ValueError("segments: got packed rows with a cache, expected one document a row")
+            raise ValueError(
+                "segments: got packed rows with a cache, expected one document per row"
+            )
         init = nn.initializers.normal(c.init_std)
         table = nn.Embed(c.vocab, c.width, dtype=c.dtype, embedding_init=init, name="embed_tokens")
         x = table(ids)
@@ -210,7 +221,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=cast(Any, (nn.broadcast, 0, 0)),
+            in_axes=cast(Dynamic, (nn.broadcast, 0, 0)),
             length=c.layers,
         )(c, self.attend, name="layers")
         local = jnp.asarray(c.local or (False,) * c.layers)
@@ -240,7 +251,7 @@ def _shared(
 
 
 def forward(
-    params: dict[str, Any],
+    params: dict[str, Tree],
     ids: Int[Array, "b t"],
     positions: Int[Array, "b t"] | None = None,
     segments: Int[Array, "b t"] | None = None,
@@ -275,8 +286,16 @@ def forward(
     return cast(Output, model.apply({"params": params}, ids, positions, segments, cache, last))
 
 
-def init(key: Array, config: DecoderConfig) -> dict[str, Any]:
-    """Fresh parameters, float32."""
+def init(key: PRNGKeyArray, config: DecoderConfig) -> dict[str, Tree]:
+    """Fresh parameters.
+
+    Args:
+      key: of the normal values.
+      config: the architecture.
+
+    Returns:
+      The tree described above, float32.
+    """
     ids = jnp.zeros((1, 2), jnp.int32)
     return jax.jit(lambda k: Decoder(config).init(k, ids)["params"])(key)
 
@@ -291,6 +310,9 @@ def loss(
       ids: the tokens themselves.
       weights: per token, how much its own prediction counts: 0 for prompts, padding and the first
         token of a document. A batch without any weight has loss 0.
+
+    Returns:
+      A scalar.
     """
     picked = jnp.take_along_axis(logits[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits[:, :-1], axis=-1) - picked

@@ -34,6 +34,9 @@ def frequencies(rope: Rope, head_width: int, tokens: Int[Array, ""] | int) -> Fl
       rope: base and scaling.
       head_width: D, even.
       tokens: t, the length of the longest sequence; read by "dynamic" alone.
+
+    Returns:
+      omega, [head_width / 2].
     """
     exponent = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     theta = jnp.float32(rope.theta)
@@ -60,6 +63,9 @@ def angles(
       rope: base and scaling.
       head_width: D, even.
       positions: of the tokens, from 0.
+
+    Returns:
+      Cosines and sines, of D / 2 angles per position.
     """
     omega = frequencies(rope, head_width, jnp.max(positions) + 1)
     angle = positions.astype(jnp.float32)[..., None] * omega[None, None]
@@ -75,6 +81,9 @@ def rotate(
       x: queries or keys.
       cos: cosines of `angles`.
       sin: its sines.
+
+    Returns:
+      The rotated queries or keys.
     """
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]

@@ -202,7 +202,6 @@ def test_weights_of_the_base_model_are_never_dropped(golden, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name", "why"),
     [
-        ("bert", "lora_pissa", "init_lora_weights = 'pissa'"),
         ("bert", "prompt", "'PROMPT_TUNING' cannot be read .it adds tokens"),
         ("bert", "ia3", "IA3 scales its bias too"),
     ],

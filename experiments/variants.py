@@ -1,0 +1,80 @@
+"""Every variant of LoRA on the same real tasks: learning rate, rank and seed swept alike.
+
+    python -m experiments.variants --flagfile=experiments/flags/variants_full.flags
+
+Trains adapters of the attention kernels of MiniLM's last layer on four text tasks for which frozen
+features do not suffice, and writes report.json, report.md and variants.svg into the workdir: best
+and spread of each variant over learning rates, ranks and seeds, with tags on four axes. Finished
+cells (a variant, a rank, a seed) are kept; the same command resumes with the missing ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from experiments.data.assets import AssetError
+from experiments.workdir import StageError, explain_failed_write
+
+WORKDIR = flags.DEFINE_string("workdir", "runs/variants", "everything the study writes")
+CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+VARIANTS = flags.DEFINE_list("variants", [], "their names; none: all")
+RANKS = flags.DEFINE_list("ranks", ["2", "4", "8"], "ranks of LoRA that set the budgets")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "of starts, random bases and drawn rows")
+FACTORS = flags.DEFINE_list(
+    "factors", ["0.11", "0.33", "1", "3", "9"], "learning rates, by a variant's middle one"
+)
+STEPS = flags.DEFINE_integer("steps", 60, "optimizer steps of a run")
+BATCH = flags.DEFINE_integer("batch", 8, "rows of a step")
+TOY = flags.DEFINE_bool("toy", False, "a random encoder and made-up sentences; no download")
+
+
+def main(argv: list[str]) -> None:
+    """Entry point: every expected failure is one clear line and exit code 2."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    from experiments.variant_study import cells, report  # --help should not wait for JAX
+    from experiments.variant_study.methods import VARIANTS as KNOWN
+
+    workdir = Path(WORKDIR.value)
+    try:
+        plan = cells.Plan(
+            tuple(VARIANTS.value) or tuple(KNOWN),
+            tuple(int(x) for x in RANKS.value),
+            tuple(int(x) for x in SEEDS.value),
+            tuple(float(x) for x in FACTORS.value),
+            STEPS.value,
+            BATCH.value,
+        )
+        plan.check()
+        workdir.mkdir(parents=True, exist_ok=True)
+        world = cells.world(workdir, Path(CACHE.value) if CACHE.value else None, toy=TOY.value)
+        made = cells.sweep(world, plan, workdir)
+        found = report.summarise(made, world.names("seen"))
+        found["command"] = shlex.join(["python", "-m", "experiments.variants", *sys.argv[1:]])
+        found["plan"] = plan._asdict() | {"jax": version("jax")}
+        found["config"] = dataclasses.asdict(world.config)
+        report.write(found, made, workdir)
+    except (StageError, AssetError) as error:
+        _fail(str(error))
+    except (OSError, ValueError) as error:
+        _fail(explain_failed_write(error, workdir) or str(error))
+    else:
+        print(report.markdown(found))
+        print(f"Report: {workdir / 'report.md'}")
+
+
+def _fail(text: str) -> None:
+    print(f"\nerror: {text}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    # The checkpointer's INFO lines would bury the bar; -v=0 (or --verbosity=0) shows them.
+    flags.FLAGS.verbosity = logging.WARNING
+    app.run(main)

@@ -1,0 +1,1 @@
+"""Measurements of a function at its sites, which initialisations and rank allocation start from."""
