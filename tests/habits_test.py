@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPEN = ("jlora/io", "jlora/cli/merge", "docs")
+OPEN: tuple[str, ...] = ()
 EACH = r"site|step|token|axis|primitive|stage|layer|task|epoch|leaf|channel|slice|client"
 HABITS = {  # what is not said -> what is
     rf"\b(?:one|two|three|\d+) (?!(?:without|for|of|with|in|at|by|from|to|on|is|than|has|as|where|"
@@ -57,7 +57,8 @@ def files():
     paths = [ROOT / "README.md", ROOT / "WORKSPACE.md", *(ROOT / "docs").rglob("*.md")]
     for folder in ("jlora", "experiments", "benchmarks"):
         paths += (ROOT / folder).rglob("*.py")
-    skipped = ("experiments/data/descriptions", "experiments/data/glue", "docs/results")  # data
+    # what describes a data set is input of models, kept word for word
+    skipped = ("experiments/data/descriptions", "experiments/data/glue.py", "docs/results")
     for path in sorted(paths):
         name = path.relative_to(ROOT).as_posix()
         if not name.startswith(skipped + OPEN):

@@ -4,8 +4,8 @@
 
 Trains LoRA adapters of MiniLM-L6 on eight tasks of eight corpora (three seeds, two ranks), merges
 2, 4 and 8 of them by the methods of `jlora.merging`, and counts the test rows that each merge gets
-right: see `cells`. Finished cells are kept in the workdir; the same command resumes
-where it was. `--docs` writes the table, the plot and the figures into a folder of documents;
+right: see `cells`. Finished cells are kept in the workdir; the same command
+resumes. `--docs` writes the table, the plot and the figures into a folder of documents;
 `--quick` does all of it on a random encoder and made-up sentences. The last line is JSON.
 """
 

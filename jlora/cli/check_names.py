@@ -1,7 +1,7 @@
 """`jlora inspect ADAPTER --check-names TREE --names MAP`: what matches nothing, and what is near.
 
 A name map ties three lists together: the leaves of a parameter tree, its own rules, and the modules
-of an adapter's file. What is in one list and leads nowhere in the next is said:
+of an adapter's file. What is in one list and leads nowhere in the next is listed:
 
     modules of the file without a leaf    they would be refused by the reader
     modules whose shapes differ           d_in or d_out of the factors, against those of the leaf
@@ -15,7 +15,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +24,13 @@ from jlora.cli import files
 from jlora.core.lift import path_string
 from jlora.core.site import Site
 from jlora.io import FormatError, NameMap
+from jlora.io.errors import near
 from jlora.io.json_file import read_json
 from jlora.io.model_sites import model_sites
-from jlora.io.names import near
 from jlora.io.peft.directory import WEIGHTS
 from jlora.io.peft.read import ROOT
 from jlora.io.safetensors_file import header
+from jlora.types import Dynamic
 
 ENDS = re.compile(
     r"(.+?)\.(lora_[AB]\.weight|lora_(?:down|up)\.weight|lora_embedding_[AB]|lora_E|[a-z0-9_]+)"
@@ -39,7 +39,7 @@ FIRST = ("lora_A.weight", "lora_down.weight")  # [r, in]
 SECOND = ("lora_B.weight", "lora_up.weight")  # [out, r]
 PLAIN = re.compile(r"[^\w/]+")  # what paths do not have
 MOST = 40  # lines of each list
-Tree = Mapping[str, jax.ShapeDtypeStruct]
+Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Found:
         return not self.lost and not self.differ
 
     def text(self) -> str:
-        """A paragraph per list, and a summary."""
+        """Returns a paragraph per list, and a summary."""
         parts = []
         for title in ("lost", "differ", "unused", "unnamed"):
             lines = getattr(self, title)
@@ -81,12 +81,15 @@ TITLES = {
 }
 
 
-def tree_of(path: Path) -> Tree:
-    """Path -> shape and dtype of a parameter tree.
+def tree_of(path: Path) -> Leaves:
+    """The leaves of a parameter tree in a file.
 
     Args:
       path: a safetensors file; an Orbax checkpoint; or a JSON file ``{path: [dtype, *shape]}``,
         also under the key ``tree``.
+
+    Returns:
+      Path -> shape; the dtype is always float32, as only shapes are compared.
 
     Raises:
       FormatError: none of these.
@@ -113,10 +116,10 @@ def tree_of(path: Path) -> Tree:
     return tree
 
 
-def _orbax(path: Path) -> Tree:
+def _orbax(path: Path) -> Leaves:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found: Any = checkpointer.metadata(path.absolute())
+            found: Dynamic = checkpointer.metadata(path.absolute())
         found = getattr(found, "item_metadata", found)
         found = getattr(found, "tree", found)
         leaves = jax.tree_util.tree_flatten_with_path(
@@ -137,10 +140,16 @@ def _orbax(path: Path) -> Tree:
 
 
 def modules_of(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Module -> suffix -> shape, of a file in any format but Orbax; the file's own names.
+    """The modules of an adapter's file, by the file's own names.
+
+    Args:
+      path: of an adapter in any format but Orbax.
+
+    Returns:
+      Module -> suffix -> shape.
 
     Raises:
-      FormatError: no adapter.
+      FormatError: not an adapter, or an Orbax checkpoint.
     """
     if files.detect(path) == "orbax":
         raise FormatError(path, "got an Orbax checkpoint, which has the paths of its own sites")
@@ -152,17 +161,20 @@ def modules_of(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def check(path: Path, tree: Tree, names: NameMap, start: str = "") -> Found:
-    """Compares the lists.
+def check(path: Path, tree: Leaves, names: NameMap, start: str = "") -> Found:
+    """Compares the leaves of a tree, the rules of a name map and the modules of a file.
 
     Args:
       path: the adapter.
       tree: the leaves.
       names: the map.
-      start: the module prefix of a kohya file, or the component of a diffusers file.
+      start: the module prefix of a kohya file, or the component of a diffusers file; "" for others.
+
+    Returns:
+      What of each list leads nowhere.
 
     Raises:
-      FormatError: the file is no adapter.
+      FormatError: the file is not an adapter.
       ValueError: two slices of the tree get one name.
     """
     sites, differ = [], []
@@ -174,9 +186,9 @@ def check(path: Path, tree: Tree, names: NameMap, start: str = "") -> Found:
     known: dict[str, Site] = {}
     for name, (where, _) in names.table(sites).items():
         known[_spelt(name, path, start)] = next(s for s in sites if s.path == where).slice()
-    mine = modules_of(path)
-    lost = [f"{m}; nearest: {near(m, known)}" for m in mine if m not in known]
-    for module, shapes in mine.items():
+    modules = modules_of(path)
+    lost = [f"{m}; nearest: {near(m, known)}" for m in modules if m not in known]
+    for module, shapes in modules.items():
         if module in known:
             differ += _differences(module, shapes, known[module])
     matched = [names.find(leaf) for leaf in tree]
@@ -191,7 +203,7 @@ def check(path: Path, tree: Tree, names: NameMap, start: str = "") -> Found:
         for leaf, match in zip(tree, matched, strict=True)
         if match is None and len(tree[leaf].shape) > 1
     ]
-    return Found(len(mine), tuple(lost), tuple(differ), tuple(unused), tuple(unnamed))
+    return Found(len(modules), tuple(lost), tuple(differ), tuple(unused), tuple(unnamed))
 
 
 def _spelt(name: str, path: Path, start: str) -> str:

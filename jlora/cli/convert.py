@@ -103,8 +103,10 @@ def run(args: argparse.Namespace) -> str:
 
 
 def check(path: Path, kind: files.Format, adapter: Adapter, names: io.NameMap, start: str) -> None:
-    """Reads back what was written: every trained array is there again bit for bit, or the format
-    folds the scale into an array (LoKr in kohya files) and the deltas are equal to 1e-6.
+    """Reads back what was written.
+
+    Every trained array is there again bit for bit; or, where the format folds the scale into an
+    array (LoKr in kohya files), the deltas are equal to 1e-6.
 
     Args:
       path: what was written.

@@ -24,7 +24,6 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,17 +31,19 @@ from jlora.core.adapter import Adapter
 from jlora.core.bank import one_adapter
 from jlora.core.site import Site
 from jlora.io import fused, safetensors_file
-from jlora.io.errors import FormatError, keys_seen
+from jlora.io.errors import FormatError, keys_seen, near
+from jlora.io.json_file import parse_json
 from jlora.io.kohya import modules as kohya_modules
 from jlora.io.kohya.modules import ALPHA, DOWN, UP
 from jlora.io.model_sites import ModelSites, model_sites
-from jlora.io.names import NameMap, near
+from jlora.io.names import NameMap
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.lora import DORA, LORA, MAGNITUDE, MATRIX, TABLE
 from jlora.io.peft.read import ROOT, stacked
 from jlora.io.peft.table import Arrays, Read, scale_of
 from jlora.io.peft.write import torch_side
 from jlora.io.slices import sliced
+from jlora.types import Json, Tree
 
 METADATA = "lora_adapter_metadata"
 OURS = (*MATRIX, *TABLE, MAGNITUDE, ALPHA)
@@ -53,7 +54,7 @@ OTHERS["lora.up.weight"] = UP
 def load_diffusers(
     path: str | os.PathLike[str],
     names: NameMap,
-    params_or_sites: Any,
+    params_or_sites: Tree,
     component: str = "transformer",
     *,
     layout: str | None = None,
@@ -66,12 +67,16 @@ def load_diffusers(
       names: from site paths to torch modules.
       params_or_sites: as for `load_peft`.
       component: the first part of the keys (``diffusion_model`` in ComfyUI's files), "" where they
-        have none.
+        have none; "transformer", as in most present models.
       layout: as for `load_peft`.
-      others: what to do with keys of other components: "refuse" the file or "leave" them.
+      others: what to do with keys of other components: "refuse" the file, so that none is lost
+        unnoticed, or "leave" them.
+
+    Returns:
+      The adapter, arrays in the dtype of the file.
 
     Raises:
-      FormatError: anything damaged, missing, surplus or not understood; a file without a key of
+      FormatError: anything damaged, missing, unexpected or not understood; a file without a key of
         the component.
       ValueError: `names` does not fit the sites, or a square matrix among parameters without a
         `layout`.
@@ -79,19 +84,19 @@ def load_diffusers(
     source = Path(path)
     tensors, header = safetensors_file.read(source)
     start = _start(component)
-    mine = _under(tensors, start)
-    if len(mine) != len(tensors) and others != "leave":
+    own = _under(tensors, start)
+    if len(own) != len(tensors) and others != "leave":
         strange = sorted(key for key in tensors if not key.startswith(start))[:3]
         raise FormatError(
             source, f"has keys of other components: {strange}, expected {start!r} first"
         )
-    if not mine:
+    if not own:
         wanted = f"no key starts with {start!r}" if start else "no tensor of an adapter"
         raise FormatError(source, f"{wanted}; {keys_seen(tensors)}")
     declared = _metadata(source, header, start)
     model = model_sites(params_or_sites, names, layout)
     modules = names.table(model.sites.values())
-    found = _by_module(source, mine, start)
+    found = _by_module(source, own, start)
     table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
     reader = peft_config.Reader(source, {"peft_type": "LORA", **declared}, table)
     try:
@@ -107,7 +112,7 @@ def load_diffusers(
     if lost:
         raise FormatError(
             source,
-            f"module {start + lost[0]!r} is no site of this model and name map; nearest: "
+            f"module {start + lost[0]!r} is not a site of this model and name map; nearest: "
             f"{near(lost[0], modules) or 'none'}",
         )
     model = model.with_tables({modules[m][0] for m, t in found.items() if t.keys() & set(TABLE)})
@@ -128,11 +133,16 @@ def save_diffusers(
 ) -> None:
     """Writes a LoRA or DoRA adapter as one file that diffusers' `load_lora_weights` takes.
 
-    With `component` "" it is one for `load_lora_adapter` of the component, with ``prefix=None``.
+    Args:
+      path: the ``.safetensors`` file.
+      adapter: one adapter, of LoRA or DoRA sites.
+      names: from site paths to torch modules.
+      component: the first part of the keys; with "" the file is one for `load_lora_adapter` of the
+        component, with ``prefix=None``.
 
     Raises:
       FormatError: another method, or nothing to write.
-      ValueError: a site has no name, or two have the same.
+      ValueError: a site has no name, two have the same, or the adapter is a bank.
     """
     one_adapter(adapter, "save_diffusers")
     adapter = sliced(adapter, names)
@@ -152,23 +162,23 @@ def _start(component: str) -> str:
     return f"{component}." if component else ""
 
 
-def _under(tree: Mapping[str, Any], start: str) -> dict[str, Any]:
+def _under(tree: Mapping[str, Json], start: str) -> dict[str, Json]:
     return {k.removeprefix(start): v for k, v in tree.items() if k.startswith(start)}
 
 
-def _metadata(source: Path, header: Mapping[str, str], start: str) -> dict[str, Any]:
+def _metadata(source: Path, header: Mapping[str, str], start: str) -> dict[str, Json]:
     """The component's fields of PEFT's config, none in most files."""
-    declared = safetensors_file.parse_json(source, header.get(METADATA, "{}").encode())
+    declared = parse_json(source, header.get(METADATA, "{}").encode())
     if not isinstance(declared, dict):
-        raise FormatError(source, f"{METADATA} is no JSON object")
+        raise FormatError(source, f"{METADATA} is not a JSON object")
     return _under(declared, start)
 
 
-def _by_module(source: Path, mine: Mapping[str, np.ndarray], start: str) -> dict[str, Arrays]:
+def _by_module(source: Path, own: Mapping[str, np.ndarray], start: str) -> dict[str, Arrays]:
     """Module -> suffix -> tensor, the suffixes as LoRA's table or as `kohya_modules` has them."""
     found: dict[str, Arrays] = {}
     suffixes = {**{suffix: suffix for suffix in OURS}, **OTHERS}
-    for key, tensor in mine.items():
+    for key, tensor in own.items():
         end = next((s for s in suffixes if key.endswith(f".{s}")), None)
         if end is None:
             raise FormatError(
@@ -183,7 +193,7 @@ def _by_module(source: Path, mine: Mapping[str, np.ndarray], start: str) -> dict
 
 
 def _scale(
-    reader: peft_config.Reader, declared: Mapping[str, Any], module: str, t: Arrays, rank: int
+    reader: peft_config.Reader, declared: Mapping[str, Json], module: str, t: Arrays, rank: int
 ) -> float:
     """The scale of one module of a fused site."""
     if not t.keys() <= set(OURS):
@@ -197,8 +207,8 @@ def _scale(
 def _reader(
     source: Path,
     found: Mapping[str, Arrays],
-    declared: dict[str, Any],
-    modules: Mapping[str, Any],
+    declared: dict[str, Json],
+    modules: Mapping[str, Json],
     alphas: Mapping[str, float],
 ) -> Callable[[str, Site, Arrays], Read]:
     """What reads one module: by the metadata, or by the module's own tensors alone."""
@@ -241,7 +251,7 @@ def _check_targets(
     source: Path,
     reader: peft_config.Reader,
     found: Mapping[str, Arrays],
-    modules: Mapping[str, Any],
+    modules: Mapping[str, Json],
 ) -> None:
     """The metadata targets the modules with tensors, and no others of the model."""
     strange = next((module for module in found if not reader.targets(module)), None)
@@ -252,7 +262,7 @@ def _check_targets(
         raise FormatError(source, f"lacks tensors of the targets {lacking[:4]} of {METADATA}")
 
 
-def _plain(parts: Arrays) -> dict[str, Any]:
+def _plain(parts: Arrays) -> dict[str, Json]:
     """Without metadata a module has the rank of its tensors, and its alpha, or else the rank."""
     first = parts[TABLE[0] if TABLE[0] in parts else MATRIX[0]]
     rank = int(first.shape[0]) if first.ndim >= 2 else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import os
 from collections.abc import Iterable
 
@@ -24,8 +26,32 @@ class FormatError(ValueError):
 
 
 def keys_seen(keys: Iterable[str], n: int = 3) -> str:
-    """What a file has instead of what was looked for: "its 12 keys are such as [...]"."""
+    """What a file has instead of what was looked for.
+
+    Args:
+      keys: of the file.
+      n: how many are shown; 3, for one line.
+
+    Returns:
+      Text such as "its 12 keys are such as [...]".
+    """
     found = sorted(keys)
     if not found:
         return "it has no tensors at all"
     return f"its {len(found)} keys are such as {[key[:80] for key in found[:n]]}"
+
+
+def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
+    """Words that look like another one, for error messages.
+
+    Args:
+      word: what was got.
+      words: what is known; the first 2000 are looked at.
+      n: how many at most; 3, for one line.
+
+    Returns:
+      The most similar first; [] where none is.
+    """
+    return difflib.get_close_matches(
+        word[:200], [w[:200] for w in itertools.islice(words, 2000)], n, 0.3
+    )

@@ -7,16 +7,16 @@ outputs do not mix:
 .. math:: (W + s A B)_{:, start:stop} = W_{:, start:stop} + s A\\, B_{:, start:stop}
 
 LoRA's and HiRA's first factor is that of each site, as are alpha and rank; the second one, DoRA's
-magnitudes by output and LoHa's two output factors are cut. Each site is then an adapter of its own,
-so that these maps are for reading only.
+magnitudes per output and LoHa's two output factors are cut. Each site is then an adapter of its
+own, so that these maps are for reading only.
 
 The other way round ``blocks.{i}.to_q + blocks.{i}.to_k`` is a fused site whose outputs are those of
 several modules. With the ranks side by side, A = [A_q A_k] and B block-diagonal, their LoRA is one
 of the site, of the sum of the ranks; scales that differ go into the blocks of B (in its dtype).
-DoRA's magnitudes by output follow each other. One module may be missing: its block is zero.
+DoRA's magnitudes per output follow each other. One module may be missing: its block is zero.
 
 Original to jlora; the sizes are the model's.
-Deviates: LoKr, OFT and the like, cores, and lengths by input are refused: their outputs mix.
+Deviates: LoKr, OFT and the like, cores, and magnitudes per input are refused: their outputs mix.
 """
 
 from __future__ import annotations
@@ -51,13 +51,28 @@ AXES: dict[str, int | None] = {
 
 
 def whole(module: str) -> str:
-    """The file's module of a name with a part, or without one."""
+    """The file's module of a name, without its part.
+
+    Args:
+      module: such as ``blocks.0.attn.qkv[0:8]``, or a name without a part.
+
+    Returns:
+      ``blocks.0.attn.qkv``.
+    """
     match = PART.fullmatch(module)
     return match[1] if match else module
 
 
 def check_whole(path: str, module: str) -> None:
-    """Raises ValueError where a site is a part of a module: its file would need the other parts."""
+    """Refuses to write a site that is a part of a module: its file would need the other parts.
+
+    Args:
+      path: of the site.
+      module: its name by the name map.
+
+    Raises:
+      ValueError: a part, or a sum of modules.
+    """
     if PART.fullmatch(module) or SUM in module:
         raise ValueError(
             f"{path}: got the part or sum {module!r}, expected a module of its own; "
@@ -66,7 +81,14 @@ def check_whole(path: str, module: str) -> None:
 
 
 def spread(found: Mapping[str, Arrays], known: Iterable[str]) -> dict[str, Arrays]:
-    """`found` (module -> suffix -> tensor) with fused modules as their parts, by the names `known`.
+    """Fused modules of a file as their parts.
+
+    Args:
+      found: module -> suffix -> tensor.
+      known: the names of the model's slices; those with ``[start:stop]`` are parts.
+
+    Returns:
+      The same, with each part in the place of the fused module.
 
     Raises:
       ValueError: parts that leave outputs out or have them twice, or a method whose outputs mix.
@@ -76,7 +98,7 @@ def spread(found: Mapping[str, Arrays], known: Iterable[str]) -> dict[str, Array
         match = PART.fullmatch(name)
         if match and match[1] in found:
             parts.setdefault(match[1], []).append((int(match[2]), int(match[3]), name))
-    made = {module: dict(t) for module, t in found.items() if module not in parts}
+    per_module = {module: dict(t) for module, t in found.items() if module not in parts}
     for module, rows in parts.items():
         tensors, at = found[module], 0
         for start, stop, _ in sorted(rows):
@@ -87,8 +109,10 @@ def spread(found: Mapping[str, Arrays], known: Iterable[str]) -> dict[str, Array
                 )
             at = stop
         for start, stop, name in rows:
-            made[name] = {key: _cut(module, key, t, start, stop, at) for key, t in tensors.items()}
-    return made
+            per_module[name] = {
+                key: _cut(module, key, t, start, stop, at) for key, t in tensors.items()
+            }
+    return per_module
 
 
 def _cut(module: str, key: str, t: np.ndarray, start: int, stop: int, size: int) -> np.ndarray:
@@ -110,7 +134,7 @@ def joined(
     scale: Callable[[str, Arrays, int], float],
     required: Callable[[str], bool],
 ) -> tuple[dict[str, Arrays], dict[str, float]]:
-    """`found` with the modules of a fused site as one, and the alpha of each such site.
+    """Modules of a file that are one fused site of the model, as one.
 
     Args:
       found: module -> suffix -> tensor.
@@ -118,10 +142,13 @@ def joined(
       scale: (module, its tensors, its rank) -> what its product is multiplied with.
       required: whether a module must be in the file.
 
+    Returns:
+      (module -> suffix -> tensor, the alpha of each fused site by name).
+
     Raises:
-      ValueError: modules that are no LoRA or DoRA, of other shapes, or more than one missing.
+      ValueError: modules that are not LoRA or DoRA, of other shapes, or more than one missing.
     """
-    made, alphas = dict(found), {}
+    per_module, alphas = dict(found), {}
     for name, size in outputs.items():
         modules = name.split(SUM)
         here = [module for module in modules if module in found]
@@ -130,9 +157,9 @@ def joined(
         lost = [module for module in modules if module not in found]
         if len(lost) > 1 or any(map(required, lost)):
             raise ValueError(f"{name}: lacks tensors of {lost}, expected at most one module less")
-        parts = {module: made.pop(module) for module in here}
-        made[name], alphas[name] = _join(name, modules, parts, size, scale)
-    return made, alphas
+        parts = {module: per_module.pop(module) for module in here}
+        per_module[name], alphas[name] = _join(name, modules, parts, size, scale)
+    return per_module, alphas
 
 
 def _join(
@@ -176,10 +203,10 @@ def _join(
         block = b if scales[module] == common else (b * np.float32(scales[module])).astype(kind)
         second[row : row + len(b), column : column + b.shape[1]] = block
         row, column = row + len(b), column + b.shape[1]
-    made = {
+    joint = {
         pair[0]: np.concatenate([parts[m][pair[0]] for m in modules if m in parts]),
         pair[1]: second,
     }
     if extra:
-        made[extra] = np.concatenate([parts[m][extra] for m in modules])
-    return made, common * sum(ranks.values())
+        joint[extra] = np.concatenate([parts[m][extra] for m in modules])
+    return joint, common * sum(ranks.values())

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from jlora.io.errors import FormatError
+from jlora.types import Json
 
 
-def inside(folder: str | os.PathLike[str], name: Any, source: str | os.PathLike[str]) -> Path:
+def inside(folder: str | os.PathLike[str], name: Json, source: str | os.PathLike[str]) -> Path:
     """The path of the file `name` in `folder`.
 
     Args:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from jlora.io.errors import FormatError
+from jlora.types import Json
 
 KINDS = {dict: "a JSON object", list: "a JSON list"}
 MAX_BYTES = 2**28  # of one file
 
 
-def read_json(path: str | os.PathLike[str], kind: type = dict, *, constants: bool = False) -> Any:
+def read_json(path: str | os.PathLike[str], kind: type = dict, *, constants: bool = False) -> Json:
     """The JSON value in a file.
 
     Args:
       path: the file.
-      kind: dict or list, what must be in it.
-      constants: whether NaN and Infinity, which Python writes, may be in it.
+      kind: dict or list, what must be in it; dict, as most files are.
+      constants: whether NaN and Infinity, which Python writes, may be in it. False: the standard
+        has
+        none.
+
+    Returns:
+      A dict or list, as `kind` says.
 
     Raises:
-      FormatError: missing, too long, no JSON or of another kind: path, got and expected.
+      FormatError: missing, too long, not JSON or of another kind: path, got and expected.
     """
     expected = KINDS[kind]
     try:
@@ -45,18 +50,21 @@ def read_json(path: str | os.PathLike[str], kind: type = dict, *, constants: boo
     return value
 
 
-def parse_json(path: str | os.PathLike[str], data: bytes, *, constants: bool = False) -> Any:
+def parse_json(path: str | os.PathLike[str], data: bytes, *, constants: bool = False) -> Json:
     """JSON as the standard has it: no duplicate keys, NaN, or nesting without end.
 
-    A byte order mark, which editors put in front of UTF-8, is left aside.
+    A byte order mark, which editors put in front of UTF-8, is skipped.
 
     Args:
       path: where the data is from, for errors.
       data: UTF-8.
-      constants: whether NaN and Infinity may be in it.
+      constants: whether NaN and Infinity may be in it. False: the standard has none.
+
+    Returns:
+      The value.
 
     Raises:
-      FormatError: no such JSON.
+      FormatError: not such JSON.
     """
 
     def unique(pairs):
@@ -68,7 +76,7 @@ def parse_json(path: str | os.PathLike[str], data: bytes, *, constants: bool = F
         return result
 
     def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     try:
         return json.loads(

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jlora.core.lift import flatten
 from jlora.core.site import Site, fold
-from jlora.core.sites import Sites
+from jlora.core.site_table import Sites
 from jlora.io.names import NameMap
+from jlora.types import Dynamic, Tree
 
 LAYOUTS = {"in_out": "io", "out_in": "oi"}
 
@@ -35,10 +36,16 @@ class ModelSites:
     biases: Collection[str] | None = None  # paths of sites with a bias next to them; None: unknown
     inferred: Collection[str] = ()  # paths whose site was read off a leaf
     undecided: Collection[str] = ()  # of these, square matrices without a layout
-    weights: Mapping[str, Any] | None = None  # the leaves by path; None: sites were given
+    weights: Mapping[str, Dynamic] | None = None  # the leaves by path; None: sites were given
 
     def site(self, path: str) -> Site:
-        """The site at `path`.
+        """The site at a path.
+
+        Args:
+          path: of the weight.
+
+        Returns:
+          The site.
 
         Raises:
           ValueError: it is square, and nothing says which of its axes is the input.
@@ -51,11 +58,18 @@ class ModelSites:
             )
         return self.sites[path]
 
-    def matrix(self, path: str, index: tuple[int, ...]) -> np.ndarray:
-        """The matrix [d_in, d_out] of one slice of the weight at `path`.
+    def matrix(self, path: str, index: tuple[int, ...]) -> Float[np.ndarray, "d_in d_out"]:
+        """One slice of a weight.
+
+        Args:
+          path: of the weight.
+          index: on its stack axes.
+
+        Returns:
+          [d_in, d_out].
 
         Raises:
-          ValueError: sites were given, or the leaf is no array.
+          ValueError: sites were given, or the leaf is not an array.
         """
         leaf = (self.weights or {}).get(path)
         if leaf is None or isinstance(leaf, Site | jax.ShapeDtypeStruct):
@@ -63,9 +77,15 @@ class ModelSites:
         return np.asarray(fold(jnp.asarray(leaf), self.site(path).kinds)[index])
 
     def with_tables(self, paths: Collection[str]) -> ModelSites:
-        """The same, where the leaves at `paths` are tables [*stack, rows, d_out].
+        """The same, where some leaves are embedding tables [*stack, rows, d_out].
 
         Torch and Flax keep tables alike, so that their layout is known.
+
+        Args:
+          paths: of the tables.
+
+        Returns:
+          Their sites changed, none of them undecided.
         """
         changed = {
             path: dataclasses.replace(site, kinds="s" * len(site.stack) + "io", ops=("gather",))
@@ -76,7 +96,7 @@ class ModelSites:
         return dataclasses.replace(self, sites={**self.sites, **changed}, undecided=undecided)
 
 
-def model_sites(params_or_sites: Any, names: NameMap, layout: str | None = None) -> ModelSites:
+def model_sites(params_or_sites: Tree, names: NameMap, layout: str | None = None) -> ModelSites:
     """The sites of a model.
 
     Args:
@@ -84,9 +104,12 @@ def model_sites(params_or_sites: Any, names: NameMap, layout: str | None = None)
       names: its rules say which leaves are weights, and how many stack axes they have.
       layout: of the matrices among the parameters, "in_out" or "out_in"; None: not said.
 
+    Returns:
+      The sites by path, and what is known of their layout and biases.
+
     Raises:
       ValueError: another `layout`, or one for a table of sites, which has its own; a leaf that a
-        rule names and that is no matrix, vector or stack of these.
+        rule names and that is not a matrix, a vector or a stack of these.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {sorted(LAYOUTS)} or None")
@@ -117,7 +140,7 @@ def model_sites(params_or_sites: Any, names: NameMap, layout: str | None = None)
     return ModelSites(sites, biased(leaves), *known, weights=leaves)
 
 
-def _table(given: Any) -> dict[str, Site] | None:
+def _table(given: Dynamic) -> dict[str, Site] | None:
     """Path -> site, if a table of sites is given."""
     if isinstance(given, Iterator):
         given = list(given)
@@ -130,10 +153,16 @@ def _table(given: Any) -> dict[str, Site] | None:
 
 
 def biased(paths: Collection[str]) -> set[str]:
-    """Those of `paths` that have a leaf called ``bias`` next to them; ``/value`` of NNX is no name.
+    """Those of the paths that have a leaf called ``bias`` next to them.
 
     >>> biased(["q/kernel", "q/bias", "k/kernel"]) == {"q/kernel", "q/bias"}
     True
+
+    Args:
+      paths: of all leaves; ``/value`` of NNX does not count as a name.
+
+    Returns:
+      A part of them.
     """
     plain = {path: path.removesuffix("/value") for path in paths}
     known = set(plain.values())
@@ -144,7 +173,7 @@ def _join(parent: str, name: str) -> str:
     return f"{parent}/{name}" if parent else name
 
 
-def _inferred(path: str, leaf: Any, names: NameMap, layout: str | None) -> Site | None:
+def _inferred(path: str, leaf: Dynamic, names: NameMap, layout: str | None) -> Site | None:
     """The site of a leaf by the rule for its path, None where there is no rule."""
     stack = names.stack_axes(path)
     if stack is None:

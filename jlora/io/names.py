@@ -11,13 +11,13 @@ parts, whose slices have names (Gemma's ``kv_einsum``: ``{k_proj|v_proj}``), or 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from jlora.core.site import Site
+from jlora.io.errors import near
 from jlora.io.rule import BRACKETS, INDICES, PLACE, Match, check, rule_of
 
 PART = re.compile(r".*\[\d+:\d+\]")
@@ -27,10 +27,14 @@ class HasPath(Protocol):
     """What is needed of a `jl.Site`."""
 
     @property
-    def path(self) -> str: ...
+    def path(self) -> str:
+        """Of the weight in the parameters."""
+        ...
 
     @property
-    def stack(self) -> tuple[int, ...]: ...
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of its stack axes."""
+        ...
 
 
 class Parameter(NamedTuple):
@@ -80,12 +84,23 @@ class NameMap:
         if self.layer_offset < 0:
             raise ValueError(f"name map: {self.layer_offset=} is negative")
 
-    def replace(self, **changes) -> NameMap:
-        """A copy with other `prefix` or `layer_offset`."""
+    def replace(self, *, prefix: str | None = None, layer_offset: int | None = None) -> NameMap:
+        """Returns a copy with another `prefix` or `layer_offset`.
+
+        Args:
+          prefix: put before every module name; None: as it is.
+          layer_offset: added to ``{i}``; None: as it is.
+        """
+        given = {"prefix": prefix, "layer_offset": layer_offset}
+        changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self, **changes)
 
     def find(self, path: str) -> Match | None:
-        """The first rule that matches `path`."""
+        """Returns the first rule that matches a path, with its match; None without one.
+
+        Args:
+          path: of a site.
+        """
         names = dict.fromkeys((path, path.removesuffix("/value")))
         for order, (pattern, value) in enumerate(self.rules.items()):
             for name in names:
@@ -95,7 +110,14 @@ class NameMap:
         return None
 
     def module(self, path: str, index: tuple[int, ...] = ()) -> str:
-        """Torch module of slice `index` of the site at `path`.
+        """Torch module of one slice of a site.
+
+        Args:
+          path: of the site.
+          index: on its stack axes; () without a stack.
+
+        Returns:
+          The dotted name.
 
         Raises:
           ValueError: no rule matches, or the template and the stack axes do not fit each other.
@@ -133,17 +155,31 @@ class NameMap:
         return " + ".join(self.prefix + part for part in name.split(" + "))
 
     def stack_axes(self, path: str) -> int | None:
-        """How many stack axes the site at `path` must have by its rule; None without a rule."""
+        """Returns how many stack axes a site must have by its rule; None without a rule.
+
+        Args:
+          path: of the site.
+        """
         found = self.find(path)
         return None if found is None else len(found.axes())
 
     def kinds(self, path: str) -> str | None:
-        """One letter per axis of the leaf at `path`, where its rule says so."""
+        """Returns one letter per axis of a site's leaf; None where no rule says so.
+
+        Args:
+          path: of the site.
+        """
         found = self.find(path)
         return None if found is None else found.rule.kinds
 
     def site(self, site: Site) -> Site:
-        """`site` with the stack axes of its rule, which the function may use as outputs.
+        """A site with the stack axes of its rule, which the function may use as outputs.
+
+        Args:
+          site: as the function uses it.
+
+        Returns:
+          The site as the files have it; the same without a rule.
 
         Raises:
           ValueError: the rule has another layout, or names another number of slices.
@@ -166,23 +202,33 @@ class NameMap:
                 f"name map: {site.path!r} {site.shape} has axes {kinds!r} by its rule, "
                 f"{site.kinds!r} by its use (s stack, i in, o out)"
             )
-        made = dataclasses.replace(site, kinds=kinds)
-        for slices, size in zip(axes.values(), made.stack, strict=False):
+        renamed = dataclasses.replace(site, kinds=kinds)
+        for slices, size in zip(axes.values(), renamed.stack, strict=False):
             if slices and len(slices) != size:
                 raise ValueError(
                     f"name map: {site.path!r} {site.shape} has {size} slices, the rule names "
                     f"{list(slices)}"
                 )
-        return made
+        return renamed
 
     def is_parameter(self, path: str) -> bool:
-        """Whether the rule of the site at `path` names a parameter of a module."""
+        """Returns whether a site's rule names a parameter of a module (not a part of a fused one).
+
+        Args:
+          path: of the site.
+        """
         found = self.find(path)
         template = "" if found is None else found.rule.template
         return BRACKETS.fullmatch(template) is not None and PART.fullmatch(template) is None
 
     def parameters(self, sites: Iterable[Site]) -> list[Parameter]:
         """The parameters among the sites, those of one module in the order of the rules.
+
+        Args:
+          sites: of the model; vectors and those of other rules are skipped.
+
+        Returns:
+          One `Parameter` per parameter of a module.
 
         Raises:
           ValueError: more than one stack axis that the template does not name, or two parameters
@@ -216,10 +262,16 @@ class NameMap:
         return [one for _, one in sorted(found, key=lambda item: item[0])]
 
     def vectors(self, sites: Iterable[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Torch parameter -> (site path, stack index), for all slices of vectors.
+        """The torch parameters of all slices of vectors.
 
         Vectors are sites without inputs (norms, biases); their rules name a parameter of a module,
         ``encoder.layer.{i}.output.LayerNorm[bias]``, which torch calls ``...LayerNorm.bias``.
+
+        Args:
+          sites: of the model; those with inputs are skipped.
+
+        Returns:
+          Torch parameter -> (site path, stack index).
 
         Raises:
           ValueError: two slices get one name.
@@ -239,7 +291,14 @@ class NameMap:
         return found
 
     def vector(self, path: str, index: tuple[int, ...] = ()) -> str:
-        """The torch parameter of slice `index` of the vector at `path`.
+        """The torch parameter of one slice of a vector.
+
+        Args:
+          path: of the vector.
+          index: on its stack axes; () without a stack.
+
+        Returns:
+          The dotted name.
 
         Raises:
           ValueError: its rule names no parameter of a module.
@@ -253,9 +312,15 @@ class NameMap:
         return f"{match[1]}.{match[2]}"
 
     def table(self, sites: Iterable[HasPath]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Module name -> (site path, stack index), for all slices of the given sites.
+        """The torch modules of all slices of sites.
 
         Sites for which the map has no rule are left out: a model has more weights than adapters.
+
+        Args:
+          sites: of the model.
+
+        Returns:
+          Module name -> (site path, stack index).
 
         Raises:
           ValueError: two slices get one module name.
@@ -273,10 +338,3 @@ class NameMap:
                     )
                 modules[name] = (site.path, index)
         return modules
-
-
-def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:
-    """The `n` of `words` that look most like `word`, for error messages."""
-    return difflib.get_close_matches(
-        word[:200], [w[:200] for w in itertools.islice(words, 2000)], n, 0.3
-    )

@@ -12,8 +12,11 @@ def bert(prefix: str = "", layer_offset: int = 0) -> NameMap:
     """BERT, RoBERTa, MiniLM: `jlora.models.encoder` to transformers' `BertModel`.
 
     Args:
-      prefix: ``"bert."`` where the torch model is a `BertFor...`.
-      layer_offset: first layer of the adapter in the torch model, for adapters of upper layers.
+      prefix: ``"bert."`` where the torch model is a `BertFor...`; "" for a bare one.
+      layer_offset: first layer of the adapter in the torch model, for adapters of upper layers; 0.
+
+    Returns:
+      The name map.
     """
     layer = "encoder.layer.{i}"
     rules = {
@@ -48,8 +51,11 @@ def llama(prefix: str = "model.", layer_offset: int = 0) -> NameMap:
     (``input_layernorm/scale`` or ``/weight``) of the same.
 
     Args:
-      prefix: ``""`` where the torch model is a bare `LlamaModel`.
+      prefix: ``"model."`` of a causal model; ``""`` where the torch model is a bare `LlamaModel`.
       layer_offset: as in `NameMap`.
+
+    Returns:
+      The name map.
     """
     layer, flax = "layers.{i}", r"(?:model/)?" + LAYERS
     rules = {
@@ -75,8 +81,11 @@ def vit(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
     ``[vit/]encoder/layer/3/attention/attention/query/kernel`` of Flax ports.
 
     Args:
-      prefix: ``""`` where the torch model is a bare `ViTModel`.
+      prefix: ``"vit."`` of a classifier; ``""`` where the torch model is a bare `ViTModel`.
       layer_offset: as in `NameMap`.
+
+    Returns:
+      The name map.
     """
     layer = "layers.{i}"
     flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
@@ -106,7 +115,10 @@ def _vit_norms(layer: str) -> dict[str, str]:
 
 
 def vit4(prefix: str = "vit.", layer_offset: int = 0) -> NameMap:
-    """As `vit`, with the module names of transformers 4: ``encoder.layer.3.attention...``."""
+    """As `vit`, with the module names of transformers 4: ``encoder.layer.3.attention...``.
+
+    Args and Returns are those of `vit`.
+    """
     layer = "encoder.layer.{i}"
     flax = r"(?:vit/)?encoder/layer/(?P<i>\d+)/"
     rules = {

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jlora.types import Json
 
 INDICES = "ijkl"
 PLACE = re.compile(r"\{([^{}]*)\}")
@@ -28,10 +30,13 @@ class Rule(NamedTuple):
     kinds: str | None  # one letter per axis of the leaf: 's' stack, 'i' in, 'o' out
 
     def axes(self, groups: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Stack axis -> the names of its slices, () where they are numbers; axes in their order.
+        """The stack axes that the template names, in their order.
 
         Args:
-          groups: the named groups of the pattern, which are no axes.
+          groups: the named groups of the pattern, which are not axes.
+
+        Returns:
+          Index letter -> the names of its slices, () where they are numbers.
         """
         found = PLACE.findall(self.template)
         letters = [text for text in found if "|" not in text]
@@ -49,21 +54,38 @@ class Match(NamedTuple):
     match: re.Match[str]
 
     def numbers(self) -> dict[str, int]:
-        """The indices that the path holds."""
+        """Returns the indices that the path holds, by letter."""
         found = self.match.groupdict()
         return {k: int(v) for k, v in found.items() if k in INDICES and v is not None}
 
     def axes(self) -> dict[str, tuple[str, ...]]:
-        """As `Rule.axes`."""
+        """Returns what `Rule.axes` does, for the groups of this match."""
         return self.rule.axes(self.numbers())
 
 
 def rule_of(pattern: str, value: str | Sequence[str]) -> Rule:
+    """A line of a name map as a rule.
+
+    Args:
+      pattern: of paths.
+      value: a template, or (template, kinds).
+
+    Returns:
+      The rule; not checked.
+    """
     return Rule(pattern, value, None) if isinstance(value, str) else Rule(pattern, *value)
 
 
-def check(pattern: Any, value: Any) -> None:
-    """Raises ValueError unless these are a pattern and a template, or a template and kinds."""
+def check(pattern: Json, value: Json) -> None:
+    """Refuses what is not a line of a name map.
+
+    Args:
+      pattern: a regex on site paths.
+      value: a template, or (template, kinds).
+
+    Raises:
+      ValueError: anything else.
+    """
     pair = (
         isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, str) for v in value)
     )
@@ -75,7 +97,9 @@ def check(pattern: Any, value: Any) -> None:
     try:
         groups = re.compile(pattern).groupindex
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"name map: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(
+            f"name map: {pattern!r} is not a valid regular expression: {error}"
+        ) from None
     rule = rule_of(pattern, value)
     for text in PLACE.findall(rule.template):
         names = text.split("|")

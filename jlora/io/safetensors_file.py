@@ -13,14 +13,10 @@ Deviates: duplicate keys, non-finite numbers and headers over 16 MiB are errors 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import stat
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import IO
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +25,8 @@ import safetensors.numpy
 
 from jlora.io.errors import FormatError
 from jlora.io.json_file import parse_json
+from jlora.io.whole_file import read_bytes, regular, write_bytes
+from jlora.types import Json
 
 MAX_HEADER = 16 * 2**20
 MAX_BYTES = 8 * 2**30
@@ -63,7 +61,6 @@ EVERY_DTYPE: dict[str, np.dtype] = {
     "U64": np.dtype("<u8"),
     "C64": np.dtype("<c8"),
 }
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".msgpack"}
 
 
 def read(
@@ -77,13 +74,13 @@ def read(
 
     Args:
       path: the file. Only regular files are read; names of pickles are refused unread.
-      max_bytes: larger files are refused unread.
+      max_bytes: larger files are refused unread; 8 GiB, more than any adapter has.
       dtypes: those that are accepted: `DTYPES`, or for a base model `EVERY_DTYPE`.
-      finite: refuse values that are NaN or infinite. A base model has some where it should (a mask
-        of -inf), which are no business of a reader that passes them on.
+      finite: refuse values that are NaN or infinite, as no adapter has them. A base model has some
+        where it should (a mask of -inf), which a reader that passes them on leaves alone.
 
     Returns:
-      ``(tensors, metadata)``: arrays own their memory; bfloat16 and float8 come as ml_dtypes'.
+      (tensors, metadata): arrays own their memory; bfloat16 and float8 come as ml_dtypes'.
 
     Raises:
       FormatError: anything else than one whole, consistent (and with `finite`, finite) file.
@@ -108,16 +105,19 @@ def read(
 def header(
     path: str | os.PathLike[str], dtypes: Mapping[str, np.dtype] = EVERY_DTYPE
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of the tensors of a file, of which only the header is read.
+    """Shapes and dtypes of the tensors of a file, of which only the header is read.
 
     Args:
       path: the file, of any size.
-      dtypes: those that are accepted.
+      dtypes: those that are accepted; all, as no value is used.
+
+    Returns:
+      Name -> (shape, dtype).
 
     Raises:
       FormatError: as `read`, but for the values.
     """
-    with _regular(path) as (file, size):
+    with regular(path) as (file, size):
         entries, _ = _start(path, file, size, dtypes)
     return {n: (tuple(e["shape"]), dtypes[e["dtype"]]) for n, e in entries.items()}
 
@@ -127,10 +127,18 @@ def tensor(
 ) -> np.ndarray:
     """One tensor of a file of any size, bit by bit; its values may be NaN or infinite.
 
+    Args:
+      path: the file.
+      name: of the tensor.
+      dtypes: those that are accepted; all, as no value is used.
+
+    Returns:
+      A read-only array.
+
     Raises:
       FormatError: as `header`, or there is none of that name.
     """
-    with _regular(path) as (file, size):
+    with regular(path) as (file, size):
         entries, begin = _start(path, file, size, dtypes)
         if name not in entries:
             raise FormatError(path, f"has no {name!r}")
@@ -156,8 +164,8 @@ def write(
       path: the file; its directory exists.
       tensors: name -> array of a dtype of `dtypes`.
       metadata: text for the header; PEFT and transformers want ``{"format": "pt"}``.
-      dtypes: see `read`.
-      finite: refuse values that are NaN or infinite; see `read`.
+      dtypes: as for `read`.
+      finite: refuse values that are NaN or infinite; as for `read`.
 
     Raises:
       FormatError: a name, dtype or value that `read` would refuse.
@@ -173,7 +181,21 @@ def to_bytes(
     dtypes: Mapping[str, np.dtype] = DTYPES,
     finite: bool = True,
 ) -> bytes:
-    """The bytes `write` writes; `path` is named in errors only."""
+    """The bytes that `write` writes.
+
+    Args:
+      path: named in errors only.
+      tensors: name -> array of a dtype of `dtypes`.
+      metadata: text for the header.
+      dtypes: as for `read`.
+      finite: refuse values that are NaN or infinite; as for `read`.
+
+    Returns:
+      The whole file.
+
+    Raises:
+      FormatError: a name, dtype or value that `read` would refuse.
+    """
     arrays = {}
     for name, value in tensors.items():
         array = np.asarray(value, order="C")
@@ -187,56 +209,9 @@ def to_bytes(
     return data
 
 
-def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """The content of one regular file, at most `max_bytes` long."""
-    with _regular(path) as (file, size):
-        if size > max_bytes:
-            raise FormatError(path, f"{size} bytes, more than the limit of {max_bytes}")
-        data = file.read(size + 1)
-    if len(data) != size:
-        raise FormatError(path, "changed while it was read")
-    return data
-
-
-@contextlib.contextmanager
-def _regular(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], int]]:
-    """A regular file that is no pickle, open for reading, and its size."""
-    if Path(path).suffix.lower() in PICKLES:
-        raise FormatError(path, "pickles and the like can run code; convert it to .safetensors")
-    try:
-        # O_NONBLOCK: opening a pipe somebody put there must not hang.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        info = os.fstat(handle)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(handle)
-            raise FormatError(path, "not a regular file")
-        with os.fdopen(handle, "rb") as file:
-            yield file, info.st_size
-    except (OSError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(path, f"cannot be read ({error})") from error
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a temporary file next to `path` and renames it: readers see the old or the new one."""
-    folder, name = os.path.split(os.fspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _start(
     path: str | os.PathLike[str], file: IO[bytes], size: int, dtypes: Mapping[str, np.dtype]
-) -> tuple[dict[str, dict[str, Any]], int]:
+) -> tuple[dict[str, dict[str, Json]], int]:
     """The entries of an open file, and where its tensors begin."""
     start = file.read(8)
     start += file.read(min(int.from_bytes(start, "little"), MAX_HEADER, size))
@@ -246,7 +221,7 @@ def _start(
 
 def _checked_header(
     path: str | os.PathLike[str], data: bytes, size: int, dtypes: Mapping[str, np.dtype]
-) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, str], dict[str, dict[str, Json]]]:
     """Checks the header, with which `data` begins, against a file of `size` bytes.
 
     Returns its metadata and its entries.
@@ -283,7 +258,7 @@ def _checked_header(
 
 
 def _checked_entry(
-    path: str | os.PathLike[str], name: str, entry: Any, dtypes: Mapping[str, np.dtype]
+    path: str | os.PathLike[str], name: str, entry: Json, dtypes: Mapping[str, np.dtype]
 ) -> tuple[int, int]:
     """Checks one tensor's entry; returns its byte span."""
     if not name or len(name) > MAX_NAME or not name.isprintable():
@@ -308,9 +283,15 @@ def _checked_entry(
 
 
 def not_finite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite, by the bits of their exponents; 0 for float8.
+    """How many values are NaN or infinite, by the bits of their exponents.
 
     Arithmetic, even `isfinite` of bfloat16, may warn of signalling NaNs before they are refused.
+
+    Args:
+      array: of any dtype.
+
+    Returns:
+      The number; 0 for integers and float8.
     """
     if array.dtype.kind not in "fV" or array.dtype.itemsize == 1:  # V: bfloat16
         return 0
@@ -321,7 +302,7 @@ def not_finite(array: np.ndarray) -> int:
     return sum(int(part.sum()) for part in parts)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Json) -> bool:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 2**63 for item in value
     )

@@ -7,7 +7,7 @@ for a name map that calls that axis a stack, each part is a module. Outputs o of
 .. math:: (W + s A B)_{:, (c, o)} = W_{c, o} + s A\, B_{:, (c, o)}
 
 so that each part has the first factor whole and its own columns of the second one; magnitudes and
-vectors by output are cut likewise. The result is the same function, exactly. The copies of A are
+vectors per output are cut likewise. The result is the same function, exactly. The copies of A are
 then parameters of their own, as in an adapter that was trained with two modules.
 """
 

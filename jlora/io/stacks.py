@@ -55,10 +55,13 @@ def gemma(prefix: str = "", transpose_gating_einsum: bool = True, layer_offset: 
     """google-deepmind's ``gemma``: ``gm.nn.Gemma3_*`` and ``Gemma2_*``.
 
     Args:
-      prefix: put before every module name.
+      prefix: put before every module name; "" for a causal model.
       transpose_gating_einsum: of the model's config: ``gating_einsum`` lies [2, hidden, features]
-        (Gemma 3 and Gemma 2 from 9B on), or [2, features, hidden] (Gemma 2 2B).
+        (Gemma 3 and Gemma 2 from 9B on: True), or [2, features, hidden] (Gemma 2 2B).
       layer_offset: as in `NameMap`.
+
+    Returns:
+      The name map.
     """
     layer = r"layer_(?P<i>\d+)/"
     rules: Rules = {
@@ -79,8 +82,11 @@ def tunix(prefix: str = "", layer_offset: int = 0) -> NameMap:
     """Tunix: its ``llama3``, ``qwen2``, ``qwen3`` (dense) and ``gemma3`` models.
 
     Args:
-      prefix: put before every module name.
+      prefix: put before every module name; "" for a causal model.
       layer_offset: as in `NameMap`.
+
+    Returns:
+      The name map.
     """
     layer = r"layers/(?P<i>\d+)/"
     norms = {name: name for name in ("input_layernorm", "post_attention_layernorm")}
@@ -104,10 +110,13 @@ def keras_hub(prefix: str = "", post_norms: bool = True, layer_offset: int = 0) 
     """KerasHub: the backbones of Llama (and Mistral, Qwen) and of Gemma.
 
     Args:
-      prefix: put before every module name.
+      prefix: put before every module name; "" for a causal model.
       post_norms: of a Gemma backbone, whether it has norms after attention and feed-forward (Gemma
-        2 and 3): only then transformers' ``post_attention_layernorm`` is one of these.
+        2 and 3: True): only then transformers' ``post_attention_layernorm`` is one of these.
       layer_offset: as in `NameMap`.
+
+    Returns:
+      The name map.
     """
     llama, gemma = r"transformer_layer_(?P<i>\d+)/", r"decoder_block_(?P<i>\d+)/"
     head = {"query": "q", "key": "k", "value": "v"}
@@ -150,8 +159,11 @@ def easydel(prefix: str = "", layer_offset: int = 0) -> NameMap:
     """EasyDeL, whose modules are called as those of transformers.
 
     Args:
-      prefix: put before every module name.
+      prefix: put before every module name; "" for a causal model.
       layer_offset: as in `NameMap`.
+
+    Returns:
+      The name map.
     """
     layer = r"model/layers/(?P<i>\d+)/"
     rules: Rules = {

@@ -107,7 +107,7 @@ def test_golden_files_are_those_of_the_metadata():
 def test_keys_without_a_component_are_told_from_others(tmp_path):
     with pytest.raises(FormatError, match="has keys of other components"):
         load(GOLDEN / "bare" / FILE, "unet")
-    with pytest.raises(FormatError, match="is no site of this model"):
+    with pytest.raises(FormatError, match="is not a site of this model"):
         load(GOLDEN / "untold" / FILE, "")
 
 

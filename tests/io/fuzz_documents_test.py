@@ -223,7 +223,7 @@ def test_ten_thousand_mutated_documents(tmp_path):
 
 
 def test_the_fuzzer_sees_a_reader_that_does_not_check(tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax, "sites_of", lambda folder, entries: entries[0]["path"])
+    monkeypatch.setattr(exported, "sites_of", lambda folder, entries: entries[0]["path"])
     with pytest.raises(Exception) as caught:
         run(tmp_path, 10 * FEW, "exported", [Phase.generate])
     assert not isinstance(caught.value, FormatError)

@@ -10,7 +10,7 @@ BAD = {
     "{": "got no JSON",
     "[1]": "got list, expected a JSON object",
     '{"a": 1, "a": 2}': "duplicate key 'a'",
-    '{"a": NaN}': "NaN is no JSON",
+    '{"a": NaN}': "NaN is not JSON",
     "[" * 100_000: "got no JSON",
     "\udcff": "got no JSON .*utf-8",
 }

@@ -61,7 +61,7 @@ def test_errors_name_the_site_and_what_is_near():
         bert().module("layers/ffn/up/kernel")
     with pytest.raises(ValueError, match="both called 'q'"):
         NameMap({r"\w+/kernel": "q"}).table([site("a/kernel"), site("b/kernel")])
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a valid regular expression"):
         NameMap({"(": "q"})
     with pytest.raises(ValueError, match="negative"):
         bert(layer_offset=-1)

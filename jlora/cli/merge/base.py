@@ -10,17 +10,19 @@ Deviates: pickled weights are refused.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jlora.cli.merge import layout, quantised
 from jlora.cli.merge.tied import Tied, tied
 from jlora.core.site import Site
-from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.io import FormatError, NameMap, safetensors_file, whole_file
 from jlora.io.inside import inside
+from jlora.io.json_file import parse_json
+from jlora.types import Json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FLOATS = {name: safetensors_file.DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
@@ -30,7 +32,8 @@ MARKER = "jlora_merge.json"  # alongside what the command writes; see `write`
 class Base:
     """The weights of a base model in files.
 
-    Raises FormatError: no safetensors there, or an index and shards that do not fit.
+    Raises:
+      FormatError: no safetensors there, or an index and shards that do not fit.
     """
 
     def __init__(self, folder: Path):
@@ -40,7 +43,7 @@ class Base:
         self.files = sorted(p.name for p in folder.glob("*.safetensors"))
         index = folder / INDEX
         if index.is_file():
-            data = safetensors_file.parse_json(index, index.read_bytes())
+            data = parse_json(index, index.read_bytes())
             listed = data.get("weight_map") if isinstance(data, dict) else None
             if not isinstance(listed, Mapping) or not listed:
                 raise FormatError(index, "lacks a weight_map")
@@ -62,13 +65,18 @@ class Base:
             raise FormatError(index, f"the index and the shards differ: {wrong}")
         self.quantised = quantised.modules(self.shapes)
 
-    def params(self, tables: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-        """Module -> the site of its weight (of 2 to 5 axes), and its bias where there is one.
+    def params(self, tables: Collection[str] = ()) -> dict[str, dict[str, Json]]:
+        """What `jl.io` takes for the parameters of the model: sites instead of weights.
 
-        `tables`: the modules whose weight is an embedding table. Codes of quantised weights count
-        as float32, which is what their values are read as.
+        Codes of quantised weights count as float32, which is what their values are read as.
+
+        Args:
+          tables: the modules whose weight is an embedding table; () where the adapters have none.
+
+        Returns:
+          Module -> the site of its weight (of 2 to 5 axes), and its bias where there is one.
         """
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Json]] = {}
         for name, (shape, dtype) in self.shapes.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and 2 <= len(shape) <= 5:
@@ -80,13 +88,30 @@ class Base:
         return found
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor of the base. Raises FormatError: there is none of that name."""
+        """A tensor of the base.
+
+        Args:
+          name: such as ``model.layers.0.mlp.up_proj.weight``.
+
+        Returns:
+          As it is stored.
+
+        Raises:
+          FormatError: there is none of that name.
+        """
         if name not in self.where:
             raise FormatError(self.folder, f"has no {name}")
         return safetensors_file.tensor(self.folder / self.where[name], name)
 
     def readable(self, module: str) -> None:
-        """FormatError where the weight of a module cannot be read as numbers; see `quantised`."""
+        """Refuses a module whose weight cannot be read as numbers; see `quantised`.
+
+        Args:
+          module: its name.
+
+        Raises:
+          FormatError: the layout of its codes is not known.
+        """
         why = quantised.refusal(f"{module}.weight", self.shapes, self.quantised)
         if why:
             raise FormatError(self.folder, why)
@@ -98,14 +123,29 @@ class Base:
                 )
 
     def packed(self, module: str) -> bool:
-        """Whether a quantised module has no tensor of the shape of its matrix."""
+        """Whether a quantised module has no tensor of the shape of its matrix.
+
+        Args:
+          module: its name.
+
+        Returns:
+          False for a module that is not quantised.
+        """
         stored = self.shapes.get(f"{module}.weight")
         return module in self.quantised and (stored is None or stored[1] == np.uint8)
 
     def values(self, name: str, stored: np.ndarray) -> np.ndarray:
-        """A weight as numbers, float32, from the tensor `name` as it is stored.
+        """A weight as numbers.
 
-        Raises FormatError: it cannot be read (`readable`), or has values that are NaN or infinite.
+        Args:
+          name: of the tensor.
+          stored: the tensor as it is stored.
+
+        Returns:
+          float32, of the shape of `stored`.
+
+        Raises:
+          FormatError: it cannot be read (`readable`), or has values that are NaN or infinite.
         """
         module = name.removesuffix(".weight")
         self.readable(module)
@@ -121,14 +161,18 @@ class Base:
         return found
 
     def written(self, name: str, dtype: str | None, changed: Collection[str]) -> np.dtype | None:
-        """The dtype in which a tensor is written; None where it is left out.
+        """The dtype in which a tensor is written.
 
         Args:
           name: of the tensor.
           dtype: what the user wants for floating point; None: that of the base.
           changed: the tensors that an adapter changes.
 
-        Raises FormatError: a changed float8 weight for which no dtype is given.
+        Returns:
+          The dtype; None where the tensor is left out.
+
+        Raises:
+          FormatError: a changed float8 weight for which no dtype is given.
         """
         old = self.shapes[name][1]
         given = None if dtype is None else np.dtype(jnp.dtype(dtype))
@@ -156,26 +200,48 @@ class Base:
             module = module.rpartition(".")[0]
 
     def dtype(self) -> np.dtype:
-        """The floating dtype of the model as `config.json` says it, else float32."""
+        """The floating dtype of the model.
+
+        Returns:
+          What `config.json` says, else float32.
+
+        Raises:
+          FormatError: `config.json` is not a JSON object.
+        """
         config = self.config()
         word = config.get("dtype") or config.get("torch_dtype")
         known = {d.name: d for d in FLOATS.values()}
         return known.get(str(word), np.dtype(np.float32))
 
-    def config(self) -> dict[str, Any]:
-        """`config.json`; {} where there is none. Raises FormatError: it is no JSON object."""
+    def config(self) -> dict[str, Json]:
+        """The content of `config.json`.
+
+        Returns:
+          {} where there is none.
+
+        Raises:
+          FormatError: it is not a JSON object.
+        """
         path = self.folder / "config.json"
         if not path.is_file():
             return {}
-        data = safetensors_file.parse_json(path, path.read_bytes())
+        data = parse_json(path, path.read_bytes())
         if not isinstance(data, dict):
             raise FormatError(path, f"got {type(data).__name__}, expected a JSON object")
         return data
 
     def check(self, site: Site, module: str) -> str:
-        """The name of the tensor of a module, if it can be one slice of a site.
+        """The tensor that is one slice of a site.
 
-        Raises FormatError: there is none, or it has another shape.
+        Args:
+          site: with or without a stack.
+          module: its name in the base.
+
+        Returns:
+          The name of the tensor.
+
+        Raises:
+          FormatError: there is none, or it has another shape.
         """
         name, expected = f"{module}.weight", layout.torch_shape(site)
         self.readable(module)
@@ -186,8 +252,19 @@ class Base:
             raise FormatError(self.folder, f"{name}: got {got}, expected {expected} of {site.path}")
         return name
 
-    def kernel(self, site: Site, names: NameMap) -> np.ndarray:
-        """[*stack, in, out] of a site, put together from the modules that `names` gives."""
+    def kernel(self, site: Site, names: NameMap) -> Float[np.ndarray, "*stack d_in d_out"]:
+        """The weight of a site, put together from the modules that a name map gives.
+
+        Args:
+          site: with or without a stack.
+          names: from site paths to torch modules.
+
+        Returns:
+          [*stack, d_in, d_out], float32.
+
+        Raises:
+          FormatError: as `check` and `values`.
+        """
         parts = []
         for index in np.ndindex(*site.stack):
             name = self.check(site, self.module(names.module(site.path, index), names))
@@ -195,30 +272,62 @@ class Base:
         return np.stack(parts).reshape(*site.stack, site.d_in, site.d_out)
 
     def tied(self) -> Tied | None:
-        """Whether the table of words is the output layer as well; see `tied`."""
+        """Whether the embedding table is the output layer as well; see `tied`.
+
+        Returns:
+          None where it is not.
+
+        Raises:
+          FormatError: `config.json` is not a JSON object.
+        """
         return tied(self.config(), self.where)
 
     def module(self, name: str, names: NameMap) -> str:
-        """The name in the base of a module as adapters call it: with or without the prefix."""
+        """The name in the base of a module as adapters call it: with or without the prefix.
+
+        Args:
+          name: by the name map.
+          names: the map, with its prefix.
+
+        Returns:
+          `name`, or without the prefix where the base has no weight of that name.
+        """
         return name if f"{name}.weight" in self.where else name.removeprefix(names.prefix)
 
     def shards(self) -> Iterator[tuple[str, dict[str, np.ndarray], dict[str, str]]]:
-        """(file, tensors, metadata), one file in memory at a time."""
+        """The files, one in memory at a time.
+
+        Yields:
+          (file, tensors by name, metadata).
+
+        Raises:
+          FormatError: a file that is not whole.
+        """
         for file in self.files:
             dtypes = safetensors_file.EVERY_DTYPE
             yield (file, *safetensors_file.read(self.folder / file, dtypes=dtypes, finite=False))
 
     def rest(self) -> list[Path]:
-        """The other files that belong to it: configuration, tokenizer, index."""
-        unwanted = safetensors_file.PICKLES | {".safetensors", ".h5", ".gguf", ".onnx"}
+        """Returns the other files that belong to it: configuration, tokenizer, index."""
+        unwanted = whole_file.PICKLES | {".safetensors", ".h5", ".gguf", ".onnx"}
         files = [p for p in sorted(self.folder.iterdir()) if p.is_file() and p.name != MARKER]
         return [p for p in files if p.suffix not in unwanted and not p.name.startswith(".")]
 
     def writing(self, changed: Collection[str], dtype: str | None) -> int:
-        """Bytes at the peak of writing merged weights, the worst shard: `write.merged` in `dtype`.
+        """The memory that writing merged weights takes, the worst shard: `write.merged`.
 
         Reading and writing hold a file three times; a sum holds all of it and two matrices in
         float32.
+
+        Args:
+          changed: the tensors that adapters change.
+          dtype: what the user wants for floating point; None: that of the base.
+
+        Returns:
+          Bytes at the peak.
+
+        Raises:
+          FormatError: as `written`.
         """
         peaks = []
         for file in self.files:

@@ -17,7 +17,6 @@ lacks one, or has a further one, is refused.
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +26,10 @@ from jlora.cli.merge.base import INDEX, SINGLE, Base
 from jlora.cli.merge.config import Config
 from jlora.cli.merge.mergekit import Method
 from jlora.cli.merge.values import ConfigError
-from jlora.io import FormatError, safetensors_file
+from jlora.io import FormatError, safetensors_file, whole_file
+from jlora.io.json_file import parse_json
 from jlora.merging.engine.inputs import Gathered, gather
+from jlora.types import Dynamic
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}  # where a model has one tensor for both
 BUFFERS = re.compile(
@@ -38,7 +39,14 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is a full model in safetensors."""
+    """Whether a directory is a full model in safetensors.
+
+    Args:
+      path: a directory.
+
+    Returns:
+      False for one with a PEFT adapter.
+    """
     full = (path / INDEX).is_file() or (path / SINGLE).is_file()
     return full and not read.is_peft(path)
 
@@ -53,23 +61,37 @@ class Inputs:
     listed: tuple[int | None, ...]  # which of `Config.models` each is; None: the base, unlisted
     given: Gathered | None  # the adapters
     table: write.Changed  # tensor of the donor -> slice of a site that adapters change
-    dtype: Any  # the inputs are cast to it; None: to the widest of each tensor
+    dtype: Dynamic  # the inputs are cast to it; None: to the widest of each tensor
     space: str  # "delta" or "weights", what is merged
 
     def names(self) -> list[str]:
-        """The tensors that are merged: all floating ones, or those that adapters change."""
+        """Returns the tensors that are merged: all floating ones, or those that adapters change."""
         if all(isinstance(m, int) for m in self.models) and self.space == "delta":
             return [name for name in self.donor.shapes if name in self.table]
         return [n for n, (_, t) in self.donor.shapes.items() if jnp.issubdtype(t, jnp.floating)]
 
     def called(self, name: str) -> str:
-        """A tensor's name, with that of its site where adapters change it, for filters."""
+        """A tensor's name, with that of its site where adapters change it, for filters.
+
+        Args:
+          name: of the tensor.
+
+        Returns:
+          Text in which filters are looked for.
+        """
         return f"{name} ({self.table[name][0].path})" if name in self.table else name
 
     def working(self, name: str) -> np.dtype:
         """The dtype that the inputs of a tensor are cast to.
 
-        Raises FormatError: float64, which would be rounded to float32, unless `dtype` says so.
+        Args:
+          name: of the tensor.
+
+        Returns:
+          `dtype`, or the widest of the models'.
+
+        Raises:
+          FormatError: float64, which would be rounded to float32, unless `dtype` says so.
         """
         dtype = self.dtype and np.dtype(jnp.dtype(self.dtype))
         if dtype is None:
@@ -85,7 +107,18 @@ class Inputs:
         return dtype
 
     def tensors(self, name: str, old: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """(B, what is merged of every model), float32; `old` is the donor's tensor."""
+        """A tensor of every model.
+
+        Args:
+          name: of the tensor.
+          old: the donor's, as it is stored.
+
+        Returns:
+          (B, what is merged of every model), float32.
+
+        Raises:
+          FormatError: as `working`.
+        """
         dtype = self.working(name)
         donor = _cast(old, dtype)
         out = []
@@ -100,7 +133,14 @@ class Inputs:
         return donor, out
 
     def check(self, out_dtype: str | None) -> None:
-        """Raises FormatError: integers that differ between models; dtypes that do."""
+        """Refuses models that cannot be merged tensor by tensor.
+
+        Args:
+          out_dtype: the dtype that is written; None: that of the donor.
+
+        Raises:
+          FormatError: integers that differ between models, or dtypes that do.
+        """
         for name, (_, dtype) in self.donor.shapes.items():
             for m in self.models:
                 if not isinstance(m, Base) or m is self.donor or _own(m, name) not in m.shapes:
@@ -128,8 +168,17 @@ class Inputs:
 def inputs(config: Config, method: Method, base: Base | None) -> Inputs:
     """What a configuration gives a method of mergekit.
 
-    Raises ConfigError or FormatError: no base where one is needed; too few or too many models;
-    checkpoints of other tensors or shapes.
+    Args:
+      config: of the merge.
+      method: of mergekit.
+      base: the base model; None: none is given.
+
+    Returns:
+      The models in the order in which the method takes them.
+
+    Raises:
+      ConfigError: no base where one is needed, or too few or too many models.
+      FormatError: checkpoints of other tensors or shapes, or adapters that do not fit the base.
     """
     full = [is_checkpoint(m.path) for m in config.models]
     adapters = tuple(m for m, f in zip(config.models, full, strict=True) if not f)
@@ -149,7 +198,7 @@ def inputs(config: Config, method: Method, base: Base | None) -> Inputs:
         at = sum(not x for x in full[:k])
         models.append(at if not f else base if is_base and base is not None else Base(model.path))
         listed.append(k)
-    if method.base == "input" and base is not None and config.base_said and base not in models:
+    if method.base == "input" and base is not None and config.base_given and base not in models:
         if method.name == "karcher" or "weight" in config.parameters:
             models.append(base)  # as mergekit does
             listed.append(None)
@@ -168,13 +217,21 @@ def inputs(config: Config, method: Method, base: Base | None) -> Inputs:
             _check(m, donor)
     space = method.space
     if space == "either":
-        space = "weights" if base is None or not config.base_said else "delta"
+        space = "weights" if base is None or not config.base_given else "delta"
     own = None if method.base == "input" else base
     return Inputs(donor, own, tuple(models), tuple(listed), given, table, config.dtype, space)
 
 
 def check_tokenizers(config: Config, donor: Base) -> None:
-    """Raises ConfigError: `tokenizer_source` is given, and a vocabulary is not the donor's."""
+    """Refuses models whose vocabularies differ, where `tokenizer_source` is given.
+
+    Args:
+      config: of the merge.
+      donor: the model whose files are kept.
+
+    Raises:
+      ConfigError: a vocabulary is not the donor's.
+    """
     if config.tokenizer is None:
         return
     others = [m.path for m in config.models]
@@ -189,11 +246,11 @@ def check_tokenizers(config: Config, donor: Base) -> None:
                 )
 
 
-def _vocabulary(path: Path) -> Any:
-    data = safetensors_file.read_bytes(path, safetensors_file.MAX_BYTES)
+def _vocabulary(path: Path) -> Dynamic:
+    data = whole_file.read_bytes(path, safetensors_file.MAX_BYTES)
     if path.name != "tokenizer.json":
         return data
-    found = safetensors_file.parse_json(path, data)
+    found = parse_json(path, data)
     model = found.get("model") if isinstance(found, dict) else None
     added = found.get("added_tokens") if isinstance(found, dict) else None
     return (model or {}).get("vocab") if isinstance(model, dict) else None, added

@@ -47,11 +47,11 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jlora import io
 from jlora.cli.merge.values import ConfigError, keys
 from jlora.io import NameMap
+from jlora.types import Json
 
 FORMATS = ("peft", "orbax", "merged")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -72,7 +72,7 @@ class Model:
     """One adapter, or one full checkpoint."""
 
     path: Path
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Json]
     base: Path | None = None  # of `base+adapter`
 
 
@@ -82,8 +82,8 @@ class Slice:
 
     start: int
     stop: int
-    parameters: Mapping[str, Any]
-    sources: tuple[Mapping[str, Any], ...]  # parameters of every model
+    parameters: Mapping[str, Json]
+    sources: tuple[Mapping[str, Json], ...]  # parameters of every model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,19 +103,30 @@ class Config:
     method: str
     models: tuple[Model, ...]
     base: Path | None
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Json]
     names: NameMap
     missing: str
     seed: int
     out: Out
-    base_said: bool = False  # by `base_model`; otherwise it is that of `base+adapter`
+    base_given: bool = False  # by `base_model`; otherwise it is that of `base+adapter`
     dtype: str | None = None  # the inputs are cast to it
     tokenizer: str | Path | None = None  # "base", "union" or a model
     slices: tuple[Slice, ...] = ()
 
 
-def parse(data: Any, folder: Path = Path(".")) -> Config:
-    """A configuration from what YAML gives; relative paths are those from `folder`."""
+def parse(data: Json, folder: Path = Path(".")) -> Config:
+    """A configuration from what YAML gives.
+
+    Args:
+      data: as `documents.read` returns it.
+      folder: where relative paths start; the working directory, unless a file says them.
+
+    Returns:
+      The configuration, checked; paths need not exist yet.
+
+    Raises:
+      ConfigError: a key or value that is not understood; names it, got and expected.
+    """
     if isinstance(data, Mapping):
         for key in data.keys() & UNREAD.keys():
             raise ConfigError(f"{key}: not supported: {UNREAD[key]}")
@@ -169,7 +180,7 @@ def parse(data: Any, folder: Path = Path(".")) -> Config:
     )  # fmt: skip
 
 
-def _models(value: Any, where: str, folder: Path, *more: str) -> tuple[Model, ...]:
+def _models(value: Json, where: str, folder: Path, *more: str) -> tuple[Model, ...]:
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{where}: got {value!r}, expected a list of at least one")
     models = []
@@ -186,7 +197,7 @@ def _models(value: Any, where: str, folder: Path, *more: str) -> tuple[Model, ..
     return tuple(models)
 
 
-def _sliced(value: Any, folder: Path) -> tuple[tuple[Model, ...], tuple[Slice, ...]]:
+def _sliced(value: Json, folder: Path) -> tuple[tuple[Model, ...], tuple[Slice, ...]]:
     """The models of slices, and the slices, whose layers must stay where they are."""
     if not isinstance(value, list) or not value:
         raise ConfigError(f"slices: got {value!r}, expected a list of at least one")
@@ -213,7 +224,7 @@ def _sliced(value: Any, folder: Path) -> tuple[tuple[Model, ...], tuple[Slice, .
     return models, tuple(slices)
 
 
-def _tokenizer(top: Mapping[str, Any], folder: Path) -> str | Path | None:
+def _tokenizer(top: Mapping[str, Json], folder: Path) -> str | Path | None:
     value = top.get("tokenizer_source")
     if top.get("tokenizer") is not None:
         if value is not None:
@@ -225,7 +236,7 @@ def _tokenizer(top: Mapping[str, Any], folder: Path) -> str | Path | None:
     return _place(value, "tokenizer_source", folder)
 
 
-def _place(value: Any, where: str, folder: Path) -> Path:
+def _place(value: Json, where: str, folder: Path) -> Path:
     """A path from `folder`, or where the local cache has a model of the hub."""
     path = folder / _text(value, where)
     return path if path.exists() or not HUB.fullmatch(value) else _cached(value) or path
@@ -248,7 +259,7 @@ def _cached(name: str) -> Path | None:
         return None
 
 
-def _parameters(value: Any, where: str) -> dict[str, Any]:
+def _parameters(value: Json, where: str) -> dict[str, Json]:
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
@@ -256,7 +267,7 @@ def _parameters(value: Any, where: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _names(value: Any, prefix: str) -> NameMap:
+def _names(value: Json, prefix: str) -> NameMap:
     if value is None:
         return PLAIN.replace(prefix=prefix)
     if isinstance(value, Mapping):
@@ -269,12 +280,12 @@ def _names(value: Any, prefix: str) -> NameMap:
     return named.replace(prefix=prefix + named.prefix)
 
 
-def _one_of(value: Any, allowed: tuple, where: str) -> None:
+def _one_of(value: Json, allowed: tuple, where: str) -> None:
     if value not in allowed:
         raise ConfigError(f"{where}: got {value!r}, expected one of {allowed}")
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Json, where: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{where}: got {value!r}, expected text")
     return value

@@ -7,7 +7,7 @@ of full rank. Layers are counted per stack of layers, and a gradient ends at the
 
 Source: mergekit 0.1.5, the meaning of its files.
 Deviates: rounded once, from float32; randomised methods draw from (seed, tensor, model); models
-of several dtypes need `dtype` or `out_dtype`, where mergekit widens them without a word.
+of several dtypes need `dtype` or `out_dtype`, where mergekit widens them silently.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from jlora.cli.merge.checkpoints import Inputs, check_tokenizers, inputs, is_che
 from jlora.cli.merge.config import Config
 from jlora.cli.merge.mergekit import Method
 from jlora.cli.merge.values import LAYER, ConfigError, Scope, check_filters
-from jlora.io import FormatError, safetensors_file
+from jlora.io import FormatError
+from jlora.io.json_file import parse_json
+from jlora.types import Dynamic, Json
 
 NOTES = "merge.json"
 
@@ -36,11 +38,18 @@ class Plan(NamedTuple):
 
     method: Method
     inputs: Inputs
-    options: dict[str, dict[str, Any]]  # tensor -> resolved parameters
+    options: dict[str, dict[str, Json]]  # tensor -> resolved parameters
 
 
 def settled(config: Config) -> Config:
-    """With the format that is meant where none is said; `Config.out` says which."""
+    """A configuration with the format that is meant where none is given; `Config.out` says which.
+
+    Args:
+      config: of the merge.
+
+    Returns:
+      The same with `out.format`.
+    """
     if config.out.format is not None:
         return config
     merged = any(m.base or is_checkpoint(m.path) for m in config.models)
@@ -51,7 +60,14 @@ def settled(config: Config) -> Config:
 def applies(config: Config) -> bool:
     """Whether merged weights are written tensor by tensor, rather than from factors.
 
-    Raises ConfigError: full checkpoints, and a method, a format or a rank for adapters alone.
+    Args:
+      config: of the merge, `settled`.
+
+    Returns:
+      False for adapters that stay adapters, and for sums of factors.
+
+    Raises:
+      ConfigError: full checkpoints, and a method, a format or a rank for adapters alone.
     """
     method = mergekit.METHODS.get(config.method)
     full = any(is_checkpoint(m.path) for m in config.models)
@@ -75,7 +91,19 @@ def applies(config: Config) -> bool:
 
 
 def make(config: Config, base: Base | None) -> Plan:
-    """The plan. Raises ConfigError or FormatError for what does not fit."""
+    """The plan of a merge.
+
+    Args:
+      config: of the merge.
+      base: the base model; None: none is given.
+
+    Returns:
+      The models, and the parameters of every tensor.
+
+    Raises:
+      ConfigError: parameters, filters or slices that do not fit.
+      FormatError: models that do not fit each other.
+    """
     method = mergekit.METHODS[config.method]
     given = inputs(config, method, base)
     given.check(config.out.dtype)
@@ -117,13 +145,21 @@ def make(config: Config, base: Base | None) -> Plan:
 
 
 def change(plan: Plan, seed: int) -> Callable[[str, np.ndarray], np.ndarray]:
-    """(tensor, the donor's values, float32) -> the merged values."""
+    """The merge of one tensor.
+
+    Args:
+      plan: of the merge.
+      seed: of random masks.
+
+    Returns:
+      (tensor, the donor's values, float32) -> the merged values.
+    """
     given, method = plan.inputs, plan.method
 
     def merged(name: str, old: np.ndarray) -> np.ndarray:
         dtype = given.working(name)
         donor, parts = given.tensors(name, old)
-        more: dict[str, Any] = {}
+        more: dict[str, Json] = {}
         if method.function is mergekit.whole.task_vectors:
             # mergekit ranks magnitudes in that dtype; adapters were never rounded to it
             plain = any(isinstance(m, int) for m in given.models)
@@ -140,7 +176,17 @@ def change(plan: Plan, seed: int) -> Callable[[str, np.ndarray], np.ndarray]:
 
 
 def write(path: Path, plan: Plan, config: Config, done: Callable[[], None]) -> None:
-    """The merged model in the donor's files, shard by shard; `done` is called after each."""
+    """Writes the merged model in the donor's files, shard by shard.
+
+    Args:
+      path: a new directory.
+      plan: of the merge.
+      config: of the merge.
+      done: called after each shard.
+
+    Raises:
+      FormatError: a merged or cast tensor is not finite.
+    """
     donor, new = plan.inputs.donor, change(plan, config.seed)
     writing.merged(path, new, plan.options, donor, config.out.dtype, done)
     if config.out.dtype and (path / "config.json").is_file():
@@ -148,22 +194,37 @@ def write(path: Path, plan: Plan, config: Config, done: Callable[[], None]) -> N
     notes(path, config, groups(plan))
 
 
-def notes(path: Path, config: Config, parameters: Any, **more: Any) -> None:
-    """What was merged, by which parameters, defaults included, as JSON alongside the result."""
+def notes(path: Path, config: Config, parameters: Json, errors: Json = None) -> None:
+    """Writes what was merged, by which parameters, defaults included, as JSON alongside the result.
+
+    Args:
+      path: the directory of the result.
+      config: of the merge.
+      parameters: groups of sites or tensors with their parameters.
+      errors: of the factors, by site; None: nothing was cut.
+    """
     data = {
         "merge_method": config.method,
         "models": [str(m.path) for m in config.models],
         "base_model": str(config.base) if config.base else None,
         "seed": config.seed,
         "parameters": parameters,
-        **more,
     }
+    if errors is not None:
+        data["errors"] = errors
     (path / NOTES).write_text(json.dumps(data, indent=1, default=str) + "\n")
 
 
-def groups(plan: Plan) -> list[dict[str, Any]]:
-    """The tensors of equal parameters together: how many, the first, and the parameters."""
-    found: dict[Any, list[str]] = {}
+def groups(plan: Plan) -> list[dict[str, Json]]:
+    """The tensors of equal parameters together.
+
+    Args:
+      plan: of the merge.
+
+    Returns:
+      Of each group: how many tensors, the first, and the parameters.
+    """
+    found: dict[Dynamic, list[str]] = {}
     for name, options in plan.options.items():
         found.setdefault(tuple(sorted(options.items())), []).append(name)
     return [{"tensors": len(names), "first": names[0], "parameters": dict(key)}
@@ -171,7 +232,15 @@ def groups(plan: Plan) -> list[dict[str, Any]]:
 
 
 def describe(plan: Plan, config: Config) -> str:
-    """The plan as text."""
+    """The plan as text.
+
+    Args:
+      plan: of the merge.
+      config: of the merge.
+
+    Returns:
+      Method, models, parameters and peak memory.
+    """
     given, method = plan.inputs, plan.method
     lines = [f"merge_method  {method.name} (mergekit's), of {_spaces(plan)}"]
     for n, (m, k) in enumerate(zip(given.models, given.listed, strict=True)):
@@ -202,7 +271,7 @@ def _spaces(plan: Plan) -> str:
     return "whole weights"
 
 
-def _short(value: Any) -> str:
+def _short(value: Dynamic) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_short, value)) + ")"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -236,8 +305,8 @@ def _slice(config: Config, name: str, layer: int | None) -> tuple[int, float]:
 
 def _say_dtype(path: Path, dtype: str) -> None:
     """Writes the dtype that the weights have now into `config.json`."""
-    data = safetensors_file.parse_json(path, path.read_bytes())
+    data = parse_json(path, path.read_bytes())
     if not isinstance(data, dict):
         raise FormatError(path, "got no mapping, expected a model's configuration")
-    said = {"dtype", "torch_dtype"} & data.keys() or {"torch_dtype"}
-    path.write_text(json.dumps(data | dict.fromkeys(said, dtype), indent=2) + "\n")
+    fields = {"dtype", "torch_dtype"} & data.keys() or {"torch_dtype"}
+    path.write_text(json.dumps(data | dict.fromkeys(fields, dtype), indent=2) + "\n")

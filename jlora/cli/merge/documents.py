@@ -6,18 +6,18 @@ Deviates: a key that is there twice is an error, where YAML libraries keep the l
 
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from jlora.cli.merge.config import ConfigError
+from jlora.types import Json
 
 
 class _Strict(yaml.SafeLoader):
     """Mappings whose keys are there once."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[Any, int] = {}
+    def construct_mapping(self, node: Json, deep: bool = False) -> dict[Hashable, Json]:
+        seen: dict[Json, int] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value != "<<" and name in seen:
@@ -30,10 +30,17 @@ class _Strict(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(path: Path) -> Any:
-    """What a YAML file says; a byte order mark is left aside.
+def read(path: Path) -> Json:
+    """What a YAML file says; a byte order mark is skipped.
 
-    Raises ConfigError: no UTF-8, no YAML, or a key twice; the message names file and line.
+    Args:
+      path: the file.
+
+    Returns:
+      The value; any kind.
+
+    Raises:
+      ConfigError: not UTF-8, not YAML, or a key twice; the message names file and line.
     """
     try:
         return yaml.load(path.read_bytes().decode("utf-8-sig"), _Strict)

@@ -18,7 +18,7 @@ Deviates: nothing.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jlora.merging.engine import streamed
 from jlora.merging.engine.inputs import keys_of
 from jlora.merging.engine.run import bound
 from jlora.merging.engine.table import Merging
+from jlora.types import Dynamic, Json
 
 
 class Error(NamedTuple):
@@ -43,11 +44,21 @@ class Error(NamedTuple):
 
     @property
     def share(self) -> float:
+        """The error over the norm; 0 where M is zero."""
         return self.error / self.norm if self.norm else 0.0
 
 
 def reader(plan: Plan, bank: Deltas, seed: int) -> Callable[[Site, tuple[int, ...]], np.ndarray]:
-    """The function (site, slice) -> M, by an element-wise method."""
+    """What an element-wise method gives, dense.
+
+    Args:
+      plan: of the merge.
+      bank: the deltas of all adapters.
+      seed: of random masks.
+
+    Returns:
+      The function (site, slice) -> M, [d_in, d_out].
+    """
     chunks = {path: chunk for chunk in plan.chunks for path in chunk.paths}
 
     def matrix(site: Site, index: tuple[int, ...]) -> np.ndarray:
@@ -59,15 +70,21 @@ def reader(plan: Plan, bank: Deltas, seed: int) -> Callable[[Site, tuple[int, ..
 
 
 def errors(
-    plan: Plan, chunk: Chunk, bank: Deltas, made: Mapping[str, Any], cut: Mapping[str, Any],
-    seed: int,
+    plan: Plan, chunk: Chunk, bank: Deltas, merged: Mapping[str, Dynamic],
+    cut: Mapping[str, Dynamic], seed: int,
 ) -> dict[str, Error]:  # fmt: skip
     """The error at every site of a chunk.
 
     Args:
-      plan, chunk, bank, seed: what was merged, and how.
-      made: path -> the factors that the method gave.
+      plan: of the merge.
+      chunk: sites that were merged in one call.
+      bank: the deltas of all adapters.
+      merged: path -> the factors that the method gave.
       cut: path -> those that are written.
+      seed: of random masks.
+
+    Returns:
+      Path -> the error of all slices together.
     """
     found = {}
     for path in chunk.paths:
@@ -80,7 +97,7 @@ def errors(
                 frozen = _frozen(plan.row, chunk)
                 gap, norm = map(float, _distance(low, weights, keys, written, *frozen))
             else:
-                gap, norm = _cut_off(plan, chunk, bank, made, path, index, u.shape[-1])
+                gap, norm = _cut_off(plan, chunk, bank, merged, path, index, u.shape[-1])
             gaps.append(gap)
             norms.append(norm)
         full = min(u.shape[-2], v.shape[-1])
@@ -89,7 +106,14 @@ def errors(
 
 
 def lines(found: Mapping[str, Error]) -> list[str]:
-    """The errors as text, and their total."""
+    """The errors as text, and their total.
+
+    Args:
+      found: path -> error.
+
+    Returns:
+      A line per site, and one for all.
+    """
     out = [f"  rank {e.rank:4d} of {e.full:4d}  error {e.error:.3e} ({e.share:.2%})  {path}"
            for path, e in found.items()]  # fmt: skip
     total, norm = (_total([getattr(e, k) for e in found.values()]) for k in ("error", "norm"))
@@ -98,17 +122,24 @@ def lines(found: Mapping[str, Error]) -> list[str]:
     return out
 
 
-def data(found: Mapping[str, Error]) -> dict[str, dict[str, Any]]:
-    """The errors for a file."""
+def data(found: Mapping[str, Error]) -> dict[str, dict[str, Json]]:
+    """The errors for a file.
+
+    Args:
+      found: path -> error.
+
+    Returns:
+      What JSON can hold.
+    """
     return {path: {**e._asdict(), "share": e.share} for path, e in found.items()}
 
 
 def _cut_off(
-    plan: Plan, chunk: Chunk, bank: Deltas, made: Mapping[str, Any], path: str, index: Any,
-    rank: int,
+    plan: Plan, chunk: Chunk, bank: Deltas, merged: Mapping[str, Dynamic], path: str,
+    index: Dynamic, rank: int,
 ) -> tuple[float, float]:  # fmt: skip
     """(what a rank cuts off, norm) of a method that means its factors."""
-    u, v = (np.asarray(t[index], np.float64) for t in made[path])
+    u, v = (np.asarray(t[index], np.float64) for t in merged[path])
     s = np.linalg.svd(np.linalg.qr(u)[1] @ np.linalg.qr(v.T)[1].T, compute_uv=False)
     lost = _total(s[rank:])
     if plan.row.certificate is not None and "rank" in chunk.options:
@@ -118,7 +149,7 @@ def _cut_off(
     return lost, _total([*s[:rank], lost])
 
 
-def _slice(plan: Plan, bank: Deltas, seed: int, path: str, index: Any) -> Any:
+def _slice(plan: Plan, bank: Deltas, seed: int, path: str, index: Dynamic) -> Dynamic:
     """(bank [N, ...], weights [N], keys [N] or None) of a slice of a site."""
     where = (slice(None), *index)
     low = LowRank(*(t[where] for t in bank[path]))
@@ -131,18 +162,22 @@ def _slice(plan: Plan, bank: Deltas, seed: int, path: str, index: Any) -> Any:
     return low, weights, keys
 
 
-def _frozen(row: Merging, chunk: Chunk) -> tuple[Any, ...]:
+def _frozen(row: Merging, chunk: Chunk) -> tuple[Dynamic, ...]:
     options = tuple(sorted((k, v) for k, v in chunk.options.items() if k != "rank"))
     return rule_of(row), "della" in row.name, options
 
 
-def _rule(low: LowRank, weights: Any, keys: Any, make: Any, options: Any) -> Any:
+def _rule(
+    low: LowRank, weights: Dynamic, keys: Dynamic, make: Dynamic, options: Dynamic
+) -> Dynamic:
     extra = {} if keys is None else {"keys": keys}
     return make(low, weights, **extra, **dict(options))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _dense(low: LowRank, weights: Any, keys: Any, make: Any, turned: bool, options: Any) -> Any:
+def _dense(
+    low: LowRank, weights: Dynamic, keys: Dynamic, make: Dynamic, turned: bool, options: Dynamic
+) -> Dynamic:
     low = streamed.flip(low) if turned else low
     m = streamed.dense(low, _rule(low, weights, keys, make, options))
     return m.T if turned else m
@@ -150,11 +185,17 @@ def _dense(low: LowRank, weights: Any, keys: Any, make: Any, turned: bool, optio
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def _distance(
-    low: LowRank, weights: Any, keys: Any, written: LowRank, make: Any, turned: bool, options: Any
-) -> Any:
+    low: LowRank,
+    weights: Dynamic,
+    keys: Dynamic,
+    written: LowRank,
+    make: Dynamic,
+    turned: bool,
+    options: Dynamic,
+) -> Dynamic:
     low, written = (streamed.flip(x) if turned else x for x in (low, written))
     return streamed.distance(low, _rule(low, weights, keys, make, options), written)
 
 
-def _total(values: Any) -> float:
+def _total(values: Dynamic) -> float:
     return float(np.sqrt(np.sum(np.square(np.asarray(values, np.float64)))))

@@ -13,14 +13,14 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 from jlora.cli.merge import mergekit
 from jlora.cli.merge.config import Config
 from jlora.cli.merge.mergekit import WEIGHT, Method, Parameter
 from jlora.cli.merge.values import ConfigError
-from jlora.io.names import near
+from jlora.io.errors import near
 from jlora.merging.engine.table import METHODS, Merging
+from jlora.types import Json
 
 RANK = {"rank": Parameter(None, kind=int)}
 OWN = {  # parameters instead of mergekit's
@@ -38,7 +38,14 @@ SPELT = ("normalize", "normalise")  # of `jlora.merging`
 def row_of(name: str) -> Merging:
     """The row of `jlora.merging` that merges adapters by a method.
 
-    Raises ConfigError: an unknown method; the message names what is near it.
+    Args:
+      name: of the method, as a configuration has it.
+
+    Returns:
+      The row.
+
+    Raises:
+      ConfigError: an unknown method; the message names what is near it.
     """
     if name in mergekit.METHODS or name in METHODS:
         return METHODS.get(SAME.get(name, name), METHODS["concat"])
@@ -50,14 +57,32 @@ def row_of(name: str) -> Merging:
 
 
 def of_adapters(method: Method, config: Config) -> bool:
-    """Whether a merge is one of deltas by its own meaning here, in any format."""
+    """Whether a merge is one of deltas by its own meaning here, in any format.
+
+    Args:
+      method: of mergekit.
+      config: of the merge.
+
+    Returns:
+      True for `slerp` of two adapters, and with `space: delta`.
+    """
     if method.name == "slerp":
         return len(config.models) == 2
     return config.parameters.get("space") == "delta"
 
 
 def method_of(name: str) -> Method | None:
-    """The method with the parameters that it has for adapters; None if it is not mergekit's."""
+    """A method of mergekit with the parameters that it has for adapters.
+
+    Args:
+      name: of the method, as a configuration has it.
+
+    Returns:
+      The method; None if it is not mergekit's.
+
+    Raises:
+      ConfigError: as `row_of`.
+    """
     method = mergekit.METHODS.get(name)
     if method is None:
         return None
@@ -67,8 +92,15 @@ def method_of(name: str) -> Method | None:
     return dataclasses.replace(method, parameters=parameters)
 
 
-def options_of(row: Merging) -> dict[str, Any]:
-    """The options of a merge, with their defaults (or `inspect.Parameter.empty`)."""
+def options_of(row: Merging) -> dict[str, Json]:
+    """The options of a merge.
+
+    Args:
+      row: of `jlora.merging`.
+
+    Returns:
+      Name -> default, or `inspect.Parameter.empty`.
+    """
     functions = [row.function]
     module = sys.modules[row.function.__module__]
     functions += filter(None, [getattr(module, f"{row.function.__name__}_rule", None)])
@@ -80,8 +112,17 @@ def options_of(row: Merging) -> dict[str, Any]:
     return found
 
 
-def check_names(row: Merging, where: str, given: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an option that a method of `jlora.merging` has not."""
+def check_names(row: Merging, where: str, given: Mapping[str, Json]) -> None:
+    """Refuses options that a method of `jlora.merging` lacks.
+
+    Args:
+      row: of `jlora.merging`.
+      where: the key under which they stand, for the message.
+      given: name -> value.
+
+    Raises:
+      ConfigError: names the first of them.
+    """
     known = sorted({*options_of(row), "weight", "normalize"})
     for key in given:
         if key not in known:
@@ -89,11 +130,22 @@ def check_names(row: Merging, where: str, given: Mapping[str, Any]) -> None:
 
 
 def translated(
-    method: Method, row: Merging, options: Mapping[str, Any], number: int, site: str
-) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """(weights, options of the row) of a site, from mergekit's parameters of it.
+    method: Method, row: Merging, options: Mapping[str, Json], number: int, site: str
+) -> tuple[tuple[float, ...], dict[str, Json]]:
+    """mergekit's parameters at a site, as those of `jlora.merging`.
 
-    Raises ConfigError: what has no adapter for a result.
+    Args:
+      method: of mergekit.
+      row: of `jlora.merging`.
+      options: of the site, resolved.
+      number: how many adapters there are.
+      site: its path, for messages.
+
+    Returns:
+      (one weight per adapter, options of the row).
+
+    Raises:
+      ConfigError: what has no adapter for a result.
     """
     o = dict(options)
     weight = o.pop("weight", None) or (1.0 / number,) * number
@@ -128,8 +180,8 @@ def translated(
 
 
 def _family(
-    method: Method, row: Merging, o: dict[str, Any], weight: tuple[float, ...], site: str
-) -> tuple[tuple[float, ...], dict[str, Any]]:
+    method: Method, row: Merging, o: dict[str, Json], weight: tuple[float, ...], site: str
+) -> tuple[tuple[float, ...], dict[str, Json]]:
     known = options_of(row)
     normalize = o.pop("normalize")
     out = {"scale": o.pop("lambda")} | _rank(o)
@@ -153,7 +205,7 @@ def _family(
 
 
 def _sum(
-    method: Method, o: dict[str, Any], weight: tuple[float, ...], site: str
+    method: Method, o: dict[str, Json], weight: tuple[float, ...], site: str
 ) -> tuple[float, ...]:
     total = sum(weight)
     if method.name == "linear" and o["normalize"]:
@@ -168,7 +220,7 @@ def _sum(
     return weight
 
 
-def _rank(o: dict[str, Any]) -> dict[str, Any]:
+def _rank(o: dict[str, Json]) -> dict[str, Json]:
     rank = o.pop("rank", None)
     return {} if rank is None else {"rank": rank}
 

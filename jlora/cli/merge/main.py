@@ -26,7 +26,15 @@ from jlora.merging.engine.run import check_finite
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, or 2 with a message for what is refused."""
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora merge`; None: those of the process, which then keeps compiled
+        programs and can be stopped without leaving anything half-written.
+
+    Returns:
+      The exit status: 0, or 2 with a message for what is refused.
+    """
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m jlora.merge", description=configs.__doc__, formatter_class=raw
@@ -43,22 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = functools.partial(_attempt, args, target.append)
     try:
         if own:
-            made = stoppable(work, lambda: [write.abandon(path) for path in target])
+            text = stoppable(work, lambda: [write.abandon(path) for path in target])
         else:
-            made = work()
+            text = work()
     except (configs.ConfigError, FormatError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(made)
+    print(text)
     return 0
 
 
-def _attempt(args: argparse.Namespace, aimed: Callable[[Path], object]) -> str:
-    return run(args.config, args.out, args.dry_run, args.overwrite, aimed)
+def _attempt(args: argparse.Namespace, announce: Callable[[Path], object]) -> str:
+    return run(args.config, args.out, args.dry_run, args.overwrite, announce)
 
 
 def run(
-    path: Path, out: Path | None, dry: bool, overwrite: bool, aimed: Callable[[Path], object]
+    path: Path, out: Path | None, dry: bool, overwrite: bool, announce: Callable[[Path], object]
 ) -> str:
     """One merge.
 
@@ -67,19 +75,21 @@ def run(
       out: where to write; None: where the file says.
       dry: only plan.
       overwrite: replace an output that is there.
-      aimed: called with the target before anything is written.
+      announce: called with the target before anything is written.
 
     Returns:
-      What to tell: the plan, or what was written.
+      What to print: the plan, or what was written.
 
     Raises:
-      ConfigError, FormatError, ValueError: whatever is refused.
+      ConfigError: the configuration is wrong, or does not fit the files.
+      FormatError: a file that is not understood, or may not be replaced.
+      ValueError: the name map does not fit the sites, or a merge that has no result.
     """
     config = dense.settled(configs.parse(documents.read(path), path.parent))
     target = out or config.out.path
     if target is None:
         raise configs.ConfigError("out.path: lacks; give it there or as --out")
-    aimed(target)
+    announce(target)
     config = dataclasses.replace(config, out=dataclasses.replace(config.out, path=target))
     row = factors.row_of(config.method)
     if not dry:
@@ -114,9 +124,9 @@ def run(
             adapter = Adapter({}, {}, ())
             bar.update(len(given.sites))
         else:
-            made, found = factored(config, plan, given, bar.update)
-            adapter = to_adapter(made, given.sites)
-            check_finite(row.name, made)
+            merged, found = factored(config, plan, given, bar.update)
+            adapter = to_adapter(merged, given.sites)
+            check_finite(row.name, merged)
             delta = functools.partial(write.delta_of, adapter)
         with write.whole(target, overwrite, inputs) as new:
             if config.out.format == "merged" and base is not None:
@@ -136,17 +146,30 @@ def run(
 def factored(
     config: configs.Config, plan: plans.Plan, given: Gathered, done: Callable[[int], object]
 ) -> tuple[Deltas, dict[str, exact.Error]]:
-    """The merged factors, cut to `out.rank`, and how far they are from the merge that they mean."""
-    made: Deltas = {}
+    """The merged factors, cut to `out.rank`, and how far they are from the merge that they mean.
+
+    Args:
+      config: of the merge.
+      plan: of the merge.
+      given: the adapters.
+      done: called with the number of sites after each chunk.
+
+    Returns:
+      (path -> factors, path -> error).
+
+    Raises:
+      ConfigError: options that the method refuses.
+    """
+    merged: Deltas = {}
     found: dict[str, exact.Error] = {}
     for chunk in plan.chunks:
         whole = part = plans.run_chunk(plan, chunk, given.bank, config.seed)
         if config.out.rank:
             part = algebra.truncate(whole, config.out.rank).deltas
         found |= exact.errors(plan, chunk, given.bank, whole, part, config.seed)
-        made |= part
+        merged |= part
         done(len(chunk.paths))
-    return made, found
+    return merged, found
 
 
 def by_tensors(
@@ -157,7 +180,23 @@ def by_tensors(
     overwrite: bool,
     inputs: Sequence[Path],
 ) -> str:
-    """A merge into merged weights, tensor by tensor, as mergekit has it; what to tell."""
+    """A merge into merged weights, tensor by tensor, as mergekit has it.
+
+    Args:
+      config: of the merge.
+      base: the base model; None: none is given.
+      target: where to write.
+      dry: only plan.
+      overwrite: replace an output that is there.
+      inputs: what the merge reads; it is never replaced.
+
+    Returns:
+      What to print: the plan, or what was written.
+
+    Raises:
+      ConfigError: as `dense.make`.
+      FormatError: as `dense.make` and `dense.write`, or something is at the target.
+    """
     plan = dense.make(config, base)
     if dry:
         return dense.describe(plan, config)

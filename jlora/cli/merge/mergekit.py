@@ -12,17 +12,19 @@ takes no tensor, or a level without the name, falls back to `parameters` of the 
 to the default. `docs/merging.md` says what became of every other key of mergekit.
 
 Source: mergekit 0.1.5, the meaning of its files.
-Deviates: `weight` of no model means 1/N each, where mergekit wants it; parameters that mergekit
+Deviates: `weight` of no model means 1/N each, where mergekit requires it; parameters that mergekit
 would leave unread are errors; negative weights are refused where a sum of weights that may vanish
 divides.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from jlora.cli.merge import whole
+import numpy as np
+
+from jlora.cli.merge import sparsify, whole
 from jlora.cli.merge.values import ConfigError, Scope, first
+from jlora.types import Dynamic, Json
 
 REQUIRED = object()
 
@@ -31,13 +33,24 @@ REQUIRED = object()
 class Parameter:
     """One parameter of a method."""
 
-    default: Any = REQUIRED  # None: see `resolved`
+    default: Dynamic = REQUIRED  # None: see `resolved`
     each: bool = False  # one for every model; else one for the merge
-    kind: Callable[..., Any] = float  # or bool, int, str
+    kind: Callable[..., Dynamic] = float  # or bool, int, str
     key: str = ""  # of the function in `whole`, where it has another name; "-": none
 
-    def checked(self, value: Any, where: str) -> Any:
-        """`value` of the kind. Raises ConfigError."""
+    def checked(self, value: Json, where: str) -> Dynamic:
+        """A value of the kind that the parameter has.
+
+        Args:
+          value: as the configuration has it.
+          where: its key, for the message.
+
+        Returns:
+          The value; a number as `kind` has it.
+
+        Raises:
+          ConfigError: it is of another kind.
+        """
         if value is None and self.default is None:
             return None
         good = False
@@ -56,13 +69,13 @@ class Method:
     """A method of mergekit."""
 
     name: str
-    function: Callable[..., Any]  # of `whole`
+    function: Callable[..., Dynamic]  # of `whole`
     parameters: Mapping[str, Parameter]
     space: str = "delta"
     base: str = "required"
     least: int = 1
     most: int | None = None
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the function
+    fixed: Mapping[str, Json] = dataclasses.field(default_factory=dict)  # for the function
     random: bool = False
 
     @property
@@ -75,7 +88,7 @@ WEIGHT, FLAG = Parameter(None, each=True), Parameter(False, kind=bool)
 
 
 def _family(
-    name: str, sparsify: Any = None, more: Mapping[str, Parameter] | None = None, *,
+    name: str, sparsify: Dynamic = None, more: Mapping[str, Parameter] | None = None, *,
     vote: bool = False, normalize: bool = False, drops: bool = False,
 ) -> Method:  # fmt: skip
     """A method of generalised task arithmetic; `drops`: at random, and rescaled by default."""
@@ -98,13 +111,13 @@ METHODS = {
     m.name: m
     for m in (
         _family("task_arithmetic"),
-        _family("ties", whole.magnitude, vote=True, normalize=True),
-        _family("dare_linear", whole.dropped, drops=True),
-        _family("dare_ties", whole.dropped, vote=True, drops=True),
-        _family("breadcrumbs", whole.outliers, GAMMA),
-        _family("breadcrumbs_ties", whole.outliers, GAMMA, vote=True),
-        _family("della", whole.magprune, EPSILON, vote=True, normalize=True, drops=True),
-        _family("della_linear", whole.magprune, EPSILON, drops=True),
+        _family("ties", sparsify.magnitude, vote=True, normalize=True),
+        _family("dare_linear", sparsify.dropped, drops=True),
+        _family("dare_ties", sparsify.dropped, vote=True, drops=True),
+        _family("breadcrumbs", sparsify.outliers, GAMMA),
+        _family("breadcrumbs_ties", sparsify.outliers, GAMMA, vote=True),
+        _family("della", sparsify.magprune, EPSILON, vote=True, normalize=True, drops=True),
+        _family("della_linear", sparsify.magprune, EPSILON, drops=True),
         Method("sce", whole.sce, {"select_topk": Parameter(1.0),
                                   "int8_mask": Parameter(False, kind=bool, key="-")}),
         Method("model_stock", whole.model_stock, {"filter_wise": FLAG}, least=2),
@@ -144,20 +157,23 @@ ELSEWHERE = {  # names of other programs -> what to write here
 def resolved(
     method: Method, shared: Sequence[Scope], each: Sequence[Sequence[Scope]], name: str,
     place: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    """The parameters of a tensor: {name: value, or a tuple with one for each model}.
+) -> dict[str, Json]:  # fmt: skip
+    """The parameters of a tensor.
 
     Args:
       method: the row.
       shared: the levels of parameters of the merge, the nearest first.
       each: those of every model.
       name: of the tensor; filters are parts of it.
-      place: 0..1, its layer's, for gradients.
+      place: 0..1, its layer's, for gradients; None: it has no layer.
+
+    Returns:
+      Name -> value, or a tuple with one for each model.
 
     Raises:
-      ConfigError: a required one lacks; a value of another kind; weights that cannot be used.
+      ConfigError: a required one is missing; a value of another kind; weights that cannot be used.
     """
-    out: dict[str, Any] = {}
+    out: dict[str, Json] = {}
     for key, parameter in method.parameters.items():
         levels = each if parameter.each else [shared]
         values = []
@@ -174,18 +190,49 @@ def resolved(
     return out
 
 
-def call(method: Method, options: Mapping[str, Any], tensors: whole.Tensors, **more: Any) -> Any:
-    """The merge of one tensor by resolved `options`; `more` are `order` and `rngs`."""
+def call(
+    method: Method, options: Mapping[str, Json], tensors: whole.Tensors, *,
+    order: Callable[[np.ndarray], np.ndarray] | None = None,
+    rngs: Sequence[np.random.Generator] = (),
+) -> np.ndarray:  # fmt: skip
+    """The merge of one tensor.
+
+    Args:
+      method: the row.
+      options: its parameters, as `resolved` gives them.
+      tensors: of every model, float32, of one shape.
+      order: what elements are ranked by, from a task vector; None: magnitudes as they are.
+      rngs: a generator per model; () for methods that are not random.
+
+    Returns:
+      The merged tensor, float32.
+
+    Raises:
+      ValueError: what the method of `whole` refuses.
+    """
     own = {
         parameter.key or key: options[key]
         for key, parameter in method.parameters.items()
         if parameter.key != "-"
     }
-    return method.function(tensors, **own, **method.fixed, **more)
+    if order is not None:
+        own["order"] = order
+    if rngs:
+        own["rngs"] = rngs
+    return method.function(tensors, **own, **method.fixed)
 
 
 def check_names(method: Method, scopes: Sequence[Scope], each: Sequence[Scope]) -> None:
-    """Raises ConfigError for a parameter that the method has not, or not at this level."""
+    """Refuses parameters that the method lacks, or lacks at their level.
+
+    Args:
+      method: the row.
+      scopes: the levels of parameters of the merge.
+      each: those of every model.
+
+    Raises:
+      ConfigError: names the first of them.
+    """
     for where, given in (*scopes, *each):
         for key in given:
             if key not in method.parameters:
@@ -201,7 +248,7 @@ def check_names(method: Method, scopes: Sequence[Scope], each: Sequence[Scope]) 
                                   "parameters of the whole file")  # fmt: skip
 
 
-def _weights(method: Method, options: Mapping[str, Any], name: str) -> tuple[float, ...]:
+def _weights(method: Method, options: Mapping[str, Json], name: str) -> tuple[float, ...]:
     given = options["weight"]
     if all(w is None for w in given):
         return (1.0 / len(given),) * len(given)

@@ -6,7 +6,7 @@ Deviates: nothing.
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,14 @@ from jlora.core.site import Site
 from jlora.merging.engine.inputs import Gathered
 from jlora.merging.engine.run import apply, checked, largest_rank, memory_of
 from jlora.merging.engine.table import Merging
+from jlora.types import Dynamic, Json
 
 
 class Chunk(NamedTuple):
     """Sites that are merged in one call."""
 
     paths: tuple[str, ...]
-    options: dict[str, Any]
+    options: dict[str, Json]
 
 
 class Plan(NamedTuple):
@@ -38,7 +39,19 @@ class Plan(NamedTuple):
 
 
 def make(config: Config, row: Merging, given: Gathered) -> Plan:
-    """The plan for the adapters of a bank. Raises ConfigError for parameters that do not fit."""
+    """The plan for adapters that stay adapters.
+
+    Args:
+      config: of the merge.
+      row: of `jlora.merging`.
+      given: the adapters as a bank.
+
+    Returns:
+      Weights and options of every site; sites of equal options and shapes are one chunk.
+
+    Raises:
+      ConfigError: parameters, filters or ranks that do not fit.
+    """
     number = len(config.models)
     if row.size not in (None, number):
         raise ConfigError(f"models: {row.name} takes {row.size}, got {number}")
@@ -75,7 +88,7 @@ def make(config: Config, row: Merging, given: Gathered) -> Plan:
             if (w.reshape(number, -1) != first[:, None]).any():
                 raise ConfigError(f"weight: {row.name} needs the same weights at all sites: {path}")
         return Plan(row, weights, [Chunk(tuple(weights), same)])
-    groups: dict[Any, list[str]] = {}
+    groups: dict[Dynamic, list[str]] = {}
     for site in given.sites:
         u, v = given.bank[site.path][:2]
         key = (tuple(sorted(options[site.path].items())), u.shape[-2:], v.shape[-2:])
@@ -84,9 +97,23 @@ def make(config: Config, row: Merging, given: Gathered) -> Plan:
 
 
 def run_chunk(plan: Plan, chunk: Chunk, bank: Deltas, seed: int, jit: bool = True) -> Deltas:
-    """The merged deltas of a chunk."""
+    """The merged deltas of a chunk.
+
+    Args:
+      plan: of the merge.
+      chunk: its sites.
+      bank: the deltas of all adapters.
+      seed: of random masks.
+      jit: whether it is compiled; True: it is called once per shape.
+
+    Returns:
+      Path -> factors.
+
+    Raises:
+      ConfigError: options that the method refuses.
+    """
     part = {p: bank[p] for p in chunk.paths}
-    weights: Any = {p: jnp.asarray(plan.weights[p], jnp.float32) for p in chunk.paths}
+    weights: Dynamic = {p: jnp.asarray(plan.weights[p], jnp.float32) for p in chunk.paths}
     if plan.row.scope == "adapter":
         first = plan.weights[chunk.paths[0]]
         weights = jnp.asarray(first.reshape(first.shape[0], -1)[:, 0], jnp.float32)
@@ -99,33 +126,72 @@ def run_chunk(plan: Plan, chunk: Chunk, bank: Deltas, seed: int, jit: bool = Tru
     return apply(plan.row, part, weights, chunk.options, key=key, jit=jit, full=full)
 
 
-def said(row: Merging, chunk: Chunk) -> dict[str, Any]:
-    """The options of a chunk, with the defaults that apply."""
+def with_defaults(row: Merging, chunk: Chunk) -> dict[str, Json]:
+    """The options of a chunk, with the defaults that apply.
+
+    Args:
+      row: of `jlora.merging`.
+      chunk: its sites.
+
+    Returns:
+      Name -> value.
+    """
     return factors.options_of(row) | chunk.options
 
 
-def groups(plan: Plan) -> list[dict[str, Any]]:
-    """The sites of equal options together: how many, the first, and the options."""
-    return [{"sites": len(c.paths), "first": c.paths[0], "options": said(plan.row, c),
+def groups(plan: Plan) -> list[dict[str, Json]]:
+    """The sites of equal options together.
+
+    Args:
+      plan: of the merge.
+
+    Returns:
+      Of each group: how many sites, the first, the options and the weights.
+    """
+    return [{"sites": len(c.paths), "first": c.paths[0], "options": with_defaults(plan.row, c),
              "weights": [plan.weights[c.paths[0]][n].tolist() for n in
                          range(len(plan.weights[c.paths[0]]))]}
             for c in plan.chunks]  # fmt: skip
 
 
-def rule_of(row: Merging) -> Callable[..., Any] | None:
-    """The function of a bank that gives an element-wise method by row blocks; None: it has none."""
+def rule_of(row: Merging) -> Callable[..., Dynamic] | None:
+    """How an element-wise method combines the row blocks of a bank.
+
+    Args:
+      row: of `jlora.merging`.
+
+    Returns:
+      The function of a bank; None: the method is not element-wise.
+    """
     module = sys.modules[row.function.__module__]
     return getattr(row, "rule", None) or getattr(module, f"{row.function.__name__}_rule", None)
 
 
 def uncut(config: Config, plan: Plan) -> bool:
-    """Whether merged weights are those of the method itself: element-wise, and no rank is given."""
+    """Whether merged weights are those of the method itself: element-wise, and no rank is given.
+
+    Args:
+      config: of the merge.
+      plan: of the merge.
+
+    Returns:
+      False where factors are cut to a rank.
+    """
     given = config.out.rank is not None or any("rank" in c.options for c in plan.chunks)
     return rule_of(plan.row) is not None and not given
 
 
 def memory(plan: Plan, bank: Deltas, seed: int) -> dict[str, int]:
-    """Bytes: of the adapters, of all results, and of the largest chunk while it runs (compiled)."""
+    """How much memory a merge takes, by compiling it for shapes.
+
+    Args:
+      plan: of the merge.
+      bank: the deltas of all adapters.
+      seed: of random masks.
+
+    Returns:
+      Bytes: of the adapters, of all results, and of the largest chunk while it runs.
+    """
     peak, results = 0, 0
     for chunk in plan.chunks:
         part = {p: bank[p] for p in chunk.paths}
@@ -136,7 +202,17 @@ def memory(plan: Plan, bank: Deltas, seed: int) -> dict[str, int]:
 
 
 def describe(config: Config, plan: Plan, given: Gathered, sizes: dict[str, int]) -> str:
-    """The plan as text."""
+    """The plan as text.
+
+    Args:
+      config: of the merge.
+      plan: of the merge.
+      given: the adapters as a bank.
+      sizes: name -> bytes.
+
+    Returns:
+      Method, models, options and peak memory.
+    """
     slices = sum(math.prod(s.stack) for s in given.sites)
     lines = [f"merge_method  {plan.row.name} ({plan.row.paper})"]
     for k, model in enumerate(config.models):
@@ -147,7 +223,8 @@ def describe(config: Config, plan: Plan, given: Gathered, sizes: dict[str, int])
     for chunk in plan.chunks:
         u, v = given.bank[chunk.paths[0]][:2]
         shape = f"[{u.shape[-2]}, {v.shape[-1]}], rank {u.shape[-1]}"
-        shown = ", ".join(f"{k}={v}" for k, v in said(plan.row, chunk).items()) or "no options"
+        options = with_defaults(plan.row, chunk)
+        shown = ", ".join(f"{k}={v}" for k, v in options.items()) or "no options"
         lines.append(f"  {len(chunk.paths)} sites {shape}: {shown}  ({chunk.paths[0]}, ...)")
     out = config.out
     cut = f", rank {out.rank} at most" if out.rank else ""
@@ -184,7 +261,7 @@ def _places(site: Site, lasts: Mapping[str, int]) -> list[float]:
 
 def _mergekits(
     method: mergekit.Method, row: Merging, config: Config, site: Site, places: list[float]
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, dict[str, Json]]:
     """(weights [N, *stack], options) of a site by a method of mergekit."""
     top, *each = _parameters(config)
     scopes = [[own, top] for own in each]
@@ -200,7 +277,7 @@ def _mergekits(
 
 
 def _ranks(
-    config: Config, row: Merging, given: Gathered, options: dict[str, dict[str, Any]]
+    config: Config, row: Merging, given: Gathered, options: dict[str, dict[str, Json]]
 ) -> None:
     """Ranks beyond the full one of a site are that, there.
 
@@ -219,7 +296,7 @@ def _ranks(
             o["rank"] = full[path]
 
 
-def _parameters(config: Config) -> list[tuple[str, Mapping[str, Any]]]:
+def _parameters(config: Config) -> list[tuple[str, Mapping[str, Json]]]:
     each = [(f"models[{k}].parameters", m.parameters) for k, m in enumerate(config.models)]
     return [("parameters", config.parameters), *each]
 
@@ -247,8 +324,8 @@ def _weights(config: Config, site: Site, places: list[float]) -> np.ndarray:
     return w / total if normalise else w
 
 
-def _options(config: Config, site: Site, places: list[float]) -> dict[str, Any]:
-    def at(value: Any, where: str) -> Any:
+def _options(config: Config, site: Site, places: list[float]) -> dict[str, Json]:
+    def at(value: Dynamic, where: str) -> Dynamic:
         found = {resolve(value, where, site.path, p) for p in places}
         if len(found) > 1:
             raise ConfigError(f"{where}: a gradient within the stacked site {site.path}; only "
@@ -269,5 +346,5 @@ def _options(config: Config, site: Site, places: list[float]) -> dict[str, Any]:
     return options
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: Dynamic) -> int:
     return sum(t.size * t.dtype.itemsize for t in jax.tree.leaves(tree))

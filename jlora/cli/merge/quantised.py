@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32, Int
 
 INT8 = "LLM.int8"
 TOP = 127.0  # the code of the largest value of a row
@@ -54,7 +55,14 @@ class Module(NamedTuple):
 
 
 def modules(shapes: Shapes) -> dict[str, Module]:
-    """Module -> its layout and tensors, of those tensors of a base that are marked as quantised."""
+    """The quantised modules of a base.
+
+    Args:
+      shapes: of all its tensors.
+
+    Returns:
+      Module -> its layout and tensors.
+    """
     found: dict[str, str] = {}
     for suffix, layout in MARKS.items():
         for name in shapes:
@@ -71,12 +79,15 @@ def modules(shapes: Shapes) -> dict[str, Module]:
 
 
 def refusal(name: str, shapes: Shapes, quantised: Mapping[str, Module]) -> str | None:
-    """Why the weight `name` cannot be read as numbers; None where it can.
+    """Why a weight cannot be read as numbers.
 
     Args:
       name: such as ``model.layers.0.mlp.up_proj.weight``; it need not exist.
       shapes: of all tensors of the base.
       quantised: `modules` of them.
+
+    Returns:
+      Got and expected; None where it can be read.
     """
     module = name.removesuffix(".weight")
     dtype = shapes[name][1] if name in shapes else None
@@ -101,6 +112,16 @@ def refusal(name: str, shapes: Shapes, quantised: Mapping[str, Module]) -> str |
     return None
 
 
-def dequantised(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The values [out, in], float32, of LLM.int8 codes [out, in] and scales [out]."""
+def dequantised(
+    codes: Int[np.ndarray, "d_out d_in"], scales: Float[np.ndarray, "d_out"]
+) -> Float32[np.ndarray, "d_out d_in"]:
+    """The values of LLM.int8 codes.
+
+    Args:
+      codes: -127 ... 127.
+      scales: the largest magnitude of each row.
+
+    Returns:
+      [d_out, d_in], float32.
+    """
     return codes.astype(np.float32) * scales.astype(np.float32)[:, None] / np.float32(TOP)

@@ -7,10 +7,10 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jlora import io
 from jlora.cli.merge.base import Base
@@ -25,6 +25,7 @@ from jlora.io.peft.directory import CONFIG, WEIGHTS
 from jlora.io.peft.tables import table_for
 from jlora.io.peft.vera_oft_ia3 import LN_TUNING
 from jlora.merging.convert import factored, to_lora
+from jlora.types import Dynamic, Tree
 
 FIRST, SECOND = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -35,13 +36,21 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]  # module -> suffix of the key ->
 
 
 def adapters(config: Config, base: Base | None) -> list[Adapter]:
-    """The adapters of a configuration, in its order, each with a factored delta.
+    """The adapters of a configuration, each with a factored delta.
 
     PEFT directories are read on the sites of the Orbax checkpoints if there are some, else on those
     of the base, else on the shapes of their own LoRA factors.
 
-    Raises ConfigError or FormatError: a path without an adapter, a file that is not understood, a
-    method that needs the base where none is given.
+    Args:
+      config: of the merge.
+      base: the base model; None: none is given.
+
+    Returns:
+      In the order of the configuration; equal paths give one object.
+
+    Raises:
+      ConfigError: a path without an adapter, or a method that needs the base where none is given.
+      FormatError: a file that is not understood.
     """
     paths = [m.path for m in config.models]
     for k, path in enumerate(paths):
@@ -55,7 +64,7 @@ def adapters(config: Config, base: Base | None) -> list[Adapter]:
     for a in found.values():
         sites |= {s.path: dataclasses.replace(s, group="") for s, _ in a.sites}
     files = {p: factors(p, config.names) for p in dict.fromkeys(paths) if is_peft(p)}
-    where: Any = list(sites.values())
+    where: Dynamic = list(sites.values())
     if not found and base:
         where = base.params({m for shapes in files.values() for m in shapes if is_table(shapes[m])})
     elif not found:
@@ -71,7 +80,17 @@ def adapters(config: Config, base: Base | None) -> list[Adapter]:
 
 
 def base_name(path: Path) -> str | None:
-    """The base of a PEFT adapter as its configuration says it, without folder or owner."""
+    """The base of a PEFT adapter as its configuration says it.
+
+    Args:
+      path: the directory.
+
+    Returns:
+      Without folder or owner, in lower case; None: not said.
+
+    Raises:
+      FormatError: the config cannot be read.
+    """
     name = peft_config.read(path / CONFIG).get("base_model_name_or_path")
     return str(name).rstrip("/").rpartition("/")[2].lower() if name else None
 
@@ -79,40 +98,49 @@ def base_name(path: Path) -> str | None:
 def check_bases(
     found: Mapping[Path, Adapter], named: Mapping[Path, str | None], missing: str
 ) -> None:
-    """Adapters that nothing but the user's word relates are of one base.
+    """Refuses adapters that are not of one base, where only the user's word relates them.
 
     Where each adapter has the sites of all, names and shapes relate them. With `missing: zero` they
-    need not: then adapters of other bases would be put together without a word.
+    need not: then adapters of other bases would be put together silently.
 
     Args:
       found: the adapters.
       named: the base that each says it is of; None or absent: not said.
       missing: of the configuration.
 
-    Raises ConfigError: two say other bases, or one has no site with any other and does not say that
-    it is of the same base.
+    Raises:
+      ConfigError: two say other bases, or one has no site with any other and does not say that it
+        is of
+        the same base.
     """
     if missing != "zero":
         return
     (first, adapter), *others = found.items()
     sites, name = {site.path for site, _ in adapter.sites}, named.get(first)
     for path, adapter in others:
-        own, said = {site.path for site, _ in adapter.sites}, named.get(path)
-        if name and said and name != said:
+        own, declared = {site.path for site, _ in adapter.sites}, named.get(path)
+        if name and declared and name != declared:
             raise ConfigError(
-                f"{path}: got an adapter of {said!r}, expected one of {name!r} as {first} is; "
+                f"{path}: got an adapter of {declared!r}, expected one of {name!r} as {first} is; "
                 "give base_model if both are of it"
             )
-        if not own & sites and not (name and said):
+        if not own & sites and not (name and declared):
             raise ConfigError(
                 f"{path}: got no site in common with {first} ({min(own)}, {min(sites)}), expected "
                 "adapters of one base; give base_model if both are of it"
             )
-        sites, name = sites | own, name or said
+        sites, name = sites | own, name or declared
 
 
 def is_peft(path: Path) -> bool:
-    """Whether a directory is PEFT's."""
+    """Whether a directory is PEFT's.
+
+    Args:
+      path: a directory.
+
+    Returns:
+      False for Orbax checkpoints and full models.
+    """
     return (path / CONFIG).is_file()
 
 
@@ -132,9 +160,17 @@ def _check_type(path: Path) -> None:
 
 
 def factors(path: Path, names: NameMap) -> Shapes:
-    """The shapes of the LoRA factors and trained rows of a PEFT directory, by module of the base.
+    """The shapes of the LoRA factors and trained rows of a PEFT directory.
 
-    Raises FormatError: factors of a grouped convolution, which are no change of its weight.
+    Args:
+      path: the directory.
+      names: the map, for its prefix.
+
+    Returns:
+      Module of the base -> suffix -> shape.
+
+    Raises:
+      FormatError: factors of a grouped convolution, which are no change of its weight.
     """
     file, found = path / WEIGHTS, Shapes()
     for name, (shape, _) in (safetensors_file.header(file) if file.is_file() else {}).items():
@@ -154,12 +190,30 @@ def factors(path: Path, names: NameMap) -> Shapes:
 
 
 def is_table(shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the tensors of a module are those of an embedding table."""
+    """Whether the tensors of a module are those of an embedding table.
+
+    Args:
+      shapes: suffix -> shape.
+
+    Returns:
+      False for linear layers and convolutions.
+    """
     return bool({FIRST[1], SECOND[1], ROWS} & shapes.keys())
 
 
 def inferred(path: Path, shapes: Shapes) -> dict[str, Site]:
-    """The sites of a PEFT LoRA, by the shapes of its factors; float32."""
+    """The sites of a PEFT LoRA, by the shapes of its factors.
+
+    Args:
+      path: the directory, for messages.
+      shapes: as `factors` gives them.
+
+    Returns:
+      By path; float32.
+
+    Raises:
+      ConfigError: rows that are trained, or no LoRA at all: the base is needed.
+    """
     sites: dict[str, Site] = {}
     for module, found in shapes.items():
         if ROWS in found:
@@ -175,12 +229,24 @@ def inferred(path: Path, shapes: Shapes) -> dict[str, Site]:
     return sites
 
 
-def load(path: Path, names: NameMap, where: Any, base: Base | None) -> Adapter:
+def load(path: Path, names: NameMap, where: Tree, base: Base | None) -> Adapter:
     """The adapter of a PEFT directory.
 
     PEFT writes the weights of adapted tables and heads alongside some adapters; they must be those
-    of the base. Raises ConfigError or FormatError: they are not, or cannot be compared; the base
-    keeps matrices as [in, out].
+    of the base.
+
+    Args:
+      path: the directory.
+      names: from site paths to torch modules.
+      where: the sites, or what `Base.params` returns.
+      base: the base model; None: none is given.
+
+    Returns:
+      The adapter; its delta may still depend on the weight.
+
+    Raises:
+      ConfigError: weights alongside cannot be compared, or the base keeps matrices as [in, out].
+      FormatError: they are not those of the base, or a file that is not understood.
     """
     if base and peft_config.read(path / CONFIG).get("fan_in_fan_out") is True:
         raise ConfigError(
@@ -208,7 +274,20 @@ def load(path: Path, names: NameMap, where: Any, base: Base | None) -> Adapter:
 
 
 def closed(adapter: Adapter, base: Base | None, names: NameMap, where: Path) -> Adapter:
-    """The adapter; sites whose delta depends on the weight are made LoRA, exactly, one by one."""
+    """An adapter of factored deltas; the other sites become LoRA, exactly, one by one.
+
+    Args:
+      adapter: of any methods.
+      base: the base model, whose weights the other methods read; None: none is given.
+      names: from site paths to torch modules.
+      where: the file, for messages.
+
+    Returns:
+      The adapter.
+
+    Raises:
+      ConfigError: a method needs the base's weights, and there is none.
+    """
     trainable, frozen = dict(adapter.trainable), dict(adapter.frozen)
     rows: list[tuple[Site, Method]] = []
     for site, method in adapter.sites:
@@ -222,9 +301,9 @@ def closed(adapter: Adapter, base: Base | None, names: NameMap, where: Path) -> 
         own = {key: adapter.trainable[key] for key in keys if key in adapter.trainable}
         held = {key: adapter.frozen[key] for key in keys if key in adapter.frozen}
         weight = unfolded(base.kernel(site, names), site)
-        made = to_lora(Adapter(own, held, ((site, method),)), {site.path: weight}).adapter
-        trainable[site.path], frozen[site.path] = made.trainable[site.path], made.frozen[site.path]
-        rows.append(made.sites[0])
+        lora = to_lora(Adapter(own, held, ((site, method),)), {site.path: weight}).adapter
+        trainable[site.path], frozen[site.path] = lora.trainable[site.path], lora.frozen[site.path]
+        rows.append(lora.sites[0])
     kept = {key for site, _ in rows for key in (site.path, site.group)}
     return Adapter(
         {p: t for p, t in trainable.items() if p in kept},
@@ -233,8 +312,16 @@ def closed(adapter: Adapter, base: Base | None, names: NameMap, where: Path) -> 
     )
 
 
-def unfolded(kernel: np.ndarray, site: Site) -> jnp.ndarray:
-    """[*stack, in, out] in the layout of the leaf."""
+def unfolded(kernel: Float[np.ndarray, "*stack d_in d_out"], site: Site) -> jnp.ndarray:
+    """A weight in the layout of its leaf.
+
+    Args:
+      kernel: matrices.
+      site: whose leaf it is.
+
+    Returns:
+      [*leaf].
+    """
     return unfold(jnp.asarray(kernel), site.kinds, site.shape)
 
 

@@ -13,17 +13,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jlora.cli.merge.base import MARKER
-from jlora.io import FormatError, safetensors_file
+from jlora.io import FormatError, whole_file
+from jlora.io.json_file import parse_json
 
 
 def mark(folder: Path) -> None:
-    """Writes the marker of a folder that is complete."""
+    """Writes the marker of a folder that is complete.
+
+    Args:
+      folder: the folder.
+    """
     record = {"written_by": "python -m jlora.merge", "files": sorted(_files(folder))}
-    safetensors_file.write_bytes(folder / MARKER, (json.dumps(record, indent=1) + "\n").encode())
+    whole_file.write_bytes(folder / MARKER, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def check(folder: Path, inputs: Iterable[Path]) -> None:
-    """Nothing but our own output is lost with a folder.
+    """Refuses to replace a folder with which anything but our own output would be lost.
 
     Args:
       folder: what is to be replaced; it exists.
@@ -49,7 +54,7 @@ def check(folder: Path, inputs: Iterable[Path]) -> None:
             f"was not written by this command (it has no {MARKER}), and --overwrite does not "
             "replace it; delete it yourself, or choose another target",
         )
-    record = safetensors_file.parse_json(marker, marker.read_bytes())
+    record = parse_json(marker, marker.read_bytes())
     listed = record.get("files") if isinstance(record, dict) else None
     if not isinstance(listed, list):
         raise FormatError(marker, "lacks the list of files")

@@ -17,7 +17,9 @@ Deviates: nothing.
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jlora.types import Json
 
 FIELD = "tie_word_embeddings"
 HEADLESS = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression)$")
@@ -97,21 +99,24 @@ class Tied(NamedTuple):
     why: str
 
 
-def tied(config: Mapping[str, Any], tensors: Collection[str]) -> Tied | None:
-    """Whether a base ties its word embeddings; None where it does not.
+def tied(config: Mapping[str, Json], tensors: Collection[str]) -> Tied | None:
+    """Whether a base ties its word embeddings.
 
     Args:
       config: `config.json`; {} where there is none, which ties nothing.
       tensors: the names of the tensors of the base.
+
+    Returns:
+      How that was found; None where it does not.
     """
     if _headless(config):
         return None
     parts = list(_parts(config))
-    said = [part[FIELD] for part in parts if isinstance(part.get(FIELD), bool)]
+    declared = [part[FIELD] for part in parts if isinstance(part.get(FIELD), bool)]
     kinds = [str(part["model_type"]) for part in parts if "model_type" in part]
     known = [kind in TIED for kind in kinds if kind in TIED | SEPARATE]
-    if said:
-        found, why = any(said), f"{FIELD} true"
+    if declared:
+        found, why = any(declared), f"{FIELD} true"
     elif known:
         found, why = any(known), f"{FIELD} true (the default of model_type {kinds})"
     else:
@@ -130,13 +135,16 @@ def concerned(tie: Tied, module: str, rows: int, table: bool) -> bool:
       module: its name.
       rows: of its weight in torch: words of a table, outputs of a linear layer.
       table: whether rows are looked up.
+
+    Returns:
+      False for other layers.
     """
     if tie.rows and rows not in tie.rows:
         return False
     return table or module.rpartition(".")[2] in (HEADS_OF_ROWS if tie.rows else HEADS)
 
 
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _parts(config: Mapping[str, Json]) -> Iterator[Mapping[str, Json]]:
     """The configuration and those inside it that may be of a language model."""
     yield config
     for value in config.values():
@@ -144,7 +152,7 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(value)
 
 
-def _headless(config: Mapping[str, Any]) -> bool:
+def _headless(config: Mapping[str, Json]) -> bool:
     """Whether the classes of a model have no output layer over words."""
     listed = config.get("architectures")
     names = [str(name) for name in listed] if isinstance(listed, list) else []

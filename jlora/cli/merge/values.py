@@ -13,13 +13,13 @@ Deviates: a filter that is part of no name is an error.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from jlora.io.names import near
+from jlora.io.errors import near
+from jlora.types import Json
 
-Scope = tuple[str, Mapping[str, Any]]  # (where the parameters stand, they themselves)
+Scope = tuple[str, Mapping[str, Json]]  # (where the parameters stand, they themselves)
 LAYER = re.compile(r"(?:^|[./_])(\d+)(?=[./_]|$)")
 
 
@@ -28,13 +28,33 @@ class ConfigError(ValueError):
 
 
 def layer_of(path: str) -> int | None:
-    """The layer that a site's name says: its first number."""
+    """The layer that a site's name says: its first number.
+
+    Args:
+      path: of the site.
+
+    Returns:
+      The number; None without one.
+    """
     found = LAYER.search(path)
     return int(found[1]) if found else None
 
 
-def resolve(value: Any, where: str, path: str, place: float | None) -> Any:
-    """A parameter at a site: `value` as the configuration has it, `place` in 0..1 of its layer."""
+def resolve(value: Json, where: str, path: str, place: float | None) -> Json:
+    """A parameter at a site.
+
+    Args:
+      value: as the configuration has it: a number, a gradient, filters.
+      where: its key, for messages.
+      path: of the site.
+      place: 0..1, of its layer; None: it has none.
+
+    Returns:
+      The value there.
+
+    Raises:
+      ConfigError: no filter matches, or a gradient that is none.
+    """
     found = _resolve(value, where, path, place)
     if found is None:
         raise ConfigError(f"{where}: no filter matches the site {path}; add an entry without one")
@@ -43,8 +63,21 @@ def resolve(value: Any, where: str, path: str, place: float | None) -> Any:
 
 def first(
     scopes: Sequence[Scope], key: str, path: str, place: float | None
-) -> tuple[str | None, Any]:
-    """(where, value) of a parameter at the nearest level that says it there, else (None, None)."""
+) -> tuple[str | None, Json]:
+    """A parameter at the nearest level that gives it at a site.
+
+    Args:
+      scopes: levels of parameters, the nearest first.
+      key: of the parameter.
+      path: of the site.
+      place: 0..1, of its layer; None: it has none.
+
+    Returns:
+      (its key with the level, its value); (None, None) where no level gives it.
+
+    Raises:
+      ConfigError: a gradient or filter that is not valid.
+    """
     for where, given in scopes:
         if key in given:
             value = _resolve(given[key], f"{where}.{key}", path, place)
@@ -53,7 +86,7 @@ def first(
     return None, None
 
 
-def _resolve(value: Any, where: str, path: str, place: float | None) -> Any:
+def _resolve(value: Json, where: str, path: str, place: float | None) -> Json:
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
@@ -74,13 +107,30 @@ def _resolve(value: Any, where: str, path: str, place: float | None) -> Any:
     return _written(value)
 
 
-def matches(word: Any, path: str) -> bool:
-    """Whether a filter is part of a site's name, or of its weight's in torch."""
+def matches(word: Json, path: str) -> bool:
+    """Whether a filter is part of a site's name, or of its weight's in torch.
+
+    Args:
+      word: the filter; None and "*" match all.
+      path: of the site.
+
+    Returns:
+      True or False.
+    """
     return word in (None, "*") or str(word) in path or str(word) in _torch_name(path)
 
 
-def check_filters(value: Any, where: str, paths: Sequence[str]) -> None:
-    """Raises ConfigError for a filter of a parameter that no site is left for."""
+def check_filters(value: Json, where: str, paths: Sequence[str]) -> None:
+    """Refuses a filter that no site is left for.
+
+    Args:
+      value: of a parameter.
+      where: its key, for the message.
+      paths: of all sites.
+
+    Raises:
+      ConfigError: names the filter and what is near it.
+    """
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(v, Mapping) for v in value):
@@ -101,8 +151,23 @@ def check_filters(value: Any, where: str, paths: Sequence[str]) -> None:
         left = [path for path in left if path not in taken]
 
 
-def keys(data: Any, where: str, required: tuple[str, ...], free: tuple[str, ...]) -> dict[str, Any]:
-    """`data` as a dict of these keys. Raises ConfigError: others, or a required one is missing."""
+def keys(
+    data: Json, where: str, required: tuple[str, ...], free: tuple[str, ...]
+) -> dict[str, Json]:
+    """A mapping of given keys.
+
+    Args:
+      data: as the configuration has it.
+      where: its key, for messages.
+      required: keys that must be there.
+      free: keys that may be there.
+
+    Returns:
+      A dict.
+
+    Raises:
+      ConfigError: not a mapping, other keys, or a required one is missing.
+    """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: got {data!r}, expected keys {required + free}")
     for key in required:
@@ -119,12 +184,12 @@ def _torch_name(path: str) -> str:
     return f"{module}.weight" if slash else path
 
 
-def _written(value: Any) -> Any:
+def _written(value: Json) -> Json:
     """YAML reads 1e-5, without a point, as text; mergekit as a number."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
 
 
-def _number(value: Any) -> bool:
+def _number(value: Json) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,8 +17,7 @@ its l1 norm is that of D_n. The other methods are stated at their functions.
 
 The merges of `jlora.merging` work on factors and give factors; these give the dense result, which
 merged weights are written from, and take full checkpoints as well. Values are float32; norms and
-inner products are summed in float64. Exactly int(density n) elements are kept; of equal ones the
-earlier are dropped, or kept, as by mergekit's sorts.
+inner products are summed in float64. `sparsify` has S.
 
 Paper: Goddard et al. 2024, arXiv:2403.13257 (mergekit 0.1.5); of each method: `jlora.merging`.
 Source: mergekit's definitions (formulas only).
@@ -29,94 +28,54 @@ to save here; random masks are NumPy's.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
+
+from jlora.cli.merge.sparsify import largest
+from jlora.types import Dynamic
 
 Tensors = Sequence[np.ndarray]
 BLOCK = 2**18  # elements of each model that are combined at a time
 EPS = 1e-6
 
 
-# --- sparsification: (task vector, its `order`, density, ...) -> task vector ----------------------
-
-
-def largest(x: np.ndarray, count: int) -> np.ndarray:
-    """The mask of the `count` largest elements; of equal ones the first."""
-    flat = x.reshape(-1)
-    if count >= flat.size:
-        return np.ones(x.shape, bool)
-    cut = np.partition(flat, flat.size - count)[flat.size - count] if count else np.inf
-    mask = flat > cut
-    mask[np.flatnonzero(flat == cut)[: count - int(mask.sum())]] = True
-    return mask.reshape(x.shape)
-
-
-def smallest(x: np.ndarray, count: int) -> np.ndarray:
-    """The mask of the `count` smallest elements; of equal ones the first."""
-    return largest(-x, count)
-
-
-def magnitude(d: np.ndarray, order: np.ndarray, density: float, **_: Any) -> np.ndarray:
-    """TIES's trimming: the largest magnitudes. `order` [...] are those magnitudes."""
-    if density <= 0 or not d.size:
-        return np.zeros_like(d)
-    return np.where(largest(order, max(1, int(density * d.size))), d, np.float32(0))
-
-
-def outliers(
-    d: np.ndarray, order: np.ndarray, density: float, gamma: float, **_: Any
-) -> np.ndarray:
-    """Breadcrumbs: without the gamma n largest, as far as `density` leaves room, and the small."""
-    keep, top = int(density * d.size), int(gamma * d.size)
-    low = max(0, d.size - keep - top)
-    return np.where(smallest(order, low + keep) & ~smallest(order, low), d, np.float32(0))
-
-
-def dropped(
-    d: np.ndarray, order: np.ndarray, density: float, rng: np.random.Generator, **_: Any
-) -> np.ndarray:
-    """DARE: each element kept with probability `density`."""
-    return np.where(bernoulli(rng, np.full(d.shape, density, np.float32)), d, np.float32(0))
-
-
-def magprune(
-    d: np.ndarray, order: np.ndarray, density: float, epsilon: float, rng: np.random.Generator
-) -> np.ndarray:
-    """DELLA: kept with probability density -+ epsilon, by the rank of a magnitude in its row.
-
-    Raises ValueError unless 0 < density - epsilon and density + epsilon < 1.
-    """
-    if not (density - epsilon > 0 and density + epsilon < 1):
-        raise ValueError(
-            f"density, epsilon: got {density}, {epsilon}, expected density +- epsilon in (0, 1)"
-        )
-    rows = order.reshape(1, -1) if order.ndim < 2 else order
-    place = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable")
-    share = place.astype(np.float32) / max(rows.shape[1] - 1, 1)
-    p = (density - epsilon) + 2 * epsilon * share
-    return np.where(bernoulli(rng, p.reshape(d.shape)), d, np.float32(0))
-
-
-def bernoulli(rng: np.random.Generator, p: np.ndarray) -> np.ndarray:
-    """A mask that is true with probabilities `p`."""
-    return rng.random(p.shape, np.float32) < p
-
-
-# --- merges: (task vectors or whole tensors, parameters) -> the same kind -------------------------
-
-
 def task_vectors(
     x: Tensors, *, weight: Sequence[float], density: Sequence[float] = (), normalize: bool = False,
     rescale: bool = False, scale: float = 1.0, sparsify: Callable[..., np.ndarray] | None = None,
     vote: str = "", order: Callable[[np.ndarray], np.ndarray] = np.abs,
-    rngs: Sequence[Any] = (), **each: Sequence[float],
+    rngs: Sequence[np.random.Generator] = (), gamma: Sequence[float] = (),
+    epsilon: Sequence[float] = (),
 ) -> np.ndarray:  # fmt: skip
-    """The merged task vector, as above; `each` are further parameters of `sparsify`."""
+    """The merged task vector, as above.
+
+    Args:
+      x: D_n of every model, of one shape.
+      weight: w_n, one per model.
+      density: the share that `sparsify` keeps, one per model; 1: it is not called.
+      normalize: divide by the sum of the weights (with a vote: of those that agree). False, as in
+        task
+        arithmetic; TIES has True.
+      rescale: multiply what is left of a task vector so that its l1 norm is as before. False: only
+        DARE and DELLA do.
+      scale: lambda; 1: none.
+      sparsify: (D, order, density, ...) -> D with zeros; None: nothing is dropped.
+      vote: how a sign is elected, "sum" or "count"; "": none is.
+      order: what elements are ranked by; the magnitudes.
+      rngs: a generator per model, where `sparsify` is random.
+      gamma: of `outliers`, one per model.
+      epsilon: of `magprune`, one per model.
+
+    Returns:
+      M - B, float32.
+
+    Raises:
+      ValueError: another vote, or what `sparsify` refuses.
+    """
+    own = {key: values for key, values in (("gamma", gamma), ("epsilon", epsilon)) if values}
     kept = []
     for n, d in enumerate(x):
         if sparsify is not None and density[n] < 1:
-            options = {key: values[n] for key, values in each.items()}
+            options: dict[str, Dynamic] = {key: values[n] for key, values in own.items()}
             if rngs:
                 options["rng"] = rngs[n]
             thin = sparsify(d, order(d), density[n], **options)
@@ -137,7 +96,15 @@ def task_vectors(
 
 
 def sce(x: Tensors, *, select_topk: float = 1.0) -> np.ndarray:
-    """Select the elements of largest variance, weigh models by energy, average by majority sign."""
+    """Select the elements of largest variance, weigh models by energy, average by majority sign.
+
+    Args:
+      x: D_n of every model, of one shape.
+      select_topk: the share of the elements that differ between models; 1: all.
+
+    Returns:
+      M - B, float32.
+    """
     d = np.stack([t.reshape(-1) for t in x])
     if select_topk < 1:
         variance = d.var(0)
@@ -152,9 +119,16 @@ def sce(x: Tensors, *, select_topk: float = 1.0) -> np.ndarray:
 
 
 def model_stock(x: Tensors, *, filter_wise: bool = False) -> np.ndarray:
-    """t times the mean task vector, t = N c / (1 + (N - 1) c) of the mean cosine c of all pairs.
+    r"""t times the mean task vector, of the mean cosine c of all pairs.
 
-    With `filter_wise` a t for each row.
+    .. math:: t = \frac{N c}{1 + (N - 1) c}
+
+    Args:
+      x: D_n of at least two models, of one shape.
+      filter_wise: a t for each row; False: one for the tensor.
+
+    Returns:
+      M - B, float32.
     """
     rows = [d.reshape(-1, d.shape[-1] if d.ndim else 1) if filter_wise else d.reshape(1, -1)
             for d in x]  # fmt: skip
@@ -171,15 +145,32 @@ def model_stock(x: Tensors, *, filter_wise: bool = False) -> np.ndarray:
 
 
 def nearswap(x: Tensors, *, t: float) -> np.ndarray:
-    """The task vector of one model, elements larger than t cut down to t."""
+    """The task vector of one model, elements larger than t cut down to t.
+
+    Args:
+      x: D_1 alone.
+      t: the threshold.
+
+    Returns:
+      M - B, float32.
+    """
     (d,) = x
     return d * np.clip(t / np.maximum(np.abs(d), EPS), 0, 1).astype(np.float32)
 
 
 def linear(x: Tensors, *, weight: Sequence[float], normalize: bool = True) -> np.ndarray:
-    """The weighted sum of the tensors, over the sum of weights with `normalize`.
+    """The weighted sum of the tensors.
 
-    Raises ValueError for weights whose sum is 0, with `normalize`.
+    Args:
+      x: W_n of every model, of one shape.
+      weight: one per model.
+      normalize: divide by the sum of the weights; True, as in mergekit.
+
+    Returns:
+      M, float32.
+
+    Raises:
+      ValueError: weights whose sum is 0, with `normalize`.
     """
     total = float(np.sum(weight))
     if normalize and total == 0:
@@ -189,12 +180,25 @@ def linear(x: Tensors, *, weight: Sequence[float], normalize: bool = True) -> np
 
 
 def passthrough(x: Tensors, *, scale: Sequence[float | None] = (None,)) -> np.ndarray:
-    """The tensor of one model, times `scale`."""
+    """Returns the tensor of one model, float32.
+
+    Args:
+      x: W_1 alone.
+      scale: a factor of it; None: 1.
+    """
     return x[0] if scale[0] is None else x[0] * np.float32(scale[0])
 
 
 def slerp(x: Tensors, *, t: float) -> np.ndarray:
-    """From the first tensor (t = 0) to the second on a great circle; a line if |cos| > 0.9995."""
+    """From the first tensor (t = 0) to the second on a great circle; a line if |cos| > 0.9995.
+
+    Args:
+      x: two tensors of one shape.
+      t: in 0..1.
+
+    Returns:
+      M, float32.
+    """
     a, b = x
     na, nb = (n if n > 1e-8 else 1.0 for n in map(_norm, x))
     cos = np.clip(float(_dot(a.reshape(1, -1), b.reshape(1, -1))[0]) / (na * nb), -1, 1)
@@ -209,9 +213,16 @@ def nuslerp(
     x: Tensors, *, weight: Sequence[float], nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
 ) -> np.ndarray:  # fmt: skip
-    """As `slerp`, of t = w_2 / (w_1 + w_2); not flattened: each vector of the last axis alone.
+    """As `slerp`, with t = w_2 / (w_1 + w_2), of the whole tensors or of each vector alone.
 
-    With `nuslerp_row_wise` each vector of the first axis.
+    Args:
+      x: two tensors of one shape.
+      weight: w_1, w_2; t is 1/2 where their sum is 0.
+      nuslerp_flatten: of the whole tensors; True, as in mergekit.
+      nuslerp_row_wise: not flattened: each vector of the first axis, else of the last.
+
+    Returns:
+      M, or M - B of task vectors, float32.
     """
     t = 0.5 if abs(sum(weight)) < EPS else weight[1] / sum(weight)
     turned = nuslerp_row_wise and not nuslerp_flatten
@@ -232,7 +243,17 @@ def multislerp(
 ) -> np.ndarray:
     """One step of the spherical mean, from the direction of the mean, times the mean norm.
 
-    Raises ValueError where the weighted unit vectors cancel (of more than two tensors).
+    Args:
+      x: tensors of one shape; one alone is returned as it is.
+      weight: one per model.
+      normalize_weights: divide them by their sum; True, as in mergekit.
+      eps: added to norms; 1e-8, as in mergekit.
+
+    Returns:
+      M, or M - B of task vectors, float32.
+
+    Raises:
+      ValueError: the weighted unit vectors of more than two tensors cancel.
     """
     if len(x) == 1:
         return x[0]
@@ -256,7 +277,16 @@ def multislerp(
 
 
 def karcher(x: Tensors, *, max_iter: int = 10, tol: float = 1e-5) -> np.ndarray:
-    """The mean direction of least squared angles to all tensors, times the mean of their norms."""
+    """The mean direction of least squared angles to all tensors, times the mean of their norms.
+
+    Args:
+      x: W_n of every model, of one shape; one alone is returned as it is.
+      max_iter: steps at most; 10, as in mergekit.
+      tol: of the step; 1e-5, as in mergekit.
+
+    Returns:
+      M, float32.
+    """
     if len(x) == 1:
         return x[0]
     norms = [_norm(t) for t in x]
@@ -314,5 +344,5 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("mk,mk->m", a, b, dtype=np.float64)
 
 
-def _norm(x: Any) -> float:
+def _norm(x: Dynamic) -> float:
     return math.sqrt(float(_dot(x.reshape(1, -1), x.reshape(1, -1))[0]))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from jlora import io
 from jlora.cli.merge import layout, replaceable
@@ -24,8 +25,9 @@ from jlora.cli.merge.base import INDEX, Base
 from jlora.cli.merge.tied import concerned
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
-from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.io import FormatError, NameMap, safetensors_file, whole_file
 from jlora.io.inside import inside
+from jlora.io.json_file import parse_json
 
 Changed = dict[str, tuple[Site, tuple[int, ...]]]  # tensor of the base -> slice of a site
 Change = Callable[[str, np.ndarray], np.ndarray]  # (tensor, its values, float32) -> new values
@@ -38,9 +40,13 @@ def whole(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[
     Args:
       path: the target.
       overwrite: whether a folder that this command wrote may be replaced.
-      inputs: what the merge reads; it is never replaced.
+      inputs: what the merge reads; it is never replaced. (): nothing.
 
-    Raises FormatError: something is there that may not be replaced.
+    Yields:
+      The path to write to.
+
+    Raises:
+      FormatError: something is there that may not be replaced.
     """
     path, inputs = path.absolute(), tuple(inputs)
     recover(path)
@@ -61,10 +67,13 @@ def whole(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[
 
 
 def abandon(path: Path) -> None:
-    """What was there before is at `path` again, unless the result is; nothing is alongside it.
+    """What was there before is at `path` again, unless the result is; nothing is left alongside.
 
     Safe while another thread is still in `whole`: first the hidden directory gets another name, so
     that nothing of it can become the result any longer.
+
+    Args:
+      path: the target.
     """
     partial, stopped = _hidden(path)
     for _ in range(20):  # the other thread may still write
@@ -78,14 +87,27 @@ def abandon(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Puts back what a run moved away from `path`, if it was killed before its last rename."""
+    """Puts back what a run moved away from `path`, if it was killed before its last rename.
+
+    Args:
+      path: the target.
+    """
     for hidden in _hidden(path):
         if (hidden / "old").exists() and not path.exists():
             os.replace(hidden / "old", path)
 
 
 def check_free(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
-    """FormatError where something is at `path`, or where its parts go, that may not be replaced."""
+    """Refuses a target where something is that may not be replaced.
+
+    Args:
+      path: the target.
+      overwrite: whether a folder that this command wrote may be replaced.
+      inputs: what the merge reads; it is never replaced. (): nothing.
+
+    Raises:
+      FormatError: something is at `path`, or where its parts go.
+    """
     for hidden in _hidden(path):
         if hidden.is_symlink() or (hidden.exists() and not hidden.is_dir()):
             raise FormatError(hidden, "expected a folder that an earlier run left; move it away")
@@ -103,21 +125,51 @@ def check_free(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None
 def peft(
     path: Path, adapter: Adapter, names: NameMap, base: Base | None, dtype: str | None
 ) -> None:
-    """The adapter as a PEFT directory."""
+    """Writes an adapter as a PEFT directory.
+
+    Args:
+      path: a new directory.
+      adapter: of LoRAs.
+      names: from site paths to torch modules.
+      base: the base model, whose folder the config names; None: none.
+      dtype: of its arrays; None: float32.
+
+    Raises:
+      FormatError: as `jl.io.save_peft`.
+    """
     name = str(base.folder) if base else None
     io.save_peft(path, cast(adapter, dtype), names, base_model_name=name)
 
 
 def orbax(path: Path, adapter: Adapter, dtype: str | None) -> None:
-    """The adapter as an Orbax checkpoint."""
+    """Writes an adapter as an Orbax checkpoint.
+
+    Args:
+      path: a new directory.
+      adapter: of LoRAs.
+      dtype: of its arrays; None: float32.
+
+    Raises:
+      FormatError: as `jl.io.save_adapter`.
+    """
     io.save_adapter(path, cast(adapter, dtype))
 
 
 def changed(base: Base, sites: Iterable[Site], names: NameMap) -> Changed:
     """Which tensors of the base the sites are.
 
-    Raises FormatError or ValueError: a site has no name, or no tensor of its shape; it is a bare
-    parameter of a module; it is a table that is the output layer as well, or such an output layer.
+    Args:
+      base: the base model.
+      sites: of the adapters.
+      names: from site paths to torch modules.
+
+    Returns:
+      Tensor -> (site, index on its stack axes).
+
+    Raises:
+      FormatError: a site has no tensor of its shape; it is a bare parameter of a module; it is a
+        table that is the output layer as well, or such an output layer.
+      ValueError: a site has no name.
     """
     sites, tie = tuple(sites), base.tied()
     for site in sites:
@@ -147,14 +199,22 @@ def merged(
     dtype: str | None,
     done: Callable[[], None],
 ) -> None:
-    """The base with the tensors of `table` changed, shard by shard; `done` is called after each.
+    """Writes the base with some tensors changed, shard by shard.
 
-    `table` names the tensors that `change` (name, values in float32) -> values is called for. They
-    are rounded once, to `dtype` or that of the base (for quantised weights: that of `config.json`).
-    Other tensors are as they were, bit by bit, or cast to `dtype` where they are floating and no
-    part of a quantised module; values that are NaN or infinite may be among them.
+    Changed tensors are rounded once, to `dtype` or that of the base (for quantised weights: that of
+    `config.json`). Other tensors are as they were, bit by bit, or cast to `dtype` where they are
+    floating and not part of a quantised module; values that are NaN or infinite may be among them.
 
-    Raises FormatError: a changed or cast tensor is not finite.
+    Args:
+      path: a new directory.
+      change: (tensor, its values in float32) -> new values.
+      table: the tensors that `change` is called for.
+      base: the base model.
+      dtype: what the user wants for floating point; None: that of the base.
+      done: called after each shard.
+
+    Raises:
+      FormatError: a changed or cast tensor is not finite.
     """
     path.mkdir()
     for file in base.rest():
@@ -193,7 +253,7 @@ def _settle(path: Path, base: Base, table: Collection[str], dtype: str | None) -
         return
     kept = {name: file for name, file in base.where.items() if written[name] is not None}
     if (path / INDEX).is_file():
-        record = safetensors_file.parse_json(path / INDEX, (path / INDEX).read_bytes())
+        record = parse_json(path / INDEX, (path / INDEX).read_bytes())
         _write_json(path / INDEX, record | {"weight_map": kept})
     config = base.config()
     how = config.get("quantization_config")
@@ -212,11 +272,19 @@ def _settle(path: Path, base: Base, table: Collection[str], dtype: str | None) -
 
 
 def _write_json(path: Path, data: object) -> None:
-    safetensors_file.write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+    whole_file.write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def adding(delta: Callable[[Site, tuple[int, ...]], np.ndarray], table: Changed) -> Change:
-    """The change that adds `delta` [d_in, d_out] of a slice of a site to its tensor, in place."""
+    """The change that adds a delta to its tensor, in place.
+
+    Args:
+      delta: (site, index on its stack axes) -> [d_in, d_out].
+      table: tensor -> (site, index).
+
+    Returns:
+      What `merged` calls.
+    """
 
     def change(name: str, old: np.ndarray) -> np.ndarray:
         site, index = table[name]
@@ -226,15 +294,34 @@ def adding(delta: Callable[[Site, tuple[int, ...]], np.ndarray], table: Changed)
     return change
 
 
-def delta_of(adapter: Adapter, site: Site, index: tuple[int, ...]) -> np.ndarray:
-    """[d_in, d_out] of a slice of a site, of an adapter of LoRAs."""
+def delta_of(
+    adapter: Adapter, site: Site, index: tuple[int, ...]
+) -> Float32[np.ndarray, "d_in d_out"]:
+    """The delta of a slice of a site.
+
+    Args:
+      adapter: of LoRAs.
+      site: one of its sites.
+      index: on its stack axes.
+
+    Returns:
+      [d_in, d_out].
+    """
     arrays, scale = adapter.trainable[site.path], adapter.frozen[site.path]["scale"]
     a, b = (np.asarray(arrays[k][index], np.float32) for k in "ab")
     return (float(scale[index]) * a) @ b
 
 
 def cast(adapter: Adapter, dtype: str | None) -> Adapter:
-    """With trainable arrays in `dtype`."""
+    """An adapter with trainable arrays in another dtype.
+
+    Args:
+      adapter: any.
+      dtype: its name; None: float32.
+
+    Returns:
+      The adapter; scales stay as they are.
+    """
     kind = jnp.dtype(dtype or jnp.float32)
     new = {p: {k: t.astype(kind) for k, t in arrays.items()} for p, arrays in
            adapter.trainable.items()}  # fmt: skip

@@ -13,26 +13,26 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jlora.core.adapter import Adapter
 from jlora.core.bank import one_adapter
 from jlora.io import fused, safetensors_file
-from jlora.io.errors import FormatError, keys_seen
+from jlora.io.errors import FormatError, keys_seen, near
 from jlora.io.kohya import modules as kohya_modules
 from jlora.io.model_sites import model_sites
-from jlora.io.names import NameMap, near
+from jlora.io.names import NameMap
 from jlora.io.peft.read import stacked
 from jlora.io.peft.table import Arrays, Read
 from jlora.io.slices import sliced
+from jlora.types import Tree
 
 
 def load_kohya(
     path: str | os.PathLike[str],
     names: NameMap,
-    params_or_sites: Any,
+    params_or_sites: Tree,
     prefix: str = "lora_unet",
     *,
     layout: str | None = None,
@@ -44,14 +44,17 @@ def load_kohya(
       path: the ``.safetensors`` file.
       names: from site paths to torch modules.
       params_or_sites: as for `load_peft`.
-      layout: as for `load_peft`.
       prefix: ``lora_unet``, ``lora_te``, ``lora_te1``, ``lora_te2``, ``lycoris``, ...
+      layout: as for `load_peft`.
       others: what to do with keys of other prefixes (the text encoder alongside the U-Net):
-      "refuse"
-        the file or "leave" them.
+        "refuse"
+        the file, so that none is lost unnoticed, or "leave" them.
+
+    Returns:
+      The adapter, arrays in the dtype of the file.
 
     Raises:
-      FormatError: anything damaged, missing, surplus or not understood.
+      FormatError: anything damaged, missing, unexpected or not understood.
       ValueError: `names` does not fit the sites.
     """
     source = Path(path)
@@ -76,7 +79,9 @@ def load_kohya(
     for key, found in groups.items():
         if key not in modules:
             close = near(key, modules) or "none"
-            raise FormatError(source, f"module {key!r} is no site of this model; nearest: {close}")
+            raise FormatError(
+                source, f"module {key!r} is not a site of this model; nearest: {close}"
+            )
         where, index = modules[key]
         site = model.site(where)
         try:
@@ -88,9 +93,9 @@ def load_kohya(
     trainable, frozen, done = {}, {}, []
     for where in sorted(slices):
         sparse = all(kohya_modules.sparse(read.method) for read in slices[where].values())
-        made = stacked(source, model.sites[where], slices[where], sparse)
-        method, trainable[where], frozen[where] = made
-        done.append((dataclasses.replace(model.sites[where], group=""), method))
+        site = model.sites[where]
+        method, trainable[where], frozen[where] = stacked(source, site, slices[where], sparse)
+        done.append((dataclasses.replace(site, group=""), method))
     return Adapter(trainable, frozen, tuple(done))
 
 
@@ -99,9 +104,15 @@ def save_kohya(
 ) -> None:
     """Writes LoRA, LoCon, DoRA, LoHa and LoKr sites, decomposed or not, as one file.
 
+    Args:
+      path: the ``.safetensors`` file.
+      adapter: one adapter; its sites may have different methods.
+      names: from site paths to torch modules.
+      prefix: put before every module name, with an underscore.
+
     Raises:
       FormatError: another method, or nothing to write.
-      ValueError: a site has no name, or two have the same.
+      ValueError: a site has no name, two have the same, or the adapter is a bank.
     """
     one_adapter(adapter, "save_kohya")
     adapter = sliced(adapter, names)
@@ -115,12 +126,12 @@ def save_kohya(
             key = _flat(prefix, module)
             try:
                 part = {name: array[index] for name, array in own.items()}
-                made = kohya_modules.write(site.slice(), method, part)
+                written = kohya_modules.write(site.slice(), method, part)
             except ValueError as error:
                 raise FormatError(source, f"{site.path}{list(index)}: {error}") from error
-            if any(f"{key}.{suffix}" in tensors for suffix in made):
+            if any(f"{key}.{suffix}" in tensors for suffix in written):
                 raise ValueError(f"two modules are called {key!r} in this format")
-            tensors.update({f"{key}.{suffix}": array for suffix, array in made.items()})
+            tensors.update({f"{key}.{suffix}": array for suffix, array in written.items()})
     if not tensors:
         raise FormatError(source, "all slices of the adapter are zero: nothing to write")
     safetensors_file.write(source, tensors, {"format": "pt"})

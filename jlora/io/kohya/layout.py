@@ -33,6 +33,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from jaxtyping import Shaped
 
 from jlora.core.conv import window
 from jlora.core.site import Site
@@ -53,22 +54,54 @@ CORED_LAYOUTS = tuple((*layout, "lokr_t2") for layout in LOKR_LAYOUTS if "lokr_w
 
 
 def torch_window(site: Site) -> Shape:
-    """The window in torch's order, () of a matrix."""
+    """Sizes of a convolution's window.
+
+    Args:
+      site: of the weight.
+
+    Returns:
+      In torch's order; () of a matrix.
+    """
     return torch_layout.first_shape(site, 1)[2:]
 
 
 def core(t: np.ndarray, before: int) -> np.ndarray:
-    """A core [r of the outputs, r of the inputs, *window] -> [before, after, r, r]."""
+    """A core as ours.
+
+    Args:
+      t: [r of the outputs, r of the inputs, *window].
+      before: the product of the window's axes that lie before the channels, see `window`.
+
+    Returns:
+      [before, after, r of the inputs, r of the outputs].
+    """
     return t.reshape(*t.shape[:2], before, -1).transpose(2, 3, 1, 0)
 
 
-def torch_core(t: np.ndarray, shape: Shape) -> np.ndarray:
-    """The inverse of `core`, in `shape`."""
+def torch_core(t: Shaped[np.ndarray, "before after r_in r_out"], shape: Shape) -> np.ndarray:
+    """The inverse of `core`.
+
+    Args:
+      t: our core.
+      shape: of torch's.
+
+    Returns:
+      [r of the outputs, r of the inputs, *window].
+    """
     return t.transpose(3, 2, 0, 1).reshape(shape)
 
 
 def read_hada(site: Site, t: Arrays, rank: int, core_shape: Shape) -> Arrays:
-    """The arrays of a LoHa, with cores of `core_shape` where `t` has any.
+    """The arrays of a LoHa.
+
+    Args:
+      site: of one slice.
+      t: suffix -> tensor.
+      rank: R.
+      core_shape: of each core, where `t` has any.
+
+    Returns:
+      Our arrays by name.
 
     Raises:
       ValueError: a tensor has another shape.
@@ -79,8 +112,8 @@ def read_hada(site: Site, t: Arrays, rank: int, core_shape: Shape) -> Arrays:
             want_shape(key, t[key], (rank, site.d_out if name[0] == "b" else channels))
         for key in CORES:
             want_shape(key, t[key], core_shape)
-        made = {name: t[key].T if name[0] == "a" else t[key] for key, name in HADA.items()}
-        return made | {name: core(t[key], before) for key, name in CORES.items()}
+        arrays = {name: t[key].T if name[0] == "a" else t[key] for key, name in HADA.items()}
+        return arrays | {name: core(t[key], before) for key, name in CORES.items()}
     for key in HADA:
         want_shape(key, t[key], (site.d_out, rank) if key.endswith("a") else (rank, site.d_in))
     return {
@@ -90,10 +123,19 @@ def read_hada(site: Site, t: Arrays, rank: int, core_shape: Shape) -> Arrays:
 
 
 def write_hada(site: Site, p: Arrays, core_shape: Shape) -> Arrays:
-    """The inverse of `read_hada`."""
+    """The inverse of `read_hada`.
+
+    Args:
+      site: of one slice.
+      p: our arrays by name.
+      core_shape: of each core, where `p` has any.
+
+    Returns:
+      Suffix -> tensor.
+    """
     if "t1" in p:
-        made = {key: p[name].T if name[0] == "a" else p[name] for key, name in HADA.items()}
-        return made | {key: torch_core(p[name], core_shape) for key, name in CORES.items()}
+        tensors = {key: p[name].T if name[0] == "a" else p[name] for key, name in HADA.items()}
+        return tensors | {key: torch_core(p[name], core_shape) for key, name in CORES.items()}
     return {
         key: torch_layout.flat(site, p[name]) if name[0] == "a" else p[name].T
         for key, name in HADA.items()
@@ -101,20 +143,38 @@ def write_hada(site: Site, p: Arrays, core_shape: Shape) -> Arrays:
 
 
 def read_kron(site: Site, t: Arrays, swapped: bool = False) -> Arrays:
-    """The arrays of a LoKr whose tensors have the right shapes; `swapped` as `LoKr` has it."""
+    """The arrays of a LoKr whose tensors have the right shapes.
+
+    Args:
+      site: of one slice.
+      t: suffix -> tensor.
+      swapped: as `LoKr` has it; False, as LyCORIS has it.
+
+    Returns:
+      Our arrays by name.
+    """
     keys = {**WHOLE, **PARTS}
-    made = {keys[key]: array.T for key, array in t.items() if key in keys and array.ndim == 2}
+    arrays = {keys[key]: array.T for key, array in t.items() if key in keys and array.ndim == 2}
     if "lokr_t2" in t:
-        return made | {"b2": t["lokr_w2_a"], "t2": core(t["lokr_t2"], window(site)[0])}
+        return arrays | {"b2": t["lokr_w2_a"], "t2": core(t["lokr_t2"], window(site)[0])}
     if swapped:
         w2 = t["lokr_w2"].reshape(*t["lokr_w2"].shape[:2], window(site)[0], -1)
-        return made | {"w2": w2.transpose(2, 1, 3, 0)}
+        return arrays | {"w2": w2.transpose(2, 1, 3, 0)}
     key = "lokr_w2_b" if "lokr_w2_b" in t else "lokr_w2"
-    return made | {keys[key]: _of_rows(site, t[key].reshape(t[key].shape[0], -1))}
+    return arrays | {keys[key]: _of_rows(site, t[key].reshape(t[key].shape[0], -1))}
 
 
 def write_kron(site: Site, p: Arrays, core_shape: Shape) -> Arrays:
-    """The inverse of `read_kron`."""
+    """The inverse of `read_kron`.
+
+    Args:
+      site: of one slice.
+      p: our arrays by name.
+      core_shape: of the core, where `p` has one.
+
+    Returns:
+      Suffix -> tensor.
+    """
     tensors = {key: p[name].T for key, name in {**WHOLE, **PARTS}.items() if name in p}
     if "t2" in p:
         return tensors | {"lokr_w2_a": p["b2"], "lokr_t2": torch_core(p["t2"], core_shape)}
@@ -143,8 +203,8 @@ def _of_rows(site: Site, t: np.ndarray) -> np.ndarray:
     if not torch_layout.is_conv(site):
         return t.T
     before = window(site)[0]
-    made = torch_layout.of_flat(_second(site, t.shape[1], t.shape[0]), t)
-    return made if before == 1 else made.reshape(before, -1, t.shape[0])
+    rows = torch_layout.of_flat(_second(site, t.shape[1], t.shape[0]), t)
+    return rows if before == 1 else rows.reshape(before, -1, t.shape[0])
 
 
 def _torch_rows(site: Site, a: np.ndarray) -> np.ndarray:

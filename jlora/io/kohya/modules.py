@@ -13,11 +13,11 @@ LoKr   lokr_w1 or lokr_w1_a, lokr_w1_b; lokr_w2 the same way, alpha / r  w1 (x) 
 ====== ====================================================== =================================
 
 LoCon, LoHa and LoKr with a dora_scale are `Decomposed`, and so is all with a dora_scale [1, in],
-the lengths by input (`wd_on_output` off). Next to them is the scalar `alpha`; where it is missing
-or 0, alpha is r (sd-scripts and LyCORIS never have a scale of 0). A LoKr of two whole factors has
-the scale 1 and its rank as alpha; on writing, another scale goes into its second factor. Of a
-convolution the factors of LoRA are [r, in, *window] and [out, r, 1, ...], those of LoCon
-[r, in, 1, ...] and [out, r, 1, ...], dora_scale is [out, 1, ...] or [1, in, 1, ...], and
+the magnitudes per input (`wd_on_output` off). Next to them is the scalar `alpha`; where it is
+missing or 0, alpha is r (sd-scripts and LyCORIS never have a scale of 0). A LoKr of two whole
+factors has the scale 1 and its rank as alpha; on writing, another scale goes into its second
+factor. Of a convolution the factors of LoRA are [r, in, *window] and [out, r, 1, ...], those of
+LoCon [r, in, 1, ...] and [out, r, 1, ...], dora_scale is [out, 1, ...] or [1, in, 1, ...], and
 `lycoris_layout` says the others; windows have any number of axes, and one of a single point may be
 left out or added. The factors of a LoKr may split the channels in any way
 (`unbalanced_factorization`, a `factor` above the root).
@@ -30,7 +30,6 @@ Deviates: norms, biases and full weights are refused.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -67,6 +66,7 @@ from jlora.methods.kronecker.lokr import LoKr, split
 from jlora.methods.low_rank.locon import LoCon
 from jlora.methods.low_rank.loha import LoHa
 from jlora.methods.low_rank.lora import LoRA
+from jlora.types import Dynamic
 
 DOWN, MID, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 DORA_SCALE, ALPHA = "dora_scale", "alpha"
@@ -78,7 +78,14 @@ SUFFIXES = (  # of all methods, without alpha
 
 
 def read(site: Site, t: Arrays) -> Read:
-    """One module's tensors by suffix; the method is told by the suffixes.
+    """One module's tensors; their suffixes say which method it is.
+
+    Args:
+      site: of one slice.
+      t: suffix -> tensor.
+
+    Returns:
+      The method and its arrays.
 
     Raises:
       ValueError: no known set of suffixes, or a shape that does not fit the site.
@@ -107,22 +114,29 @@ def read(site: Site, t: Arrays) -> Read:
     if keys in LOHA_LAYOUTS:
         rank = t["hada_w1_b"].shape[0] if t["hada_w1_b"].ndim else 0
         method = LoHa(rank, float(rank) if alpha is None else alpha, tucker="hada_t1" in t)
-        made = read_hada(site, t, rank, (rank, rank, *torch_window(site)))
-        return Read(method, made, {"scale": scale_of(method.alpha, rank)})
+        arrays = read_hada(site, t, rank, (rank, rank, *torch_window(site)))
+        return Read(method, arrays, {"scale": scale_of(method.alpha, rank)})
     if any(keys == set(layout) for layout in (*LOKR_LAYOUTS, *CORED_LAYOUTS)):
         return _read_lokr(site, t, alpha)
     raise ValueError(f"got {sorted(t)}, which is no LoRA, LoCon, DoRA, LoHa or LoKr")
 
 
 def sparse(method: Method) -> bool:
-    """Whether layers of a stack that lack may be zeros."""
+    """Whether absent layers of a stack may be zeros.
+
+    Args:
+      method: of the layers that are there.
+
+    Returns:
+      False where zeros are not the method's identity.
+    """
     if isinstance(method, Decomposed | LoCon):
         return isinstance(method, LoCon)
     return table_of(method).sparse
 
 
 def _side(site: Site, m: np.ndarray) -> str:
-    """Whose lengths a dora_scale has, "out" or "in"."""
+    """Whose magnitudes a dora_scale has, "out" or "in"."""
     shapes = {by: _magnitude(site, by) for by in ("out", "in")}
     for by, shape in shapes.items():
         if m.shape == shape:
@@ -133,9 +147,9 @@ def _side(site: Site, m: np.ndarray) -> str:
 
 def _read_decomposed(site: Site, t: Arrays, alpha: float | None, by: str) -> Read:
     declared = {} if alpha is None else {ALPHA: np.asarray(alpha)}
-    made = read(site, {key: array for key, array in t.items() if key != DORA_SCALE} | declared)
+    inner = read(site, {key: array for key, array in t.items() if key != DORA_SCALE} | declared)
     m = t[DORA_SCALE].reshape(rows_shape(site) if by == "in" else site.d_out)
-    return Read(Decomposed(made.method, by), made.trainable | {"m": m}, made.frozen)
+    return Read(Decomposed(inner.method, by), inner.trainable | {"m": m}, inner.frozen)
 
 
 def _read_locon(site: Site, t: Arrays, alpha: float | None) -> Read:
@@ -145,9 +159,9 @@ def _read_locon(site: Site, t: Arrays, alpha: float | None) -> Read:
     for key, shape in _locon_shapes(site, rank).items():
         want_shape(key, t[key], shape)
     method = LoCon(rank, float(rank) if alpha is None else alpha)
-    made = {"a": t[DOWN].reshape(rank, -1).T, "b": t[UP].reshape(site.d_out, rank).T}
-    made["t"] = core(t[MID], window(site)[0])
-    return Read(method, made, {"scale": scale_of(method.alpha, rank)})
+    arrays = {"a": t[DOWN].reshape(rank, -1).T, "b": t[UP].reshape(site.d_out, rank).T}
+    arrays["t"] = core(t[MID], window(site)[0])
+    return Read(method, arrays, {"scale": scale_of(method.alpha, rank)})
 
 
 def _locon_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
@@ -171,8 +185,10 @@ def _read_lokr(site: Site, t: Arrays, alpha: float | None) -> Read:
     if len(ranks) > 1 or 0 in ranks:
         raise ValueError(f"got {_shapes(t)}, expected one rank")
     if (o1 * o2, i1 * i2) != (site.d_out, channels):
-        made = (o1 * o2, i1 * i2, *win)
-        raise ValueError(f"got {_shapes(t)}, which make {made}, not {(site.d_out, channels, *win)}")
+        product = (o1 * o2, i1 * i2, *win)
+        raise ValueError(
+            f"got {_shapes(t)}, which make {product}, not {(site.d_out, channels, *win)}"
+        )
     whole = not ranks
     if whole:  # alpha is no scale; LyCORIS writes the rank it was asked for
         rank = int(alpha) if alpha is not None and alpha >= 1 and alpha == int(alpha) else 1
@@ -214,19 +230,27 @@ def _factor(*sides: tuple[int, int]) -> int | None:
     return next((f for f in known if all(split(d, f)[0] == m for d, m in sides)), None)
 
 
-def write(site: Site, method: Any, p: Arrays) -> Arrays:
-    """Suffix -> tensor of one slice; empty where it is zero padding.
+def write(site: Site, method: Dynamic, p: Arrays) -> Arrays:
+    """The tensors of one slice.
+
+    Args:
+      site: of the slice.
+      method: its method.
+      p: our arrays by name.
+
+    Returns:
+      Suffix -> tensor; empty where the slice is zero padding.
 
     Raises:
       ValueError: the format has no place for it.
     """
     if isinstance(method, Decomposed):
-        made = write(site, method.method, {name: p[name] for name in p if name != "m"})
-        if not made:
+        tensors = write(site, method.method, {name: p[name] for name in p if name != "m"})
+        if not tensors:
             raise ValueError(
                 "the delta is zero, which this format cannot represent together with dora_scale"
             )
-        return made | {DORA_SCALE: p["m"].reshape(_magnitude(site, method.by))}
+        return tensors | {DORA_SCALE: p["m"].reshape(_magnitude(site, method.by))}
     if type(method) not in (LoRA, LoCon, DoRA, LoHa, LoKr):
         raise ValueError(f"this format has no place for {type(method).__name__}")
     if "gather" in site.ops:
@@ -259,10 +283,10 @@ def write(site: Site, method: Any, p: Arrays) -> Arrays:
         shapes = _locon_shapes(site, rank)
         down, up = p["a"].T.reshape(shapes[DOWN]), p["b"].T.reshape(shapes[UP])
         return alpha | {DOWN: down, MID: torch_core(p["t"], core_shape), UP: up}
-    made = alpha | {DOWN: first(site, p["a"]), UP: second(site, p["b"])}
+    tensors = alpha | {DOWN: first(site, p["a"]), UP: second(site, p["b"])}
     if isinstance(method, DoRA):
-        made[DORA_SCALE] = p["m"].reshape(_magnitude(site))
-    return made
+        tensors[DORA_SCALE] = p["m"].reshape(_magnitude(site))
+    return tensors
 
 
 def _magnitude(site: Site, by: str = "out") -> tuple[int, ...]:
@@ -270,7 +294,7 @@ def _magnitude(site: Site, by: str = "out") -> tuple[int, ...]:
     return (*sides, *(1 for _ in torch_window(site)))
 
 
-def _exact_alpha(scale: np.ndarray, rank: int, dtype: Any) -> np.ndarray:
+def _exact_alpha(scale: np.ndarray, rank: int, dtype: Dynamic) -> np.ndarray:
     """A scalar with scale == float32(alpha / rank), of the narrowest type that holds it.
 
     That is the factors' `dtype`, which LyCORIS gives it, or else float32 or float64.
@@ -289,7 +313,17 @@ def _exact_alpha(scale: np.ndarray, rank: int, dtype: Any) -> np.ndarray:
 
 
 def alpha_of(t: Arrays) -> float | None:
-    """The alpha of a module, None where it is its rank."""
+    """The alpha of a module.
+
+    Args:
+      t: suffix -> tensor.
+
+    Returns:
+      The number; None where it is missing or 0, which both stand for the rank.
+
+    Raises:
+      ValueError: it is not one number.
+    """
     if ALPHA not in t:
         return None
     if t[ALPHA].size != 1:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -32,9 +31,10 @@ from jlora.io.peft.table import Arrays, Read, Slice, Table, alpha_of, scale_of, 
 from jlora.methods.shared_basis.pvera import PVeRA
 from jlora.methods.shared_basis.randlora import RandLoRA
 from jlora.torch_random import Generator
+from jlora.types import Json
 
 
-def _seed(config: Mapping[str, Any]) -> int | None:
+def _seed(config: Mapping[str, Json]) -> int | None:
     """The seed of bases that the file leaves out; None where it must hold them."""
     seed = config.get("projection_prng_key")
     return seed if config.get("save_projection") is False and type(seed) is int else None
@@ -58,7 +58,7 @@ def _write_randlora(method: RandLoRA, site: Site, p: Arrays) -> Slice:
     return Slice({"randlora_lambda": p["lam"], "randlora_gamma": p["gamma"]}, fields)
 
 
-def _read_randlora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_randlora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha = fields["r"], fields["randlora_alpha"]
     scale = scale_of(alpha, rank)
     small, large = sorted((site.d_in, site.d_out))
@@ -80,7 +80,7 @@ def _read_randlora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
 
 
 def _regrow_randlora(
-    config: Mapping[str, Any], modules: Sequence[tuple[Site, Arrays]]
+    config: Mapping[str, Json], modules: Sequence[tuple[Site, Arrays]]
 ) -> Arrays | None:
     """Bases of a seed, of -1, 0, 1 (`sparse`, `very_sparse`), over their deviation.
 
@@ -108,7 +108,7 @@ def _write_pvera(method: PVeRA, site: Site, p: Arrays) -> Slice:
     return Slice({"pvera_lambda_b": p["b"], "pvera_lambda_d": p["d"]}, {"r": p["d"].size // 2})
 
 
-def _read_pvera(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_pvera(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank = fields["r"]
     want_shape("pvera_lambda_b", t["pvera_lambda_b"], (site.d_out,))
     want_shape("pvera_lambda_d", t["pvera_lambda_d"], (2 * rank,))
@@ -122,7 +122,7 @@ def _read_pvera(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
 
 
 def _regrow_pvera(
-    config: Mapping[str, Any], modules: Sequence[tuple[Site, Arrays]]
+    config: Mapping[str, Json], modules: Sequence[tuple[Site, Arrays]]
 ) -> Arrays | None:
     """Bases of a seed: Kaiming's uniform numbers."""
     seed, sizes = _seed(config), {t["pvera_lambda_d"].size for _, t in modules}

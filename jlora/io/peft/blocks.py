@@ -17,7 +17,6 @@ Deviates: nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from jlora.core.site import Site
 from jlora.io.peft.table import (
@@ -34,10 +33,20 @@ from jlora.methods.blocks.bat import BAT
 from jlora.methods.blocks.c3a import C3A
 from jlora.methods.blocks.gralora import GraLoRA
 from jlora.methods.blocks.miss import MiSS
+from jlora.types import Json
 
 
 def divides(name: str, block: int, site: Site) -> None:
-    """Raises ValueError unless `block` divides both sides of the matrix."""
+    """Refuses a block that does not divide both sides of the matrix.
+
+    Args:
+      name: of the field, for the message.
+      block: its value.
+      site: of the weight.
+
+    Raises:
+      ValueError: it does not, or is less than 1.
+    """
     if block < 1 or site.d_in % block or site.d_out % block:
         raise ValueError(f"{name} = {block}, expected a divisor of {site.d_in} and {site.d_out}")
 
@@ -50,7 +59,7 @@ def _write_miss(method: MiSS, site: Site, p: Arrays) -> Slice:
     return Slice({"miss_block": p["d"]}, fields)
 
 
-def _read_miss(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_miss(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, mini, d = fields["r"], fields["mini_r"], t["miss_block"]
     if rank > site.d_in:
         raise ValueError(f"r = {rank}, expected at most {site.d_in} inputs")
@@ -74,7 +83,7 @@ def _write_bat(method: BAT, site: Site, p: Arrays) -> Slice:
     return Slice({"miss_block": p["b"].swapaxes(1, 2)}, {"r": method.block})
 
 
-def _read_bat(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_bat(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     n = fields["r"]
     divides("r", n, site)
     want_shape("miss_block", t["miss_block"], (site.d_out // n, n, n))
@@ -88,7 +97,7 @@ def _write_c3a(method: C3A, site: Site, p: Arrays) -> Slice:
     return Slice({"c3a_kernel": p["kernel"]}, {"block_size": method.block})
 
 
-def _read_c3a(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_c3a(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     n = fields["block_size"]
     divides("block_size", n, site)
     want_shape("c3a_kernel", t["c3a_kernel"], (site.d_out // n, site.d_in // n, n))
@@ -114,7 +123,7 @@ def _write_gralora(method: GraLoRA, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, fields)
 
 
-def _read_gralora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_gralora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, k, hybrid = fields["r"], fields["gralora_k"], fields["hybrid_r"]
     divides("gralora_k", k, site)
     method = GraLoRA(rank, fields["alpha"], k, hybrid)

@@ -19,13 +19,15 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
 
 import regex
 
-from jlora.io import safetensors_file
+from jlora.io import whole_file
 from jlora.io.errors import FormatError
 from jlora.io.fused import SUM, whole
+from jlora.io.json_file import parse_json
+from jlora.io.peft.fields import Fields
+from jlora.types import Json
 
 IGNORED = {"runtime_config"}  # how to run, not what to compute
 MAX_BYTES = 2**20
@@ -33,7 +35,7 @@ MAX_PATTERNS = 4096
 SECONDS = 10.0
 
 # Fields every type has, with what PEFT writes for an adapter made elsewhere.
-COMMON: dict[str, Any] = {
+COMMON: dict[str, Json] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
     "inference_mode": True,
@@ -51,66 +53,56 @@ TARGETS = {
 }
 
 
-class Fields(Protocol):
-    """What a method's table says of its config fields."""
+def read(path: str | os.PathLike[str]) -> dict[str, Json]:
+    """The config in a file.
 
-    @property
-    def type(self) -> str: ...
+    Args:
+      path: of an `adapter_config.json`.
 
-    @property
-    def fields(self) -> Mapping[str, Any]: ...  # used by the maths: name -> PEFT's default
+    Returns:
+      The JSON object; it has a `peft_type`, other fields are not checked yet.
 
-    @property
-    def patterns(self) -> Mapping[str, str]: ...  # field -> field that overrides it by module
-
-    @property
-    def fixed(self) -> Mapping[str, Any]: ...  # only this value can be represented
-
-    @property
-    def choose(self) -> Mapping[str, Any]: ...  # tells this table from others of the same type
-
-    @property
-    def masks(self) -> tuple[str, str] | None: ...  # a field of lists of booleans by module
-
-    @property
-    def allowed(self) -> Mapping[str, tuple[Any, ...]]: ...  # field -> values that can be read
-
-    @property
-    def reasons(self) -> Mapping[str, str]: ...  # field -> why its other values cannot be read
-
-    @property
-    def needs(self) -> tuple[str, ...]: ...  # fields that must be there
-
-    @property
-    def lacks(self) -> tuple[str, ...]: ...  # of TARGETS, what this type does not have
-
-    @property
-    def free(self) -> Mapping[str, Any]: ...  # any value: it does not change the saved function
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed `adapter_config.json` at `path`; a JSON object with a `peft_type`."""
-    config = safetensors_file.parse_json(path, safetensors_file.read_bytes(path, MAX_BYTES))
+    Raises:
+      FormatError: missing, too long, not JSON, or without a `peft_type`.
+    """
+    config = parse_json(path, whole_file.read_bytes(path, MAX_BYTES))
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise FormatError(path, "want a JSON object with the text field 'peft_type'")
     return config
 
 
-def to_bytes(config: Mapping[str, Any]) -> bytes:
-    """The bytes PEFT writes for `config`."""
+def to_bytes(config: Mapping[str, Json]) -> bytes:
+    """The bytes PEFT writes for a config.
+
+    Args:
+      config: its fields.
+
+    Returns:
+      UTF-8, keys sorted.
+    """
     return json.dumps(dict(config), indent=2, sort_keys=True, allow_nan=False).encode()
 
 
 class Reader:
     """Answers questions about one config; all its regular expressions share one deadline."""
 
-    def __init__(self, source: str | os.PathLike[str], config: Mapping[str, Any], table: Fields):
+    def __init__(self, source: str | os.PathLike[str], config: Mapping[str, Json], table: Fields):
         self.source, self.config, self.table = source, config, table
         self.deadline = time.monotonic() + SECONDS
         self._check_fields()
 
-    def fields(self, module: str) -> dict[str, Any]:
-        """Values of the table's fields for one module, patterns applied."""
+    def fields(self, module: str) -> dict[str, Json]:
+        """The fields of one module, patterns applied.
+
+        Args:
+          module: its dotted name; the part of a fused module has the fields of the whole.
+
+        Returns:
+          Field of the table -> value.
+
+        Raises:
+          FormatError: a pattern that is not valid, or takes too long.
+        """
         module = whole(module)
         values = {k: self.config.get(k, default) for k, default in self.table.fields.items()}
         for field, pattern_field in self.table.patterns.items():
@@ -124,7 +116,17 @@ class Reader:
         return values
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT would adapt the module; 'all-linear' says yes to every one."""
+        """Whether PEFT would adapt a module; 'all-linear' says yes to every one.
+
+        Args:
+          module: its dotted name.
+
+        Returns:
+          Of a sum of modules: whether it would adapt any of them.
+
+        Raises:
+          FormatError: a pattern that is not valid, or takes too long.
+        """
         module = whole(module)
         if SUM in module:
             return any(self.targets(one) for one in module.split(SUM))
@@ -145,7 +147,17 @@ class Reader:
         return layer is not None and layer in ([layers] if isinstance(layers, int) else layers)
 
     def saved(self, module: str) -> bool:
-        """Whether the module is one of `modules_to_save`, or lies in one."""
+        """Whether a module is one of `modules_to_save`, or lies in one.
+
+        Args:
+          module: its dotted name.
+
+        Returns:
+          False without such a field.
+
+        Raises:
+          FormatError: a pattern that is not valid, or takes too long.
+        """
         names = self.config.get("modules_to_save") or ()
         return any(self._match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
@@ -220,7 +232,7 @@ class Reader:
             if not good or not all(_is_mask(m) for m in masks.values()):
                 raise FormatError(self.source, f"{table.masks[0]}: want booleans by module")
 
-    def _check_value(self, name: str, value: Any, default: Any) -> None:
+    def _check_value(self, name: str, value: Json, default: Json) -> None:
         """Booleans, whole numbers (ranks: positive), numbers and text, as the default is one."""
         if isinstance(default, bool):
             good = isinstance(value, bool)
@@ -235,32 +247,36 @@ class Reader:
                 self.source, f"{name} = {repr(value)[:80]}, expected e.g. {default!r}"
             )
 
-    def _check_list(self, name: str, value: Any) -> None:
+    def _check_list(self, name: str, value: Json) -> None:
         kind = int if name == "layers_to_transform" else str
         items = value if isinstance(value, list) else [] if value is None else [value]
         if len(items) > MAX_PATTERNS or not all(type(item) is kind for item in items):
             raise FormatError(self.source, f"{name}: want {kind.__name__} or a list of them")
 
 
-def _is_mask(value: Any) -> bool:
+def _is_mask(value: Json) -> bool:
     return isinstance(value, list) and all(type(x) is bool for x in value)
 
 
 def combine(
     source: str | os.PathLike[str],
     table: Fields,
-    modules: Mapping[str, Mapping[str, Any]],
-    common: Mapping[str, Any],
+    modules: Mapping[str, Mapping[str, Json]],
+    common: Mapping[str, Json],
     parameters: Collection[str] = (),
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """The config whose `Reader.fields` gives every module its own fields.
 
     Args:
       source: named in errors.
       table: the method's fields.
-      modules: module name -> its fields.
+      modules: module name -> its fields; at least one.
       common: values for `COMMON` fields and the like.
-      parameters: those of `modules` that are parameters of modules, no targets.
+      parameters: those of `modules` that are parameters of modules, not targets; () for most
+        adapters.
+
+    Returns:
+      All fields of the type.
 
     Raises:
       FormatError: modules differ in a field for which PEFT has no pattern.
@@ -294,10 +310,18 @@ def combine(
 def absent(
     reader: Reader, known: Mapping[str, tuple[str, tuple[int, ...]]], present: Collection[str]
 ) -> list[str]:
-    """Modules of `known` that the config says are adapted but the file lacks.
+    """Modules that the config says are adapted but the file lacks.
 
     "all-linear" leaves the model's head out, whatever it is called; so there only the modules of
     stacked sites, which no head is, must be present.
+
+    Args:
+      reader: of the config.
+      known: module -> (site path, stack index), of the whole model.
+      present: the modules with tensors.
+
+    Returns:
+      Their names, sorted.
     """
     every = reader.config.get("target_modules") == "all-linear"
     return sorted(

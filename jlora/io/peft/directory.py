@@ -18,13 +18,12 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jlora.core.adapter import Adapter
 from jlora.core.bank import one_adapter
-from jlora.io import fused, safetensors_file
+from jlora.io import fused, safetensors_file, whole_file
 from jlora.io.errors import FormatError, keys_seen
 from jlora.io.model_sites import model_sites
 from jlora.io.names import NameMap
@@ -51,6 +50,7 @@ from jlora.io.peft.write import extra_tensors, torch_side
 from jlora.io.slices import sliced
 from jlora.methods.low_rank.lora import LoRA
 from jlora.methods.selective.ln_tuning import LNTuning
+from jlora.types import Dynamic, Json, Tree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -62,25 +62,27 @@ def save_peft(
     base_model_name: str | None = None,
     task_type: str | None = None,
     *,
-    extras: Mapping[str, Any] | None = None,
-    params: Any = None,
+    extras: Mapping[str, Json] | None = None,
+    params: Tree = None,
     layer_replication: replication.Replication | None = None,
 ) -> None:
     """Writes `adapter` as a directory that PEFT 0.21.2 loads.
 
     Args:
-      path: the directory; made if missing, its two files replaced.
+      path: the directory; created if missing, its two files replaced.
       adapter: one adapter, no bank; all sites of one method that PEFT knows, and alongside LoRA and
         DoRA tables of which some rows are trained (`TrainableTokens`). Biases (`BitFit`) and norms
         (`LNTuning`) may be trained next to a method with `bias` and `modules_to_save`.
       names: from site paths to torch modules.
-      base_model_name: ``base_model_name_or_path`` of the config.
-      task_type: such as ``"CAUSAL_LM"``.
+      base_model_name: ``base_model_name_or_path`` of the config; None: PEFT asks for the base.
+      task_type: such as ``"CAUSAL_LM"``; None: a plain `PeftModel`.
       extras: weights of the base model to go with it, by torch name: ``modules_to_save``
-        (``{"classifier.weight": [out, in], ...}``) and biases of adapted modules.
-      params: the base parameters; wanted where PEFT scales biases as well (IA3), to see that there
-        are none.
-      layer_replication: what the layers were expanded by with `replicate_layers`, if they were.
+        (``{"classifier.weight": [out, in], ...}``) and biases of adapted modules; None: none.
+      params: the base parameters; required where PEFT scales biases as well (IA3), to see that
+        there
+        are none; None elsewhere.
+      layer_replication: what the layers were expanded by with `replicate_layers`; None: they were
+        not.
 
     Raises:
       FormatError: the files cannot say what the adapter is.
@@ -127,14 +129,14 @@ def save_peft(
         config[peft_tokens.FIELD], tensors = token_ids, {**tensors, **rows}
     data = safetensors_file.to_bytes(folder / WEIGHTS, tensors, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors_file.write_bytes(folder / WEIGHTS, data)
-    safetensors_file.write_bytes(folder / CONFIG, peft_config.to_bytes(config))
+    whole_file.write_bytes(folder / WEIGHTS, data)
+    whole_file.write_bytes(folder / CONFIG, peft_config.to_bytes(config))
 
 
 def load_peft(
     path: str | os.PathLike[str],
     names: NameMap,
-    params_or_sites: Any,
+    params_or_sites: Tree,
     *,
     layout: str | None = None,
     extras: str = "refuse",
@@ -150,19 +152,23 @@ def load_peft(
         the layout of every weight; or its parameters, any PyTree: then the rules of `names` say
         which leaves are stacks, and `layout` how matrices lie. Leaves may be sites as well.
       layout: of the matrices among parameters: "in_out" ([*stack, in, out], Flax's kernels) or
-        "out_in" (torch's weights). Required where the file adapts a square matrix of them.
+        "out_in" (torch's weights). Required where the file adapts a square matrix of them; None:
+        the
+        shapes say it.
       extras: what to do with weights of the base model in the file (biases, ``modules_to_save``,
-        embedding tables that PEFT saves whole): "refuse" the file; "leave" them to `peft_extras`;
-        or "adapt" biases and norms, which become sites of the adapter (`BitFit`, `LNTuning`).
+        embedding tables that PEFT saves whole): "refuse" the file, so that none is lost unnoticed;
+        "leave" them to `peft_extras`; or "adapt" biases and norms, which become sites of the
+        adapter
+        (`BitFit`, `LNTuning`).
       tables: of methods of your own, tried before the library's.
       layer_replication: what `params_or_sites` were expanded by, see `replicate_layers`; it must be
-        that of the config.
+        that of the config. None: they were not.
 
     Returns:
       The adapter, float arrays in the dtype of the file.
 
     Raises:
-      FormatError: anything in the files that is not understood, damaged, missing or surplus.
+      FormatError: anything in the files that is not understood, damaged, missing or unexpected.
       ValueError: `names` does not fit the sites, or `extras` is another word.
     """
     if extras not in ("refuse", "leave", "adapt"):
@@ -189,25 +195,27 @@ def load_peft(
         tensors, slices = peft_parameters.taken(folder / WEIGHTS, config, table, tensors, bare)
         config = {**config, peft_parameters.FIELD: None}
     reader = peft_config.Reader(folder / CONFIG, config, table)
-    mine, shared, rest = by_module(tensors, table)
+    per_module, shared, rest = by_module(tensors, table)
     try:
-        mine = fused.spread(mine, modules)
+        per_module = fused.spread(per_module, modules)
         outputs = {name: sites[where].d_out for name, (where, _) in modules.items()}
-        mine, alphas = fused.joined(mine, outputs, partial(_scale, reader), reader.targets)
+        per_module, alphas = fused.joined(
+            per_module, outputs, partial(_scale, reader), reader.targets
+        )
     except ValueError as error:
         raise FormatError(folder / WEIGHTS, str(error)) from error
     check_rest(folder / WEIGHTS, reader, rest, extras, modules, sites)
     if table.regrow and not shared:
-        shared = regrown(reader, table, mine, modules, sites)
-    if not mine and not slices:
+        shared = regrown(reader, table, per_module, modules, sites)
+    if not per_module and not slices:
         raise FormatError(
             folder / WEIGHTS, f"no tensor of a {table.type} adapter; {keys_seen(tensors)}"
         )
-    check_modules(folder / WEIGHTS, reader, mine, shared, modules, table)
+    check_modules(folder / WEIGHTS, reader, per_module, shared, modules, table)
     if table.method is LNTuning:
-        slices = peft_vectors.of_layers(folder / WEIGHTS, mine, vectors, sites)
-        mine = {}
-    for module, found in mine.items():
+        slices = peft_vectors.of_layers(folder / WEIGHTS, per_module, vectors, sites)
+        per_module = {}
+    for module, found in per_module.items():
         where, index = modules[module]
         site = model.site(where)
         try:
@@ -224,11 +232,11 @@ def load_peft(
         slices.setdefault(where, {})[index] = read
     if layer_replication is not None:
         replication.check_sites(folder, (sites[where] for where in slices), layer_replication)
-    made = join(folder / WEIGHTS, table, sites, slices, shared)
+    adapter = join(folder / WEIGHTS, table, sites, slices, shared)
     if extras == "adapt" and rest:
         more = peft_vectors.of_extras(folder / WEIGHTS, rest, vectors, sites)
-        made = peft_vectors.together(made, more)
-    return peft_tokens.with_rows(folder / WEIGHTS, made, sites, rows)
+        adapter = peft_vectors.together(adapter, more)
+    return peft_tokens.with_rows(folder / WEIGHTS, adapter, sites, rows)
 
 
 def peft_extras(
@@ -236,8 +244,15 @@ def peft_extras(
 ) -> dict[str, np.ndarray]:
     """Weights of the base model that an adapter's file brings along, by torch name.
 
+    Args:
+      path: the directory.
+      tables: of methods of your own, tried before the library's.
+
     Returns:
       ``{"classifier.weight": [out, in], ...}``; empty for most adapters.
+
+    Raises:
+      FormatError: a file is missing or damaged, or no table reads it.
     """
     folder = Path(path)
     _, table, tensors = read_files(folder / CONFIG, folder / WEIGHTS, tables)
@@ -246,7 +261,7 @@ def peft_extras(
     return {peft_vectors.torch_name(key): t for key, t in rest.items()}
 
 
-def _scale(reader: peft_config.Reader, module: str, _: Any, rank: int) -> float:
+def _scale(reader: peft_config.Reader, module: str, _: Dynamic, rank: int) -> float:
     """The scale of one module of a fused site."""
     fields = reader.fields(module)
     if fields["r"] != rank:
@@ -254,7 +269,7 @@ def _scale(reader: peft_config.Reader, module: str, _: Any, rank: int) -> float:
     return float(scale_of(fields["lora_alpha"], rank, fields["use_rslora"]))
 
 
-def _tables(tensors: Mapping[str, Any], modules: Modules) -> set[str]:
+def _tables(tensors: Mapping[str, Json], modules: Modules) -> set[str]:
     """The sites that the file takes for embedding tables."""
     ends = (*(f".{suffix}" for suffix in TABLE), peft_tokens.SUFFIX)
     found = {

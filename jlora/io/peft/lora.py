@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.site import Site
-from jlora.inits.olora import orthonormal
 from jlora.io import torch_layout
 from jlora.io.peft.table import (
     Arrays,
@@ -29,8 +26,7 @@ from jlora.methods.low_rank.adalora import TINY, AdaLoRA
 from jlora.methods.low_rank.hira import HiRA
 from jlora.methods.low_rank.kasa import KaSA, smallest
 from jlora.methods.low_rank.lora import LoRA
-from jlora.methods.low_rank.pissa import principal
-from jlora.methods.wrappers.residual import Residual
+from jlora.types import Dynamic, Json
 
 MATRIX = ("lora_A.weight", "lora_B.weight")
 TABLE = ("lora_embedding_A", "lora_embedding_B")  # an embedding table [rows, d_out]
@@ -112,7 +108,7 @@ def _write_lora(method: LoRA, site: Site, p: Arrays) -> Slice | None:
     return Slice(dict(zip(_keys(site), _torch_factors(site, p), strict=True)), fields)
 
 
-def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_lora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     keys = _keys(site)
     _expect(site, t, keys)
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
@@ -131,7 +127,7 @@ def _write_dora(method: DoRA, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, {"r": rank, "lora_alpha": alpha, "use_rslora": method.rslora})
 
 
-def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha, rslora = fields["r"], fields["lora_alpha"], fields["use_rslora"]
     _expect(site, t, (*_keys(site), MAGNITUDE))
     m, shape = t[MAGNITUDE], torch_layout.magnitude_shape(site)
@@ -146,37 +142,13 @@ def _read_dora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     return Read(DoRA(rank=rank, alpha=alpha, rslora=rslora), trainable, scale)
 
 
-def _read_started(site: Site, t: Arrays, fields: Mapping[str, Any], start: Any) -> Read:
-    """LoRA minus the start that PEFT subtracts from the base whenever it makes such an adapter."""
-    read = _read_lora(site, {key: t[key] for key in MATRIX}, fields)
-    w, scale = jnp.asarray(t["base"], site.param_dtype), float(read.frozen["scale"])
-    a0, b0 = start(w, fields["r"], scale)
-    frozen = {**read.frozen, "a0": np.asarray(a0), "b0": np.asarray(b0)}
-    return Read(Residual(read.method), read.trainable, frozen)
-
-
-def _read_pissa(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
-    def start(w: Any, rank: int, scale: float) -> Any:
-        return principal(None, w, rank, scale, None)  # type: ignore[arg-type]
-
-    return _read_started(site, t, fields, start)
-
-
-def _read_olora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
-    return _read_started(site, t, fields, lambda w, rank, scale: orthonormal(w, rank))
-
-
-def _write_started(method: Residual, site: Site, p: Arrays) -> Slice:
-    raise ValueError("a start of its own cannot be said in PEFT's files: write jl.inits.fold(it)")
-
-
 def _write_kasa(method: KaSA, site: Site, p: Arrays) -> Slice:
     rank = p["d"].size
     fields = {"r": rank, "lora_alpha": alpha_of(method, p["scale"], rank)}
     return Slice({MATRIX[0]: p["a"].T, MATRIX[1]: p["b"].T, DIAGONAL: p["d"]}, fields)
 
 
-def _read_kasa(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_kasa(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha = fields["r"], fields["lora_alpha"]
     want_shape(DIAGONAL, t[DIAGONAL], (rank,))
     trainable = {**_factors(MATRIX, site, t, rank), "d": t[DIAGONAL]}
@@ -196,7 +168,7 @@ def _write_hira(method: HiRA, site: Site, p: Arrays) -> Slice | None:
     return Slice(tensors, {"r": rank}) if rank else None
 
 
-def _read_hira(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_hira(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     factors = _factors(("hira_A", "hira_B"), site, t, fields["r"])
     return Read(HiRA(rank=fields["r"]), factors, {})
 
@@ -241,7 +213,7 @@ def _settle_adalora(
     return modules, {"rank_pattern": masks}
 
 
-def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     full, alpha = fields["init_r"], fields["lora_alpha"]
     scale, mask = _ada_scale(alpha, full), fields.get("mask")
     live = np.ones(full, bool) if mask is None else np.asarray(mask)
@@ -256,7 +228,7 @@ def _read_adalora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
     for name, part in parts.items():  # zeros where a direction was taken out
         axis = AdaLoRA.rank_axes[name]
         whole = np.zeros([full if k == axis % part.ndim else n for k, n in enumerate(part.shape)])
-        index: list[Any] = [slice(None)] * part.ndim
+        index: list[Dynamic] = [slice(None)] * part.ndim
         index[axis] = np.flatnonzero(live)
         trainable[name] = whole.astype(part.dtype)
         trainable[name][tuple(index)] = part
@@ -296,26 +268,6 @@ DORA = Table(
     convolves=True,
 )
 
-PISSA = Table(
-    type="LORA",
-    method=Residual,
-    layouts=(MATRIX,),
-    fields=LORA.fields,
-    write=_write_started,
-    read=_read_pissa,
-    patterns=PATTERNS,
-    fixed=FIXED,
-    choose={"init_lora_weights": "pissa", "use_dora": False},
-    free={k: v for k, v in FREE.items() if k != "init_lora_weights"},
-    allowed={"bias": ALLOWED["bias"]},
-    sparse=True,
-    weighs=True,
-    writes=False,
-)
-
-OLORA = dataclasses.replace(
-    PISSA, read=_read_olora, choose={"init_lora_weights": "olora", "use_dora": False}
-)
 
 KASA = Table(
     type="LORA",

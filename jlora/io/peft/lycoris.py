@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from jlora.core.conv import window
 from jlora.core.site import Site
@@ -54,6 +53,7 @@ from jlora.io.kohya.layout import (
 from jlora.io.peft.table import Arrays, Read, Slice, Table, alpha_of, scale_of, trim
 from jlora.methods.kronecker.lokr import LoKr, split
 from jlora.methods.low_rank.loha import LoHa
+from jlora.types import Json
 
 PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 LYCORIS_FREE = {
@@ -89,21 +89,21 @@ def _write_loha(method: LoHa, site: Site, p: Arrays) -> Slice | None:
     return Slice(tensors, {"r": rank, "alpha": alpha, TUCKER: method.tucker})
 
 
-def _read_loha(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_loha(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha = fields["r"], fields["alpha"]
     method = LoHa(rank=rank, alpha=alpha, tucker=fields[TUCKER])
     win = _window(site)
     cored = method.tucker and math.prod(win) > 1
     if cored != (set(CORES) <= set(t)):
         raise ValueError(f"got {sorted(t)} with {TUCKER} = {method.tucker}")
-    made = read_hada(site, t, rank, _core_shape(rank, win))
-    return Read(method, made, {"scale": scale_of(alpha, rank)})
+    arrays = read_hada(site, t, rank, _core_shape(rank, win))
+    return Read(method, arrays, {"scale": scale_of(alpha, rank)})
 
 
 # --- LoKr: delta^T = scale w1 (x) w2, each whole or a product -----------------------------------
 
 
-def _lokr_shapes(site: Site, fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _lokr_shapes(site: Site, fields: Mapping[str, Json]) -> dict[str, tuple[int, ...]]:
     """The keys and shapes that PEFT makes for one module."""
     rank, factor, win = fields["r"], fields["decompose_factor"], _window(site)
     if factor != -1 and factor < 1:
@@ -122,7 +122,7 @@ def _lokr_shapes(site: Site, fields: Mapping[str, Any]) -> dict[str, tuple[int, 
     return shapes | {"lokr_w2_a": (o2, rank), "lokr_w2_b": (rank, i2 * math.prod(win))}
 
 
-def _check_lokr(site: Site, t: Arrays, fields: Mapping[str, Any]) -> None:
+def _check_lokr(site: Site, t: Arrays, fields: Mapping[str, Json]) -> None:
     got, want = {key: array.shape for key, array in t.items()}, _lokr_shapes(site, fields)
     if got != want:
         raise ValueError(f"got {got}, PEFT makes {want} of {dict(fields)}")
@@ -150,7 +150,7 @@ def _write_lokr(method: LoKr, site: Site, p: Arrays) -> Slice | None:
     return Slice(tensors, fields)
 
 
-def _read_lokr(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_lokr(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     t = torch_layout.pointwise(site, t, ("lokr_w2",))
     _check_lokr(site, t, fields)
     rank, alpha, factor = fields["r"], fields["alpha"], fields["decompose_factor"]

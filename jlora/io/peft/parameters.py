@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from jlora.io.peft import config as peft_config
 from jlora.io.peft.read import ROOT
 from jlora.io.peft.table import Arrays, Fields, Read, Table, alpha_of, scale_of, trim, want_shape
 from jlora.methods.low_rank.lora import LoRA
+from jlora.types import Dynamic, Json
 
 FIELD, KEYS, INNER = "target_parameters", ("lora_A.weight", "lora_B.weight"), ".base_layer"
 Slices = dict[str, dict[tuple[int, ...], Read]]
@@ -41,12 +41,22 @@ Slices = dict[str, dict[tuple[int, ...], Read]]
 
 def taken(
     path: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, Json],
     table: Table,
     tensors: Arrays,
     parameters: Iterable[Parameter],
 ) -> tuple[Arrays, Slices]:
-    """(tensors without those of parameters, site path -> stack index -> what is read).
+    """The slices of parameters in a file.
+
+    Args:
+      path: of the file, for errors.
+      config: its fields.
+      table: of LoRA.
+      tensors: of the file, by key.
+      parameters: of the model, see `NameMap.parameters`.
+
+    Returns:
+      (tensors without those of parameters, site path -> stack index -> what was read).
 
     Raises:
       FormatError: parameters that the config targets and the file lacks, or the other way round;
@@ -82,7 +92,7 @@ def taken(
 
 
 def _read(
-    one: Parameter, first: np.ndarray, second: np.ndarray, fields: Mapping[str, Any]
+    one: Parameter, first: np.ndarray, second: np.ndarray, fields: Mapping[str, Json]
 ) -> dict[tuple[int, ...], Read]:
     if fields["lora_dropout"]:
         raise ValueError(f"lora_dropout = {fields['lora_dropout']}, PEFT has none of parameters")
@@ -105,7 +115,15 @@ def _read(
 def split(
     path: Path, adapter: Adapter, names: NameMap
 ) -> tuple[Adapter, Arrays, dict[str, Fields]]:
-    """(the adapter without parameters, their tensors by key, their config fields by name).
+    """Takes the parameters out of an adapter.
+
+    Args:
+      path: where they go, for errors.
+      adapter: of any sites.
+      names: their rules say which are parameters.
+
+    Returns:
+      (the adapter without parameters, their tensors by key, their config fields by name).
 
     Raises:
       FormatError: a method other than LoRA, a dropout, scales that differ between experts.
@@ -118,12 +136,12 @@ def split(
     for one in parameters:
         own = {k: np.asarray(v) for k, v in adapter.arrays(one.site)[0].items()}
         try:
-            made = _write(one, methods[one.site.path], own)
+            written = _write(one, methods[one.site.path], own)
         except ValueError as error:
             raise FormatError(path, f"{one.site.path}: {error}") from error
-        if made is not None:
-            fields[one.name] = made[1]
-            by_module.setdefault(one.module, []).append((one, made[0]))
+        if written is not None:
+            fields[one.name] = written[1]
+            by_module.setdefault(one.module, []).append((one, written[0]))
     tensors: Arrays = {}
     for module, found in by_module.items():
         for depth, (_, arrays) in enumerate(reversed(found)):
@@ -132,7 +150,7 @@ def split(
     return adapter.replace(sites=kept), tensors, fields
 
 
-def _write(one: Parameter, method: Any, own: Arrays) -> tuple[Arrays, Fields] | None:
+def _write(one: Parameter, method: Dynamic, own: Arrays) -> tuple[Arrays, Fields] | None:
     if type(method) is not LoRA or method.dropout:
         raise ValueError(f"PEFT adapts parameters by LoRA without dropout, got {method}")
     for name, array in own.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,11 @@ from jlora.core.adapter import Adapter
 from jlora.core.method import Method, rank_of
 from jlora.core.site import Site
 from jlora.io import safetensors_file
-from jlora.io.errors import FormatError
-from jlora.io.names import near
+from jlora.io.errors import FormatError, near
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.table import Arrays, Read, Table
 from jlora.io.peft.tables import table_for
+from jlora.types import Dynamic, Json
 
 BASE = "base_model."
 ROOT = "base_model.model."
@@ -34,8 +33,20 @@ Modules = Mapping[str, tuple[str, tuple[int, ...]]]
 
 def read_files(
     config_path: Path, weights_path: Path, tables: Sequence[Table]
-) -> tuple[dict[str, Any], Table, Arrays]:
-    """The config, the table that reads it, and all tensors."""
+) -> tuple[dict[str, Json], Table, Arrays]:
+    """Config and tensors of an adapter.
+
+    Args:
+      config_path: of `adapter_config.json`.
+      weights_path: of `adapter_model.safetensors`.
+      tables: tried before the library's.
+
+    Returns:
+      (config, the table that reads it, all tensors by key).
+
+    Raises:
+      FormatError: a file is missing or damaged, or no table reads it.
+    """
     config = peft_config.read(config_path)
     try:
         table = table_for(config, tables)
@@ -48,9 +59,17 @@ def read_files(
 
 
 def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays, Arrays]:
-    """(module -> suffix -> tensor, tensors that modules share, tensors of no method)."""
+    """Tensors by what they belong to.
+
+    Args:
+      tensors: by key.
+      table: of the method; its suffixes tell them apart.
+
+    Returns:
+      (module -> suffix -> tensor, tensors that modules share by key, tensors of no method by key).
+    """
     suffixes = {suffix for layout in table.layouts for suffix in layout}
-    mine: dict[str, Arrays] = {}
+    per_module: dict[str, Arrays] = {}
     shared: Arrays = {}
     rest: Arrays = {}
     for key, tensor in tensors.items():
@@ -58,12 +77,12 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
             continue
         suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)
         if suffix is not None and key.startswith(ROOT):
-            mine.setdefault(key[len(ROOT) : -len(suffix) - 1], {})[suffix] = tensor
+            per_module.setdefault(key[len(ROOT) : -len(suffix) - 1], {})[suffix] = tensor
         elif key.removeprefix(BASE) in table.shared:
             shared[key.removeprefix(BASE)] = tensor
         else:
             rest[key] = tensor
-    return mine, shared, rest
+    return per_module, shared, rest
 
 
 def _is_copy(key: str, tensor: np.ndarray, table: Table, tensors: Arrays) -> bool:
@@ -76,15 +95,26 @@ def _is_copy(key: str, tensor: np.ndarray, table: Table, tensors: Arrays) -> boo
 def regrown(
     reader: peft_config.Reader,
     table: Table,
-    mine: Mapping[str, Arrays],
+    per_module: Mapping[str, Arrays],
     modules: Modules,
     sites: Mapping[str, Site],
 ) -> Arrays:
-    """Shared tensors of which the file has only a seed; none where something else is wrong."""
-    whole = all(any(set(t) == set(layout) for layout in table.layouts) for t in mine.values())
-    if table.regrow is None or not mine or not whole or not set(mine) <= set(modules):
+    """Shared tensors of which the file has only a seed.
+
+    Args:
+      reader: of the config.
+      table: of the method.
+      per_module: module -> suffix -> tensor.
+      modules: module -> (site path, stack index).
+      sites: by path.
+
+    Returns:
+      By key; {} where something else is wrong, which `check_modules` reports.
+    """
+    whole = all(any(set(t) == set(layout) for layout in table.layouts) for t in per_module.values())
+    if table.regrow is None or not per_module or not whole or not set(per_module) <= set(modules):
         return {}
-    known = [(sites[modules[module][0]].slice(), tensors) for module, tensors in mine.items()]
+    known = [(sites[modules[module][0]].slice(), tensors) for module, tensors in per_module.items()]
     return table.regrow(reader.config, known) or {}
 
 
@@ -96,11 +126,23 @@ def check_rest(
     modules: Modules,
     sites: Mapping[str, Site],
 ) -> None:
-    """Keys that are no adapter must be what the config announces, or a table or head.
+    """Refuses keys of no adapter, unless the config announces them, or they are of a table or head.
 
-    Biases, `modules_to_save`, or the weight itself of a target: PEFT adds that of a table or head.
-    With ``save_embedding_layers`` it also saves those that are no targets, and the config does not
-    say so; they are known by the site of their module, or else by the names transformers has.
+    Announced are biases, `modules_to_save`, and the weight itself of a target: PEFT adds that of a
+    table or head. With ``save_embedding_layers`` it also saves those that are not targets, and the
+    config does not say so; they are known by the site of their module, or else by the names
+    transformers has.
+
+    Args:
+      path: of the file, for errors.
+      reader: of the config.
+      rest: the tensors of no method, by key.
+      extras: "refuse" all of them; else announced ones may be there.
+      modules: module -> (site path, stack index).
+      sites: by path.
+
+    Raises:
+      FormatError: a tensor that nothing announces, or any with "refuse".
     """
     for key, tensor in rest.items():
         name = key.removeprefix(ROOT)
@@ -129,21 +171,33 @@ def check_rest(
 def check_modules(
     path: Path,
     reader: peft_config.Reader,
-    mine: dict[str, Arrays],
+    per_module: dict[str, Arrays],
     shared: Arrays,
     modules: Modules,
     table: Table,
 ) -> None:
-    """Every module is known, targeted and whole, and none that is targeted lacks."""
+    """Refuses modules that are unknown, not targeted or not whole, and targets without tensors.
+
+    Args:
+      path: of the file, for errors.
+      reader: of the config.
+      per_module: module -> suffix -> tensor.
+      shared: tensors that modules share, by key.
+      modules: module -> (site path, stack index), of the whole model.
+      table: of the method.
+
+    Raises:
+      FormatError: names the first module at fault.
+    """
     if set(shared) != set(table.shared):
         raise FormatError(
             path, f"got shared tensors {sorted(shared)}, expected {list(table.shared)} to be saved"
         )
-    for module, found in mine.items():
+    for module, found in per_module.items():
         if module not in modules:
             raise FormatError(
                 path,
-                f"module {module!r} is no site of this model and name map; nearest: "
+                f"module {module!r} is not a site of this model and name map; nearest: "
                 f"{near(module, modules) or 'none'}",
             )
         if not any(set(found) == set(layout) for layout in table.layouts):
@@ -153,10 +207,12 @@ def check_modules(
             raise FormatError(path, f"has tensors of {module!r}, which the config does not target")
     if table.masks:
         field, suffix = table.masks
-        strange = set(reader.config.get(field) or ()) - {f"{module}.{suffix}" for module in mine}
+        strange = set(reader.config.get(field) or ()) - {
+            f"{module}.{suffix}" for module in per_module
+        }
         if strange:
             raise FormatError(path, f"{field}: no tensors of {sorted(strange)[:4]}")
-    lacking = peft_config.absent(reader, modules, mine)
+    lacking = peft_config.absent(reader, modules, per_module)
     if lacking:
         raise FormatError(path, f"lacks tensors of the targets {lacking[:4]}")
 
@@ -164,7 +220,18 @@ def check_modules(
 def check_bias(
     path: Path, table: Table, method: Method, where: str, biases: Collection[str] | None
 ) -> None:
-    """A method that in PEFT scales the bias as well needs a site that is known to have none."""
+    """Refuses a method that in PEFT scales the bias as well, unless its site is known to have none.
+
+    Args:
+      path: of the file, for errors.
+      table: of the method.
+      method: of the site.
+      where: path of the site.
+      biases: paths of sites with a bias next to them; None: unknown.
+
+    Raises:
+      FormatError: there is a bias, or nobody knows.
+    """
     if not table.biased(method):
         return
     if biases is None:
@@ -182,9 +249,23 @@ def join(
     slices: Mapping[str, Mapping[tuple[int, ...], Read]],
     shared: Arrays,
 ) -> Adapter:
-    """The adapter of all slices read."""
-    trainable: dict[str, Any] = {}
-    frozen: dict[str, Any] = {}
+    """The adapter of all slices read.
+
+    Args:
+      path: of the file, for errors.
+      table: of the method.
+      sites: by path.
+      slices: site path -> stack index -> what was read.
+      shared: tensors that modules share, by key.
+
+    Returns:
+      The adapter, sites sorted by path.
+
+    Raises:
+      FormatError: slices of a site that do not fit each other, or shared tensors of wrong shapes.
+    """
+    trainable: dict[str, Json] = {}
+    frozen: dict[str, Json] = {}
     done = []
     group = ""
     if table.shared:
@@ -204,9 +285,21 @@ def join(
 def stacked(
     path: Path, site: Site, slices: Mapping[tuple[int, ...], Read], sparse: bool
 ) -> tuple[Method, dict[str, jax.Array], dict[str, jax.Array]]:
-    """Slices of one site as (method, trainable, frozen) with leading stack axes.
+    """Slices of one site as one stack.
 
-    Layers that lack are zeros where the method allows it (`sparse`); smaller ranks are padded.
+    Args:
+      path: of the file, for errors.
+      site: with its stack axes.
+      slices: stack index -> what was read; smaller ranks are padded with zeros.
+      sparse: whether absent layers are zeros, which not every method allows.
+
+    Returns:
+      (method, trainable, frozen), arrays [*stack, ...].
+
+    Raises:
+      FormatError: absent layers of another method, slices of different forms, or 64-bit arrays
+        while
+        JAX has none.
     """
     top = max(slices.values(), key=lambda read: rank_of(read.method))
     if len(slices) < np.prod(site.stack, dtype=int) and not sparse:
@@ -238,7 +331,7 @@ def _form(arrays: Arrays, rank_axes: Mapping[str, int]) -> dict[str, str]:
     """Names, dtypes and shapes, the rank left open."""
     form = {}
     for name, array in arrays.items():
-        shape: list[Any] = list(array.shape)
+        shape: list[Dynamic] = list(array.shape)
         if name in rank_axes:
             shape[rank_axes[name]] = "r"
         form[name] = f"{array.dtype}{shape}"
@@ -251,5 +344,5 @@ def _device(path: Path, name: str, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def _fields(site: Site) -> dict[str, Any]:
+def _fields(site: Site) -> dict[str, Json]:
     return {key: getattr(site, key) for key in ("path", "shape", "kinds", "dtype", "ops", "flops")}

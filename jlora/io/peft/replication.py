@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,20 @@ import jax.numpy as jnp
 from jlora.core.lift import path_string
 from jlora.core.site import Site
 from jlora.io.errors import FormatError
+from jlora.types import Dynamic, Json, Tree
 
 FIELD = "layer_replication"
 Replication = Sequence[Sequence[int]]
 
 
 def order_of(replication: Replication) -> list[int]:
-    """The layers in use, [[0, 2], [1, 3]] -> [0, 1, 1, 2].
+    """The layers in use.
+
+    Args:
+      replication: pairs [start, stop].
+
+    Returns:
+      [[0, 2], [1, 3]] -> [0, 1, 1, 2].
 
     Raises:
       ValueError: anything else than pairs 0 <= start < stop.
@@ -41,13 +47,13 @@ def order_of(replication: Replication) -> list[int]:
     return order
 
 
-def replicate_layers(params: Any, replication: Replication, layers: str = "layers") -> Any:
-    """`params` with the stacks [n, ...] of all leaves below a key `layers` expanded.
+def replicate_layers(params: Tree, replication: Replication, layers: str = "layers") -> Tree:
+    """The parameters with the stacks [n, ...] of all leaves below a key `layers` expanded.
 
     Args:
       params: a tree with layers stacked on their leading axis.
       replication: pairs [start, stop].
-      layers: the key above the stacked leaves.
+      layers: the key above the stacked leaves; "layers", as in `jlora.models`.
 
     Returns:
       A new tree; other leaves are the same objects.
@@ -57,7 +63,7 @@ def replicate_layers(params: Any, replication: Replication, layers: str = "layer
     """
     order, seen = order_of(replication), []
 
-    def expand(path: Any, leaf: Any) -> Any:
+    def expand(path: Dynamic, leaf: Dynamic) -> Dynamic:
         if layers not in path_string(path).split("/"):
             return leaf
         if max(order) >= leaf.shape[0]:
@@ -74,7 +80,16 @@ def replicate_layers(params: Any, replication: Replication, layers: str = "layer
 
 
 def check_sites(path: str | os.PathLike[str], sites: Iterable[Site], given: Replication) -> None:
-    """Raises FormatError unless every site is stacked on as many layers as there are uses."""
+    """Refuses sites that are not stacked on as many layers as there are uses.
+
+    Args:
+      path: of the file, for errors.
+      sites: the adapted ones.
+      given: pairs [start, stop].
+
+    Raises:
+      FormatError: another stack, or bad pairs.
+    """
     try:
         count = len(order_of(given))
     except ValueError as error:
@@ -87,9 +102,17 @@ def check_sites(path: str | os.PathLike[str], sites: Iterable[Site], given: Repl
 
 
 def settled(
-    path: str | os.PathLike[str], config: Mapping[str, Any], given: Replication | None
-) -> dict[str, Any]:
-    """The config without its `layer_replication`, which must be the one given.
+    path: str | os.PathLike[str], config: Mapping[str, Json], given: Replication | None
+) -> dict[str, Json]:
+    """A config without its `layer_replication`, which must be the one given.
+
+    Args:
+      path: of the config, for errors.
+      config: its fields.
+      given: pairs [start, stop]; None: none.
+
+    Returns:
+      The other fields.
 
     Raises:
       FormatError: it is another one.

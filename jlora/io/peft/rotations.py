@@ -17,7 +17,6 @@ them is the rounding error of 0 / 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from jlora.io.peft.table import Arrays, Read, Slice, Table, trim, want_shape
 from jlora.methods.decomposed.delora import DeLoRA
 from jlora.methods.orthogonal.hra import HRA
 from jlora.methods.orthogonal.road import RoAd
+from jlora.types import Json
 
 INDEPENDENT = 1e-4  # the least of the singular values of unit columns
 
@@ -38,7 +38,7 @@ def _write_hra(method: HRA, site: Site, p: Arrays) -> Slice | None:
     return Slice({"hra_u": p["u"]}, {"r": rank, "apply_GS": method.gram_schmidt})
 
 
-def _read_hra(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_hra(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     u, rank, gs = t["hra_u"], fields["r"], fields["apply_GS"]
     want_shape("hra_u", u, (site.d_in, rank))
     _check_columns(u, gs)
@@ -65,7 +65,7 @@ def _write_road(method: RoAd, site: Site, p: Arrays) -> Slice:
     return Slice({"road_theta": p["theta"], "road_alpha": p["alpha"]}, fields)
 
 
-def _read_road(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_road(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     variant, group = int(fields["variant"].removeprefix("road_")), fields["group_size"]
     if group < 2 or group % 2 or site.d_out % group:
         raise ValueError(f"group_size = {group}, expected an even divisor of {site.d_out} outputs")
@@ -92,7 +92,7 @@ def _write_delora(method: DeLoRA, site: Site, p: Arrays) -> Slice | None:
     return Slice(tensors, {"r": rank})
 
 
-def _read_delora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_delora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank = fields["r"]
     want_shape("delora_A", t["delora_A"], (rank, site.d_in))
     want_shape("delora_B", t["delora_B"], (site.d_out, rank))

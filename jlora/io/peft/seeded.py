@@ -17,7 +17,6 @@ Deviates: nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from jlora.methods.sparse.fourierft import FourierFT
 from jlora.methods.sparse.shira import SHiRA
 from jlora.methods.sparse.supertuning import SuperTuning
 from jlora.methods.sparse.waveft import WaveFT
+from jlora.types import Dynamic, Json
 
 
 def _places(key: str, rows: np.ndarray, cols: np.ndarray, site: Site) -> Arrays:
@@ -60,7 +60,7 @@ def _write_shira(method: SHiRA, site: Site, p: Arrays) -> Slice:
     return Slice({"shira_weight": p["c"], "shira_indices": indices}, {"r": rank})
 
 
-def _read_shira(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_shira(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank = fields["r"]
     count = rank * (site.d_in + site.d_out)
     if count > site.d_in * site.d_out:
@@ -87,7 +87,7 @@ def _write_super(method: SuperTuning, site: Site, p: Arrays) -> Slice:
         "supertuning_indices": places["cols"] * np.int32(site.d_in) + places["rows"],
         "supertuning_values": p["c"],
     }
-    fields: dict[str, Any] = {"r": None, "lora_alpha": None, "sparsity": method.sparsity}
+    fields: dict[str, Json] = {"r": None, "lora_alpha": None, "sparsity": method.sparsity}
     if method.rank:
         rank, p = trim(p, method.rank_axes)
         if not rank:
@@ -97,7 +97,7 @@ def _write_super(method: SuperTuning, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, {**fields, "select_top": method.largest})
 
 
-def _read_super(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_super(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha, sparsity = fields["r"], fields["lora_alpha"], fields["sparsity"]
     if SUPRA[0] not in t and rank is None:
         alpha = rank = 0
@@ -123,7 +123,7 @@ def _read_super(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
 # --- FourierFT and WaveFT: the places are those of the seed ---------------------------------------
 
 
-def _seeded(method: Any, p: Arrays, rows: np.ndarray, cols: np.ndarray) -> dict[str, Any]:
+def _seeded(method: Dynamic, p: Arrays, rows: np.ndarray, cols: np.ndarray) -> dict[str, Json]:
     """The fields of both, where the places are those that PEFT will draw."""
     if not (np.array_equal(p["rows"], rows) and np.array_equal(p["cols"], cols)):
         raise ValueError(
@@ -137,7 +137,7 @@ def _seeded(method: Any, p: Arrays, rows: np.ndarray, cols: np.ndarray) -> dict[
     }
 
 
-def _count(key: str, c: np.ndarray, site: Site, fields: Mapping[str, Any]) -> int:
+def _count(key: str, c: np.ndarray, site: Site, fields: Mapping[str, Json]) -> int:
     """The number of coefficients, which `proportional_parameters` leaves to the file."""
     count = c.size if fields.get("proportional_parameters") else fields["n_frequency"]
     want_shape(key, c, (count,))
@@ -153,7 +153,7 @@ def _write_fourier(method: FourierFT, site: Site, p: Arrays) -> Slice:
     return Slice({"fourierft_spectrum": p["c"]}, _seeded(method, p, *drawn))
 
 
-def _read_fourier(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_fourier(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     c, seed, scaling = t["fourierft_spectrum"], fields["random_loc_seed"], fields["scaling"]
     count = _count("fourierft_spectrum", c, site, fields)
     rows, cols = fourierft.places(site.d_in, site.d_out, count, seed)
@@ -170,7 +170,7 @@ def _write_wave(method: WaveFT, site: Site, p: Arrays) -> Slice:
     )
 
 
-def _read_wave(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_wave(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     c, seed, scaling = t["waveft_spectrum"], fields["random_loc_seed"], fields["scaling"]
     count, wavelet = _count("waveft_spectrum", c, site, fields), fields["use_idwt"]
     rows, cols = waveft.places(site.d_in, site.d_out, count, seed, wavelet)

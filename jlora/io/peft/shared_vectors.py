@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from jlora.core.site import Site
 from jlora.io.peft.table import Arrays, Read, Slice, Table, want_shape
 from jlora.methods.shared_basis.unilora import UniLoRA
 from jlora.methods.shared_basis.vblora import VBLoRA
+from jlora.types import Json
 
 # --- VB-LoRA: factors of pieces, each a mix of the bank's vectors --------------------------------
 
@@ -30,7 +30,7 @@ def _write_vblora(method: VBLoRA, site: Site, p: Arrays) -> Slice:
     return Slice(dict(zip(LOGITS, (logits, p["logits_b"]), strict=True)), fields)
 
 
-def _read_vblora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_vblora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, count, length = fields["r"], fields["num_vectors"], fields["vector_length"]
     method = VBLoRA(rank, count, length, fields["topk"])
     want_shape(BANK, t[BANK], (count, length))
@@ -80,7 +80,7 @@ def _write_unilora(method: UniLoRA, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, {"r": method.rank, "theta_d_length": method.size})
 
 
-def _read_unilora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_unilora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, size = fields["r"], fields["theta_d_length"]
     method = UniLoRA(rank, size)
     want_shape(THETA, t[THETA], (size,))

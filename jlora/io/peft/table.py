@@ -12,15 +12,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 
 from jlora.core.method import Method
 from jlora.core.site import Site
+from jlora.types import Dynamic, Json
 
 Arrays = dict[str, np.ndarray]
-Fields = dict[str, Any]
+Fields = dict[str, Json]
 
 
 class Slice(NamedTuple):
@@ -83,15 +85,15 @@ class Table:
     type: str
     method: type[Method]
     layouts: tuple[tuple[str, ...], ...]
-    fields: Mapping[str, Any]
-    write: Callable[[Any, Site, Arrays], Slice | None]
-    read: Callable[[Site, Arrays, Mapping[str, Any]], Read]
+    fields: Mapping[str, Json]
+    write: Callable[[Dynamic, Site, Arrays], Slice | None]
+    read: Callable[[Site, Arrays, Mapping[str, Json]], Read]
     patterns: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    choose: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    free: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Json] = dataclasses.field(default_factory=dict)
+    choose: Mapping[str, Json] = dataclasses.field(default_factory=dict)
+    free: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     masks: tuple[str, str] | None = None
-    allowed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    allowed: Mapping[str, tuple[Json, ...]] = dataclasses.field(default_factory=dict)
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
     writes: bool = True
     needs: tuple[str, ...] = ()
@@ -106,32 +108,76 @@ class Table:
     write_shared: Callable[[Arrays], Arrays] = dict
     read_shared: Callable[[Arrays], Arrays] = dict
     trains_shared: bool = False
-    regrow: Callable[[Mapping[str, Any], Sequence[tuple[Site, Arrays]]], Arrays | None] | None = (
+    regrow: Callable[[Mapping[str, Json], Sequence[tuple[Site, Arrays]]], Arrays | None] | None = (
         None
     )
 
 
 def want_shape(key: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless `array` has `shape`."""
+    """Refuses a tensor of another shape.
+
+    Args:
+      key: its name, for the message.
+      array: the tensor.
+      shape: what it must be.
+
+    Raises:
+      ValueError: it is another one.
+    """
     if array.shape != shape:
         raise ValueError(f"{key} has shape {list(array.shape)}, expected {list(shape)}")
 
 
 def check_site(table: Table, site: Site) -> None:
-    """Raises ValueError for a convolution that the table has no layout for."""
+    """Refuses a convolution that a table has no layout for.
+
+    Args:
+      table: of the method.
+      site: of the weight.
+
+    Raises:
+      ValueError: it is one.
+    """
     if "conv" in site.ops and not table.convolves:
         raise ValueError(f"{table.method.__name__} of a convolution has no layout here")
 
 
-def scale_of(alpha: float, rank: int, rslora: bool = False) -> np.ndarray:
-    """PEFT's scaling, alpha / r or alpha / sqrt(r), as float32 []."""
+def scale_of(alpha: float, rank: int, rslora: bool = False) -> Float32[np.ndarray, ""]:
+    """PEFT's scaling: alpha / r, or with rsLoRA alpha / sqrt(r).
+
+    Args:
+      alpha: of the config.
+      rank: r.
+      rslora: whether the square root is taken; False, as in PEFT.
+
+    Returns:
+      float32 [].
+
+    Raises:
+      ValueError: rank < 1.
+    """
     if rank < 1:
         raise ValueError(f"rank {rank}, expected at least 1")
     return np.asarray(alpha / (math.sqrt(rank) if rslora else rank), np.float32)
 
 
-def alpha_of(method: Any, scale: np.ndarray, rank: int, rslora: bool = False) -> float:
-    """The alpha whose `scale_of` at `rank` is exactly `scale`, a round number where one is."""
+def alpha_of(
+    method: Dynamic, scale: Float32[np.ndarray, ""], rank: int, rslora: bool = False
+) -> float:
+    """The alpha that gives a scale exactly, a round number where one does.
+
+    Args:
+      method: its `alpha` is tried first.
+      scale: float32 [].
+      rank: r.
+      rslora: as for `scale_of`.
+
+    Returns:
+      alpha with scale_of(alpha, rank, rslora) == scale; an int where it is whole.
+
+    Raises:
+      ValueError: no alpha gives that scale, or rank < 1.
+    """
     exact = float(scale) * (math.sqrt(rank) if rslora else rank)
     for alpha in (method.alpha, round(exact, 4), exact):
         if scale_of(alpha, rank, rslora) == scale:
@@ -140,7 +186,15 @@ def alpha_of(method: Any, scale: np.ndarray, rank: int, rslora: bool = False) ->
 
 
 def trim(p: Arrays, rank_axes: Mapping[str, int]) -> tuple[int, Arrays]:
-    """(rank, arrays) without zero padding: trailing components that are zero in every factor."""
+    """Arrays without zero padding: trailing components that are zero in every factor.
+
+    Args:
+      p: arrays of one slice by name.
+      rank_axes: name -> rank axis, from the end.
+
+    Returns:
+      (rank, all arrays by name, cut to it); rank 0 where all factors are zero.
+    """
     ranked = {name: axis for name, axis in rank_axes.items() if name in p}
     rank = 0
     for name, axis in ranked.items():

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jlora.core.method import Method
 from jlora.io.peft.bases import PVERA, RANDLORA
 from jlora.io.peft.blocks import BAT_TABLE, C3A_TABLE, GRALORA, MISS
-from jlora.io.peft.lora import ADALORA, DORA, HIRA, KASA, LORA, OLORA, PISSA
+from jlora.io.peft.lora import ADALORA, DORA, HIRA, KASA, LORA
 from jlora.io.peft.lycoris import LOHA, LOKR
 from jlora.io.peft.rotations import DELORA, HRA_TABLE, ROAD
 from jlora.io.peft.seeded import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from jlora.io.peft.shared_vectors import UNILORA, VBLORA
+from jlora.io.peft.started import OLORA, PISSA
 from jlora.io.peft.table import Table
 from jlora.io.peft.types import OTHERS
 from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
 from jlora.io.peft.weight_led import DEFT_TABLE, GLORA, PEANUT
 from jlora.methods.low_rank.pissa import PiSSA
 from jlora.methods.wrappers.residual import Residual
+from jlora.types import Json
 
 TABLES: tuple[Table, ...] = (
     *(PISSA, OLORA, KASA, LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
@@ -32,8 +33,15 @@ TABLES: tuple[Table, ...] = (
 )
 
 
-def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:
-    """The table that reads files of this config: the first that fits of `more` and the library's.
+def table_for(config: Mapping[str, Json], more: Sequence[Table] = ()) -> Table:
+    """The table that reads files of a config.
+
+    Args:
+      config: its fields.
+      more: tables that are tried before the library's.
+
+    Returns:
+      The first that fits.
 
     Raises:
       ValueError: the library has no method for its ``peft_type``.
@@ -53,6 +61,12 @@ def table_for(config: Mapping[str, Any], more: Sequence[Table] = ()) -> Table:
 
 def table_of(method: Method) -> Table:
     """The table of a method: its own (`method.peft`) or the library's.
+
+    Args:
+      method: of an adapter.
+
+    Returns:
+      The table.
 
     Raises:
       ValueError: PEFT has no such method.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,22 +21,41 @@ from jlora.io.names import NameMap
 from jlora.io.peft.read import ROOT, Modules, stacked
 from jlora.io.peft.table import Arrays, Read, want_shape
 from jlora.methods.selective.trainable_tokens import TrainableTokens
+from jlora.types import Dynamic, Json
 
 FIELD, SUFFIX = "trainable_token_indices", ".token_adapter.trainable_tokens_delta"
 
 
 def is_token_key(key: str) -> bool:
+    """Whether a key is one of trained rows.
+
+    Args:
+      key: of a tensor in PEFT's file.
+
+    Returns:
+      False for keys of matrices.
+    """
     return key.startswith(ROOT) and key.endswith(SUFFIX)
 
 
 def taken(
     path: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, Json],
     tensors: Arrays,
     sites: Mapping[str, Site],
     modules: Modules,
-) -> tuple[dict[str, Any], Arrays, dict[str, Read]]:
-    """(config and tensors without the rows, site path -> the rows).
+) -> tuple[dict[str, Json], Arrays, dict[str, Read]]:
+    """The trained rows in a file.
+
+    Args:
+      path: of the file, for errors.
+      config: its fields.
+      tensors: of the file, by key.
+      sites: of the model, by path.
+      modules: module -> (site path, stack index).
+
+    Returns:
+      (config without the rows, tensors without the rows, site path -> the rows).
 
     Raises:
       FormatError: rows without numbers or numbers without rows, of no table, not as many.
@@ -71,7 +89,7 @@ def taken(
     return {**config, FIELD: None}, rest, reads
 
 
-def _read(path: Path, site: Site, ids: Any, rows: np.ndarray) -> Read:
+def _read(path: Path, site: Site, ids: Dynamic, rows: np.ndarray) -> Read:
     whole = (
         isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < site.d_in for i in ids)
     )
@@ -89,6 +107,15 @@ def with_rows(
 ) -> Adapter:
     """The adapter with the rows as further sites.
 
+    Args:
+      path: of the file, for errors.
+      adapter: of the matrices.
+      sites: of the model, by path.
+      rows: site path -> what was read.
+
+    Returns:
+      The adapter, sites sorted by path.
+
     Raises:
       FormatError: a table has both rows and a matrix.
     """
@@ -104,10 +131,17 @@ def with_rows(
 
 
 def split(adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays, dict[str, list[int]] | None]:
-    """(the adapter without its rows, their tensors by key, their numbers by module or None).
+    """Takes the trained rows out of an adapter of matrices.
+
+    Args:
+      adapter: of any sites; one of rows alone is left as it is, as is one without rows.
+      names: from site paths to torch modules.
+
+    Returns:
+      (the adapter without its rows, their tensors by key, their numbers by module or None).
 
     Raises:
-      ValueError: rows of a weight that is no embedding table of its own.
+      ValueError: rows of a weight that is not an embedding table of its own.
     """
     kept = tuple((s, m) for s, m in adapter.sites if not isinstance(m, TrainableTokens))
     if not kept or len(kept) == len(adapter.sites):

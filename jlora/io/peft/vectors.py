@@ -25,8 +25,8 @@ import numpy as np
 from jlora.core.adapter import Adapter
 from jlora.core.method import Method
 from jlora.core.site import Site
-from jlora.io.errors import FormatError
-from jlora.io.names import NameMap, near
+from jlora.io.errors import FormatError, near
+from jlora.io.names import NameMap
 from jlora.io.peft.read import ROOT, stacked
 from jlora.io.peft.table import Arrays, Fields, Read, Table, want_shape
 from jlora.io.peft.vera_oft_ia3 import LN_LAYERS, LN_TUNING
@@ -38,11 +38,24 @@ Slices = dict[str, dict[tuple[int, ...], Read]]
 
 
 def of_layers(
-    path: Path, mine: Mapping[str, Arrays], places: Places, sites: Mapping[str, Site]
+    path: Path, per_module: Mapping[str, Arrays], places: Places, sites: Mapping[str, Site]
 ) -> Slices:
-    """The vectors of an LN tuning, by site path and stack index."""
+    """The vectors of an LN tuning.
+
+    Args:
+      path: of the file, for errors.
+      per_module: module -> suffix -> tensor.
+      places: torch parameter -> (site path, stack index).
+      sites: by path.
+
+    Returns:
+      Site path -> stack index -> what was read.
+
+    Raises:
+      FormatError: weights that are not vectors of the model and name map.
+    """
     found: Slices = {}
-    for module, tensors in mine.items():
+    for module, tensors in per_module.items():
         for key, tensor in tensors.items():
             name = f"{module}.{key.removeprefix(f'{LN_LAYERS}.')}"
             _put(path, found, name, tensor, places, sites, LNTuning())
@@ -52,8 +65,17 @@ def of_layers(
 def of_extras(path: Path, rest: Arrays, places: Places, sites: Mapping[str, Site]) -> Adapter:
     """Biases and norms that a file brings along, as an adapter of their own.
 
+    Args:
+      path: of the file, for errors.
+      rest: tensors of no method, by key.
+      places: torch parameter -> (site path, stack index).
+      sites: by path.
+
+    Returns:
+      An adapter of `BitFit` and `LNTuning` sites.
+
     Raises:
-      FormatError: weights that are no vectors of the model and name map.
+      FormatError: weights that are not vectors of the model and name map.
     """
     found: Slices = {}
     tensors = {torch_name(key): tensor for key, tensor in rest.items()}
@@ -69,7 +91,14 @@ def of_extras(path: Path, rest: Arrays, places: Places, sites: Mapping[str, Site
 
 
 def torch_name(key: str) -> str:
-    """The base's name of the weight under `key`."""
+    """The base's name of a weight in PEFT's file.
+
+    Args:
+      key: of the tensor.
+
+    Returns:
+      The torch parameter.
+    """
     return key.removeprefix(ROOT).replace(".base_layer.", ".")
 
 
@@ -97,7 +126,15 @@ def _put(
 
 
 def together(adapter: Adapter, vectors: Adapter) -> Adapter:
-    """One adapter of two that have no site in common."""
+    """One adapter of two that have no site in common.
+
+    Args:
+      adapter: the one.
+      vectors: the other.
+
+    Returns:
+      All sites, sorted by path.
+    """
     rows = sorted((*adapter.sites, *vectors.sites), key=lambda row: row[0].path)
     return Adapter(
         {**adapter.trainable, **vectors.trainable},
@@ -107,7 +144,15 @@ def together(adapter: Adapter, vectors: Adapter) -> Adapter:
 
 
 def split(path: Path, adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays, bool]:
-    """(the adapter without its vectors, these by torch name, whether all are LN tuning).
+    """Takes the vectors out of an adapter.
+
+    Args:
+      path: where they go, for errors.
+      adapter: of any sites.
+      names: from site paths to torch parameters.
+
+    Returns:
+      (the adapter without its vectors, these by torch name, whether all are LN tuning).
 
     Raises:
       FormatError: a bias by LN tuning whose gain is not trained, next to another method.
@@ -145,7 +190,14 @@ def split(path: Path, adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays
 
 
 def torch_side(tensors: Arrays) -> tuple[Arrays, dict[str, Fields], Table]:
-    """Tensors by key, fields by module and the table of an LN tuning."""
+    """An LN tuning as PEFT has it.
+
+    Args:
+      tensors: vectors by torch name.
+
+    Returns:
+      (tensors by key, config fields by module, the table of LN tuning).
+    """
     keys = {}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from jlora.methods.orthogonal.oft import OFT
 from jlora.methods.selective.ia3 import IA3
 from jlora.methods.selective.ln_tuning import LNTuning
 from jlora.methods.shared_basis.vera import VeRA
+from jlora.types import Dynamic, Json
 
 # --- VeRA: delta^T = diag(b) B diag(d) A, bases shared ------------------------------------------
 
@@ -35,7 +35,7 @@ def _write_vera(method: VeRA, site: Site, p: Arrays) -> Slice | None:
     return Slice({"vera_lambda_b": p["b"], "vera_lambda_d": p["d"]}, {"r": p["d"].size})
 
 
-def _read_vera(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_vera(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     want_shape("vera_lambda_b", t["vera_lambda_b"], (site.d_out,))
     want_shape("vera_lambda_d", t["vera_lambda_d"], (fields["r"],))
     for key, need in (("vera_A", site.d_in), ("vera_B", site.d_out)):
@@ -58,7 +58,7 @@ def _read_bases(t: Arrays) -> Arrays:
 
 
 def _regrow_bases(
-    config: Mapping[str, Any], modules: Sequence[tuple[Site, Arrays]]
+    config: Mapping[str, Json], modules: Sequence[tuple[Site, Arrays]]
 ) -> Arrays | None:
     """The bases of ``save_projection: false``: Kaiming-uniform draws of ``projection_prng_key``."""
     seed, ranks = config.get("projection_prng_key"), {t["vera_lambda_d"].size for _, t in modules}
@@ -88,7 +88,7 @@ def _write_oft(method: OFT, site: Site, p: Arrays) -> Slice:
     return Slice({"oft_R.weight": -p["q"] if exact else p["q"]}, fields)
 
 
-def _read_oft(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_oft(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     q, share = t["oft_R.weight"], fields["block_share"]
     block = (1 + math.isqrt(1 + 8 * q.shape[-1])) // 2
     if block < 2 or site.d_in % block:
@@ -119,7 +119,7 @@ def _write_boft(method: BOFT, site: Site, p: Arrays) -> Slice:
     return Slice({"boft_R": p["r"], "boft_s": p["s"][:, None]}, fields)
 
 
-def _read_boft(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_boft(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     r, size, count = t["boft_R"], fields["boft_block_size"], fields["boft_block_num"]
     if (size > 0) == (count > 0) or site.d_in % (size or count):
         raise ValueError(
@@ -153,7 +153,7 @@ def _write_ia3(method: IA3, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, {"feedforward_modules": not out})
 
 
-def _read_ia3(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_ia3(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     size, side = (site.d_in, "in") if t["ia3_l"].shape[0] == 1 else (site.d_out, "out")
     want_shape("ia3_l", t["ia3_l"], (1, size) if side == "in" else (size, 1))
     return Read(IA3(side=side), {"l": t["ia3_l"].reshape(size)}, {})
@@ -170,7 +170,7 @@ def _settle_ia3(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fi
 LN_LAYERS = "ln_tuning_layers"
 
 
-def _no_module(*_: Any) -> Any:
+def _no_module(*_: Dynamic) -> Dynamic:
     raise ValueError("LN tuning is of vectors, not of the matrix of a module")
 
 

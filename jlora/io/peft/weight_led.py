@@ -18,7 +18,6 @@ Deviates: nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from jlora.io.peft.table import Arrays, Read, Slice, Table, alpha_of, want_shape
 from jlora.methods.weight_led.deft import DEFT
 from jlora.methods.weight_led.glora import FORMS, GLoRA
 from jlora.methods.weight_led.peanut import ACTIVATIONS, PEANuT
+from jlora.types import Dynamic, Json
 
 # --- PEANuT -------------------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ def _write_peanut(method: PEANuT, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, fields)
 
 
-def _read_peanut(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_peanut(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, depth = fields["r"], fields["depth"]
     layers = _layers(depth)
     if set(t) != {*ENDS, *(key for pair in layers for key in pair)}:
@@ -74,7 +74,7 @@ def _read_peanut(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
 
 def _write_deft(method: DEFT, site: Site, p: Arrays) -> Slice:
     tensors = {"deft_P": p["p"]} if method.remove else {"deft_P": p["p"], "deft_R": p["r"].T}
-    alpha: Any = None
+    alpha: Dynamic = None
     if method.alpha is not None:
         alpha = alpha_of(method, p["scale"], method.rank)
     elif p["scale"] != 1:
@@ -88,7 +88,7 @@ def _write_deft(method: DEFT, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, fields)
 
 
-def _read_deft(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_deft(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, alpha, remove = min(fields["r"], site.d_out), fields["alpha"] or None, fields["para"]
     if rank < 1 or isinstance(alpha, str | bool):
         raise ValueError(f"r = {rank}, alpha = {alpha!r}, expected numbers")
@@ -125,7 +125,7 @@ def _write_glora(method: GLoRA, site: Site, p: Arrays) -> Slice:
     return Slice(tensors, {"config_A_B": method.form, "r": method.rank})
 
 
-def _read_glora(site: Site, t: Arrays, fields: Mapping[str, Any]) -> Read:
+def _read_glora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     rank, form = fields["r"], fields["config_A_B"]
     lora = "glora_A.Xd" in t
     if lora != (form == "lora"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,12 +16,29 @@ from jlora.io.names import NameMap
 from jlora.io.peft.read import BASE, ROOT, check_bias
 from jlora.io.peft.table import Arrays, Fields, Table, check_site
 from jlora.io.peft.tables import table_of
+from jlora.types import Json, Tree
 
 
 def torch_side(
-    folder: Path, adapter: Adapter, names: NameMap, params: Any
+    folder: Path, adapter: Adapter, names: NameMap, params: Tree
 ) -> tuple[Arrays, dict[str, Fields], Table]:
-    """All tensors by key, all fields by module, and the one table of the adapter."""
+    """An adapter as PEFT has it.
+
+    Args:
+      folder: where it goes, for errors.
+      adapter: of one method.
+      names: from site paths to torch modules.
+      params: the base parameters, to see that there are no biases where PEFT scales them; None:
+        none
+        given.
+
+    Returns:
+      (tensors by key, config fields by module, the table of the method).
+
+    Raises:
+      FormatError: several methods, a slice that the format cannot hold, or nothing to write.
+      ValueError: a site has no name, two slices have the same, or an array lacks the stack axes.
+    """
     table = _one_table(folder, adapter)
     biases = None if params is None else biased(flatten(params)[0])
     tensors: Arrays = {}
@@ -39,15 +55,15 @@ def torch_side(
             check_whole(site.path, module)
             try:
                 check_site(table, site)
-                made = table.write(method, site.slice(), part)
+                written = table.write(method, site.slice(), part)
             except ValueError as error:
                 raise FormatError(folder, f"{site.path}{list(index)}: {error}") from error
-            if made is None:
+            if written is None:
                 continue
             if module in fields:
                 raise ValueError(f"name map: two slices are called {module!r}")
-            fields[module] = made.fields
-            own_tensors = made.tensors | (table.write_shared(shared) if table.copied else {})
+            fields[module] = written.fields
+            own_tensors = written.tensors | (table.write_shared(shared) if table.copied else {})
             tensors.update({f"{ROOT}{module}.{k}": v for k, v in own_tensors.items()})
         if table.shared:
             tensors.update({f"{BASE}{k}": v for k, v in table.write_shared(shared).items()})
@@ -57,9 +73,23 @@ def torch_side(
 
 
 def extra_tensors(
-    folder: Path, extras: Mapping[str, Any], adapted: Mapping[str, Any], table: Table
+    folder: Path, extras: Mapping[str, Json], adapted: Mapping[str, Json], table: Table
 ) -> tuple[Arrays, Fields]:
-    """Weights of the base model by key, and the config fields that announce them."""
+    """Weights of the base model that go with an adapter.
+
+    Args:
+      folder: where they go, for errors.
+      extras: by torch name, ``{"classifier.weight": [out, in], ...}``.
+      adapted: the modules that the adapter changes.
+      table: of the method.
+
+    Returns:
+      (tensors by key, the config fields that announce them).
+
+    Raises:
+      FormatError: one replaces a weight that the adapter changes, or biases where the type saves
+        none.
+    """
     modules = {name.rpartition(".")[0] for name in extras if not name.endswith(".bias")}
     tensors: Arrays = {}
     bias = "none"

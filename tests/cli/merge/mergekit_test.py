@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from jlora.cli.merge import main as command
-from jlora.cli.merge import mergekit, whole
+from jlora.cli.merge import mergekit, sparsify
 from jlora.io import safetensors_file
 
 ROOT = Path(__file__).parents[3]
@@ -69,7 +69,7 @@ def compared(out, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_result_is_mergekits(name, job, monkeypatch):
     """A copied file, unedited: the same tensors to rounding, of every method and every form."""
-    monkeypatch.setattr(whole, "bernoulli", Masks(len(CONFIGS[name].get("models", ()))))
+    monkeypatch.setattr(sparsify, "bernoulli", Masks(len(CONFIGS[name].get("models", ()))))
     status, out = job(CONFIGS[name])
     assert status == 0
     limit = HALF.get(name, 1e-6)

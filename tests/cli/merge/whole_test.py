@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jlora.cli.merge import whole
+from jlora.cli.merge import sparsify, whole
 
 RNG = np.random.default_rng(0)
 X = [RNG.normal(size=(6, 5)).astype(np.float32) for _ in range(3)]
@@ -12,11 +12,11 @@ X = [RNG.normal(size=(6, 5)).astype(np.float32) for _ in range(3)]
 def test_of_equal_elements_the_first_are_kept():
     """Exactly as many as the density says, also where a threshold alone keeps more or none."""
     x = np.array([2, 1, 1, 3, 1, 1], np.float32)
-    np.testing.assert_array_equal(whole.largest(x, 4), [1, 1, 1, 1, 0, 0])
-    np.testing.assert_array_equal(whole.smallest(x, 3), [0, 1, 1, 0, 1, 0])
-    assert not whole.largest(x, 0).any() and whole.largest(x, 6).all()
+    np.testing.assert_array_equal(sparsify.largest(x, 4), [1, 1, 1, 1, 0, 0])
+    np.testing.assert_array_equal(sparsify.smallest(x, 3), [0, 1, 1, 0, 1, 0])
+    assert not sparsify.largest(x, 0).any() and sparsify.largest(x, 6).all()
     flat = np.ones((4, 4), np.float32)
-    kept = whole.magnitude(flat, np.abs(flat), 0.3)
+    kept = sparsify.magnitude(flat, np.abs(flat), 0.3)
     assert kept.sum() == int(0.3 * 16)
 
 
@@ -24,7 +24,7 @@ def test_of_equal_elements_the_first_are_kept():
 def test_outliers_keep_the_density(density):
     """The middle by magnitude; without room for gamma, the small ones too."""
     d = X[0]
-    kept = whole.outliers(d, np.abs(d), density, 0.2)
+    kept = sparsify.outliers(d, np.abs(d), density, 0.2)
     order = np.argsort(np.abs(d), axis=None)
     low = max(0, d.size - int(density * d.size) - int(0.2 * d.size))
     want = np.zeros(d.size, bool)
@@ -34,9 +34,11 @@ def test_outliers_keep_the_density(density):
 
 def test_blocks_make_no_difference(monkeypatch):
     options = {"weight": (0.5, 0.2, 0.3), "density": (0.5,) * 3, "vote": "sum", "normalize": True}
-    one = whole.task_vectors(X, sparsify=whole.magnitude, **options)
+    one = whole.task_vectors(X, sparsify=sparsify.magnitude, **options)
     monkeypatch.setattr(whole, "BLOCK", 7)
-    np.testing.assert_array_equal(whole.task_vectors(X, sparsify=whole.magnitude, **options), one)
+    np.testing.assert_array_equal(
+        whole.task_vectors(X, sparsify=sparsify.magnitude, **options), one
+    )
 
 
 def test_the_sign_of_most():
@@ -52,7 +54,7 @@ def test_the_sign_of_most():
 
 def test_rescaled_to_the_l1_norm():
     rng = [np.random.default_rng(0)]
-    got = whole.task_vectors(X[:1], weight=(1.0,), density=(0.4,), sparsify=whole.dropped,
+    got = whole.task_vectors(X[:1], weight=(1.0,), density=(0.4,), sparsify=sparsify.dropped,
                              rescale=True, rngs=rng)  # fmt: skip
     assert 0 < (got == 0).mean() < 1
     np.testing.assert_allclose(np.abs(got).sum(), np.abs(X[0]).sum(), rtol=1e-5)
@@ -69,12 +71,13 @@ def test_energies_that_vanish_count_alike():
 def test_magprune_keeps_by_rank_within_rows(monkeypatch):
     """Keep probabilities rise from density - epsilon to density + epsilon along each row."""
     seen = []
-    monkeypatch.setattr(whole, "bernoulli", lambda rng, p: seen.append(p) or np.ones(p.shape, bool))
-    whole.magprune(X[0], np.abs(X[0]), 0.5, 0.2, rng=np.random.default_rng(0))
+    keep_all = lambda rng, p: seen.append(p) or np.ones(p.shape, bool)  # noqa: E731
+    monkeypatch.setattr(sparsify, "bernoulli", keep_all)
+    sparsify.magprune(X[0], np.abs(X[0]), 0.5, 0.2, rng=np.random.default_rng(0))
     ranks = np.abs(X[0]).argsort(1).argsort(1)
     np.testing.assert_allclose(seen[0], 0.3 + 0.4 * ranks / 4, rtol=1e-6)
     with pytest.raises(ValueError, match="density \\+- epsilon"):
-        whole.magprune(X[0], np.abs(X[0]), 0.9, 0.2, rng=np.random.default_rng(0))
+        sparsify.magprune(X[0], np.abs(X[0]), 0.9, 0.2, rng=np.random.default_rng(0))
 
 
 def test_means_on_the_sphere():
@@ -99,7 +102,7 @@ def test_means_on_the_sphere():
 def test_tensors_of_any_shape(shape):
     x = [np.asarray(RNG.normal(size=shape), np.float32) for _ in range(2)]
     for got in (
-        whole.task_vectors(x, weight=(1, 1), density=(0.5, 0.5), sparsify=whole.magnitude),
+        whole.task_vectors(x, weight=(1, 1), density=(0.5, 0.5), sparsify=sparsify.magnitude),
         whole.sce(x, select_topk=0.5),
         whole.model_stock(x, filter_wise=True),
         whole.slerp(x, t=0.3),

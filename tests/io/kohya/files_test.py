@@ -220,7 +220,7 @@ def test_names_whose_underscores_collide_are_an_error(tmp_path):
         (lambda t, k: t.update({f"{k}.lora_down.weight": np.asarray(1, np.float32)}), "rank|shape"),
         (lambda t, k: t.update({f"{k}.alpha": draw(2)}), "one number"),
         (lambda t, k: t.update({f"{k}.dora_scale": draw(1, 7)}), "dora_scale"),
-        (lambda t, k: t.update({"lora_unet_nowhere.alpha": draw(1)}), "no site"),
+        (lambda t, k: t.update({"lora_unet_nowhere.alpha": draw(1)}), "not a site"),
         (lambda t, k: t.update({"lora_te_text.lora_up.weight": draw(1, 1)}), "does not start"),
     ],
 )

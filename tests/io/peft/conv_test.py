@@ -130,7 +130,7 @@ def test_methods_without_a_layout_of_convolutions_are_refused(tmp_path):
             with pytest.raises(FormatError, match=f"{type(method).__name__}{words}"):
                 save(tmp_path / "x", moved, NAMES)
     grouped = jl.Site("two/kernel", (3, 2, 1, 4), "iiio", jnp.dtype("float32"), ("conv",))
-    with pytest.raises(FormatError, match=r"no site|expected"):
+    with pytest.raises(FormatError, match=r"not a site|expected"):
         jl.io.load_peft(GOLDEN / "lora", NAMES, [grouped])
     assert not (tmp_path / "x").exists()
 

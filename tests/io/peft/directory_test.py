@@ -123,7 +123,7 @@ def test_patterns_layers_and_scales_by_module(golden):
 def test_adapters_of_upper_layers_only(golden, tmp_path):
     model = golden["bert"]
     upper = {"layers": jax.tree.map(lambda t: t[1:], model.params["layers"])}
-    with pytest.raises(FormatError, match=r"'encoder.layer.0.attention.self.\w+' is no site"):
+    with pytest.raises(FormatError, match=r"'encoder.layer.0.attention.self.\w+' is not a site"):
         jl.io.load_peft(
             model.path / "lora", model.names.replace(layer_offset=1), upper, layout="in_out"
         )

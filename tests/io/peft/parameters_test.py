@@ -141,7 +141,7 @@ KEY = "base_model.model.layers.0.experts.base_layer.lora_A.weight"
         ({"target_parameters": [7]}, None, "expected a list of names"),
         ({"target_parameters": ["experts.side"]}, None, r"is called \['experts.side'\]"),
         ({"target_parameters": ["experts.up"]}, None, r"shape|no site"),
-        ({"target_parameters": None}, None, "no site"),
+        ({"target_parameters": None}, None, "not a site"),
         ({"target_parameters": ["experts.up", "experts.down", "flat.up"]}, None, "lacks"),
         ({"r": 3}, None, r"has shape \[6, 7\], expected \[9, 7\]"),
         ({"lora_dropout": 0.5}, None, "PEFT has none of parameters"),

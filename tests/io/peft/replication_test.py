@@ -66,7 +66,7 @@ def test_refusals(case, tmp_path):
         load(case, None)
     with pytest.raises(FormatError, match=r"layer_replication is \[\[0, 2\], \[1, 3\]\], expected"):
         load(case, [[0, 4]])
-    with pytest.raises(FormatError, match=r"layers\.3\..* is no site"):
+    with pytest.raises(FormatError, match=r"layers\.3\..* is not a site"):
         load(case, params=model.params)
     other = model.path / "lora"
     with pytest.raises(FormatError, match="layer_replication is None, expected"):

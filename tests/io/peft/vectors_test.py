@@ -153,7 +153,7 @@ def test_what_the_files_cannot_say(golden, tmp_path):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda t, k: t.update({k + "x.ln_tuning_layers.weight": t[k + "weight"]}), "no site"),
+        (lambda t, k: t.update({k + "x.ln_tuning_layers.weight": t[k + "weight"]}), "not a site"),
         (lambda t, k: t.update({k + "weight": np.ones(3, np.float32)}), r"shape \[3\], expected"),
         (lambda t, k: t.update({k + "gain": np.ones(3, np.float32)}), "surplus tensor"),
         (lambda t, k: [t.pop(k + leaf) for leaf in ("weight", "bias")], "lacks tensors of the tar"),
