@@ -148,9 +148,8 @@ def weights(kernel: Kernel, state: Ridge, query: Float[Array, "m E"]) -> Float[A
     Returns:
       [m, n] over the training rows; each row sums to one.
     """
-    n = state.kernel_mean.shape[0]
     centred = kernel(query, state.conditions) - state.kernel_mean[None, :]
-    return 1.0 / n + matmul(centred, state.smoother)
+    return 1.0 / len(state.kernel_mean) + matmul(centred, state.smoother)
 
 
 def predict(kernel: Kernel, state: Ridge, values: PyTree, query: Float[Array, "m E"]) -> PyTree:
@@ -192,8 +191,7 @@ def leave_out_weights(state: Ridge, groups: Int[Array, "n"]) -> Float[Array, "n 
     Returns:
       [n, n]; rows sum to one. Equal to refitting without the task, for every task.
     """
-    n = groups.shape[0]
-    eye = jnp.eye(n, dtype=state.smoother.dtype)
+    eye = jnp.eye(groups.shape[0], dtype=state.smoother.dtype)
     return eye - residual_map(state.smoother, groups)
 
 
