@@ -153,7 +153,7 @@ def read(file: Path) -> Cell:
     """A kept cell.
 
     Raises:
-      StageError: the file is not a JSON object; it says what to do.
+      StageError: the file is not a valid JSON object; it says what to do.
       ValueError: it lacks a field or has one too many.
     """
     kept: Mapping[str, Any] = read_json(file, dict, REDO)
