@@ -3,15 +3,20 @@
 A failed check inside XLA ends the process (exit 134), so the programs run in one of their own.
 """
 
+import itertools
+import json
 import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = '''
+import json, sys
 import jax, jax.numpy as jnp, numpy as np
 import jlora as jl
 
-ROWS = [(5, 2, 4, 6), (2, 3, 16, 6), (3, 8, 2, 2)]  # stack, batch, rank, d_out
+GROUPS = json.loads(sys.argv[1])  # programs, each of several (stack, batch, rank, d_out)
 
 
 def draw(seed, *shape):
@@ -46,21 +51,35 @@ def banked(rank, stack, batch, d_out):
     return jax.vmap(step)(jl.stack([a] * stack), xs), jax.tree.map(lambda *t: jnp.stack(t), *loop)
 
 
-def everything():
-    out = [stacked(jl.LoRA(r), s, b, o) for s, b, r, o in ROWS]
-    return [*out, stacked(jl.DoRA(4), 5, 2, 6), banked(4, 3, 2, 6)]
+def everything(rows):
+    out = [stacked(jl.LoRA(r), s, b, o) for s, b, r, o in rows]
+    s, b, r, o = rows[0]
+    return [*out, stacked(jl.DoRA(r), s, b, o), banked(r, s, b, o)]
 
 
-for got, expected in jax.jit(everything)():
-    for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(g, e, rtol=2e-3, atol=2e-3)
-print("done")
+for rows in GROUPS:
+    for got, expected in jax.jit(lambda: everything(rows))():
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(g, e, rtol=2e-3, atol=2e-3, err_msg=str(rows))
+print("done", len(GROUPS))
 '''
 
 
-def test_batched_gradients_compile_and_are_right():
+def checked(groups):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "done", done.stderr[-2000:]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(groups)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    said = f"done {len(groups)}"
+    assert done.returncode == 0 and done.stdout.strip() == said, done.stderr[-2000:]
+
+
+def test_batched_gradients_compile_and_are_right():
+    rows = [(5, 2, 4, 6), (2, 3, 16, 6), (3, 8, 2, 2), (1, 1, 1, 6), (25, 2, 16, 6)]
+    checked([rows])
+
+
+@pytest.mark.long
+def test_all_stacks_and_batches():
+    """Stacks of 1 to 25, batches of 1 to 8, ranks of 1 to 16; a program per stack and batch."""
+    sizes = itertools.product((1, 2, 3, 5, 9, 16, 25), range(1, 9))
+    checked([[(s, b, r, 6) for r in (4, 1, 2, 8, 16)] for s, b in sizes])
