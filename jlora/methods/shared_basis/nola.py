@@ -31,23 +31,23 @@ Deviates: every layer of a stack draws bases of its own.
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, PRNGKeyArray, UInt32
+from jaxtyping import Float, PRNGKeyArray, UInt
 
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 AT_ONCE = 8  # bases that exist at the same time
 
 
 def mixture(
-    weights: Float[Array, " k"], seed: UInt32[Array, "2"], shape: tuple[int, int]
+    weights: Float[Array, " k"], seed: UInt[Array, "2"], shape: tuple[int, int]
 ) -> Float[Array, "n m"]:
     """The sum of k random matrices, each times its weight.
 
@@ -63,7 +63,7 @@ def mixture(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _mixture(weights: Array, seed: Array, shape: tuple[int, int]) -> Any:
+def _mixture(weights: Array, seed: Array, shape: tuple[int, int]) -> Dynamic:
     size = len(weights)
 
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
@@ -75,7 +75,7 @@ def _mixture(weights: Array, seed: Array, shape: tuple[int, int]) -> Any:
     return jax.lax.scan(add, start, (_numbers(size), _grouped(weights)))[0]
 
 
-def _forward(weights: Array, seed: Array, shape: tuple[int, int]) -> Any:
+def _forward(weights: Array, seed: Array, shape: tuple[int, int]) -> Dynamic:
     return _mixture(weights, seed, shape), (jnp.zeros_like(weights), seed)
 
 
