@@ -34,9 +34,9 @@ CLAIM = lib.claim(
     recipe=lib.on_attention("KaSA of rank 8", METHOD, RATE, penalty=penalty),
     baseline=lib.lora(8),
     reference="Wang 2024, 2412.06071: better than LoRA",
-    control=lib.on_attention(
+    others=(lib.on_attention(
         "KaSA without the 8 largest directions of the weight", METHOD, RATE, penalty=penalty,
         change=without_top,
-    ),
+    ),),
     parameters="at equal parameter count",
 )  # fmt: skip

@@ -3,10 +3,12 @@
 from experiments.claims import text_methods as lib
 from jlora.methods import UniLoRA, VeRA
 
+SITES = "layers/attention/(query|key|value|out)/kernel"  # one pattern, so one vector for all
+
 CLAIM = lib.claim(
     name="unilora",
     systems=("UniLoRA",),
-    recipe=lib.on_attention("Uni-LoRA of 1228 numbers", UniLoRA(rank=4, size=1228), 2e-2),
+    recipe=lib.Recipe("Uni-LoRA of 1228 numbers", {SITES: UniLoRA(rank=4, size=1228)}, 2e-2),
     baseline=lib.lora(4),
     reference="Li 2025, 2506.00799: parity with LoRA from one vector",
     margin=-0.01,

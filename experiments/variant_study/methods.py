@@ -15,11 +15,13 @@ from typing import NamedTuple
 import optax
 
 import jlora as jl
-from experiments.claims.text_methods import SITES, Recipe
+from experiments.claims.text_methods import Recipe
 from jlora import methods, registry
 from jlora.optimizers.lora_plus import lora_plus
 from jlora.types import Dynamic
 
+# one pattern, so that what a method shares, it shares over all four kernels
+ATTENTION = "layers/attention/(query|key|value|out)/kernel"
 AXES = {  # the start of a module's name -> the axis; the first that fits
     "jlora.methods.routed": "mixture of experts",
     "jlora.methods.low_rank.pissa": "initialisation",  # LoRA that starts elsewhere
@@ -43,7 +45,7 @@ class Variant(NamedTuple):
 
     def recipe(self, rank: int, steps: int, batch: int) -> Recipe:
         """The recipe at a rank of the study."""
-        sites = dict.fromkeys(SITES, self.method(rank))
+        sites = {ATTENTION: self.method(rank)}
         return Recipe(f"{self.name}, rank {rank}", sites, self.rate, self.solver, steps=steps,
                       batch=batch)  # fmt: skip
 

@@ -68,5 +68,6 @@ SYSTEM = Optimizer(
     paper="Hayou 2024, 2402.12354",
     symbol="lora_plus",
     evidence="one step by numpy; two learning rates of optax; half the steps of one rate",
+    claim="lora_plus",
     make=lambda: optax.chain(optax.adam(0.01), lora_plus(16.0)),
 )

@@ -83,5 +83,6 @@ SYSTEM = System(
     symbol="C3A",
     evidence="a circulant block commutes with a shift; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
+    claim="c3a",
     examples=(C3A(block=4),),
 )

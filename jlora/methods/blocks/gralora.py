@@ -118,5 +118,6 @@ SYSTEM = System(
     symbol="GraLoRA",
     evidence="LoRA with one block, k times its rank with k; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
+    claim="gralora",
     examples=(GraLoRA(rank=4, alpha=6.0, hybrid=1),),
 )

@@ -84,5 +84,6 @@ SYSTEM = System(
     symbol="DeLoRA",
     evidence="the bound holds for any factors; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
+    claim="delora",
     examples=(DeLoRA(rank=2, strength=3.0),),
 )

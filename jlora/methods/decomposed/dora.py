@@ -190,5 +190,6 @@ SYSTEM = System(
     symbol="DoRA",
     evidence="gradient by hand, no dense V in the jaxpr; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/parity_test.py",),
+    claim="dora",
     examples=(DoRA(rank=2),),
 )

@@ -65,6 +65,7 @@ SYSTEM = System(
     symbol="HiRA",
     evidence="outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/parity_test.py",),
+    claim="hira",
     examples=(HiRA(rank=2),),
     breaks={
         "L4": "W * (1 + AB) has no factored form cheaper than itself",

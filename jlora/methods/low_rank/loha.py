@@ -105,5 +105,6 @@ SYSTEM = System(
     symbol="LoHa",
     evidence="outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/parity_test.py",),
+    claim="loha",
     examples=(LoHa(rank=2),),
 )

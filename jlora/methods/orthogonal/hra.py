@@ -121,5 +121,6 @@ SYSTEM = System(
     symbol="HRA",
     evidence="the chain as one thin product, singular values kept; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
+    claim="hra",
     examples=(HRA(rank=4),),
 )

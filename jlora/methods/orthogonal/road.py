@@ -107,5 +107,6 @@ SYSTEM = System(
     symbol="RoAd",
     evidence="pairs keep their length; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
+    claim="road",
     examples=(RoAd(group=4), RoAd(variant=4, group=4)),
 )

@@ -73,6 +73,7 @@ SYSTEM = System(
     symbol="IA3",
     evidence="outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/parity_test.py",),
+    claim="ia3",
     examples=(
         IA3("out"),
         IA3("in"),

@@ -111,6 +111,7 @@ SYSTEM = System(
     evidence="value and the bank's gradient against NumPy over two sites; outputs of torch PEFT "
     "to 1e-5, its files back bitwise",
     tests=("tests/io/peft/shared_vectors_test.py",),
+    claim="vblora",
     examples=(VBLoRA(rank=2, num_vectors=6, vector_length=4),),
     breaks={"L2": "a bank of zeros could not learn, so the paper starts near the identity"},
 )

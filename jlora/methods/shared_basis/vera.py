@@ -104,5 +104,6 @@ SYSTEM = System(
     symbol="VeRA",
     evidence="bases from the seed alone; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/parity_test.py",),
+    claim="vera",
     examples=(VeRA(rank=4),),
 )

@@ -139,5 +139,6 @@ SYSTEM = System(
     symbol="FourierFT",
     evidence="cosines one by one; PEFT's places without torch; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py", "tests/torch_random_test.py"),
+    claim="fourierft",
     examples=(FourierFT(count=15, scaling=40.0),),
 )

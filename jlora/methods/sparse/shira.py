@@ -127,5 +127,6 @@ SYSTEM = System(
     symbol="SHiRA",
     evidence="entries against a dense matrix; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
+    claim="shira",
     examples=(SHiRA(rank=1),),
 )

@@ -153,5 +153,6 @@ SYSTEM = System(
     evidence="the transform inverts and keeps lengths; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
     missing="the wavelet families other than Haar's",
+    claim="waveft",
     examples=(WaveFT(count=15, scaling=3.0),),
 )
