@@ -212,6 +212,15 @@ def test_what_jlora_cannot_represent_is_refused(golden, kind, name, why):
         jl.io.load_peft(model.path / name, model.names, model.params, layout="in_out")
 
 
+def test_a_start_that_peft_makes_from_the_base_is_read_with_it(golden):
+    model = golden["bert"]
+    folder = model.path / "lora_pissa"
+    adapter = jl.io.load_peft(folder, model.names, model.params, layout="in_out")
+    assert {type(method) for _, method in adapter.sites} == {jl.Residual}
+    want = safetensors_file.read(folder / "expected.safetensors")[0]["expected"]
+    assert error(jl.lift(model.fn)(model.params, adapter, *model.args), want) <= TOLERANCE
+
+
 def edited(model, tmp_path, name="lora", **change):
     """A copy of a golden adapter with other config fields."""
     shutil.copytree(model.path / name, tmp_path / "edited")
