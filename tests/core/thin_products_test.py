@@ -74,7 +74,7 @@ def checked(groups):
 
 
 def test_batched_gradients_compile_and_are_right():
-    rows = [(5, 2, 4, 6), (2, 3, 16, 6), (3, 8, 2, 2), (1, 1, 1, 6), (25, 2, 16, 6)]
+    rows = [(5, 2, 4, 6), (2, 3, 16, 6), (25, 8, 1, 2)]
     checked([rows])
 
 

@@ -100,12 +100,13 @@ def _norms(w: jax.Array, u: jax.Array, v: jax.Array, axis: int) -> jax.Array:
     count = max(n for n in range(1, BLOCKS + 1) if d_in % n == 0)
     steps = jnp.where(jnp.any(lost), jnp.int32(count), jnp.int32(0))
     # Block k has the rows k, k + count, ...: where rows are sharded, each shard has a part of it.
-    parts, left = w.reshape(-1, count, d_out), u.reshape(-1, count, u.shape[1])
     shape = square.shape if axis == 0 else (-1, count)
     lost, start = lost.reshape(shape), jnp.where(lost, 0, square).reshape(shape)
 
     def add(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         k, total = state
+        # Cut inside of the loop: it then takes w as the matmul does, not a copy in another shape.
+        parts, left = w.reshape(-1, count, d_out), u.reshape(-1, count, u.shape[1])
         part, rows = (lax.dynamic_index_in_dim(t, k, 1, keepdims=False) for t in (parts, left))
         with jax.default_matmul_precision("highest"):
             again = jnp.sum(jnp.square(part + rows @ v), axis=axis)

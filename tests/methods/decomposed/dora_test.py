@@ -145,3 +145,16 @@ def test_mutation_a_missing_cross_term_is_seen(bench, monkeypatch):
     monkeypatch.setattr(dora, "column_norms", wrong)
     with pytest.raises(AssertionError):
         check_value(bench)
+
+
+def test_the_loop_takes_the_weight_in_the_shape_that_the_matmul_has():
+    """In another shape XLA keeps a second copy of every layer's weight, though no step is taken."""
+    w, a, b = jnp.ones((64, 6)), jnp.ones((64, 2)), jnp.ones((2, 6))
+    for norms in (
+        lambda: dora.column_norms(w, a, b, jnp.float32(1)),
+        lambda: dora.row_norms(w, a, b),
+    ):
+        (call,) = [e for e in jax.make_jaxpr(norms)().eqns if "jaxpr" in e.params]
+        (loop,) = [e for e in call.params["jaxpr"].eqns if e.primitive.name == "while"]
+        shapes = [v.aval.shape for v in loop.invars]
+        assert w.shape in shapes and max(map(len, shapes)) == 2
