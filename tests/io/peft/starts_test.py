@@ -8,7 +8,7 @@ import pytest
 
 import jlora as jl
 from jlora.io.errors import FormatError
-from jlora.io.peft import lora as module
+from jlora.io.peft import started as module
 from tests.io.shared import error
 
 NAMES = jl.io.NameMap({"w0": "0", "w1": "2"})
