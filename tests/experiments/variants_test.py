@@ -1,4 +1,4 @@
-"""The study through its command line: what it writes, and that it resumes."""
+"""The study through its command line: what it writes, and what it refuses."""
 
 import json
 import os
@@ -13,14 +13,17 @@ SMOKE = ROOT / "experiments" / "flags" / "variants_smoke.flags"
 
 
 def call(workdir, *more):
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_PLATFORMS": "cpu",
+    }
     words = [sys.executable, "-m", "experiments.variants", f"--flagfile={SMOKE}",
              f"--workdir={workdir}", *more]  # fmt: skip
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_it_reports_and_resumes_with_what_is_missing(tmp_path):
+def test_it_reports(tmp_path):
     done = call(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -29,13 +32,9 @@ def test_it_reports_and_resumes_with_what_is_missing(tmp_path):
     assert "| VeRA | rank |" in done.stdout and (tmp_path / "variants.svg").is_file()
     files = {f.name: f for f in tmp_path.glob("cells-*/*.json")}
     assert sorted(files) == ["LoRA-2-0.json", "LoRA-2-1.json", "VeRA-2-0.json", "VeRA-2-1.json"]
-    kept = files["LoRA-2-1.json"].read_bytes()
-    files["LoRA-2-1.json"].unlink()
-    for name in ("LoRA-2-0.json", "VeRA-2-0.json", "VeRA-2-1.json"):
-        os.utime(files[name], (1, 1))
-    again = call(tmp_path, "--variants=LoRA")
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert files["LoRA-2-1.json"].read_bytes() == kept
-    assert files["LoRA-2-0.json"].stat().st_mtime == 1  # read back, not measured again
+
+
+@pytest.mark.slow
+def test_an_unknown_variant_is_one_line(tmp_path):
     bad = call(tmp_path, "--variants=Lora")
     assert bad.returncode == 2 and "--variants: got 'Lora', expected some of" in bad.stderr
