@@ -121,7 +121,7 @@ __all__ = [
     "per_layer",
     "quantize",
     "retrieval",
-    "rows",
+    "serving_bank",
     "sites",
     "specs",
     "stack",

@@ -101,6 +101,9 @@ def gguf_config(path: str | Path) -> DecoderConfig:
     Args:
       path: the ``.gguf`` file.
 
+    Returns:
+      The config.
+
     Raises:
       ValueError: as `load_gguf`.
     """
