@@ -24,7 +24,10 @@ def with_unit_scale(rule: optax.GradientTransformation) -> optax.GradientTransfo
     rule = optax.with_extra_args_support(rule)
 
     def update(updates: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
-        frozen = {path: {"scale": jnp.ones(site["b"].shape[:-2])} for path, site in params.items()}
+        frozen = {
+            path: {"scale": jnp.ones(site["b"].shape[:-2])}
+            for path, site in params.items()  # type: ignore[union-attr]
+        }
         return rule.update(updates, state, params, frozen=frozen)
 
     return optax.GradientTransformation(rule.init, update)
