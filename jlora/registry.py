@@ -190,7 +190,7 @@ def shared_code(claim: str, root: Path) -> dict[str, str]:
     """
     folder, found, open_ = root / CLAIMS, {}, [claim]
     while open_:
-        for name in _imported(folder / f"{open_.pop()}.py"):
+        for name in _imported((folder / f"{open_.pop()}.py").read_bytes()):
             path = folder / f"{name}.py"
             if name not in (*HARNESS, claim) and path.is_file() and path.name not in found:
                 found[path.name] = code_sha256(path)
@@ -198,18 +198,19 @@ def shared_code(claim: str, root: Path) -> dict[str, str]:
     return found
 
 
-def _imported(path: Path) -> Iterator[str]:
-    """Names of the modules of the folder of claims that a file imports."""
-    room = CLAIMS.replace("/", ".")
-    for node in ast.walk(ast.parse(path.read_bytes())):
+@functools.cache  # every claim reads the same few files
+def _imported(source: bytes) -> tuple[str, ...]:
+    """Names of the modules of the folder of claims that a file of this source imports."""
+    room, names = CLAIMS.replace("/", "."), []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == room:
-            yield from (n.name for n in node.names)
+            names += [n.name for n in node.names]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{room}."):
-            yield str(node.module).removeprefix(f"{room}.")
+            names.append(str(node.module).removeprefix(f"{room}."))
         elif isinstance(node, ast.Import):
-            for n in node.names:
-                if n.name.startswith(f"{room}."):
-                    yield n.name.removeprefix(f"{room}.")
+            inside = (n.name for n in node.names if n.name.startswith(f"{room}."))
+            names += [name.removeprefix(f"{room}.") for name in inside]
+    return tuple(names)
 
 
 def code_sha256(path: Path) -> str:
@@ -221,7 +222,12 @@ def code_sha256(path: Path) -> str:
     Returns:
       sha256 of its syntax tree, hexadecimal.
     """
-    return hashlib.sha256(repr(_plain(ast.parse(path.read_bytes()))).encode()).hexdigest()
+    return _code_sha256(path.read_bytes())
+
+
+@functools.cache
+def _code_sha256(source: bytes) -> str:
+    return hashlib.sha256(repr(_plain(ast.parse(source))).encode()).hexdigest()
 
 
 def _plain(node: Dynamic) -> Dynamic:
