@@ -311,11 +311,13 @@ def test_real_tasks(monkeypatch):
     disjoint(found)
     for task, got in found:
         assert len(got.train[0]) >= 160 and len(got.test[0]) >= 50, task.name
-    texts = {"seen": set(), "unseen_corpus": set()}
-    for task in built:
-        if task.level in texts:
-            for corpus in {m[0] for side in task.members for m in side}:
-                loaded = corpora.load(corpus)
-                assert len(set(loaded.texts)) == len({normalise(t) for t in loaded.texts})
-                texts[task.level] |= {normalise(t) for t in loaded.texts}
+    texts = {}
+    for level in ("seen", "unseen_corpus"):
+        sides = [side for task in built if task.level == level for side in task.members]
+        texts[level] = set()
+        for corpus in {member[0] for side in sides for member in side}:
+            loaded = corpora.load(corpus)
+            own = {normalise(t) for t in loaded.texts}
+            assert len(set(loaded.texts)) == len(own)
+            texts[level] |= own
     assert not texts["seen"] & texts["unseen_corpus"]

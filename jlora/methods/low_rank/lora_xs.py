@@ -74,6 +74,5 @@ SYSTEM = System(
     evidence="a core of the identity adds the principal part",
     rows=(22,),
     claim="lora_xs",
-    missing="LoRA-SB's initialisation from gradients",
     examples=(LoRAXS(rank=2, alpha=3.0),),
 )
