@@ -16,6 +16,7 @@ The scale arrives as an extra argument: ``update(g, state, trainable, frozen=ada
 All arithmetic is in float32; updates get the dtype of their parameters.
 
 Source: Original to jlora; what each optimizer computes is in its own file.
+Deviates: nothing.
 """
 
 from collections.abc import Callable

@@ -16,6 +16,7 @@ Adam: ``optax.chain(lora_fa(), optax.scale_by_adam(), optax.scale_by_learning_ra
 
 Reference: Zhang et al. 2023, arXiv:2308.03303; the preconditioning: Wang et al. 2024,
   arXiv:2407.18242, with A fixed, as PEFT's optimizer has it.
+Deviates: an inverse stands for PEFT's pseudo-inverse; s is that of each site.
 """
 
 import jax.numpy as jnp
