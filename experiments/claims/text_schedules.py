@@ -54,6 +54,7 @@ class Plan:
     rate: float = 8e-3  # the middle of the first three learning rates
     change: Callable[[jl.Adapter, int], jl.Adapter] = lambda adapter, seed: adapter  # when fresh
     start: Callable[[jl.Adapter], Tree] = lambda adapter: ()  # the schedule's state
+    lanes: Callable[[int, Path], Tree] | None = None  # (seed, workdir) -> states [T, ...], instead
     view: Callable[..., jl.Adapter] = _same  # (adapter, state, step, key) -> in the loss
     after: Callable[..., tuple[jl.Adapter, Tree]] = _still  # (adapter, state, gradients, step, G)
     finish: Callable[..., jl.Adapter] = _same  # (adapter, state, steps, key) -> judged
@@ -115,9 +116,7 @@ def train(plan: Plan, rate: float, seed: int, workdir: Path) -> Lanes:
     """All tasks at one rate."""
     found = tasks(workdir, plan.layers)
     if plan.rows:
-        found = found._replace(
-            index=_few(found.index, plan.rows), label=_few(found.label, plan.rows)
-        )
+        found = few(found, plan.rows)
     if plan.shuffled:
         draw = np.random.default_rng([seed, 5])
         mixed = jnp.asarray(draw.permuted(np.asarray(found.label), axis=1))
@@ -125,16 +124,17 @@ def train(plan: Plan, rate: float, seed: int, workdir: Path) -> Lanes:
     adapter = fresh(plan, seed, workdir)
     data = found._replace(apply=None, names=())  # type: ignore[arg-type]
     static = found.apply, adapter.sites, plan
-    trainable, state, losses = _train(*static, data, adapter.trainable, adapter.frozen,
-                                      jnp.float32(rate), jnp.int32(seed))  # fmt: skip
+    lanes = plan.lanes(seed, workdir) if plan.lanes else None
+    args = adapter.trainable, adapter.frozen, jnp.float32(rate), jnp.int32(seed), lanes
+    trainable, state, losses = _train(*static, data, *args)
     mean = np.asarray(losses, np.float64)[-lib.LAST :].mean(0)
     return Lanes(adapter.replace(trainable=trainable), state, mean)
 
 
-def _few(t: jax.Array, rows: int) -> jax.Array:
-    """The first rows of each class: classes come in turn or in blocks, so both ends."""
-    half = rows // 2
-    return jnp.concatenate([t[:, :half], t[:, -half:]], axis=1)
+def few(found: lib.Tasks, rows: int) -> lib.Tasks:
+    """The tasks with some of their training rows, drawn once."""
+    pick = np.random.default_rng(rows).permutation(found.index.shape[1])[:rows]
+    return found._replace(index=found.index[:, pick], label=found.label[:, pick])
 
 
 def fresh(plan: Plan, seed: int, workdir: Path) -> jl.Adapter:
@@ -146,7 +146,7 @@ def fresh(plan: Plan, seed: int, workdir: Path) -> jl.Adapter:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _train(apply, sites, plan, found, start, frozen, rate, seed):
+def _train(apply, sites, plan, found, start, frozen, rate, seed, lanes):
     model = jl.lift(apply)
     solver = plan.solver(lambda n: rate * 0.5 * (1 + jnp.cos(jnp.pi * n / plan.steps)))
     count = found.index.shape[0]
@@ -181,9 +181,9 @@ def _train(apply, sites, plan, found, start, frozen, rate, seed):
         return tuple(carry), value
 
     each = lambda tree: jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), tree)  # noqa: E731
-    state = plan.start(jl.Adapter(start, frozen, sites))
+    state = each(plan.start(jl.Adapter(start, frozen, sites))) if lanes is None else lanes
     with jax.numpy_dtype_promotion("standard"):
-        carry = each((start, state, solver.init(start)))
+        carry = each(start), state, each(solver.init(start))
     numbers = jnp.arange(plan.steps, dtype=jnp.int32)
     (trainable, state, _), losses = jax.lax.scan(step, carry, numbers)
     return trainable, state, losses
