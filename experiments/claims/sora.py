@@ -56,8 +56,8 @@ def change_of_pruning(made, workdir):
     """The largest difference of logits that pruning makes, of the largest logit; first task."""
     found = lib.tasks(workdir)
     adapter = made.adapter.replace(trainable=jax.tree.map(lambda x: x[0], made.adapter.trainable))
-    index = found.test[0][0, :32]
-    heads = jnp.broadcast_to(found.heads[0], (32, *found.heads[0].shape))
+    index = found.test[0][0, : lib.lib.ROWS]
+    heads = jnp.broadcast_to(found.heads[0], (lib.lib.ROWS, *found.heads[0].shape))
     args = found.hidden[index], found.mask[index], heads
     run = lambda one: np.asarray(jl.lift(found.apply)(found.base, one, *args))  # noqa: E731
     whole, pruned = run(adapter), run(sora.fold(sora.prune(adapter)[0]))
