@@ -117,9 +117,9 @@ def nlg(
       ValueError: logits or a mask of other shapes, or k < 1.
     """
     if logits.shape != pretrained.shape or (mask is not None and mask.shape != logits.shape[:-1]):
-        found = None if mask is None else mask.shape
-        raise ValueError(f"logits: got {logits.shape}, pretrained {pretrained.shape}, mask "
-                         f"{found}, expected one shape, the mask without its last axis")  # fmt: skip
+        shapes = [None if x is None else x.shape for x in (logits, pretrained, mask)]
+        raise ValueError("logits: got {}, pretrained {}, mask {}, expected one shape, the mask "
+                         "without its last axis".format(*shapes))  # fmt: skip
     z, before = _wide(logits), jax.lax.stop_gradient(_wide(pretrained))
     count = jnp.ones(z.shape[:-1], z.dtype) if mask is None else mask.astype(z.dtype)
     log_p, log_before = jax.nn.log_softmax(z), jax.nn.log_softmax(before)
