@@ -42,7 +42,7 @@ def after(adapter, state, gradients, step, dense, *, rate):
     rule = increlora.late_adam(rate, GROWTH)
     updates, moments = rule.update(gradients, moments, adapter.trainable, growth=growth)
     moved = adapter.replace(trainable=optax.apply_updates(adapter.trainable, updates))
-    growth, moved = increlora.grow(growth, moved, gradients, GROWTH, dense)
+    growth, moved = increlora.grow(growth, moved, gradients, GROWTH, dense or None)
     return moved, (growth, moments)
 
 
