@@ -1,9 +1,10 @@
 """Adapter files of any format, for commands: which format it is, reading, writing.
 
-Four formats: ``peft`` (a directory), ``orbax`` (a checkpoint directory of an adapter or a bank),
-``kohya`` and ``diffusers`` (one safetensors file each). Reading an adapter needs the sites of its
-model. They come from, in this order: an Orbax checkpoint that holds them (`like`), the Hugging Face
-directory of the base model, or the shapes of the LoRA factors in the file itself.
+Five formats: ``peft`` (a directory), ``orbax`` (a checkpoint directory of an adapter or a bank),
+``kohya`` and ``diffusers`` (one safetensors file each), ``gguf`` (one file for llama.cpp). Reading
+an adapter needs the sites of its model. They come from, in this order: an Orbax checkpoint that
+holds them (`like`), the Hugging Face directory of the base model, or the shapes of the LoRA factors
+in the file itself.
 """
 
 import contextlib
@@ -23,13 +24,16 @@ from jlora.cli.merge.config import NAMES, PLAIN
 from jlora.cli.merge.layout import site_of
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
-from jlora.io import FormatError, NameMap
+from jlora.io import FormatError, GgufBase, NameMap
+from jlora.io.gguf.base import TABLE, modules, tensor_names
+from jlora.io.gguf.files import shapes
+from jlora.io.gguf.reader import is_gguf
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG
 from jlora.io.safetensors_file import header
 from jlora.types import Dynamic
 
-Format = Literal["peft", "orbax", "kohya", "diffusers"]
+Format = Literal["peft", "orbax", "kohya", "diffusers", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 PREFIXES = (
     "lora_unet",
@@ -60,6 +64,8 @@ def detect(path: Path) -> Format:
         return "peft" if (path / CONFIG).is_file() else "orbax"
     if not path.is_file():
         raise FormatError(path, "no such file or directory")
+    if is_gguf(path):
+        return "gguf"
     keys = list(header(path))
     if any(key.endswith((KOHYA_DOWN, ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")) for key in keys):
         return "kohya"
@@ -73,16 +79,16 @@ def start_of(path: Path, kind: Format, given: str | None) -> str:
 
     Args:
       path: the file.
-      kind: its format; "" is returned for directories.
+      kind: its format.
       given: what the user wants, or None: the only one in the file.
 
     Returns:
-      The prefix or component; "" for directories.
+      The prefix or component; "" for formats without one.
 
     Raises:
       FormatError: nothing is given and the file holds several, which are named.
     """
-    if given is not None or kind in ("peft", "orbax"):
+    if given is not None or kind in ("peft", "orbax", "gguf"):
         return given or ""
     heads = [name.partition(".")[0] for name in header(path)]
     if kind == "kohya":
@@ -155,6 +161,34 @@ def inferred(path: Path, kind: Format, start: str) -> list[Site]:
     return sites
 
 
+def inferred_gguf(path: Path, names: NameMap, base: GgufBase | None) -> list[Site]:
+    """The sites of a llama.cpp adapter, by the shapes of its factors; float32.
+
+    Args:
+      path: the file.
+      names: from the paths of the sites to torch modules.
+      base: of the adapter; None: sites are called as llama.cpp calls them.
+
+    Returns:
+      One site per module.
+
+    Raises:
+      FormatError: not such a file.
+    """
+    there = (
+        {name: module for module, name in tensor_names(path, base, modules(base)).items()}
+        if base
+        else {}
+    )
+    prefix = names.prefix
+    return [
+        site_of(
+            there.get(name, name).removeprefix(prefix), shape, jnp.dtype("float32"), name == TABLE
+        )
+        for name, shape in shapes(path).items()
+    ]
+
+
 def read(
     path: Path,
     kind: Format,
@@ -163,6 +197,7 @@ def read(
     base: Base | None = None,
     like: Adapter | None = None,
     start: str = "",
+    gguf: GgufBase | None = None,
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """An adapter, and the weights of the base model that its file brings along.
 
@@ -173,6 +208,7 @@ def read(
       base: the base model, whose modules are the sites.
       like: an adapter whose sites are those of the model.
       start: the module prefix of a kohya file, or the component of a diffusers file.
+      gguf: the base of a llama.cpp file; None: its modules keep llama.cpp's names.
 
     Returns:
       the adapter, and ``{"classifier.weight": [out, in], ...}`` (PEFT's extras; empty for most).
@@ -186,6 +222,8 @@ def read(
         where: Dynamic = [site for site, _ in like.sites]
     elif base is not None:
         where = base.params()
+    elif kind == "gguf":
+        where = inferred_gguf(path, names, gguf)
     elif kind == "peft":
         where = list(merge_read.inferred(path, merge_read.factors(path, names)).values())
     else:
@@ -193,6 +231,8 @@ def read(
     if kind == "peft":
         adapter = io.load_peft(path, names, where, extras="leave")
         return adapter, io.peft_extras(path)
+    if kind == "gguf":
+        return io.load_gguf(path, names, where, gguf), {}
     if kind == "kohya":
         return io.load_kohya(path, names, where, start, others="leave"), {}
     return io.load_diffusers(path, names, where, start, others="leave"), {}
@@ -208,6 +248,7 @@ def write(
     start: str = "",
     base_model_name: str | None = None,
     task_type: str | None = None,
+    gguf: GgufBase | None = None,
 ) -> None:
     """Writes an adapter.
 
@@ -218,6 +259,7 @@ def write(
       extras: weights of the base model that are written along, by torch name; PEFT only.
       base_model_name: what a PEFT directory names as its base; None: nothing.
       task_type: PEFT's task; None: none.
+      gguf: the base, which a llama.cpp file needs.
 
     Raises:
       FormatError: the format has no words for what the adapter is, or for `extras`.
@@ -230,6 +272,10 @@ def write(
         io.save_adapter(path, adapter)
     elif kind == "kohya":
         io.save_kohya(path, adapter, names, start)
+    elif kind == "gguf":
+        if gguf is None:
+            raise FormatError(path, "llama.cpp's names depend on the base model: it is required")
+        io.save_gguf(path, adapter, names, gguf)
     else:
         io.save_diffusers(path, adapter, names, start)
 

@@ -1,8 +1,9 @@
-"""Files: adapters of PEFT, kohya and diffusers, Orbax checkpoints. Refuses what is unclear."""
+"""Files: adapters of PEFT, kohya, diffusers, llama.cpp; Orbax. Refuses what is unclear."""
 
 from jlora.io import exported as exported
 from jlora.io.diffusers import load_diffusers, save_diffusers
 from jlora.io.errors import FormatError
+from jlora.io.gguf import GgufBase, gguf_base, load_gguf, save_gguf
 from jlora.io.kohya.files import load_kohya, save_kohya
 from jlora.io.names import NameMap
 from jlora.io.orbax import restore_adapter, save_adapter
@@ -15,14 +16,17 @@ from jlora.io.stacks import easydel, gemma, keras_hub, tunix
 
 __all__ = [
     "FormatError",
+    "GgufBase",
     "NameMap",
     "Table",
     "bert",
     "easydel",
     "gemma",
+    "gguf_base",
     "keras_hub",
     "llama",
     "load_diffusers",
+    "load_gguf",
     "load_kohya",
     "load_peft",
     "peft_extras",
@@ -30,6 +34,7 @@ __all__ = [
     "restore_adapter",
     "save_adapter",
     "save_diffusers",
+    "save_gguf",
     "save_kohya",
     "save_peft",
     "sliced",

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jlora as jl
-from jlora.cli import convert, files
+from jlora.cli import convert, files, inspect
 
 ROOT = Path(__file__).parents[2] / "third_party"
 LLAMA = ROOT / "peft" / "llama"
@@ -65,6 +65,24 @@ def test_through_every_format_that_can_say_it_and_back(tmp_path, name):
         if name != "lokr":  # kohya has no alpha for it: the scale is folded into an array
             assert all(np.array_equal(got[k], expected[k]) for k in expected)
         assert_same_deltas(at, LLAMA / name)
+
+
+def test_for_llama_cpp_and_back(tmp_path, capsys):
+    """Bit for bit with the same rank and alpha; `inspect` reads the file without a base."""
+    pytest.importorskip("gguf", reason="gguf is an extra")
+    base, file = LLAMA / "base", tmp_path / "lora.gguf"
+    run(LLAMA / "lora", file, "--to", "gguf", "--base", base)
+    run(file, tmp_path / "back", "--to", "peft", "--base", base)
+    got, expected = load_file(tmp_path / "back" / WEIGHTS), load_file(LLAMA / "lora" / WEIGHTS)
+    chex.assert_trees_all_equal(got, expected)
+    old, new = (json.loads((at / "adapter_config.json").read_text())
+                for at in (LLAMA / "lora", tmp_path / "back"))  # fmt: skip
+    assert (new["r"], new["lora_alpha"]) == (old["r"], old["lora_alpha"])
+    capsys.readouterr()
+    assert inspect.main([str(file)]) == 0
+    assert "blk.0.attn_q" in capsys.readouterr().out
+    run(LLAMA / "lora", tmp_path / "none.gguf", "--to", "gguf", status=2)
+    assert "--base is needed" in capsys.readouterr().err
 
 
 def test_configuration_is_carried_over_and_can_be_given(tmp_path):
