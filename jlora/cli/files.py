@@ -1,10 +1,11 @@
 """Adapter files of any format, for commands: which format it is, reading, writing.
 
-Five formats: ``peft`` (a directory), ``orbax`` (a checkpoint directory of an adapter or a bank),
-``kohya`` and ``diffusers`` (one safetensors file each), ``gguf`` (one file for llama.cpp). Reading
-an adapter needs the sites of its model. They come from, in this order: an Orbax checkpoint that
-holds them (`like`), the Hugging Face directory of the base model, or the shapes of the LoRA factors
-in the file itself.
+Six formats: ``peft`` (a directory), ``orbax`` (a checkpoint directory of an adapter or a bank),
+``kohya`` and ``diffusers`` (one safetensors file each), ``gguf`` (one file for llama.cpp),
+``leaves`` (parameters of a JAX package that hold its own LoRA: a checkpoint or a safetensors file).
+Reading an adapter needs the sites of its model. They come from, in this order: an adapter or a tree
+of parameters that has them (`like`), the Hugging Face directory of the base model, or the shapes of
+the LoRA factors in the file itself.
 """
 
 import contextlib
@@ -13,10 +14,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import io
+from jlora.cli import leaves
 from jlora.cli.merge import documents
 from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
@@ -28,12 +31,13 @@ from jlora.io import FormatError, GgufBase, NameMap
 from jlora.io.gguf.base import TABLE, modules, tensor_names
 from jlora.io.gguf.files import shapes
 from jlora.io.gguf.reader import is_gguf
+from jlora.io.lora_leaves import PACKAGES, is_leaf
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG
 from jlora.io.safetensors_file import header
 from jlora.types import Dynamic
 
-Format = Literal["peft", "orbax", "kohya", "diffusers", "gguf"]
+Format = Literal["peft", "orbax", "kohya", "diffusers", "gguf", "leaves"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 PREFIXES = (
     "lora_unet",
@@ -61,12 +65,16 @@ def detect(path: Path) -> Format:
       FormatError: there is nothing, or nothing that is known.
     """
     if path.is_dir():
-        return "peft" if (path / CONFIG).is_file() else "orbax"
+        if (path / CONFIG).is_file():
+            return "peft"
+        return "leaves" if leaves.is_tree(path) else "orbax"
     if not path.is_file():
         raise FormatError(path, "no such file or directory")
     if is_gguf(path):
         return "gguf"
     keys = list(header(path))
+    if any("/" in key and is_leaf(key) for key in keys):
+        return "leaves"
     if any(key.endswith((KOHYA_DOWN, ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")) for key in keys):
         return "kohya"
     if any(key.endswith(DIFFUSERS_DOWN) for key in keys):
@@ -88,7 +96,7 @@ def start_of(path: Path, kind: Format, given: str | None) -> str:
     Raises:
       FormatError: nothing is given and the file holds several, which are named.
     """
-    if given is not None or kind in ("peft", "orbax", "gguf"):
+    if given is not None or kind in ("peft", "orbax", "gguf", "leaves"):
         return given or ""
     heads = [name.partition(".")[0] for name in header(path)]
     if kind == "kohya":
@@ -195,9 +203,10 @@ def read(
     names: NameMap,
     *,
     base: Base | None = None,
-    like: Adapter | None = None,
+    like: Adapter | Mapping[str, jax.ShapeDtypeStruct] | None = None,
     start: str = "",
     gguf: GgufBase | None = None,
+    alpha: float | None = None,
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """An adapter, and the weights of the base model that its file brings along.
 
@@ -206,9 +215,10 @@ def read(
       kind: its format.
       names: from the paths of the sites to torch modules; not used for Orbax.
       base: the base model, whose modules are the sites.
-      like: an adapter whose sites are those of the model.
+      like: an adapter whose sites are those of the model, or the forms of its parameters by path.
       start: the module prefix of a kohya file, or the component of a diffusers file.
       gguf: the base of a llama.cpp file; None: its modules keep llama.cpp's names.
+      alpha: of qwix's rule, for leaves; None for everything else.
 
     Returns:
       the adapter, and ``{"classifier.weight": [out, in], ...}`` (PEFT's extras; empty for most).
@@ -218,8 +228,10 @@ def read(
     """
     if kind == "orbax":
         return io.restore_adapter(path), {}
+    if kind == "leaves":
+        return leaves.read(path, names, alpha), {}
     if like is not None:
-        where: Dynamic = [site for site, _ in like.sites]
+        where: Dynamic = [s for s, _ in like.sites] if isinstance(like, Adapter) else like
     elif base is not None:
         where = base.params()
     elif kind == "gguf":
@@ -249,6 +261,7 @@ def write(
     base_model_name: str | None = None,
     task_type: str | None = None,
     gguf: GgufBase | None = None,
+    package: str | None = None,
 ) -> None:
     """Writes an adapter.
 
@@ -260,6 +273,7 @@ def write(
       base_model_name: what a PEFT directory names as its base; None: nothing.
       task_type: PEFT's task; None: none.
       gguf: the base, which a llama.cpp file needs.
+      package: whose leaves are written, for that format.
 
     Raises:
       FormatError: the format has no words for what the adapter is, or for `extras`.
@@ -272,6 +286,10 @@ def write(
         io.save_adapter(path, adapter)
     elif kind == "kohya":
         io.save_kohya(path, adapter, names, start)
+    elif kind == "leaves":
+        if package is None:
+            raise FormatError(path, f"whose leaves? expected a package: {PACKAGES}")
+        leaves.write(path, adapter, package)
     elif kind == "gguf":
         if gguf is None:
             raise FormatError(path, "llama.cpp's names depend on the base model: it is required")

@@ -5,6 +5,7 @@ from jlora.io.diffusers import load_diffusers, save_diffusers
 from jlora.io.errors import FormatError
 from jlora.io.gguf import GgufBase, gguf_base, load_gguf, save_gguf
 from jlora.io.kohya.files import load_kohya, save_kohya
+from jlora.io.lora_leaves import PackageLoRA, load_lora_leaves, lora_leaves
 from jlora.io.names import NameMap
 from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft.directory import load_peft, peft_extras, save_peft
@@ -18,6 +19,7 @@ __all__ = [
     "FormatError",
     "GgufBase",
     "NameMap",
+    "PackageLoRA",
     "Table",
     "bert",
     "easydel",
@@ -28,7 +30,9 @@ __all__ = [
     "load_diffusers",
     "load_gguf",
     "load_kohya",
+    "load_lora_leaves",
     "load_peft",
+    "lora_leaves",
     "peft_extras",
     "replicate_layers",
     "restore_adapter",
