@@ -193,11 +193,13 @@ def take(tree: Trainable, adapter: Adapter, masks: Masks) -> dict[str, dict[str,
       masks: which ranks are kept.
 
     Returns:
-      The tree with smaller arrays.
+      The tree with smaller arrays, without sites that keep nothing.
     """
     out: dict[str, dict[str, np.ndarray]] = {}
     for site, method in adapter.sites:
         kept = np.flatnonzero(np.asarray(masks[site.path]))
+        if not kept.size:
+            continue
         arrays = {name: np.asarray(t) for name, t in tree[site.path].items()}
         axes = method.rank_axes
         out[site.path] = {
@@ -235,8 +237,9 @@ def shrunk(record: Schedule, at: World) -> float:
     masks = _final(record, at)
     masked = record.mask(at.adapter, masks)
     small, _ = record.shrink(at.adapter, at.moments, masks)
-    slopes = take(gradients(masked), masked, masks)
-    return max(gap(deltas(small), deltas(masked)), gap(gradients(small), slopes))
+    slopes, want = take(gradients(masked), masked, masks), deltas(masked)
+    none = {p: jnp.zeros_like(d) for p, d in want.items()}  # of a site that keeps nothing
+    return max(gap(none | deltas(small), want), gap(gradients(small), slopes))
 
 
 def moments(record: Schedule, at: World) -> float:
@@ -260,6 +263,8 @@ def revive(record: Schedule, at: World) -> float:
     masked = record.mask(at.adapter, masks)
     slopes = take(gradients(masked), masked, {p: ~m for p, m in masks.items()})
     for site, method in masked.sites:
+        if site.path not in slopes:
+            continue
         sizes = [
             np.abs(np.moveaxis(t, method.rank_axes[name], 0)).reshape(t.shape[axis], -1).sum(1)
             for name, t in slopes[site.path].items()
