@@ -23,7 +23,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "torch_random", "algebra", "core", "routing", "system"},
     "inits": {"numerics", "analysis", "core", "contracts", "methods", "quantized", "system"},
-    "penalties": {"contracts", "core", "methods", "system"},
+    "penalties": {"numerics", "contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "numerics", "system"},
     "serving": {"contracts", "core", "system"},
     "generation": {"numerics", "core", "algebra", "contracts", "system"},

@@ -60,8 +60,10 @@ class Plan:
     finish: Callable[..., jl.Adapter] = _same  # (adapter, state, steps, key) -> judged
     solver: Callable[[Dynamic], optax.GradientTransformation] = optax.adam  # of a schedule
     penalty: Callable[[jl.Adapter], jax.Array] | None = None
+    on_logits: Callable[[jax.Array, jax.Array], jax.Array] | None = None  # (tuned, pre-trained)
     dense: bool = False  # whether `after` gets the gradients G of the deltas, by path
     shuffled: bool = False  # training labels in random order
+    flipped: float = 0.0  # share of training labels that are turned into the other class
     steps: int = lib.STEPS
     layers: int = 1  # upper layers of the encoder that are adapted
     rows: int = 0  # first training rows of a task that are used; 0: all
@@ -121,6 +123,9 @@ def train(plan: Plan, rate: float, seed: int, workdir: Path) -> Lanes:
         draw = np.random.default_rng([seed, 5])
         mixed = jnp.asarray(draw.permuted(np.asarray(found.label), axis=1))
         found = found._replace(label=mixed)
+    if plan.flipped:
+        wrong = np.random.default_rng([seed, 8]).random(found.label.shape) < plan.flipped
+        found = found._replace(label=jnp.where(wrong, 1 - found.label, found.label))
     adapter = fresh(plan, seed, workdir)
     data = found._replace(apply=None, names=())  # type: ignore[arg-type]
     static = found.apply, adapter.sites, plan
@@ -152,13 +157,17 @@ def _train(apply, sites, plan, found, start, frozen, rate, seed, lanes):
     count = found.index.shape[0]
     leaves = {s.path: s.path.split("/") for s, _ in sites}
 
-    def loss(one, more, state, index, label, head, step, key):
+    def loss(one, dense, state, index, label, head, step, key):
         adapter = plan.view(jl.Adapter(one, frozen, sites), state, step, key)
         heads = jnp.broadcast_to(head, (lib.BATCH, *head.shape))
-        base = _added(found.base, more, leaves)
+        base = _added(found.base, dense, leaves)
         logits = model(base, adapter, found.hidden[index], found.mask[index], heads)
         value = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
-        return value + (plan.penalty(adapter) if plan.penalty else 0.0), value
+        more = plan.penalty(adapter) if plan.penalty else 0.0
+        if plan.on_logits:
+            before = apply(found.base, found.hidden[index], found.mask[index], heads)
+            more += plan.on_logits(logits, jax.lax.stop_gradient(before))
+        return value + more, value
 
     def lane(one, state, solved, task, step):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), task), step)
