@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float
 
 from jlora import numerics
 from jlora.core.adapter import Adapter
@@ -75,7 +76,7 @@ def spectral_ranks(adapter: Adapter, params: Tree, levels: Sequence[int]) -> dic
     return {path: part.reshape(share.shape) for (path, share), part in parts}
 
 
-def concentration(w: Array, rank: int) -> Array:
+def concentration(w: Float[Array, "*stack d_in d_out"], rank: int) -> Float[Array, "*stack"]:
     """E: the share of a weight's energy in its first directions.
 
     Args:
