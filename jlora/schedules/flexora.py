@@ -137,7 +137,8 @@ def first_order(
 
 def unrolled(
     alpha: Float[Array, "layers"], adapter: Adapter, layers: Layers,
-    training: Callable[[Adapter], Float[Array, ""]], validation: Callable[[Adapter], Float[Array, ""]], rate: Dynamic,
+    training: Callable[[Adapter], Float[Array, ""]],
+    validation: Callable[[Adapter], Float[Array, ""]], rate: Dynamic,
 ) -> Float[Array, "layers"]:  # fmt: skip
     """The gradient of alpha through one step of gradient descent on training rows.
 
