@@ -61,6 +61,7 @@ TEST = [
     "qwix>=0.1.8",
     "ruff>=0.14",
     "torch==2.13.0; python_version < '3.12'",
+    "xllamacpp>=2026.10",  # llama.cpp itself
 ]
 
 setup(

@@ -21,32 +21,35 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import config as config_lib
-from experiments import pipeline, processes
+from experiments import pipeline, processes, program
 from experiments.config import STAGES
 from experiments.data.assets import AssetError
 from experiments.workdir import StageError, explain_failed_write
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
-STAGE = flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
-FAST_COMPILE = flags.DEFINE_bool(
-    "fast_compile", False, "compile in less time, run slower: for tiny runs"
-)
-CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "share the work with other processes, each started with this command on a machine that sees"
-    " the same --workdir",
-)
-COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0 (default: from the cluster's environment)"
-)
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "which process this is, from 0 (likewise)")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "how many there are (likewise)")
-config_lib.define_flags()
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags of this program."""
+    flags.DEFINE_string("workdir", "runs/cond_pdiff", "everything the run writes")
+    flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
+    flags.DEFINE_bool("fast_compile", False, "compile in less time, run slower: for tiny runs")
+    flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "share the work with other processes, each started with this command on a machine that"
+        " sees the same --workdir",
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0 (default: from the cluster's environment)"
+    )
+    flags.DEFINE_integer("process_id", None, "which process this is, from 0 (likewise)")
+    flags.DEFINE_integer("process_count", None, "how many there are (likewise)")
+    config_lib.define_flags()
 
 
 def stages() -> tuple[pipeline.Stage, ...]:
@@ -108,28 +111,28 @@ def main(argv: list[str]) -> None:
     """Entry point: flags to stages, every expected failure one clear line and exit code 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    workdir = Path(WORKDIR.value)
-    cache = Path(CACHE.value) if CACHE.value else None
+    workdir = Path(FLAGS.workdir)
+    cache = Path(FLAGS.cache) if FLAGS.cache else None
     try:
-        config = config_lib.from_flags(flags.FLAGS)
-        unknown = [s for s in STAGE.value if s not in STAGES]
-        if unknown or not STAGE.value:
+        config = config_lib.from_flags(FLAGS)
+        unknown = [s for s in FLAGS.stage if s not in STAGES]
+        if unknown or not FLAGS.stage:
             raise ValueError(
-                f"--stage={','.join(STAGE.value)}: expected some of {', '.join(STAGES)}"
+                f"--stage={','.join(FLAGS.stage)}: expected some of {', '.join(STAGES)}"
             )
         config_lib.check_folders(config)
-        users = bool(config.task_dir) and set(STAGE.value) <= {"sample", "evaluate"}
+        users = bool(config.task_dir) and set(FLAGS.stage) <= {"sample", "evaluate"}
         workdir.mkdir(parents=True, exist_ok=True)
-        compile_settings(workdir, FAST_COMPILE.value)  # before JAX starts its backend
+        compile_settings(workdir, FLAGS.fast_compile)  # before JAX starts its backend
         team = _join(users)
-        settings = dataclasses.asdict(config) | {"stage": STAGE.value, "jax": version("jax")}
+        settings = dataclasses.asdict(config) | {"stage": FLAGS.stage, "jax": version("jax")}
         processes.check(team, settings, workdir)
         command = shlex.join(["python", "-m", "experiments.cond_pdiff", *sys.argv[1:]])
         context = pipeline.Context(config, workdir, cache, team, command=command)
         if users:
             user_tasks_of(context)
             return
-        products = pipeline.run(stages(), STAGE.value, context).products
+        products = pipeline.run(stages(), FLAGS.stage, context).products
     except (StageError, AssetError, FloatingPointError) as error:
         _fail(str(error))
     except (OSError, ValueError) as error:
@@ -142,11 +145,11 @@ def main(argv: list[str]) -> None:
 def _join(users: bool) -> processes.Processes:
     """This process's place among those that share the run."""
     given = {
-        "coordinator": COORDINATOR.value,
-        "process_id": PROCESS_ID.value,
-        "process_count": PROCESS_COUNT.value,
+        "coordinator": FLAGS.coordinator,
+        "process_id": FLAGS.process_id,
+        "process_count": FLAGS.process_count,
     }
-    if DISTRIBUTED.value:
+    if FLAGS.distributed:
         if users:
             raise ValueError("distributed: got true, expected false: users' tasks take one process")
         return processes.start(*given.values())
@@ -158,12 +161,10 @@ def _join(users: bool) -> processes.Processes:
 
 def _fail(text: str) -> None:
     print(f"\nerror: {text}", file=sys.stderr, flush=True)
-    if DISTRIBUTED.value:
+    if FLAGS.distributed:
         os._exit(2)  # at exit JAX would wait for the others, which wait for this process
     sys.exit(2)
 
 
 if __name__ == "__main__":
-    # The checkpointer's INFO lines would bury the bars; -v=0 (or --verbosity=0) shows them.
-    flags.FLAGS.verbosity = logging.WARNING
-    app.run(main)
+    program.run(define_flags, main)

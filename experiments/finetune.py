@@ -14,17 +14,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import config as config_lib
+from experiments import program
 from experiments.data.assets import AssetError
 from experiments.finetuning.settings import Settings, from_flags
 from experiments.workdir import StageError, explain_failed_write
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/finetune", "everything the run writes")
-CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "state parameters, steps and memory, and end")
-config_lib.define_flags(Settings)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags of this program."""
+    flags.DEFINE_string("workdir", "runs/finetune", "everything the run writes")
+    flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+    flags.DEFINE_bool("dry_run", False, "state parameters, steps and memory, and end")
+    config_lib.define_flags(Settings)
 
 
 def main(argv: list[str]) -> None:
@@ -33,11 +39,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     from experiments.finetuning import run  # --help should not wait for JAX
 
-    workdir = Path(WORKDIR.value)
+    workdir = Path(FLAGS.workdir)
     try:
-        settings = from_flags(flags.FLAGS)
-        plan = run.plan(settings, Path(CACHE.value) if CACHE.value else None)
-        if DRY_RUN.value:
+        settings = from_flags(FLAGS)
+        plan = run.plan(settings, Path(FLAGS.cache) if FLAGS.cache else None)
+        if FLAGS.dry_run:
             print("\n".join(run.dry(plan)))
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -62,15 +68,12 @@ def console(words: list[str]) -> int:
     Args:
       words: its flags.
     """
-    logging.set_verbosity(logging.WARNING)
     try:
-        app.run(main, argv=["jlora finetune", *words])
+        program.run(define_flags, main, ["jlora finetune", *words])
     except SystemExit as error:
         return int(error.code or 0)
     return 0
 
 
 if __name__ == "__main__":
-    # The checkpointer's INFO lines would bury the bars; -v=0 (or --verbosity=0) shows them.
-    flags.FLAGS.verbosity = logging.WARNING
-    app.run(main)
+    program.run(define_flags, main)

@@ -16,22 +16,27 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from experiments import program
 from experiments.data.assets import AssetError
 from experiments.workdir import StageError, explain_failed_write
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/variants", "everything the study writes")
-CACHE = flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
-VARIANTS = flags.DEFINE_list("variants", [], "their names; none: all")
-RANKS = flags.DEFINE_list("ranks", ["2", "4", "8"], "ranks of LoRA that set the budgets")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "of starts, random bases and drawn rows")
-FACTORS = flags.DEFINE_list(
-    "factors", ["0.11", "0.33", "1", "3", "9"], "learning rates, by a variant's middle one"
-)
-STEPS = flags.DEFINE_integer("steps", 60, "optimizer steps of a run")
-BATCH = flags.DEFINE_integer("batch", 8, "rows of a step")
-TOY = flags.DEFINE_bool("toy", False, "a random encoder and made-up sentences; no download")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags of this program."""
+    flags.DEFINE_string("workdir", "runs/variants", "everything the study writes")
+    flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+    flags.DEFINE_list("variants", [], "their names; none: all")
+    flags.DEFINE_list("ranks", ["2", "4", "8"], "ranks of LoRA that set the budgets")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "of starts, random bases and drawn rows")
+    rates = ["0.11", "0.33", "1", "3", "9"]
+    flags.DEFINE_list("factors", rates, "learning rates, by a variant's middle one")
+    flags.DEFINE_integer("steps", 60, "optimizer steps of a run")
+    flags.DEFINE_integer("batch", 8, "rows of a step")
+    flags.DEFINE_bool("toy", False, "a random encoder and made-up sentences; no download")
 
 
 def main(argv: list[str]) -> None:
@@ -39,21 +44,21 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     from experiments.variant_study import cells, report  # --help should not wait for JAX
-    from experiments.variant_study.methods import VARIANTS as KNOWN
+    from experiments.variant_study.methods import VARIANTS
 
-    workdir = Path(WORKDIR.value)
+    workdir = Path(FLAGS.workdir)
     try:
         plan = cells.Plan(
-            tuple(VARIANTS.value) or tuple(KNOWN),
-            tuple(int(x) for x in RANKS.value),
-            tuple(int(x) for x in SEEDS.value),
-            tuple(float(x) for x in FACTORS.value),
-            STEPS.value,
-            BATCH.value,
+            tuple(FLAGS.variants) or tuple(VARIANTS),
+            tuple(int(x) for x in FLAGS.ranks),
+            tuple(int(x) for x in FLAGS.seeds),
+            tuple(float(x) for x in FLAGS.factors),
+            FLAGS.steps,
+            FLAGS.batch,
         )
         plan.check()
         workdir.mkdir(parents=True, exist_ok=True)
-        world = cells.world(workdir, Path(CACHE.value) if CACHE.value else None, toy=TOY.value)
+        world = cells.world(workdir, Path(FLAGS.cache) if FLAGS.cache else None, toy=FLAGS.toy)
         made = cells.sweep(world, plan, workdir)
         found = report.summarise(made, world.names("seen"))
         found["command"] = shlex.join(["python", "-m", "experiments.variants", *sys.argv[1:]])
@@ -75,6 +80,4 @@ def _fail(text: str) -> None:
 
 
 if __name__ == "__main__":
-    # The checkpointer's INFO lines would bury the bar; -v=0 (or --verbosity=0) shows them.
-    flags.FLAGS.verbosity = logging.WARNING
-    app.run(main)
+    program.run(define_flags, main)

@@ -10,7 +10,8 @@ import pytest
 
 from jlora.io import safetensors_file
 
-QUICKSTART = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+FOLDER = Path(__file__).parents[1] / "notebooks"
+QUICKSTART, FINETUNE = FOLDER / "quickstart.ipynb", FOLDER / "finetune_tpu.ipynb"
 CHECKS = """
 import json
 assert sum(losses[-5:]) < 0.5 * sum(losses[:5]), losses
@@ -22,9 +23,9 @@ print(json.dumps({"pretrained": pretrained, "scores": scores}))
 """
 
 
-def run(folder, more=CHECKS, **env):
+def run(folder, more=CHECKS, path=QUICKSTART, **env):
     """Executes a copy in `folder`, `more` as a last cell; returns what that cell printed."""
-    notebook = nbformat.read(QUICKSTART, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not kept"
     notebook.cells.append(nbformat.v4.new_code_cell(more))
     client = nbclient.NotebookClient(
@@ -46,6 +47,15 @@ def test_quickstart_without_internet(tmp_path):
     said = run(tmp_path, **nowhere)
     assert '"pretrained": false' in said, said
     check_export(tmp_path)
+
+
+def test_finetune_without_internet(tmp_path):
+    """A small random Llama: its loss falls, and what it learned is a file for llama.cpp."""
+    more = "print(report['before']['loss'] - report['after']['loss'], losses[0] - losses[-1])"
+    nowhere = {"JLORA_ASSETS": str(tmp_path / "none"), "JLORA_CACHE": str(tmp_path / "cache")}
+    fell = [float(x) for x in run(tmp_path, more, FINETUNE, **nowhere).split()]
+    assert min(fell) > 0, fell
+    assert (tmp_path / "finetune_run" / "adapter.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_quickstart(tmp_path):

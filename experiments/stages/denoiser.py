@@ -14,12 +14,13 @@ import numpy as np
 from experiments.config import Config
 from experiments.pipeline import Context, Done, Piece, Stage
 from experiments.progress import Progress
-from experiments.stages import codec, conditions, generator, pdiff, prior, train_loop
+from experiments.stages import codec, conditions, generator, pdiff, train_loop
 from experiments.stages.codec import Encoded
 from experiments.stages.world import World
 from experiments.workdir import load_tree, save_tree, write_json
 from jlora.generation.baselines import ridge
 from jlora.generation.diffusion import dit, ema
+from jlora.generation.generators import prior
 
 PyTree = Any
 

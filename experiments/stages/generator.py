@@ -26,10 +26,11 @@ import optax
 
 import jlora as jl
 from experiments.config import Config
-from experiments.stages import codec, conditions, prior
+from experiments.stages import codec, conditions
 from experiments.stages.world import World, classifier
 from jlora.generation.baselines import ridge
 from jlora.generation.diffusion import dispersive, dit, ema, loss, paths, predict
+from jlora.generation.generators import prior
 
 PyTree = Any
 

@@ -143,16 +143,16 @@ def modules_of(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The modules of an adapter's file, by the file's own names.
 
     Args:
-      path: of an adapter in any format but Orbax.
+      path: of an adapter in any format but Orbax and GGUF.
 
     Returns:
       Module -> suffix -> shape.
 
     Raises:
-      FormatError: not an adapter, or an Orbax checkpoint.
+      FormatError: not an adapter, or of another format.
     """
-    if files.detect(path) == "orbax":
-        raise FormatError(path, "got an Orbax checkpoint, which has the paths of its own sites")
+    if (kind := files.detect(path)) in ("orbax", "gguf"):
+        raise FormatError(path, f"got {kind}, expected a format with the names of torch modules")
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, (shape, _) in header(path / WEIGHTS if path.is_dir() else path).items():
         match = ENDS.fullmatch(key.removeprefix(ROOT))

@@ -1,9 +1,11 @@
 """Adapter files of any format, for commands: which format it is, reading, writing.
 
-Four formats: ``peft`` (a directory), ``orbax`` (a checkpoint directory of an adapter or a bank),
-``kohya`` and ``diffusers`` (one safetensors file each). Reading an adapter needs the sites of its
-model. They come from, in this order: an Orbax checkpoint that holds them (`like`), the Hugging Face
-directory of the base model, or the shapes of the LoRA factors in the file itself.
+Six formats: ``peft`` (a directory), ``orbax`` (a checkpoint directory of an adapter or a bank),
+``kohya`` and ``diffusers`` (one safetensors file each), ``gguf`` (one file for llama.cpp),
+``leaves`` (parameters of a JAX package that hold its own LoRA: a checkpoint or a safetensors file).
+Reading an adapter needs the sites of its model. They come from, in this order: an adapter or a tree
+of parameters that has them (`like`), the Hugging Face directory of the base model, or the shapes of
+the LoRA factors in the file itself.
 """
 
 import contextlib
@@ -12,10 +14,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora import io
+from jlora.cli import leaves
 from jlora.cli.merge import documents
 from jlora.cli.merge import read as merge_read
 from jlora.cli.merge.base import Base
@@ -23,13 +27,17 @@ from jlora.cli.merge.config import NAMES, PLAIN
 from jlora.cli.merge.layout import site_of
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
-from jlora.io import FormatError, NameMap
+from jlora.io import FormatError, GgufBase, NameMap
+from jlora.io.gguf.base import TABLE, modules, tensor_names
+from jlora.io.gguf.files import shapes
+from jlora.io.gguf.reader import is_gguf
+from jlora.io.lora_leaves import PACKAGES, is_leaf
 from jlora.io.peft import config as peft_config
 from jlora.io.peft.directory import CONFIG
 from jlora.io.safetensors_file import header
 from jlora.types import Dynamic
 
-Format = Literal["peft", "orbax", "kohya", "diffusers"]
+Format = Literal["peft", "orbax", "kohya", "diffusers", "gguf", "leaves"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 PREFIXES = (
     "lora_unet",
@@ -57,10 +65,16 @@ def detect(path: Path) -> Format:
       FormatError: there is nothing, or nothing that is known.
     """
     if path.is_dir():
-        return "peft" if (path / CONFIG).is_file() else "orbax"
+        if (path / CONFIG).is_file():
+            return "peft"
+        return "leaves" if leaves.is_tree(path) else "orbax"
     if not path.is_file():
         raise FormatError(path, "no such file or directory")
+    if is_gguf(path):
+        return "gguf"
     keys = list(header(path))
+    if any("/" in key and is_leaf(key) for key in keys):
+        return "leaves"
     if any(key.endswith((KOHYA_DOWN, ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")) for key in keys):
         return "kohya"
     if any(key.endswith(DIFFUSERS_DOWN) for key in keys):
@@ -73,16 +87,16 @@ def start_of(path: Path, kind: Format, given: str | None) -> str:
 
     Args:
       path: the file.
-      kind: its format; "" is returned for directories.
+      kind: its format.
       given: what the user wants, or None: the only one in the file.
 
     Returns:
-      The prefix or component; "" for directories.
+      The prefix or component; "" for formats without one.
 
     Raises:
       FormatError: nothing is given and the file holds several, which are named.
     """
-    if given is not None or kind in ("peft", "orbax"):
+    if given is not None or kind in ("peft", "orbax", "gguf", "leaves"):
         return given or ""
     heads = [name.partition(".")[0] for name in header(path)]
     if kind == "kohya":
@@ -155,14 +169,44 @@ def inferred(path: Path, kind: Format, start: str) -> list[Site]:
     return sites
 
 
+def inferred_gguf(path: Path, names: NameMap, base: GgufBase | None) -> list[Site]:
+    """The sites of a llama.cpp adapter, by the shapes of its factors; float32.
+
+    Args:
+      path: the file.
+      names: from the paths of the sites to torch modules.
+      base: of the adapter; None: sites are called as llama.cpp calls them.
+
+    Returns:
+      One site per module.
+
+    Raises:
+      FormatError: not such a file.
+    """
+    there = (
+        {name: module for module, name in tensor_names(path, base, modules(base)).items()}
+        if base
+        else {}
+    )
+    prefix = names.prefix
+    return [
+        site_of(
+            there.get(name, name).removeprefix(prefix), shape, jnp.dtype("float32"), name == TABLE
+        )
+        for name, shape in shapes(path).items()
+    ]
+
+
 def read(
     path: Path,
     kind: Format,
     names: NameMap,
     *,
     base: Base | None = None,
-    like: Adapter | None = None,
+    like: Adapter | Mapping[str, jax.ShapeDtypeStruct] | None = None,
     start: str = "",
+    gguf: GgufBase | None = None,
+    alpha: float | None = None,
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     """An adapter, and the weights of the base model that its file brings along.
 
@@ -171,8 +215,10 @@ def read(
       kind: its format.
       names: from the paths of the sites to torch modules; not used for Orbax.
       base: the base model, whose modules are the sites.
-      like: an adapter whose sites are those of the model.
+      like: an adapter whose sites are those of the model, or the forms of its parameters by path.
       start: the module prefix of a kohya file, or the component of a diffusers file.
+      gguf: the base of a llama.cpp file; None: its modules keep llama.cpp's names.
+      alpha: of qwix's rule, for leaves; None for everything else.
 
     Returns:
       the adapter, and ``{"classifier.weight": [out, in], ...}`` (PEFT's extras; empty for most).
@@ -182,10 +228,14 @@ def read(
     """
     if kind == "orbax":
         return io.restore_adapter(path), {}
+    if kind == "leaves":
+        return leaves.read(path, names, alpha), {}
     if like is not None:
-        where: Dynamic = [site for site, _ in like.sites]
+        where: Dynamic = [s for s, _ in like.sites] if isinstance(like, Adapter) else like
     elif base is not None:
         where = base.params()
+    elif kind == "gguf":
+        where = inferred_gguf(path, names, gguf)
     elif kind == "peft":
         where = list(merge_read.inferred(path, merge_read.factors(path, names)).values())
     else:
@@ -193,6 +243,8 @@ def read(
     if kind == "peft":
         adapter = io.load_peft(path, names, where, extras="leave")
         return adapter, io.peft_extras(path)
+    if kind == "gguf":
+        return io.load_gguf(path, names, where, gguf), {}
     if kind == "kohya":
         return io.load_kohya(path, names, where, start, others="leave"), {}
     return io.load_diffusers(path, names, where, start, others="leave"), {}
@@ -208,6 +260,8 @@ def write(
     start: str = "",
     base_model_name: str | None = None,
     task_type: str | None = None,
+    gguf: GgufBase | None = None,
+    package: str | None = None,
 ) -> None:
     """Writes an adapter.
 
@@ -218,6 +272,8 @@ def write(
       extras: weights of the base model that are written along, by torch name; PEFT only.
       base_model_name: what a PEFT directory names as its base; None: nothing.
       task_type: PEFT's task; None: none.
+      gguf: the base, which a llama.cpp file needs.
+      package: whose leaves are written, for that format.
 
     Raises:
       FormatError: the format has no words for what the adapter is, or for `extras`.
@@ -230,6 +286,14 @@ def write(
         io.save_adapter(path, adapter)
     elif kind == "kohya":
         io.save_kohya(path, adapter, names, start)
+    elif kind == "leaves":
+        if package is None:
+            raise FormatError(path, f"whose leaves? expected a package: {PACKAGES}")
+        leaves.write(path, adapter, package)
+    elif kind == "gguf":
+        if gguf is None:
+            raise FormatError(path, "llama.cpp's names depend on the base model: it is required")
+        io.save_gguf(path, adapter, names, gguf)
     else:
         io.save_diffusers(path, adapter, names, start)
 

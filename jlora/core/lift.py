@@ -201,8 +201,9 @@ def lift(
     if unread not in ("error", "allow"):
         raise ValueError(f"unread: got {unread!r}, expected 'error' or 'allow'")
 
-    def tuned(params, adapter, /, *args, ctx=None, model_kwargs=None, **kwargs):
-        adapter = _given(adapter)
+    # jax.jit names arguments by the signature: `fn` may have keywords called params and adapter
+    def tuned(params_, adapter_, /, *args, ctx=None, model_kwargs=None, **kwargs):
+        params, adapter = params_, _given(adapter_)
         kwargs = {**kwargs, **(model_kwargs or {})}
         leaves, _ = flatten(params)
         quantised = any(hasattr(v, "dequantize") for v in leaves.values())

@@ -21,10 +21,13 @@ from jlora.inits.residual import fold as fold
 from jlora.inits.residual import from_adapter as from_adapter
 from jlora.inits.residual import residual_leaves as residual_leaves
 from jlora.inits.residual import without_start as without_start
+from jlora.inits.spectral_ranks import cut as cut
+from jlora.inits.spectral_ranks import spectral_ranks as spectral_ranks
 from jlora.inits.start import from_factors as from_factors
 
 __all__ = [
     "corda",
+    "cut",
     "eva",
     "fold",
     "from_adapter",
@@ -38,5 +41,6 @@ __all__ = [
     "pissa",
     "residual_leaves",
     "slora",
+    "spectral_ranks",
     "without_start",
 ]

@@ -107,19 +107,10 @@ def int_tune(
 ) -> Adapter:
     """An adapter as of `nlora` of which the square matrix alone is trained, r^2 numbers per site.
 
-    Args:
-      fn: (params, *batch) -> anything; a batch that is no tuple is one argument.
-      params: the parameters; they are read and left alone.
-      batches: of which the first one shows the shapes.
-      methods: {regex on paths, or "all-linear": LoRA}, as of `jl.init`: rank and alpha count.
-      middle: "raw" or "pinv".
-      residual: subtract the start from the weight.
+    Args and Raises are those of `nlora`.
 
     Returns:
       Of `LoRAXS` at every site, in a `Residual` where the start is subtracted.
-
-    Raises:
-      ValueError: as `nlora`.
     """
     plain, _ = fresh(fn, params, batches, methods, lambda method: method)
     adapter = with_core(plain, Residual if residual else lambda method: method)

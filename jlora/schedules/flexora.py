@@ -119,8 +119,8 @@ def weighted(adapter: Adapter, alpha: Float[Array, "layers"], layers: Layers) ->
 
 def first_order(
     alpha: Float[Array, "layers"], adapter: Adapter, layers: Layers,
-    validation: Callable[[Adapter], Array],
-) -> Array:  # fmt: skip
+    validation: Callable[[Adapter], Float[Array, ""]],
+) -> Float[Array, "layers"]:  # fmt: skip
     """The gradient of alpha at the adapter as it is.
 
     Args:
@@ -137,8 +137,9 @@ def first_order(
 
 def unrolled(
     alpha: Float[Array, "layers"], adapter: Adapter, layers: Layers,
-    training: Callable[[Adapter], Array], validation: Callable[[Adapter], Array], rate: Dynamic,
-) -> Array:  # fmt: skip
+    training: Callable[[Adapter], Float[Array, ""]],
+    validation: Callable[[Adapter], Float[Array, ""]], rate: Dynamic,
+) -> Float[Array, "layers"]:  # fmt: skip
     """The gradient of alpha through one step of gradient descent on training rows.
 
     Args:

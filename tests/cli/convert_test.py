@@ -8,11 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
 import jlora as jl
-from jlora.cli import convert, files
+from jlora.cli import convert, files, inspect
 
 ROOT = Path(__file__).parents[2] / "third_party"
 LLAMA = ROOT / "peft" / "llama"
@@ -65,6 +66,51 @@ def test_through_every_format_that_can_say_it_and_back(tmp_path, name):
         if name != "lokr":  # kohya has no alpha for it: the scale is folded into an array
             assert all(np.array_equal(got[k], expected[k]) for k in expected)
         assert_same_deltas(at, LLAMA / name)
+
+
+def test_for_llama_cpp_and_back(tmp_path, capsys):
+    """Bit for bit with the same rank and alpha; `inspect` reads the file without a base."""
+    pytest.importorskip("gguf", reason="gguf is an extra")
+    base, file = LLAMA / "base", tmp_path / "lora.gguf"
+    run(LLAMA / "lora", file, "--to", "gguf", "--base", base)
+    run(file, tmp_path / "back", "--to", "peft", "--base", base)
+    got, expected = load_file(tmp_path / "back" / WEIGHTS), load_file(LLAMA / "lora" / WEIGHTS)
+    chex.assert_trees_all_equal(got, expected)
+    old, new = (json.loads((at / "adapter_config.json").read_text())
+                for at in (LLAMA / "lora", tmp_path / "back"))  # fmt: skip
+    assert (new["r"], new["lora_alpha"]) == (old["r"], old["lora_alpha"])
+    capsys.readouterr()
+    assert inspect.main([str(file)]) == 0
+    assert "blk.0.attn_q" in capsys.readouterr().out
+    run(LLAMA / "lora", tmp_path / "none.gguf", "--to", "gguf", status=2)
+    assert "--base is needed" in capsys.readouterr().err
+
+
+def test_the_lora_of_a_jax_package_and_back(tmp_path, capsys):
+    """Tunix's own leaves, as an Orbax checkpoint, to PEFT and back: rank and alpha kept."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (8, 2, 4), "w_lora_a": (8, 3), "w_lora_b": (3, 2, 4)}
+    proj = {k: rng.normal(size=s).astype("f4") for k, s in shapes.items()}
+    tree = {"layers": {"0": {"attn": {"q_proj": proj}}}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "tunix", tree)
+    run(tmp_path / "tunix", tmp_path / "peft", "--to", "peft", "--names", "tunix", "--alpha", 6)
+    got = load_file(tmp_path / "peft" / WEIGHTS)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+    start = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    np.testing.assert_array_equal(got[start + "A.weight"], proj["w_lora_a"].T)
+    np.testing.assert_array_equal(got[start + "B.weight"], proj["w_lora_b"].reshape(3, 8).T)
+    run(tmp_path / "peft", tmp_path / "back.safetensors", "--to", "leaves", "--names", "tunix",
+        "--like", tmp_path / "tunix", "--package", "qwix")  # fmt: skip
+    back = load_file(tmp_path / "back.safetensors")
+    for name in ("w_lora_a", "w_lora_b"):
+        np.testing.assert_array_equal(back[f"layers/0/attn/q_proj/{name}"], proj[name])
+    run(tmp_path / "back.safetensors", tmp_path / "again", "--to", "peft", "--names", "tunix")
+    chex.assert_trees_all_equal(load_file(tmp_path / "again" / WEIGHTS), got)
+    capsys.readouterr()
+    run(tmp_path / "tunix", tmp_path / "x", "--to", "peft", "--names", "tunix", status=2)
+    assert "that of qwix's LoraRule" in capsys.readouterr().err
 
 
 def test_configuration_is_carried_over_and_can_be_given(tmp_path):

@@ -23,7 +23,8 @@ def at():
 
 
 def test_the_generators_of_the_registry_are_tried():
-    assert {"Mean adapter", "Kernel ridge from condition to adapter"} <= RECORDS.keys()
+    names = ("Mean adapter", "Kernel ridge from condition to adapter")
+    assert {*names, "Conditional flow over adapters"} <= RECORDS.keys()
 
 
 @pytest.mark.parametrize(("name", "law"), TRIALS)

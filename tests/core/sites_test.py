@@ -161,6 +161,8 @@ def test_keywords_of_the_model_may_have_any_name():
         jax.random.key(0), fn, params, x, methods={"w": jl.LoRA(2)}, model_kwargs=rest, **own
     )
     y = jl.lift(fn)(params, adapter, x, model_kwargs=rest, **own)
+    jitted = jax.jit(jl.lift(fn))(params, adapter, x, model_kwargs=rest, **own)
+    np.testing.assert_allclose(jitted, y, rtol=1e-6)
     np.testing.assert_allclose(y, fn(params, x, **own, **rest))
     np.testing.assert_allclose(jl.lift(fn)(params, {}, x, model_kwargs=rest, **own), y)
 

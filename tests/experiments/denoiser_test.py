@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.pipeline import Context
-from experiments.stages import codec, conditions, denoiser, prior
+from experiments.stages import codec, conditions, denoiser
+from jlora.generation.generators import prior
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Our generator's losses and the tokens they live on, in process and tiny."""
 
 import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,19 @@ import pytest
 import jlora as jl
 from experiments.config import Config
 from experiments.progress import Progress
-from experiments.stages import codec, conditions, generator, world, zoo, zoo_training
+from experiments.stages import (
+    codec,
+    conditions,
+    denoiser,
+    generator,
+    sample,
+    world,
+    zoo,
+    zoo_training,
+)  # fmt: skip
+from jlora.contracts import generator as contract
 from jlora.generation.diffusion import dit
+from jlora.generation.tokens import site_tokens
 
 SMALL = Config(
     base="tiny", tasks="toy", layers=1, max_length=8, train_texts=20, eval_rows=10, examples=2,
@@ -91,3 +105,88 @@ def test_the_progress_bar_writes_curves(tmp_path):
         bar.step(2, loss=1.0)
         bar.curve(2, {"loss": 1.0})
     assert list((tmp_path / "tensorboard" / "zoo").glob("events*"))
+
+
+# --- the laws of generators (tests/contracts/generator_test.py) -----------------------------------
+
+
+class Apart(NamedTuple):
+    """What is not traced."""
+
+    encoded: codec.Encoded
+    ask: Callable  # jitted sampler
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The generator of the stages, its network before training but not at zero."""
+
+    params: dict
+    fixed: generator.Fixed
+    apart: Apart = dataclasses.field(metadata={"static": True})
+
+
+def fit(key, raw, tasks, bank):
+    """Codec, prior and scales of a bank by the functions of the stages; a condition is [4, 1]."""
+    config = dataclasses.replace(SMALL, latent=4, sample_steps=2, task_pool="zoo")
+    template, names = bank[0], tuple("abcd")
+    spec = site_tokens.from_adapter(template)
+    x = np.asarray(codec._tokens(spec, config.canonical, template, None, bank.trainable))
+    encoded = codec.Encoded(spec, template, None, names, x, np.asarray(tasks), np.arange(len(x)),
+                            {}, {"generator": "pca"})  # fmt: skip
+    norm = codec._normaliser(encoded, "generator")
+    _, settings = codec.codec_config(config, "generator", len(x))
+    rows = codec._normalised(encoded, norm, "generator")
+    state, _ = codec.codec.by_name("pca").fit(key, rows, settings)
+    encoded = encoded._replace(fitted={"generator": codec.Fitted(norm, state)})
+    soups = np.asarray(raw).reshape(4, 2, 4, 1).mean(1)
+    data = SimpleNamespace(config=config, pool=(), **dict.fromkeys(
+        ("embedding", "upper", "hidden", "mask"), 0.0))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditions, "canonical", lambda world, names: soups)
+        patch.setattr(conditions, "table", lambda world, names: None)
+        fixed, choice = denoiser.fixed_parts(data, encoded)
+    params = dit.init(generator.network(config), key, fixed.residual.shape[1:], (4, 1))
+    params = jax.tree.map(lambda t: t + 0.02, params)
+    trained = denoiser.Trained(params, fixed, choice.kernel, choice, {}, jnp.zeros(()))
+    ask = sample.generator_sampler(config, encoded, trained, "euler", 2)
+    return Fitted(params, fixed._replace(table=jnp.zeros(())), Apart(encoded, ask))
+
+
+def generate(key, state, condition):
+    cond = conditions.scaled(state.fixed.stats, condition.reshape(4, 1))
+    given = key[None], cond[None], jnp.zeros(1, bool)
+    tokens = state.apart.ask(state.params, state.fixed, *given)[0]
+    return sample.adapter_of(state.apart.encoded, tokens)
+
+
+STAGES = contract.Generator(
+    name="the stages", paper="-", symbol="-", evidence="-", fit=fit, generate=generate
+)
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return contract.world(jl.LoRA(2, freeze_a=True))
+
+
+@pytest.fixture(scope="module")
+def stages(bank):
+    """The record; all laws but "same" measure one fit."""
+    state = fit(jax.random.key(0), bank.conditions, bank.groups, bank.bank)
+    return dataclasses.replace(STAGES, fit=lambda *given: state)
+
+
+@pytest.mark.parametrize("law", ["same", "batch", "valid", "conditioned", "jit"])
+def test_the_generator_of_the_stages_obeys(law, stages, bank):
+    """All laws but "refused": stages are asked for tasks by name."""
+    assert contract.error(law, STAGES if law == "same" else stages, bank) <= 2e-5
+
+
+def test_mutation_a_generator_of_the_stages_that_is_deaf_is_seen(stages, bank):
+    wrong = dataclasses.replace(stages, generate=lambda key, state, c: generate(key, state, 0 * c))
+    assert contract.error("conditioned", wrong, bank) == float("inf")

@@ -56,6 +56,20 @@ SPAN = [0, LAYERS]
 LORAS = [{"model": f"base+lora_{k}", "parameters": {"weight": w, "density": 0.5}}
          for k, w in (("a", 0.7), ("b", 0.4))]  # fmt: skip
 HALF = {"weight": (0.5, 0.3, 0.4), "density": (0.5, 0.7, 0.3)}
+
+
+def sliced(method: str, *slices: Any, base: str | None = None, **more: Any) -> dict[str, Any]:
+    """Slices, each of sources (model, first layer, stop, parameters)."""
+
+    def source(model: str, start: int, stop: int, **parameters: Any) -> dict[str, Any]:
+        named = {"parameters": parameters} if parameters else {}
+        return {"model": model, "layer_range": [start, stop], **named}
+
+    named = {"base_model": base} if base else {}
+    made = [{"sources": [source(*s[:3], **(s[3] if s[3:] else {})) for s in one]} for one in slices]
+    return {"slices": made, "merge_method": method, **named, **more}
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "ties": merge("ties", three(
         density=([1, 0.7, 0.1], 0.5, 0.33),
@@ -98,6 +112,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         ],
         "merge_method": "linear",
     },
+    # layers that move: a model of other layers, of more than one model, and of fewer
+    "moved": sliced("passthrough", [("a", 0, 2)], [("b", 1, 3, {"scale": 0.5})], [("a", 2, 3)]),
+    "moved_fewer": sliced("passthrough", [("a", 0, 1)], [("a", 2, 3)], dtype="bfloat16"),
+    "moved_linear": sliced(
+        "linear", [("a", 0, 2, {"weight": [0.2, 0.6]}), ("b", 1, 3, {"weight": 0.8})],
+        [("c", 1, 2, {"weight": 1.0}), ("a", 0, 1, {"weight": 2.0})],
+    ),
+    "moved_slerp": sliced("slerp", [("a", 0, 2), ("b", 0, 2)], [("a", 1, 3), ("c", 0, 2)], base="a",
+                          parameters={"t": [0.2, 0.9]}),
+    "moved_ties": sliced(
+        "ties", [("base", 0, 1), ("a", 0, 1), ("b", 0, 1)],
+        [("base", 0, 2), ("a", 1, 3), ("c", 0, 2)],
+        base="base", parameters={"weight": 0.5, "density": 0.6},
+    ),
     "nuslerp": merge("nuslerp", three(weight=(0.4, 0.9, 0))[:2]),
     "nuslerp_rows": merge("nuslerp", [{"model": "a", "parameters": {"weight": 1}},
                                       {"model": "other", "parameters": {"weight": 2}}], None,

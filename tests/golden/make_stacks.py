@@ -5,6 +5,9 @@ Run by a developer where the package is installed (`pip install -e '.[stacks]'`,
 
     python tests/golden/make_stacks.py tunix-llama3 gemma ...
 
+With ``--lora`` the packages' own LoRA is applied instead; what it adds to the tree, and the logits,
+go to tests/golden/stacks_lora/NAME.json (in its environment, with KERAS_BACKEND=jax).
+
 It writes tests/golden/stacks/NAME.json: versions, the config of the same model in transformers,
 the tree of the tiny model, and its logits with weights that are drawn by their paths (`weight`), as
 they are and with a LoRA adapter that is drawn by torch's module names (`factors`).
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FOLDER = Path(__file__).parent / "stacks"
+LORA = Path(__file__).parent / "stacks_lora"
 IDS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]]
 RANK, ALPHA = 2, 3.0
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -57,7 +61,7 @@ def _nnx(model: Any, call: Callable) -> tuple[Callable, Any]:
     return lambda params, ids: call(nnx.merge(graph, params), ids), state
 
 
-def _tunix(kind: str) -> Callable[[], tuple[Callable, Any]]:
+def _tunix(kind: str, wrap: Callable = lambda model, *inputs: model):
     def build():
         import importlib
 
@@ -76,18 +80,19 @@ def _tunix(kind: str) -> Callable[[], tuple[Callable, Any]]:
         cls = {"llama3": "Llama3", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}[kind]
         model = getattr(module, cls)(config, rngs=nnx.Rngs(0))
 
-        def call(model, ids):
+        def inputs(ids):
             b, t = ids.shape
             positions = jnp.broadcast_to(jnp.arange(t), (b, t))
             mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
-            return model(ids, positions, None, mask)[0]
+            return ids, positions, None, mask
 
-        return _nnx(model, call)
+        model = wrap(model, *inputs(jnp.asarray(IDS)))
+        return _nnx(model, lambda model, ids: model(*inputs(ids))[0])
 
     return build
 
 
-def _gemma():
+def _gemma(wrap: Callable = lambda model: model):
     import jax
     import jax.numpy as jnp
     from gemma.gm.nn import _config, _modules, _transformer
@@ -99,12 +104,12 @@ def _gemma():
         attention_types=(local, far), sliding_window_size=3, transpose_gating_einsum=True,
         use_qk_norm=True, local_base_frequency=10_000, global_base_frequency=1_000_000,
     )  # fmt: skip
-    model = _transformer.Transformer(config=config, dtype=jnp.float32)
+    model = wrap(_transformer.Transformer(config=config, dtype=jnp.float32))
     params = model.init(jax.random.key(0), jnp.asarray(IDS))["params"]
     return lambda params, ids: model.apply({"params": params}, ids).logits, params
 
 
-def _keras(kind: str) -> Callable[[], tuple[Callable, Any]]:
+def _keras(kind: str, rank: int = 0) -> Callable[[], tuple[Callable, Any]]:
     def build():
         import os
 
@@ -118,12 +123,15 @@ def _keras(kind: str) -> Callable[[], tuple[Callable, Any]]:
             net = keras_hub.models.LlamaBackbone(**sizes, intermediate_dim=20)
         else:
             net = keras_hub.models.GemmaBackbone(**sizes, head_dim=6, intermediate_dim=40)
-        params = {v.path: v.value for v in net.trainable_variables}
-        places = [v.path for v in net.trainable_variables]
+        if rank:
+            net.enable_lora(rank)
+            net.trainable = True
+        parts = net.trainable_variables, net.non_trainable_variables  # LoRA freezes the kernels
+        params = {v.path: v.value for part in parts for v in part}
 
         def fn(params, ids):
             inputs = {"token_ids": ids, "padding_mask": jnp.ones_like(ids)}
-            x, _ = net.stateless_call([params[p] for p in places], [], inputs)
+            x, _ = net.stateless_call(*([params[v.path] for v in part] for part in parts), inputs)
             table = params.get("token_embedding/reverse_embeddings")
             return x @ (params["token_embedding/embeddings"].T if table is None else table)
 
@@ -181,6 +189,30 @@ STACKS = {
 }  # fmt: skip
 
 
+def _gemma_lora(model):
+    import jax.numpy as jnp
+    from gemma import gm
+
+    return gm.nn.LoRA(rank=RANK, model=model, dtype=jnp.float32)
+
+
+def _qwix_lora(model, *inputs):
+    import qwix
+    from flax import nnx
+
+    provider = qwix.LoraProvider(module_path=".*(_proj|_einsum)", rank=RANK, alpha=ALPHA)
+    return qwix.apply_lora_to_model(model, provider, *inputs, rngs=nnx.Rngs(0))
+
+
+WITH_LORA = {  # the packages' own
+    "tunix-llama3": _tunix("llama3", _qwix_lora),
+    "tunix-gemma3": _tunix("gemma3", _qwix_lora),
+    "gemma": lambda: _gemma(_gemma_lora),
+    "keras-llama": _keras("llama", RANK),
+    "keras-gemma": _keras("gemma", RANK),
+}
+
+
 OPTIONS = {"keras-gemma": {"post_norms": False}}  # of the name map
 
 
@@ -198,8 +230,29 @@ def filled(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(fill, params)
 
 
+def main_lora(wanted: list[str]) -> None:
+    """The leaves that the packages' own LoRA adds, and the logits with it."""
+    import jax
+    import jax.numpy as jnp
+
+    from jlora.core.lift import flatten
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    for name in wanted or WITH_LORA:
+        fn, params = WITH_LORA[name]()
+        params = filled(params)
+        tree = {k: [str(v.dtype), *v.shape] for k, v in sorted(flatten(params)[0].items())
+                if "lora" in k.lower()}  # fmt: skip
+        logits = np.asarray(fn(params, jnp.asarray(IDS)), np.float64).round(6).tolist()
+        packages = (*STACKS[name].packages, *(("qwix",) if name.startswith("tunix") else ()))
+        versions = {p: importlib.metadata.version(p) for p in packages}
+        LORA.mkdir(exist_ok=True)
+        rows = {"versions": versions, "tree": tree, "logits": logits}
+        text = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
+        (LORA / f"{name}.json").write_text("{\n" + text + "\n}\n", encoding="utf-8")
+
+
 def main(wanted: list[str]) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     import tempfile
 
     import jax
@@ -243,4 +296,6 @@ def main(wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    names = sys.argv[1:]
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    main_lora(names[1:]) if names[:1] == ["--lora"] else main(names)

@@ -25,7 +25,8 @@ from jlora.cli.merge import layout, read, write
 from jlora.cli.merge.base import INDEX, SINGLE, Base
 from jlora.cli.merge.config import Config
 from jlora.cli.merge.mergekit import Method
-from jlora.cli.merge.values import ConfigError
+from jlora.cli.merge.moved import Moved, Part
+from jlora.cli.merge.values import LAYER, ConfigError
 from jlora.io import FormatError, safetensors_file, whole_file
 from jlora.io.json_file import parse_json
 from jlora.merging.engine.inputs import Gathered, gather
@@ -191,15 +192,19 @@ def inputs(config: Config, method: Method, base: Base | None) -> Inputs:
         table = write.changed(base, given.sites, config.names)
     models: list[Base | int] = []
     listed: list[int | None] = []
+    base, opened = _opened(config, method, base)
     for k, (model, f) in enumerate(zip(config.models, full, strict=True)):
-        is_base = f and base is not None and model.path.resolve() == base.folder.resolve()
+        is_base = f and base is not None and (
+            opened[k] is base if opened else model.path.resolve() == base.folder.resolve()
+        )  # fmt: skip
         if is_base and method.base != "input":
             continue
         at = sum(not x for x in full[:k])
-        models.append(at if not f else base if is_base and base is not None else Base(model.path))
+        checkpoint = base if is_base else opened[k] if opened else None
+        models.append(at if not f else checkpoint or Base(model.path))
         listed.append(k)
     if method.base == "input" and base is not None and config.base_given and base not in models:
-        if method.name == "karcher" or "weight" in config.parameters:
+        if not config.slices and (method.name == "karcher" or "weight" in config.parameters):
             models.append(base)  # as mergekit does
             listed.append(None)
         elif any(full):
@@ -222,6 +227,52 @@ def inputs(config: Config, method: Method, base: Base | None) -> Inputs:
     return Inputs(donor, own, tuple(models), tuple(listed), given, table, config.dtype, space)
 
 
+def _opened(config: Config, method: Method, base: Base | None) -> tuple[Base | None, list[Moved]]:
+    """The base, and the models put together from the layers of slices; [] where no layer moves.
+
+    Raises ConfigError for adapters, and for a base that is not the same source of every slice.
+    """
+    if not config.slices:
+        return base, []
+    found: dict[Path, Base] = {}
+    for path in dict.fromkeys(m.path for part in config.slices for m in part.sources):
+        if is_checkpoint(path):
+            found[path] = Base(path)
+    first = found.get(config.models[0].path)
+    stays = all(part.stays(config.models) for part in config.slices)
+    if stays and (first is None or _layers(first) == config.slices[-1].stop):
+        return base, []
+    others = [m.path for part in config.slices for m in part.sources if m.path not in found]
+    if others:
+        raise ConfigError(f"slices: got {others[0]}, expected checkpoints: layers of adapters stay "
+                          "where they are, all of the model")  # fmt: skip
+    settings = base or first
+    assert settings is not None
+    cast = bool(config.dtype or config.out.dtype)
+    opened, bases = [], []
+    for n in range(len(config.models)):
+        parts = [
+            Part(found[part.sources[n].path], part.starts[n],
+                 part.starts[n] + part.stop - part.start)
+            for part in config.slices
+        ]  # fmt: skip
+        opened.append(Moved(parts, settings, cast))
+        if base is not None:
+            paths = {part.model.folder.resolve() for part in parts}
+            bases += [opened[n]] if paths == {base.folder.resolve()} else []
+    if method.base == "input":  # it gives its configuration and tokenizer alone
+        return bases[0] if bases else None, opened
+    if base is not None and not bases:
+        raise ConfigError(f"base_model: got {base.folder}, expected it at the same place of the "
+                          "sources of every slice: layers are compared with those")  # fmt: skip
+    return (bases[0] if bases else None), opened
+
+
+def _layers(model: Base) -> int:
+    found = [LAYER.search(name) for name in model.shapes]
+    return max((int(layer[1]) + 1 for layer in found if layer), default=0)
+
+
 def check_tokenizers(config: Config, donor: Base) -> None:
     """Refuses models whose vocabularies differ, where `tokenizer_source` is given.
 
@@ -234,7 +285,7 @@ def check_tokenizers(config: Config, donor: Base) -> None:
     """
     if config.tokenizer is None:
         return
-    others = [m.path for m in config.models]
+    others = config.paths()
     others += [config.tokenizer] if isinstance(config.tokenizer, Path) else []
     for folder in others:
         for file in VOCABULARIES:

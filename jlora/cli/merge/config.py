@@ -32,15 +32,16 @@ one of them `out.format` is merged by default. Of its other keys these are read:
     dtype: bfloat16                    # inputs are cast to it; the result's too, without out_dtype
     out_dtype: float32                 # the same as out.dtype
     tokenizer_source: base             # or union, or a model: where all tokenizers are equal
-    slices:                            # instead of models: layers that stay where they are
-      - sources: [{model: a, layer_range: [0, 32]}, {model: b, layer_range: [0, 32]}]
+    slices:                            # instead of models: consecutive layers of the result,
+      - sources: [{model: a, layer_range: [0, 24]}]     # from any layers of any checkpoints
+      - sources: [{model: b, layer_range: [20, 40]}]
 
 `weight` of no model means 1/N each. `normalize` is a switch of mergekit's methods, as there; of
 the others it divides the weights of a site by their sum.
 
 Reference: mergekit's format (0.1.5).
-Deviates: layers that move (frankenmerges), `modules`, `chat_template` and tokenizers that differ
-are refused by name; a gradient needs two layers to have an end.
+Deviates: `modules`, `chat_template` and tokenizers that differ are refused by name; a gradient
+needs two layers to have an end; all slices have as many sources.
 """
 
 import dataclasses
@@ -78,12 +79,26 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Consecutive layers with parameters of their own."""
+    """Consecutive layers of the result, with parameters of their own."""
 
     start: int
     stop: int
     parameters: Mapping[str, Json]
-    sources: tuple[Mapping[str, Json], ...]  # parameters of every model
+    sources: tuple[Model, ...]  # whose layers they are made of
+    starts: tuple[int, ...]  # the first of them in each source
+
+    def stays(self, models: tuple[Model, ...]) -> bool:
+        """Whether these are the same layers of `models`.
+
+        Args:
+          models: of the merge.
+
+        Returns:
+          False where a source is another model, or its layers have other numbers there.
+        """
+        paths = [(m.path, m.base) for m in self.sources]
+        same = paths == [(m.path, m.base) for m in models]
+        return same and set(self.starts) == {self.start}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +127,12 @@ class Config:
     dtype: str | None = None  # the inputs are cast to it
     tokenizer: str | Path | None = None  # "base", "union" or a model
     slices: tuple[Slice, ...] = ()
+
+    def paths(self) -> list[Path]:
+        """Returns all models that are read, and the base."""
+        models = [*self.models, *(m for part in self.slices for m in part.sources)]
+        read = [path for m in models for path in (m.path, m.base) if path is not None]
+        return list(dict.fromkeys([*read, *([self.base] if self.base else ())]))
 
 
 def parse(data: Json, folder: Path = Path(".")) -> Config:
@@ -198,29 +219,32 @@ def _models(value: Json, where: str, folder: Path, *more: str) -> tuple[Model, .
 
 
 def _sliced(value: Json, folder: Path) -> tuple[tuple[Model, ...], tuple[Slice, ...]]:
-    """The models of slices, and the slices, whose layers must stay where they are."""
+    """The models of the first slice, and the slices."""
     if not isinstance(value, list) or not value:
         raise ConfigError(f"slices: got {value!r}, expected a list of at least one")
-    models: tuple[Model, ...] = ()
-    slices, at = [], 0
+    slices: list[Slice] = []
+    at = 0
     for k, entry in enumerate(value):
         where = f"slices[{k}]"
         entry = keys(entry, where, ("sources",), ("parameters",))
         found = _models(entry["sources"], f"{where}.sources", folder, "layer_range")
-        bare = tuple(dataclasses.replace(m, parameters={}) for m in found)
-        if models and bare != models:
-            raise ConfigError(f"{where}.sources: got other models than those of slices[0]; layers "
-                              "of one model in place of another's are not merged")  # fmt: skip
-        models, ranges = bare, {str(source["layer_range"]) for source in entry["sources"]}
-        span = entry["sources"][0]["layer_range"]
-        good = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
-        if not good or span[0] != at or span[1] <= at or len(ranges) > 1:
-            raise ConfigError(f"{where}.sources.layer_range: got {', '.join(sorted(ranges))}, "
-                              f"expected [{at}, stop] of every model: layers that move are not "
-                              "merged (no frankenmerges)")  # fmt: skip
-        at = span[1]
+        if slices and len(found) != len(slices[0].sources):
+            raise ConfigError(f"{where}.sources: got {len(found)}, expected "
+                              f"{len(slices[0].sources)} as in slices[0]")  # fmt: skip
+        spans = [source["layer_range"] for source in entry["sources"]]
+        for n, span in enumerate(spans):
+            good = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
+            if not good or not 0 <= span[0] < span[1]:
+                raise ConfigError(f"{where}.sources[{n}].layer_range: got {span!r}, expected "
+                                  "[start, stop] of at least one layer")  # fmt: skip
+            if span[1] - span[0] != spans[0][1] - spans[0][0]:
+                raise ConfigError(f"{where}.sources[{n}].layer_range: got {span}, expected as many "
+                                  f"layers as in {spans[0]}, which it is merged with")  # fmt: skip
         own = _parameters(entry.get("parameters"), f"{where}.parameters")
-        slices.append(Slice(*span, own, tuple(m.parameters for m in found)))
+        stop = at + spans[0][1] - spans[0][0]
+        slices.append(Slice(at, stop, own, found, tuple(span[0] for span in spans)))
+        at = stop
+    models = tuple(dataclasses.replace(m, parameters={}) for m in slices[0].sources)
     return models, tuple(slices)
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jlora.cli.merge import factors, mergekit
+from jlora.cli.merge import factors, mergekit, moved
 from jlora.cli.merge import write as writing
 from jlora.cli.merge.base import Base
 from jlora.cli.merge.checkpoints import Inputs, check_tokenizers, inputs, is_checkpoint
@@ -115,7 +115,10 @@ def make(config: Config, base: Base | None) -> Plan:
     ]
     for j, part in enumerate(config.slices):
         shared.append((f"slices[{j}].parameters", part.parameters))
-        each += [(f"slices[{j}].sources[{k}].parameters", s) for k, s in enumerate(part.sources)]
+        each += [
+            (f"slices[{j}].sources[{k}].parameters", m.parameters)
+            for k, m in enumerate(part.sources)
+        ]
     mergekit.check_names(method, shared, each)
     names = given.names()
     called = [given.called(name) for name in names]
@@ -134,7 +137,7 @@ def make(config: Config, base: Base | None) -> Plan:
             part, at = config.slices[j], f"slices[{j}]"
             near: list[Scope] = [(f"{at}.parameters", part.parameters), top]
             far: list[Scope] = [
-                (f"{at}.sources[{k}].parameters", s) for k, s in enumerate(part.sources)
+                (f"{at}.sources[{k}].parameters", m.parameters) for k, m in enumerate(part.sources)
             ]
         else:
             place = 0.0 if layer is None else layer / last[stack] if last[stack] else 1.0
@@ -189,6 +192,8 @@ def write(path: Path, plan: Plan, config: Config, done: Callable[[], None]) -> N
     """
     donor, new = plan.inputs.donor, change(plan, config.seed)
     writing.merged(path, new, plan.options, donor, config.out.dtype, done)
+    if isinstance(donor, moved.Moved):
+        donor.finish(path)
     if config.out.dtype and (path / "config.json").is_file():
         _say_dtype(path / "config.json", config.out.dtype)
     notes(path, config, groups(plan))
@@ -206,6 +211,7 @@ def notes(path: Path, config: Config, parameters: Json, errors: Json = None) -> 
     data = {
         "merge_method": config.method,
         "models": [str(m.path) for m in config.models],
+        **({"slices": [line.strip() for line in _layers(config)]} if config.slices else {}),
         "base_model": str(config.base) if config.base else None,
         "seed": config.seed,
         "parameters": parameters,
@@ -249,6 +255,8 @@ def describe(plan: Plan, config: Config) -> str:
         lines.append(f"model {n}       {path} ({kind})")
     if given.base is not None:
         lines.append(f"base          {given.base.folder}")
+    if isinstance(given.donor, moved.Moved):
+        lines += [f"layers        {given.donor.layers}", *_layers(config)]
     lines.append(f"tensors       {len(plan.options)} of {len(given.donor.shapes)} are merged")
     for group in groups(plan):
         shown = ", ".join(f"{k}={_short(v)}" for k, v in group["parameters"].items())
@@ -263,6 +271,17 @@ def describe(plan: Plan, config: Config) -> str:
     lines += [f"memory        {name}: {size / 2**20:.2f} MiB" for name, size in sizes.items()]
     lines.append(f"peak memory   about {sum(sizes.values()) / 2**20:.2f} MiB")
     return "\n".join(lines)
+
+
+def _layers(config: Config) -> list[str]:
+    """Where the layers of every slice are from."""
+    return [
+        f"  {part.start}-{part.stop - 1}: " + ", ".join(
+            f"{start}-{start + part.stop - part.start - 1} of {m.path}"
+            for start, m in zip(part.starts, part.sources, strict=True)
+        )
+        for part in config.slices
+    ]  # fmt: skip
 
 
 def _spaces(plan: Plan) -> str:
@@ -295,8 +314,7 @@ def _lasts(names: Iterable[str]) -> dict[str, int]:
 def _slice(config: Config, name: str, layer: int | None) -> tuple[int, float]:
     """(number of the slice, place in it); tables are of the first, heads and norms of the last."""
     if layer is None:
-        early = any(word in name for word in ("embed", "wte", "wpe"))
-        return (0 if early else len(config.slices) - 1), 0.0
+        return (0 if moved.before(name) else len(config.slices) - 1), 0.0
     j = next(j for j, part in enumerate(config.slices) if layer < part.stop)
     part = config.slices[j]
     length = part.stop - part.start

@@ -147,6 +147,9 @@ def translated(
     Raises:
       ConfigError: what has no adapter for a result.
     """
+    if method.name == "passthrough" and number != 1:
+        raise ConfigError(f"models: got {number}, expected 1: passthrough keeps one adapter as it "
+                          "is; concat is the weighted sum of several")  # fmt: skip
     o = dict(options)
     weight = o.pop("weight", None) or (1.0 / number,) * number
     o.pop("int8_mask", None)

@@ -94,7 +94,7 @@ def run(
     row = factors.row_of(config.method)
     if not dry:
         write.recover(target)
-    inputs = [path, *(m.path for m in config.models), *([config.base] if config.base else ())]
+    inputs = [path, *config.paths()]
     write.check_free(target, overwrite, inputs)
     base = Base(config.base) if config.base else None
     if dense.applies(config):

@@ -94,6 +94,5 @@ SYSTEM = System(
     evidence="both starts in float64; the spectral start is the principal part",
     rows=(16,),
     claim="lamda",
-    missing="LaMDA++: ranks by the spectrum of each weight",
     examples=(LaMDA(rank=2, alpha=3.0), LaMDA(rank=3, alpha=3.0, start="lora")),
 )

@@ -6,6 +6,7 @@ two halves of every head interleaved, head by head; they are put back:
 .. math::
     W_{h D + j D/2 + i} = W^{\mathrm{gguf}}_{h D + 2 i + j}, \qquad 0 \le i < D/2,\; j \in \{0, 1\}
 
+(`jlora.io.gguf`, which reads and writes adapters in this format.)
 Reading and dequantising are done by the ``gguf`` package (``pip install gguf``).
 
 Reference: the GGUF specification of the ggml project, version 3.
@@ -16,6 +17,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.io.gguf.base import halves
+from jlora.io.gguf.reader import field, open_gguf
 from jlora.models.decoder.config import DecoderConfig, Rope
 from jlora.models.hf import nest
 from jlora.types import Dynamic, Tree
@@ -45,7 +48,7 @@ def load_gguf(path: str | Path) -> tuple[DecoderConfig, dict[str, Tree]]:
       ValueError: no GGUF file, another architecture, a tensor or field that is missing, surplus or
         misshapen, a scaled rotary embedding, or values that are not finite.
     """
-    reader = _reader(path)
+    reader = open_gguf(path)
     config = _config(path, reader)
     from gguf.quants import dequantize
 
@@ -107,21 +110,7 @@ def gguf_config(path: str | Path) -> DecoderConfig:
     Raises:
       ValueError: as `load_gguf`.
     """
-    return _config(path, _reader(path))
-
-
-def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Neighbouring rows (2i, 2i + 1) of every head become its halves (i, i + D/2).
-
-    Args:
-      weight: queries or keys as llama.cpp stores them, ``[heads * D, d_in]``.
-      heads: of this projection.
-
-    Returns:
-      The same shape, in the order of `jlora.models.decoder`.
-    """
-    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
+    return _config(path, open_gguf(path))
 
 
 def gguf_tokenizer(path: str | Path) -> Dynamic:
@@ -139,13 +128,12 @@ def gguf_tokenizer(path: str | Path) -> Dynamic:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    reader = _reader(path)
-    kind, split = (_field(path, reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    reader = open_gguf(path)
+    kind, split = (field(path, reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or split not in ("smollm", "gpt-2"):
         raise ValueError(f"{path}: tokenizer: got {kind}/{split}, expected gpt2/smollm or gpt-2")
     tokens, types, merges = (
-        _field(path, reader, f"tokenizer.ggml.{name}")
-        for name in ("tokens", "token_type", "merges")
+        field(path, reader, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")
     )
     pairs = [tuple(merge.split(" ")) for merge in merges]
     fast = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, pairs))
@@ -170,30 +158,14 @@ def chat_template(path: str | Path) -> str:
     Raises:
       ValueError: not a GGUF file.
     """
-    field = _reader(path).get_field("tokenizer.chat_template")
-    return str(field.contents()) if field is not None else ""
-
-
-def _reader(path: str | Path) -> Dynamic:
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(str(path))
-    except (ValueError, KeyError, IndexError, OSError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a GGUF file that can be read ({error})") from error
-
-
-def _field(path: str | Path, reader: Dynamic, name: str, default: Dynamic = None) -> Dynamic:
-    field = reader.get_field(name)
-    if field is None and default is None:
-        raise ValueError(f"{path}: {name}: missing")
-    return default if field is None else field.contents()
+    found = open_gguf(path).get_field("tokenizer.chat_template")
+    return str(found.contents()) if found is not None else ""
 
 
 def _config(path: str | Path, reader: Dynamic) -> DecoderConfig:
-    if (kind := _field(path, reader, "general.architecture")) != "llama":
+    if (kind := field(path, reader, "general.architecture")) != "llama":
         raise ValueError(f"{path}: general.architecture: got {kind!r}, expected 'llama'")
-    get = lambda name, default=None: _field(path, reader, f"llama.{name}", default)  # noqa: E731
+    get = lambda name, default=None: field(path, reader, f"llama.{name}", default)  # noqa: E731
     if (scaling := get("rope.scaling.type", "none")) != "none":
         raise ValueError(f"{path}: llama.rope.scaling.type: got {scaling!r}, expected 'none'")
     if experts := get("expert_count", 0):
@@ -202,7 +174,7 @@ def _config(path: str | Path, reader: Dynamic) -> DecoderConfig:
     width, heads = get("embedding_length"), get("attention.head_count")
     return DecoderConfig(
         model_type="llama",
-        vocab=len(_field(path, reader, "tokenizer.ggml.tokens")),
+        vocab=len(field(path, reader, "tokenizer.ggml.tokens")),
         layers=get("block_count"),
         width=width,
         heads=heads,

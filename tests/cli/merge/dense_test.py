@@ -65,10 +65,7 @@ def with_ids(value):
 
 
 HALF = {"models": [{"model": m, "parameters": {"weight": 0.5}} for m in "ab"]}
-MOVED = [
-    {"sources": [{"model": "a", "layer_range": [0, 2]}]},
-    {"sources": [{"model": "a", "layer_range": [1, 3]}]},
-]
+MOVED = [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]
 REFUSED = {
     "shape": (
         {"edit": rewritten("b", lambda t: t | {HEAD: np.zeros((17, 8), np.float32)})},
@@ -89,10 +86,6 @@ REFUSED = {
         "b/tokenizer.json has another vocabulary than",
     ),
     "tokens": ({"tokenizer": {"source": "base", "tokens": {}}}, "tokenizer: got key 'tokens'"),
-    "frankenmerge": ({"models": None, "slices": MOVED, "method": "passthrough"},
-                     "layer_range: got [1, 3], expected [2, stop]"),
-    "too few layers": ({"models": None, "slices": MOVED[:1], "method": "passthrough"},
-                       "slices: got layers to 2, expected to 3"),
     "both": ({"slices": MOVED}, "models, slices: got both"),
     "no base": ({"method": "ties"}, "base_model: lacks; ties of these models needs one"),
     "too many": ({"method": "slerp", "base_model": "base", "parameters": {"t": 0.5}},

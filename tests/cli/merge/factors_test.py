@@ -239,6 +239,12 @@ def test_sums_that_are_adapters(name, job):
         np.testing.assert_allclose(delta(out, module), want, atol=1e-6)
 
 
+def test_passthrough_takes_one_adapter_as_mergekit_does(job, capsys):
+    status, out = job("passthrough", base=False)
+    assert status == 2 and not out.exists()
+    assert "models: got 2, expected 1: passthrough" in capsys.readouterr().err
+
+
 def test_slerp_and_karcher_of_adapters_themselves(job):
     """t is the weight of the second; the mean of deltas has a name of its own."""
     first = job("slerp", base=False, parameters={"t": 0.25})[1]
@@ -255,9 +261,10 @@ def test_every_method_translates_its_defaults():
         method = factors.method_of(name)
         assert method is not None
         shared, each = [("parameters", {"t": 0.5})], [[("parameters", {})]] * 2
-        options = mergekit.resolved(method, shared, each, "x", 0.0)
+        number = 1 if name == "passthrough" else 2
+        options = mergekit.resolved(method, shared, each[:number], "x", 0.0)
         try:
-            _, found = factors.translated(method, factors.row_of(name), options, 2, "x")
+            _, found = factors.translated(method, factors.row_of(name), options, number, "x")
         except ConfigError:
             assert name in ("karcher", "nearswap")
             continue

@@ -21,7 +21,8 @@ from jlora.io import safetensors_file
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "third_party/mergekit"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
-HALF = {"linear_bfloat16": 2**-7, "task_float16": 2**-10}  # one unit in the last place
+# one unit in the last place
+HALF = {"linear_bfloat16": 2**-7, "moved_fewer": 0, "task_float16": 2**-10}
 
 
 class Masks:

@@ -122,3 +122,70 @@ def test_what_it_refuses():
     with pytest.raises(ValueError, match=r"the router saw tokens \(5,\), got outputs \(4,\)"):
         jl.lift(flat)(PARAMS, made, X)
     assert dataclasses.replace(made.sites[0][1], top_k=1).top_k == 1
+
+
+SPARSE = [("dense", 1), ("dense", 2), ("gather", 2)]
+
+
+@pytest.mark.parametrize(("backend", "top"), SPARSE)
+def test_sparse_is_the_sum_over_merged_experts_too(backend, top):
+    method = jl.LoRA(2, alpha=3.0)
+    made = adapter(MixLoRA(method, experts=4, top_k=top, sparse=True, backend=backend))
+    got = jl.lift(model)(PARAMS, made, X)
+    np.testing.assert_allclose(got, loop(made, method, top), rtol=1e-4, atol=1e-5)
+
+
+def as_dense(made):
+    """The same arrays, every expert on every token."""
+    sites = tuple((site, dataclasses.replace(m, sparse=False)) for site, m in made.sites)
+    return jl.Adapter(made.trainable, made.frozen, sites)
+
+
+def test_sparse_and_dense_have_equal_gradients_and_reports():
+    def loss(trainable, made, p, x):
+        y, aux = jl.lift(model, aux=True)(p, made.replace(trainable=trainable), x)
+        return jnp.sum(y**3) + aux["block"]["balance"], aux
+
+    made = adapter(MixLoRA(jl.LoRA(2), experts=4, top_k=2, sparse=True, backend="gather"))
+    grad = jax.grad(loss, (0, 2, 3), has_aux=True)
+    got, want = (grad(m.trainable, m, PARAMS, X) for m in (made, as_dense(made)))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
+    assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(got[0][0]))
+
+
+def test_sparse_needs_top_k_bodies_and_dense_as_many_as_experts():
+    width, experts = 64, 8
+    p = {"gate": leaf(width, 2 * width), "down": leaf(2 * width, width)}
+    x = leaf(32, width)
+    init = lambda **how: jl.init(  # noqa: E731
+        jax.random.key(0), model, p, x,
+        methods={"gate|down": MixLoRA(jl.LoRA(2), experts=experts, top_k=2, **how)},
+    )  # fmt: skip
+
+    def flops(made):
+        return jax.jit(jl.lift(model)).lower(p, made, x).compile().cost_analysis()["flops"]
+
+    one = 2 * 32 * 2 * width * width  # of a matmul of the base
+    dense, sparse = flops(init()), flops(init(sparse=True))
+    assert dense > (1 + experts) * one  # the first matmul of the base is done once
+    assert (1 + 2) * one < sparse < 0.5 * dense
+
+
+def test_what_sparse_refuses():
+    with pytest.raises(ValueError, match=r"MixLoRA.sparse: got experts of DoRA"):
+        MixLoRA(jl.DoRA(2), sparse=True)
+    with pytest.raises(ValueError, match=r"MixLoRA.sparse: got experts of LoRA.*without dropout"):
+        MixLoRA(jl.LoRA(2, dropout=0.1), sparse=True)
+    with pytest.raises(ValueError, match=r"MixLoRA.backend: got 'ragged', expected one of"):
+        MixLoRA(jl.LoRA(2), sparse=True, backend="ragged")
+    late = adapter(MixLoRA(jl.LoRA(2), experts=3, router="down", sparse=True))
+    with pytest.raises(ValueError, match="expected the router at the first weight"):
+        jl.lift(model)(PARAMS, late, X)
+
+    def mixes(p, x):  # its second matmul has other tokens
+        return jl.block("block", lambda h, w: (h @ w["gate"])[:2] @ w["down"])(x, p)
+
+    made = adapter(MixLoRA(jl.LoRA(2), experts=3, sparse=True))
+    with pytest.raises(ValueError, match=r"the router saw tokens \(5,\), got \(2,\)"):
+        jl.lift(mixes)(PARAMS, made, X)

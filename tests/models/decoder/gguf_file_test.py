@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.io.gguf.base import halves
 from jlora.models import decoder
 from jlora.models.decoder import gguf_file
 
@@ -72,7 +73,7 @@ def test_rotated_scores_are_those_of_neighbouring_pairs(tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     kept = TENSORS["blk.0.attn_v.weight"].T  # values are not rotated, and stay as they are
     np.testing.assert_array_equal(params["layers"]["attention"]["value"]["kernel"][0], kept)
-    moved = gguf_file.halves(TENSORS["blk.0.attn_q.weight"], HEADS)
+    moved = halves(TENSORS["blk.0.attn_q.weight"], HEADS)
     assert not np.array_equal(moved, TENSORS["blk.0.attn_q.weight"])
 
 

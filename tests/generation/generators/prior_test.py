@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.stages import prior
+from jlora.generation.generators import prior
 
 
 @pytest.fixture(scope="module")

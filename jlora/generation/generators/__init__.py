@@ -1,0 +1,1 @@
+"""Generators: an adapter from a condition by a learned distribution over adapters."""
