@@ -39,14 +39,15 @@ RENAMED = {"normalise": "normalize", "strength": "scale", "lambda": "scale"}
 
 
 def check_options(row: Merging, options: Mapping[str, Dynamic]) -> None:
-    """Refuses an option that a method does not have.
+    """Refuses an option that a method does not have, and the lack of one that it needs.
 
     Args:
       row: the method.
       options: what was given, by name.
 
     Raises:
-      ValueError: an unknown option; the error lists those that exist.
+      ValueError: an unknown option, or one without a default that is missing; the error lists
+        those that exist.
     """
     known = options_of(row)
     for name in options:
@@ -55,6 +56,12 @@ def check_options(row: Merging, options: Mapping[str, Dynamic]) -> None:
             hint = f"; {name} is called {new} here" if new in known else ""
             raise ValueError(
                 f"{row.name}: options: got {name!r}, expected one of {sorted(known)}{hint}"
+            )
+    for name, default in known.items():
+        if default is inspect.Parameter.empty and name not in options:
+            got = sorted(options) or "none"
+            raise ValueError(
+                f"{row.name}: options: got {got}, expected {name!r}, which has no default"
             )
 
 

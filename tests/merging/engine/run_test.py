@@ -92,12 +92,13 @@ def test_peak_memory_is_known_before_a_merge():
         (lambda a: ("ties2", a), "merge method: got 'ties2', expected one of"),
         (lambda a: ("slerp", a), "slerp: got 3 adapters, expected 2"),
         (lambda a: ("concat", a, [1.0]), "weights: got shape"),
+        (lambda a: ("truncated", a), "truncated: options: got none, expected 'rank', which has no"),
         (
             lambda a: ("multislerp", [a[0]] * 2, [1.0, -1.0]),
             "multislerp: loha: got nan or inf; no such merge",
         ),
     ],
-    ids=["name", "number", "weights", "no mean"],
+    ids=["name", "number", "weights", "no rank", "no mean"],
 )
 def test_refusals(call, text, adapters):
     with pytest.raises(ValueError, match=text):
