@@ -20,7 +20,7 @@ from absl import flags
 from experiments.data import user
 
 STAGES = ("data", "zoo", "codec", "denoiser", "sample", "evaluate", "report")
-TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "glue")
+TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "generation", "glue")
 LAYOUT = 2  # of the stages' folders: raised when their files change, so that none is misread
 BASES = ("minilm", "tiny", "hf")
 

@@ -140,6 +140,27 @@ PRESETS: dict[str, TaskConfig] = {
             PairPlan("vader_tweets", 1),
         ),
     ),
+    # Fifteen tasks of eight corpora, none held out: what the claim of Cond P-Diff generates.
+    "generation": TaskConfig(
+        preset="generation",
+        pairs=(
+            PairPlan(
+                "20newsgroups",
+                6,
+                labels=(
+                    *("comp.graphics", "rec.autos", "sci.med", "talk.politics.mideast"),
+                    "misc.forsale",
+                ),
+            ),
+            PairPlan("reuters_r8", 2, labels=("acq", "crude", "money-fx")),
+            PairPlan("brown", 1, labels=("learned", "adventure")),
+            PairPlan("rotten_tomatoes", 2),
+            PairPlan("subjectivity", 1),
+            PairPlan("spam", 1),
+            PairPlan("election_tweets", 1),
+            PairPlan("vader_tweets", 1),
+        ),
+    ),
     # Made-up sentences: nothing to download.
     "toy": TaskConfig(
         preset="toy",

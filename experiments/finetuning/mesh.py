@@ -5,6 +5,8 @@ up, inputs of out and down, the vocabulary. Fsdp splits the other axis of each m
 of a batch. Norms and biases are copies. Adapters follow their base (`jlora.specs`).
 
 Reference: Shoeybi et al. 2019 (arXiv:1909.08053) for the tensor axis.
+Deviates: XLA places the collectives from these shardings, where the paper writes them into the
+model.
 """
 
 from __future__ import annotations

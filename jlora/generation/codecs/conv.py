@@ -340,4 +340,6 @@ SYSTEM = System(
     symbol="ConvAE",
     evidence="layers against torch; latent sizes of the paper; loss and noise by numpy",
     rows=(1,),
+    claim="cond_pdiff",
+    missing="style transfer on base D",
 )

@@ -91,4 +91,6 @@ SYSTEM = System(
     symbol="UNet1d",
     evidence="forward against the docstring; step rows; null condition",
     rows=(1,),
+    claim="cond_pdiff",
+    missing="style transfer on base D",
 )

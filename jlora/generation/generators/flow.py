@@ -255,6 +255,7 @@ SYSTEM = Generator(
     evidence="untrained it is the sum of soups that ridge asks for, by numpy",
     kind="composition",
     rows=(1,),
+    claim="cond_pdiff",
     missing="style transfer on base D",
     fit=fit,
     generate=generate,

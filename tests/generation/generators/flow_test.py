@@ -9,10 +9,11 @@ import pytest
 
 import jlora as jl
 from jlora.contracts import generator, tiny
+from jlora.generation.diffusion import dit
 from jlora.generation.generators import flow, prior
 from jlora.generation.tokens import canonical, site_tokens
 
-STILL = dataclasses.replace(flow.SYSTEM.small["config"], components=96, rate=0.0)
+SMALL = dataclasses.replace(flow.SYSTEM.small["config"], components=96)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,15 @@ def at():
 
 @pytest.fixture(scope="module")
 def state(at):
-    return flow.fit(jax.random.key(0), at.conditions, at.groups, at.bank, STILL)
+    """The generator with its network as it starts."""
+
+    def untrained(config, begin, steps, y, cond):
+        shapes = (y.shape[1], y.shape[2]), (cond.shape[1], cond.shape[2])
+        return dit.init(flow.network(config), begin, *shapes), jnp.zeros(3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "_train", untrained)
+        return flow.fit(jax.random.key(0), at.conditions, at.groups, at.bank, SMALL)
 
 
 def test_untrained_it_is_the_sum_of_soups_that_ridge_asks_for(at, state):
@@ -71,11 +80,11 @@ def test_tokens_of_trained_factors_keep_every_delta():
 def test_what_cannot_be_learned_from_is_an_error(at, monkeypatch):
     key, same = jax.random.key(0), jnp.ones_like(at.conditions)
     with pytest.raises(ValueError, match="all conditions are equal"):
-        flow.fit(key, same, at.groups, at.bank, STILL)
+        flow.fit(key, same, at.groups, at.bank, SMALL)
     bad = at.bank.replace(frozen=jax.tree.map(lambda t: t.at[1].add(1.0), at.bank.frozen))
     with pytest.raises(ValueError, match="of adapter 1 differs from adapter 0"):
-        flow.fit(key, at.conditions, at.groups, bad, STILL)
+        flow.fit(key, at.conditions, at.groups, bad, SMALL)
     losses = jnp.asarray([0.5, jnp.nan, jnp.inf])
     monkeypatch.setattr(flow, "_train", lambda *args: ({}, losses))
     with pytest.raises(FloatingPointError, match="not finite at step 1"):
-        flow.fit(key, at.conditions, at.groups, at.bank, STILL)
+        flow.fit(key, at.conditions, at.groups, at.bank, SMALL)
