@@ -1,9 +1,10 @@
 """Strict settings for every test: 8 host devices, no implicit dtype or rank promotion.
 
 Most of the time goes into compiling thousands of tiny programs that run once. With the JAX that
-Python 3.11 resolves, XLA spends no effort on them: a third of the time. What runs in processes of
-its own (experiments, notebooks, two processes of JAX) is optimised as it is for users, and so are
-the core's tests on other releases (`.ci/core_on_jax`).
+Python 3.11 resolves, XLA spends no effort on them: a third of the time. So it is in
+processes that a test starts with `quick` (experiments, benchmarks), which may share what they
+compile. Other processes (notebooks, two processes of JAX) are optimised as they are for users, and
+so are the core's tests on other releases (`.ci/core_on_jax`).
 """
 
 import os
@@ -32,6 +33,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", "fusion_emitters" in os.environ["XLA_FLAGS"])
 
+FLAG = "--xla_cpu_use_fusion_emitters=false"
 MAPPED = 15_000  # every compiled program maps some memory; a process may have 65,530 maps
 
 LONGEST = ("cond_pdiff_test", "laws_test", "benchmarks_test", "text_test")
@@ -62,6 +64,22 @@ def forget_many_compiled():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPPED:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process that a test starts: one device, no effort on optimising.
+
+    What one of them compiled, those after it read: every program is kept, also a small one.
+    """
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": FLAG if FLAG in os.environ["XLA_FLAGS"] else "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ One undisturbed run (the smoke flagfile) is shared by all tests; a second one is
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -32,20 +31,10 @@ def command(workdir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    # One host device: the tests' own setting of eight is for sharding tests. The runs share what
-    # the first one compiled.
-    compiled = tmp_path_factory.mktemp("compiled")
-    return os.environ | {
-        "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled),
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def call(environment):
+def call(quick):
     def run(workdir: Path, *more: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command(workdir, *more), cwd=ROOT, env=environment, capture_output=True, text=True
+            command(workdir, *more), cwd=ROOT, env=quick, capture_output=True, text=True
         )
 
     return run
@@ -95,11 +84,11 @@ def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
     assert len(shown) < 60 and shown[-1].startswith("Report: ")
 
 
-def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, call, environment, tmp_path):
+def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, call, quick, tmp_path):
     """SIGKILL inside the zoo and inside the denoiser; then the same command again."""
     for mark in ("zoo-*/work_001/step_10", "denoiser-*/work_generator/diffusion/step_50"):
         run = subprocess.Popen(
-            command(tmp_path), cwd=ROOT, env=environment,
+            command(tmp_path), cwd=ROOT, env=quick,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         for _ in range(6000):

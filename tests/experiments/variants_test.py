@@ -1,7 +1,6 @@
 """The study through its command line: what it writes, and what it refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +11,15 @@ ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "experiments" / "flags" / "variants_smoke.flags"
 
 
-def call(workdir, *more):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-    }
+def call(environment, workdir, *more):
     words = [sys.executable, "-m", "experiments.variants", f"--flagfile={SMOKE}",
              f"--workdir={workdir}", *more]  # fmt: skip
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-def test_it_reports(tmp_path):
-    done = call(tmp_path)
+def test_it_reports(quick, tmp_path):
+    done = call(quick, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert list(report["variants"]) == ["LoRA", "VeRA"] and len(report["cells"]) == 4
@@ -35,6 +30,6 @@ def test_it_reports(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_unknown_variant_is_one_line(tmp_path):
-    bad = call(tmp_path, "--variants=Lora")
+def test_an_unknown_variant_is_one_line(quick, tmp_path):
+    bad = call(quick, tmp_path, "--variants=Lora")
     assert bad.returncode == 2 and "--variants: got 'Lora', expected some of" in bad.stderr
