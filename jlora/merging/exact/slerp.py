@@ -41,6 +41,8 @@ from jlora.merging.exact.concat import concat
 from jlora.merging.signs import absorbed
 from jlora.merging.spectral.core_space import to_core
 
+CANCELS = 1e-5  # norm of a mean of unit vectors, below which it is rounding
+
 
 def slerp(bank: LowRank, weights: Float[Array, "2"], *, axis: str = "out") -> LowRank:
     """Spherical interpolation of two adapters, of one site.
@@ -134,7 +136,8 @@ def mean_direction(bank: LowRank, weights: Float[Array, "n"], steps: int) -> Arr
         size = safe_norm(c @ y)
         return c / jnp.where(some, size, jnp.ones_like(size)), None
 
-    start = safe_norm(c @ y)  # 0 where directions cancel: no mean, not finite
+    start = safe_norm(c @ y)  # of unit vectors' mean
+    start = jnp.where(start < CANCELS, 0.0, start)  # no mean then: not finite, instead of rounding
     c, _ = lax.scan(move, c / jnp.where(some, start, jnp.ones_like(start)), None, length=steps)
     return jnp.where(some, c * jnp.sum(alpha * norm), jnp.zeros_like(c))
 

@@ -113,3 +113,12 @@ def test_negative_weights_subtract(function, make, dense):
 def test_bad_steps(make):
     with pytest.raises(ValueError, match="steps: got 0"):
         karcher(make(), jnp.ones(3), steps=0)
+
+
+def test_directions_that_cancel_have_no_mean(make):
+    """Exactly opposite ones of other lengths: rounding would be taken for a direction."""
+    u, v = make(seed=5)
+    bank = LowRank(jnp.stack([u[0], -0.999 * u[0]]), jnp.stack([v[0], v[0]]))
+    for function in (karcher, multislerp):
+        out = function(bank, jnp.ones(2))
+        assert not np.isfinite(np.asarray(out.u @ out.v)).any()
