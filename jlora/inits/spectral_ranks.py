@@ -32,12 +32,12 @@ from jax import Array
 from jaxtyping import Float
 
 from jlora import numerics
+from jlora.contracts.initialisation import Initialisation
 from jlora.core.adapter import Adapter
 from jlora.core.bank import one_adapter
 from jlora.core.lift import flatten
 from jlora.inits.start import check_rank, matrices
 from jlora.methods.low_rank.lamda import LaMDA
-from jlora.system import System
 from jlora.types import Tree
 
 AXES = {"a": (-1,), "core": (-2, -1), "core0": (-2, -1), "b": (-2,), "b0": (-2,)}  # those of ranks
@@ -130,11 +130,16 @@ def _masked(name: str, array: Array, mask: Array) -> Array:
     return array
 
 
-SYSTEM = System(
+SYSTEM = Initialisation(
     name="LaMDA++",
     paper="Azizi 2024, 2406.12832",
     symbol="spectral_ranks",
     evidence="ranks by numpy's SVD; cut ranks stay zero through training",
     rows=(16,),
     claim="lamda_pp",
+    method=LaMDA(rank=2),
+    initialise=lambda key, adapter, params, statistics: cut(
+        adapter, spectral_ranks(adapter, params, (1, 2))
+    ),
+    reads_weights=True,
 )

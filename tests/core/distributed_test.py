@@ -103,6 +103,7 @@ def far(a, b):
     return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_as_undisturbed(start, tmp_path):
     whole = start(tmp_path / "whole", tmp_path / "a")
     assert whole.wait() == [0, 0], whole.said()

@@ -70,5 +70,6 @@ SYSTEM = System(
     symbol="AdaLoRA",
     evidence="one number switches a direction; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/parity_test.py",),
+    claim="adalora",
     examples=(AdaLoRA(rank=2),),
 )
