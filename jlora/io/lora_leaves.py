@@ -316,4 +316,6 @@ def _leaf(path: str, package: str, factor: str) -> str:
         raise ValueError(f"{path}: {package} calls its weights kernel, got {leaf!r}")
     if package == "keras":
         return f"{module}/lora_{leaf}_{factor}"
+    if module.endswith("/base_module"):
+        return f"{module.removesuffix('/base_module')}/lora_{factor}{end}"
     return f"{module}/lora/lora_{factor}{end}"

@@ -122,9 +122,26 @@ def test_flax_modules_of_today():
     )
 
 
+def test_a_flax_module_around_another():
+    """`nnx.LoRA` keeps its factors next to the module that it wraps; they come back there."""
+    from flax import nnx
+
+    inner = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
+    layer = nnx.LoRA(5, 2, 4, base_module=inner, rngs=nnx.Rngs(1))
+    graph, state = nnx.split(layer)
+    state = jax.tree.map(lambda x: x + 0.1, state)
+    names = io.NameMap({"m/base_module/kernel": ("m", "io")})
+    adapter = io.load_lora_leaves({"m": state}, names)
+    x = jnp.arange(10.0).reshape(2, 5)
+    merged = jl.merge({"m": state}, adapter)["m"]["base_module"]
+    bias = merged["bias"][...][None]
+    expected = nnx.merge(graph, state)(x)
+    np.testing.assert_allclose(x @ merged["kernel"][...] + bias, expected, rtol=1e-5)
+    assert set(io.lora_leaves(adapter, "flax").leaves) == {"m/lora_a/value", "m/lora_b/value"}
+
+
 def test_layers_that_a_scan_stacks():
     """qwix in `nn.scan`: both factors have the layer axis."""
-    names = io.NameMap({"layers/w": "model.layers.{i}.w"})
     names = io.NameMap({"layers/w": ("model.layers.{i}.w", "sio")})
     a, b = jnp.ones((3, 5, 2)), jnp.ones((3, 2, 4))
     leaves = {"layers/w_lora_a": a, "layers/w_lora_b": b}

@@ -6,7 +6,6 @@ would read empty arrays from there, as many as the file says.
 """
 
 import os
-from functools import cache
 
 import numpy as np
 
@@ -79,9 +78,8 @@ def field(
         raise FormatError(path, f"{name}: damaged ({error})") from error
 
 
-@cache
 def _reader() -> type:
-    """The package's reader, which stops at the end of the file; made once the package is needed."""
+    """The package's reader, which stops at the end of the file; the package is needed only here."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
