@@ -22,14 +22,19 @@ EXAMPLES = {
     for name, system in registry.methods().items()
     for k, method in enumerate(system.examples)
 }
-# L1 knows no method, L15 hardly; what L9 and L10 say of a method, they say of its further forms.
+# L1 knows no method, L15 hardly; of its further forms, L9, L10, L16 and L17 say what they say of a
+# method.
 TRIALS = [
     (example, law)
     for example in EXAMPLES
     for law in LAWS
     if not (law == "L1" and example != "LoRA")
     and not (law == "L15" and example not in ("LoRA", "DoRA", "VBLoRA"))
-    and not (law in ("L9", "L10") and example[-1].isdigit() and example not in registry.methods())
+    and not (
+        law in ("L9", "L10", "L16", "L17")
+        and example[-1].isdigit()
+        and example not in registry.methods()
+    )
 ]
 
 
@@ -178,6 +183,28 @@ def merge_as_made(params, adapter):  # L14: leaves in the dtype of the site
     return jax.tree.map(lambda t: t.astype(kind), jl.merge(params, adapter))
 
 
+def dicts_only_lift(fn):  # L16: knows no other container
+    def run(params, adapter, *x, **kw):
+        return jl.lift(fn)(params, adapter if isinstance(params, dict) else None, *x, **kw)
+
+    return run
+
+
+def dicts_only_merge(params, adapter):  # L16: the same, merged
+    return jl.merge(params, adapter) if isinstance(params, dict) else params
+
+
+class Squeezed(LoRA):  # L17: the base alone for a single row
+    def apply(self, x, w, p, ctx):
+        return super().apply(x, w, p, ctx) if x.shape[0] > 1 else x @ w
+
+
+class Lonely(LoRA):  # L17: right in value, no gradient for a single row
+    def apply(self, x, w, p, ctx):
+        held = p if x.shape[0] > 1 else jax.tree.map(jax.lax.stop_gradient, p)
+        return super().apply(x, w, held, ctx)
+
+
 DOUBLES = [
     ("L1", LoRA, {"lift": noisy_lift}),
     ("L2", Loud, {}),
@@ -198,6 +225,10 @@ DOUBLES = [
     ("L13", Deaf, {}),
     ("L3", Selfish, {}),
     ("L15", LoRA, {"lift": first_layer_lift}),
+    ("L16", LoRA, {"lift": dicts_only_lift}),
+    ("L16", LoRA, {"merge": dicts_only_merge}),
+    ("L17", Squeezed, {}),
+    ("L17", Lonely, {}),
 ]
 
 

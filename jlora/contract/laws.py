@@ -24,6 +24,7 @@ from jlora.contract.case import (
     unrolled,
 )
 from jlora.contract.dtype_laws import dtypes_kept, precise
+from jlora.contract.tree_laws import containers, ones
 from jlora.core.adapter import stack
 from jlora.core.block import BlockMethod
 from jlora.core.context import per_layer
@@ -293,6 +294,8 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "L13": gradients_nonzero,
     "L14": precise,
     "L15": context_per_layer,
+    "L16": containers,
+    "L17": ones,
 }
 
 
