@@ -12,6 +12,7 @@ import pytest
 import jlora as jl
 from jlora import registry
 from jlora.contract import FAST_COMPILE, close
+from jlora.core.lookup import Lookup
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -110,3 +111,10 @@ def test_mutation_a_method_that_scales_lookups_is_seen(monkeypatch):
     monkeypatch.setattr(jl.IA3, "apply", twice)
     with pytest.raises(AssertionError):
         check(METHODS["IA3"], "lookup")
+
+
+@pytest.mark.parametrize("model", ["lookup", "tied"])
+def test_mutation_an_id_outside_that_counts_as_the_last_row_is_seen(monkeypatch, model):
+    monkeypatch.setattr(Lookup, "settle", lambda self, y: y)
+    with pytest.raises(AssertionError):
+        check(METHODS["LoRA"], model)
