@@ -38,17 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_list("stage", list(STAGES), f"stages to run, out of {', '.join(STAGES)}")
     flags.DEFINE_bool("fast_compile", False, "compile in less time, run slower: for tiny runs")
     flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "share the work with other processes, each started with this command on a machine that"
-        " sees the same --workdir",
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0 (default: from the cluster's environment)"
-    )
-    flags.DEFINE_integer("process_id", None, "which process this is, from 0 (likewise)")
-    flags.DEFINE_integer("process_count", None, "how many there are (likewise)")
+    processes.define_flags()
     config_lib.define_flags()
 
 
@@ -144,19 +134,9 @@ def main(argv: list[str]) -> None:
 
 def _join(users: bool) -> processes.Processes:
     """This process's place among those that share the run."""
-    given = {
-        "coordinator": FLAGS.coordinator,
-        "process_id": FLAGS.process_id,
-        "process_count": FLAGS.process_count,
-    }
-    if FLAGS.distributed:
-        if users:
-            raise ValueError("distributed: got true, expected false: users' tasks take one process")
-        return processes.start(*given.values())
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name}: got {value!r}, expected nothing without --distributed")
-    return processes.Processes()
+    if FLAGS.distributed and users:
+        raise ValueError("distributed: got true, expected false: users' tasks take one process")
+    return processes.from_flags(FLAGS)
 
 
 def _fail(text: str) -> None:

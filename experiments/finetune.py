@@ -7,17 +7,21 @@
 tokenizer; the data are chat messages or prompts with completions, one per line. The result is a
 PEFT directory and an Orbax checkpoint in the workdir, with a report of losses and answers before
 and after. Kill it whenever you like: the same command resumes. `--dry_run` says what it will take.
+Several hosts: the same command on each, with `--distributed` and --fsdp x --tensor = all devices.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags
 
 from experiments import config as config_lib
-from experiments import program
+from experiments import processes, program
 from experiments.data.assets import AssetError
 from experiments.finetuning.settings import Settings, from_flags
 from experiments.workdir import StageError, explain_failed_write
@@ -30,6 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/finetune", "everything the run writes")
     flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
     flags.DEFINE_bool("dry_run", False, "state parameters, steps and memory, and end")
+    processes.define_flags()
     config_lib.define_flags(Settings)
 
 
@@ -42,23 +47,28 @@ def main(argv: list[str]) -> None:
     workdir = Path(FLAGS.workdir)
     try:
         settings = from_flags(FLAGS)
+        team = processes.from_flags(FLAGS)
         plan = run.plan(settings, Path(FLAGS.cache) if FLAGS.cache else None)
         if FLAGS.dry_run:
             print("\n".join(run.dry(plan)))
             return
         workdir.mkdir(parents=True, exist_ok=True)
+        processes.check(team, dataclasses.asdict(settings) | {"jax": version("jax")}, workdir)
         run.compile_settings(workdir)
-        report = run.run(plan, workdir)
+        report = run.run(plan, workdir, team)
     except (StageError, AssetError, FloatingPointError) as error:
         _fail(str(error))
     except (OSError, ValueError) as error:
         _fail(explain_failed_write(error, workdir) or str(error))
     else:
-        print("\n".join(run.lines(report, workdir)))
+        if team.first:
+            print("\n".join(run.lines(report, workdir)))
 
 
 def _fail(text: str) -> None:
     print(f"\nerror: {text}", file=sys.stderr, flush=True)
+    if FLAGS.distributed:
+        os._exit(2)  # at exit JAX would wait for the others, which wait for this process
     sys.exit(2)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import flags
 
 WEEK = 7 * 24 * 3600  # seconds at a barrier: another process may be training
 ROOM = 1 << 14  # bytes of the settings that processes compare
@@ -56,6 +57,37 @@ class Processes(NamedTuple):
 
             everyone = set(range(self.count))
             multihost.sync_global_processes(name, timeout=WEEK, processes=everyone)
+
+
+def define_flags() -> None:
+    """Define the flags of a program that several processes can share; `from_flags` reads them."""
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "share the work with other processes, each started with this command on a machine that"
+        " sees the same --workdir",
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0 (default: from the cluster's environment)"
+    )
+    flags.DEFINE_integer("process_id", None, "which process this is, from 0 (likewise)")
+    flags.DEFINE_integer("process_count", None, "how many there are (likewise)")
+
+
+def from_flags(values: flags.FlagValues) -> Processes:
+    """This process's place among those that share the run; it joins them with `--distributed`.
+
+    Raises:
+      ValueError: one of the other flags without `--distributed`, or as `start`.
+      RuntimeError: as `start`.
+    """
+    given = {name: values[name].value for name in ("coordinator", "process_id", "process_count")}
+    if values["distributed"].value:
+        return start(*given.values())
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {value!r}, expected nothing without --distributed")
+    return Processes()
 
 
 def start(coordinator: str | None, index: int | None, count: int | None) -> Processes:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
+from experiments.finetuning import mesh
 from experiments.finetuning.packing import Rows, empty
 
 
@@ -45,4 +45,4 @@ def parts(rows: Rows, count: int, sharding: Any) -> Rows:
       sharding: of the result.
     """
     split = Rows(*(x.reshape(count, -1, x.shape[-1]) for x in rows))
-    return jax.device_put(split, sharding)
+    return mesh.place(split, sharding)

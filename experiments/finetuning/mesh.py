@@ -34,17 +34,54 @@ SPLIT = {  # end of a leaf's path -> axes of the matrix [in, out], or of the tab
 
 
 def mesh(fsdp: int, tensor: int) -> Mesh:
-    """The first fsdp x tensor devices.
+    """The first fsdp x tensor devices; with several processes, all devices of all of them.
 
     Raises:
-      ValueError: there are fewer.
+      ValueError: there are fewer, or other processes would have none of them.
     """
-    devices = jax.devices()
+    devices, processes = jax.devices(), jax.process_count()
+    if processes > 1 and fsdp * tensor != len(devices):
+        raise ValueError(
+            f"fsdp x tensor: got {fsdp} x {tensor}, expected {len(devices)} together, the devices"
+            f" of all {processes} processes"
+        )
     if fsdp * tensor > len(devices):
         raise ValueError(
             f"fsdp x tensor: got {fsdp} x {tensor}, expected at most {len(devices)} devices"
         )
     return Mesh(np.array(devices[: fsdp * tensor]).reshape(fsdp, tensor), ("fsdp", "tensor"))
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Arrays that every process has whole, as arrays that are divided among all devices.
+
+    Args:
+      tree: arrays, equal in all processes.
+      where: the sharding of each, or one for all.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    if isinstance(where, NamedSharding):
+        where = jax.tree.map(lambda _: where, tree)
+
+    def one(t: Any, sharding: NamedSharding) -> Any:
+        host = np.asarray(t)
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+    return jax.tree.map(one, tree, where)
+
+
+def gather(tree: Any, devices: Mesh) -> Any:
+    """The same arrays, whole on every device, so that each process can read them.
+
+    Args:
+      tree: arrays on the mesh.
+      devices: the mesh.
+    """
+    if jax.process_count() == 1:
+        return tree
+    copies = NamedSharding(devices, PartitionSpec())
+    return jax.jit(lambda t: t, out_shardings=copies)(tree)
 
 
 def specs(params: Any, devices: Mesh) -> Any:

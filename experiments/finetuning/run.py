@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jlora as jl
@@ -20,6 +19,7 @@ from experiments.finetuning import batches, chat, mesh, packing, records, sample
 from experiments.finetuning.memory import Needs, needs
 from experiments.finetuning.optimizer import optimizer
 from experiments.finetuning.settings import Settings
+from experiments.processes import Processes
 from experiments.progress import Progress
 from experiments.workdir import digest, read_json, write_json
 from jlora.models import decoder
@@ -54,6 +54,7 @@ def plan(settings: Settings, cache: Path | None = None) -> Plan:
       ValueError: whatever is wrong with base, tokenizer, data, method or mesh.
     """
     adapters.method(settings)
+    optimizer(settings, 1)
     base = bases.find(settings, cache)
     devices = mesh.mesh(settings.fsdp, settings.tensor)
     dense = jax.eval_shape(lambda: decoder.init(jax.random.key(0), base.config))
@@ -112,11 +113,12 @@ def world(plan: Plan, params: Any, adapter: Any) -> World:
     mine = jl.specs(adapter, specs, devices)
     copies = NamedSharding(devices, PartitionSpec())
     state = jax.eval_shape(lambda t: step.initial(t, opt, plan.steps), adapter.trainable)
+    form = jax.tree.structure(adapter.trainable)
+    moments = lambda part: jax.tree.structure(part) == form  # noqa: E731
     # moments lie where the arrays do that they belong to
-    inner = optax.tree_utils.tree_map_params(
-        opt, lambda _, place: place, state.optimizer, mine.trainable,
-        transform_non_params=lambda _: copies,
-    )  # fmt: skip
+    inner = jax.tree.map(
+        lambda part: mine.trainable if moments(part) else copies, state.optimizer, is_leaf=moments
+    )
     places = (
         mesh.shardings(specs, params, devices), mine,
         step.State(copies, mine.trainable, inner, copies),
@@ -149,12 +151,13 @@ def dry(plan: Plan) -> list[str]:
     return found.lines(plan.steps, len(plan.rows.ids), int(plan.rows.weights.sum()))
 
 
-def run(plan: Plan, workdir: Path) -> dict[str, Any]:
+def run(plan: Plan, workdir: Path, team: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
     """Trains, evaluates, writes the results, and returns the report.
 
     Args:
       plan: of the run.
       workdir: of all that is written; a killed run with the same settings is resumed.
+      team: the processes whose devices share each step; all of them call this, the first writes.
 
     Raises:
       ValueError: the weights or the adapter to start from do not fit.
@@ -171,30 +174,43 @@ def run(plan: Plan, workdir: Path) -> dict[str, Any]:
     if s.peft:
         adapters.check_peft(adapter, params)
     w = world(plan, params, adapter)
-    params, adapter = jax.device_put((params, adapter), w.places[:2])
+    params, adapter = mesh.place((params, adapter), w.places[:2])
     opt = optimizer(s, plan.steps)
     state = train.resume(
         folder / CHECKPOINTS, step.initial(adapter.trainable, opt, plan.steps), w.places[2]
     )
-    judge = _judge(plan, w)
-    if not (folder / BEFORE).is_file():
-        write_json(folder / BEFORE, judge(params, adapter))
+    judge, known = _judge(plan, w), (folder / BEFORE).is_file()
+    team.wait("looked")  # before anything is written that another process could take for older
+    if not known:
+        measured = judge(params, adapter)
+        if team.first:
+            write_json(folder / BEFORE, measured)
+        team.wait("before")
     before = read_json(folder / BEFORE, dict, "delete it")
     data = batches.shuffled(plan.rows, s.batch, s.seed)
+    copies = NamedSharding(plan.devices, PartitionSpec())
+    key = jax.random.wrap_key_data(mesh.place(jax.random.key_data(keys[1]), copies))
 
     def advance(state: step.State, number: int) -> tuple[step.State, step.Report]:
         drawn: Any = data[number]
         rows = batches.parts(packing.Rows(*drawn), s.accumulate, w.rows)
-        return w.step(params, adapter, state, rows, keys[1])
+        return w.step(params, adapter, state, rows, key)
 
-    with Progress(workdir, "train", plan.steps, "step") as bar:
+    def keep(state: step.State) -> None:
+        whole = mesh.gather(state, plan.devices)
+        if team.first:
+            train.save(folder / CHECKPOINTS, whole)
+
+    with Progress(workdir, "train", plan.steps, "step", team.index) as bar:
         bar.step(int(state.step))
-        state = train.train(state, advance, plan.steps, folder / CHECKPOINTS, s.save_every, bar)
+        checkpoints = (keep, folder / CHECKPOINTS, s.save_every)
+        state = train.train(state, advance, plan.steps, *checkpoints, bar)
     adapter = adapter.replace(trainable=state.trainable)
     after = judge(params, adapter)
-    host = jax.device_get(adapter)
-    jl.io.save_adapter(workdir / "orbax", host, overwrite=True)
-    if s.peft:
+    whole = mesh.gather(adapter, plan.devices)
+    jl.io.save_adapter(workdir / "orbax", whole, overwrite=True)  # Orbax meets the other processes
+    host = jax.device_get(whole)
+    if s.peft and team.first:
         names = jl.io.llama()
         jl.io.save_peft(workdir / "peft", host, names, plan.base.name, "CAUSAL_LM", params=params)
     report = {
@@ -203,22 +219,24 @@ def run(plan: Plan, workdir: Path) -> dict[str, Any]:
         "trained": sum(t.size for t in jax.tree.leaves(adapter.trainable)),
         "losses": np.asarray(state.losses).tolist(), "before": before, "after": after,
     }  # fmt: skip
-    write_json(workdir / REPORT, report)
+    if team.first:
+        write_json(workdir / REPORT, report)
     return report
 
 
 def _judge(plan: Plan, w: World) -> Any:
     """``(params, adapter) -> {"loss", "answers"}`` on the held-out examples, for JSON."""
     s = plan.settings
-    measure = samples.evaluator(w.tuned)
+    copies = NamedSharding(plan.devices, PartitionSpec())
+    measure = samples.evaluator(w.tuned, copies)
     config, ends = plan.base.config, plan.base.ends
-    answer = samples.answerer(w.tuned, config, s.sample_tokens, ends)
+    answer = samples.answerer(w.tuned, config, s.sample_tokens, ends, copies)
     size = max(s.batch // s.accumulate, 1)
     held_out = batches.in_order(plan.held_out, size) if plan.held_out is not None else []
     place = NamedSharding(plan.devices, PartitionSpec("fsdp"))
 
     def judge(params: Any, adapter: Any) -> dict[str, Any]:
-        placed = (jax.device_put(rows, place) for rows in held_out)
+        placed = (mesh.place(rows, place) for rows in held_out)
         value = samples.mean_loss(measure, params, adapter, list(placed))
         found = samples.answers(answer, params, adapter, plan.prompts, plan.base.tokenizer)
         return {"loss": value, "answers": [a._asdict() for a in found]}

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -43,22 +42,29 @@ def mean_loss(
     return value / count if count else float("nan")
 
 
-def evaluator(tuned: Callable[..., Any]) -> Callable[[Any, Any, Rows], tuple[Array, Array]]:
+def evaluator(
+    tuned: Callable[..., Any], place: Any = None
+) -> Callable[[Any, Any, Rows], tuple[Array, Array]]:
     """``(params, adapter, rows) -> (sum of losses, learned tokens)``, jitted.
 
     Args:
       tuned: the lifted decoder.
+      place: sharding of the result.
     """
 
     def measure(params: Any, adapter: Any, rows: Rows) -> tuple[Array, Array]:
         out = tuned(params, adapter, rows.ids, rows.positions, rows.segments)
         return loss.total(out.logits, rows.ids, rows.weights)
 
-    return jax.jit(measure)
+    return jax.jit(measure, out_shardings=place)
 
 
 def answerer(
-    tuned: Callable[..., Any], config: decoder.DecoderConfig, steps: int, ends: tuple[int, ...]
+    tuned: Callable[..., Any],
+    config: decoder.DecoderConfig,
+    steps: int,
+    ends: tuple[int, ...],
+    place: Any = None,
 ) -> Callable[[Any, Any, Array, Array], decoder.Generated]:
     """``(params, adapter, prompts, lengths) -> Generated``, greedy, jitted.
 
@@ -67,6 +73,7 @@ def answerer(
       config: the architecture.
       steps: tokens at most.
       ends: tokens that end an answer.
+      place: sharding of the result.
     """
 
     def run(params: Any, adapter: Any, prompts: Array, lengths: Array) -> decoder.Generated:
@@ -75,7 +82,7 @@ def answerer(
         continue_ = functools.partial(decoder.generate, config=config, steps=steps, end=ends)
         return continue_(model, params, prompts, lengths, key)
 
-    return jax.jit(run)
+    return jax.jit(run, out_shardings=place)
 
 
 def answers(
@@ -100,7 +107,7 @@ def answers(
     padded = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, (ids, _) in zip(padded, prompts, strict=True):
         row[: len(ids)] = ids
-    found = run(params, adapter, jnp.asarray(padded), jnp.asarray(lengths))
+    found = run(params, adapter, padded, lengths)
     ids, ends = np.asarray(found.ids), np.asarray(found.lengths)
     text = lambda part: tokenizer.decode(part.tolist(), skip_special_tokens=True).strip()  # noqa: E731
     return [

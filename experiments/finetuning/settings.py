@@ -14,6 +14,7 @@ from absl import flags
 from experiments.config import check_fields, setting, wrong
 
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "lora_pro", "alt_lora", "riemannian", "lora_fa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,14 @@ class Settings:
     epochs: float = setting("train", 1.0, "passes over the examples", range="> 0")
     batch: int = setting("train", 8, "rows per step", range=">= 1")
     accumulate: int = setting("train", 1, "parts that a step's rows are computed in", range=">= 1")
-    lr: float = setting("train", 2e-4, "peak learning rate of AdamW", range="> 0")
+    optimizer: str = setting("train", "adamw", "what turns gradients into steps", OPTIMIZERS)
+    optimizer_args: str = setting("train", "{}", "its other hyper-parameters, JSON")
+    lr: float = setting("train", 2e-4, "peak learning rate", range="> 0")
     schedule: str = setting(
         "train", "cosine", "after the warm-up", ("cosine", "linear", "constant")
     )
     warmup: float = setting("train", 0.03, "share of the steps", range="0 <= x <= 1")
-    weight_decay: float = setting("train", 0.0, "of AdamW", range=">= 0")
+    weight_decay: float = setting("train", 0.0, "decoupled from the gradient", range=">= 0")
     clip: float = setting("train", 1.0, "largest norm of a gradient; 0: any", range=">= 0")
     lora_plus: float = setting("train", 1.0, "LoRA+: B's rate over A's; 1: one rate", range="> 0")
     remat: str = setting(

@@ -52,8 +52,9 @@ def make(
 
     Args:
       tuned: the lifted decoder.
-      optimizer: of `Adapter.trainable`.
+      optimizer: of `Adapter.trainable`; it may ask for `frozen`.
     """
+    rule = optax.with_extra_args_support(optimizer)
 
     def step(
         params: Any, adapter: Adapter, state: State, rows: Rows, key: Array
@@ -77,7 +78,9 @@ def make(
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         norm = _norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, inner = optimizer.update(grads, state.optimizer, state.trainable)
+            updates, inner = rule.update(
+                grads, state.optimizer, state.trainable, frozen=adapter.frozen
+            )
         trainable = optax.apply_updates(state.trainable, updates)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         finite &= jnp.isfinite(_norm(trainable))

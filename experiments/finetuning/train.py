@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from experiments.finetuning import mesh
 from experiments.finetuning.step import State
 from experiments.progress import Progress
 from experiments.workdir import load_tree, save_tree
@@ -40,7 +39,7 @@ def resume(folder: Path, state: State, places: Any) -> State:
       StageError: the checkpoint is damaged or of another run.
     """
     found = checkpoints(folder)
-    return jax.device_put(load_tree(found[-1], state) if found else state, places)
+    return mesh.place(load_tree(found[-1], state) if found else state, places)
 
 
 def save(folder: Path, state: State) -> None:
@@ -54,6 +53,7 @@ def train(
     state: State,
     step: Callable[[State, int], tuple[State, Any]],
     steps: int,
+    keep: Callable[[State], None],
     folder: Path,
     save_every: int,
     bar: Progress,
@@ -64,6 +64,7 @@ def train(
       state: to continue from; its buffers may be donated.
       step: (state, number of the step) -> (state, report).
       steps: of the whole run.
+      keep: writes a checkpoint (`save`, of what all processes have together).
       folder: of the checkpoints.
       save_every: steps between two of them; the last step has one.
       bar: progress and curves.
@@ -84,5 +85,5 @@ def train(
         bar.step(1, loss=value)
         bar.curve(number + 1, {"loss": value, "gradient_norm": norm})
         if (number + 1) % save_every == 0 or number + 1 == steps:
-            save(folder, state)
+            keep(state)
     return state

@@ -103,8 +103,9 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         )
 
     state = State(jnp.int32(0), {"a": jnp.zeros(2)}, (), jnp.zeros(6))
+    keep = lambda state: train.save(tmp_path, state)  # noqa: E731
     with pytest.raises(FloatingPointError, match=r"step 5: got loss nan .*step-000004"):
-        train.train(state, step, 6, tmp_path, 2, Bar())
+        train.train(state, step, 6, keep, tmp_path, 2, Bar())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     again = train.resume(tmp_path, state, place)
     assert int(again.step) == 4 and again.trainable["a"].tolist() == [4, 4]
@@ -121,6 +122,9 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         ({"max_length": 8}, "train.jsonl:1: got 12 tokens, expected at most max_length=8"),
         ({"sample_tokens": 60}, "sample_tokens: got 60 after a prompt of 8 tokens"),
         ({"tensor": 16}, "fsdp x tensor: got 1 x 16"),
+        ({"optimizer_args": "{"}, "optimizer_args: got '{', expected JSON"),
+        ({"optimizer_args": '{"lr": 1}'}, "expected a JSON object of .*'b1', 'b2', 'eps'"),
+        ({"optimizer": "lora_fa", "optimizer_args": '{"damping": 0}'}, "lora_fa: damping: got 0"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(settings, change, said):
@@ -137,6 +141,7 @@ def test_a_plan_that_cannot_be_is_refused(settings, change, said):
         ({"targets": "("}, "targets: got '\\(', expected a regular expression"),
         ({"lr": float("nan")}, "lr: got nan, expected > 0"),
         ({"dtype": "float16"}, "dtype: got 'float16'"),
+        ({"optimizer": "muon"}, "optimizer: got 'muon'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, change, said):
