@@ -65,7 +65,7 @@ def answerer(
     steps: int,
     ends: tuple[int, ...],
     place: Any = None,
-) -> Callable[[Any, Any, Array, Array], decoder.Generated]:
+) -> Callable[[Any, Any, Any, Any], decoder.Generated]:
     """``(params, adapter, prompts, lengths) -> Generated``, greedy, jitted.
 
     Args:
@@ -86,7 +86,7 @@ def answerer(
 
 
 def answers(
-    run: Callable[[Any, Any, Array, Array], decoder.Generated],
+    run: Callable[[Any, Any, Any, Any], decoder.Generated],
     params: Any,
     adapter: Any,
     prompts: Sequence[tuple[list[int], str]],
