@@ -1,12 +1,16 @@
 """Strict settings for every test: 8 host devices, no implicit dtype or rank promotion.
 
-Most of the time goes into compiling thousands of tiny programs that run once. With the JAX that
-Python 3.11 resolves, XLA spends no effort on them: a third of the time. So it is in
-processes that a test starts with `quick` (experiments, benchmarks), which may share what they
-compile. Other processes (notebooks, two processes of JAX) are optimised as they are for users, and
-so are the core's tests on other releases (`.ci/core_on_jax`).
+Most of the time goes into compiling thousands of tiny programs that run once, so XLA spends no
+effort on them: a third of the time. So it is in processes that a test starts with `quick`
+(experiments, benchmarks), which may share what they compile. Other processes (notebooks, two
+processes of JAX, `tests/core/thin_products_test.py`) are optimised as they are for users.
+
+Python looks for cycles of dead objects after 50,000 new ones, not 700, and not among what
+was imported and collected: tracing makes many objects, and a seventh of the time went into looking.
 """
 
+import gc
+import itertools
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +20,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # another release may not know this one, which ends the process
-        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
+        # a release that does not know this one ends the process
+        "--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith(("0.8.", "0.10.")),
     ]
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,12 +33,14 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", "fusion_emitters" in os.environ["XLA_FLAGS"])
+jax.config.update("jax_disable_most_optimizations", True)
 
 FLAG = "--xla_cpu_use_fusion_emitters=false"
 MAPPED = 15_000  # every compiled program maps some memory; a process may have 65,530 maps
+TESTS = itertools.count()  # of this process
 
 LONGEST = ("cond_pdiff_test", "laws_test", "benchmarks_test", "text_test")
 
@@ -44,26 +50,37 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else 9)
 
 
+def pytest_collection_finish():
+    """What is there now stays until the end: it is not searched for dead objects again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled():
     """What one file compiled is given back: thousands of programs fill the memory otherwise.
 
     A command that a test ran in this process may have named a folder for compiled programs; the
-    next file must not write there.
+    next file must not write there. Objects that end in a cycle do so in the file that made them.
     """
     yield
     jax.clear_caches()
+    gc.collect()
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
 def forget_many_compiled():
-    """The same within a file: at the limit of maps, the next compilation ends the process."""
+    """The same within a file: at the limit of maps, the next compilation ends the process.
+
+    Counting maps takes up to 10 ms: it is done after every eighth test.
+    """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPED:
+    if next(TESTS) % 8 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAPPED:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
