@@ -2,8 +2,9 @@ r"""Routers: which experts every token goes to, with which weights, and how even
 
 =========  ==========================================================================
 l          logits, [T, E] (T stands for any leading axes of tokens)
-I_t, g_t   ids and weights of the k experts that token t goes to, [T, k]
-f          load: the share of the T k choices that fell on each expert, [E]
+I_t, g_t   ids and weights of the k experts that token t goes to, [T, k]; a choice with
+           weight 0 is none: token t goes to fewer, or the expert was full
+f          load: the share of the choices that fell on each expert, [E]
 m          mask [T]: False where a token is padding, which counts in nothing
 s          balance state, a PyTree; the last axis of its arrays is the experts
 =========  ==========================================================================
@@ -12,7 +13,7 @@ A system gives ``init_state(experts) -> s`` and ``route(l, s, train, m) -> (Rout
 is hidden: what a router remembers of its load is in s', and only training changes it. Then
 
 .. math::
-    f_e = \frac{\sum_t m_t [e \in I_t]}{k \sum_t m_t}, \qquad
+    f_e = \frac{\sum_t m_t [e \in I_t]}{\sum_t m_t |I_t|}, \qquad
     \sum_j g_{t,j} = 1 \;\text{or}\; \sum_{e \in I_t} P(l_t)_e
 
 where P is the probability that a system declares.
@@ -21,6 +22,7 @@ Laws, each an error of numbers that are about 1:
 
 ============  ============================================================================
 weights       not negative, and their sum is 1 or that of the declared probabilities
+              of the experts that a token goes to
 ids           integers below E, all different for one token
 load          f is what the ids say
 experts       experts in another order (logits and state) are chosen in that order
@@ -56,7 +58,7 @@ class Routes(NamedTuple):
     """Where every token goes."""
 
     ids: Int[Array, "*T k"]  # int32, the chosen experts, best first
-    weights: Float[Array, "*T k"]  # not negative
+    weights: Float[Array, "*T k"]  # not negative; 0: the token does not go there
     balance: Float[Array, ""]  # the balance loss; 0 of routers that have none
     load: Float[Array, "E"]  # share of the choices, sums to 1
 
@@ -146,7 +148,7 @@ def weights(record: Router, at: World) -> float:
     g, want = np.asarray(routes.weights, "f8"), np.ones(len(routes.weights))
     if record.probability is not None:
         p = np.asarray(record.probability(at.logits[0]), "f8")
-        want = np.take_along_axis(p, np.asarray(routes.ids), axis=1).sum(1)
+        want = (np.take_along_axis(p, np.asarray(routes.ids), axis=1) * (g != 0)).sum(1)
     found = max(float(np.max(-g)), float(np.max(np.abs(g.sum(1) - want))), 0.0)
     return found if np.isfinite(g).all() else float("inf")
 
@@ -172,8 +174,10 @@ def load(record: Router, at: World) -> float:
     worst = 0.0
     for mask in (None, at.mask):
         routes, _ = record.route(at.logits[0], at.state, True, mask)
-        real = np.asarray(routes.ids)[slice(None) if mask is None else np.asarray(mask)]
-        counts = np.bincount(real.ravel(), minlength=at.logits.shape[-1])
+        kept = np.asarray(routes.weights) != 0
+        kept &= True if mask is None else np.asarray(mask)[:, None]
+        real = np.asarray(routes.ids)[kept]
+        counts = np.bincount(real, minlength=at.logits.shape[-1])
         worst = max(worst, gap(routes.load, counts / real.size))
     return worst
 
@@ -250,7 +254,7 @@ def inference(record: Router, at: World) -> float:
 
 
 def gradient(record: Router, at: World) -> float:
-    """The share of chosen experts whose logits do not move their token's weights.
+    """The share of choices whose logits do not move their token's weights.
 
     Args and Returns are those of `error`.
     """
@@ -262,7 +266,8 @@ def gradient(record: Router, at: World) -> float:
 
     by_logits = np.asarray(jax.grad(total)(at.logits[0]))
     chosen = np.take_along_axis(by_logits, np.asarray(routes.ids), axis=1)
-    return float(np.mean((chosen == 0) | ~np.isfinite(chosen)))
+    kept = np.asarray(routes.weights) != 0
+    return float(np.mean((chosen == 0)[kept])) if np.isfinite(chosen).all() else float("inf")
 
 
 def jit(record: Router, at: World) -> float:

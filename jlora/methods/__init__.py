@@ -26,7 +26,12 @@ from jlora.methods.orthogonal.hra import HRA as HRA
 from jlora.methods.orthogonal.oft import OFT as OFT
 from jlora.methods.orthogonal.road import RoAd as RoAd
 from jlora.methods.routed.experts import Experts as Experts
+from jlora.methods.routed.flylora import FlyLoRA as FlyLoRA
+from jlora.methods.routed.lora_mixer import LoRAMixer as LoRAMixer
+from jlora.methods.routed.meteora import MeteoRA as MeteoRA
 from jlora.methods.routed.mixlora import MixLoRA as MixLoRA
+from jlora.methods.routed.smora import SMoRA as SMoRA
+from jlora.methods.routed.xlora import XLoRA as XLoRA
 from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning

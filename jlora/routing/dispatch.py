@@ -70,11 +70,31 @@ def dispatch(
     return y.reshape(*lead, -1)
 
 
-def _dense(x: Dynamic, a: jax.Array, b: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+def mixed(
+    x: Dynamic,
+    a: Float[Array, "experts d_in r"],
+    b: Float[Array, "experts r d_out"],
+    gates: Float[Array, "... experts"],
+) -> jax.Array:
+    """Every token through all experts, each with a weight.
+
+    Args:
+      x: tokens [..., d_in], or what stands for them.
+      a: first factors; cast to the dtype of x, as are all others.
+      b: second factors.
+      gates: the weights, scales included.
+
+    Returns:
+      [..., d_out], in the dtype of x.
+    """
+    a, b, gates = (t.astype(x.dtype) for t in (a, b, gates))
     experts, d_in, rank = a.shape
     h = x @ jnp.moveaxis(a, 0, 1).reshape(d_in, experts * rank)
-    gates = jnp.repeat(dense_weights(ids, weights, experts), rank, axis=-1)
-    return (h * gates) @ b.reshape(experts * rank, -1)
+    return (h * jnp.repeat(gates, rank, axis=-1)) @ b.reshape(experts * rank, -1)
+
+
+def _dense(x: Dynamic, a: jax.Array, b: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+    return mixed(x, a, b, dense_weights(ids, weights, a.shape[0]))
 
 
 def _gather(x, a, b, ids, weights):

@@ -17,13 +17,16 @@ Source: paper (balance loss), generalised from k = 1 by dividing the counts by T
 Deviates: nothing. Softmax over the chosen logits equals softmax over all, then renormalised.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jlora.contracts.router import Route, Router, Routes
-from jlora.types import Dynamic, Tree
+from jlora.routing import reports
+from jlora.routing.rule import Rule, State
 
 
 def top_k(logits: Float[Array, "... experts"], k: int) -> Routes:
@@ -47,8 +50,29 @@ def top_k(logits: Float[Array, "... experts"], k: int) -> Routes:
     return Routes(ids, jax.nn.softmax(best, axis=-1), *_balance(logits, ids))
 
 
+@dataclasses.dataclass(frozen=True)
+class TopK(Rule):
+    """`top_k` as a rule, for batches with padding; it remembers nothing."""
+
+    k: int = 2
+
+    def routes(
+        self,
+        logits: Float[Array, "*T E"],
+        state: State,
+        train: bool,
+        mask: Bool[Array, "*T"] | None = None,
+    ) -> Routes:
+        routes = top_k(logits, self.k)
+        if mask is None:
+            return routes
+        soft = jax.nn.softmax(logits, axis=-1)
+        balance, load = reports.measure(soft, routes.ids, jnp.ones_like(routes.weights), mask)
+        return routes._replace(balance=balance, load=load)
+
+
 def router(k: int) -> Route:
-    """`top_k` as a router of the contract, for batches with padding; it remembers nothing.
+    """`TopK` as a router of the contract.
 
     Args:
       k: how many experts a token goes to, 1..E.
@@ -57,32 +81,7 @@ def router(k: int) -> Route:
       A function of (logits [..., E]; state (); whether to train; mask [...] or None), whose balance
       loss and load leave out the tokens that the mask says are padding. All zero without any token.
     """
-
-    def route(
-        logits: jax.Array, state: Tree, train: bool, mask: jax.Array | None = None
-    ) -> tuple[Routes, Dynamic]:
-        routes = top_k(logits, k)
-        if mask is not None:
-            balance, load = _masked_balance(logits, routes.ids, mask)
-            routes = routes._replace(balance=balance, load=load)
-        return routes, state
-
-    return route
-
-
-def _masked_balance(
-    logits: jax.Array, ids: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`_balance` of the tokens where mask [...] is True."""
-    experts, dtype, tokens = logits.shape[-1], logits.dtype, tuple(range(logits.ndim - 1))
-    real = mask.astype(dtype)[..., None]
-    count = jnp.maximum(jnp.sum(real), jnp.ones((), dtype))
-    # a padded token may hold anything: what is not finite must not meet the zero of its mask
-    logits = jnp.where(mask[..., None], logits, jnp.zeros((), dtype))
-    mean = jnp.sum(jax.nn.softmax(logits, axis=-1) * real, axis=tokens) / count
-    chosen = jnp.mean(jax.nn.one_hot(ids, experts, dtype=dtype), axis=-2)
-    load = jnp.sum(chosen * real, axis=tokens) / count
-    return experts * jnp.sum(load * mean), load
+    return TopK(k)
 
 
 def _balance(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -93,6 +93,24 @@ def test_experts_route_tokens_that_are_not_written_down(model):
         jl.lift(fn)(PARAMS, noisy(ragged, fn, where))
 
 
+ROUTED = (
+    jl.methods.SMoRA(rank=2, top_k=1),
+    jl.methods.FlyLoRA(rank=2, top_k=1),
+    jl.methods.MeteoRA(experts=2, top_k=1, rank=2, train_experts=True),
+    jl.methods.LoRAMixer(experts=2, top_k=1, rank=2),
+)
+
+
+@pytest.mark.parametrize(("model", "methods"), [("lookup", ROUTED), ("convolve", ROUTED[:1])])
+def test_routers_see_tokens_that_are_not_written_down(model, methods):
+    fn, where = MODELS[model]
+    for method in methods:
+        y, aux = jl.lift(fn, aux=True)(PARAMS, noisy(method, fn, where))
+        assert float(aux[where]["counts"].sum()) == y[..., 0].size and not np.allclose(
+            y, fn(PARAMS)
+        )
+
+
 @pytest.mark.parametrize("model", ["lookup", "convolve"])
 def test_token_masks_reach_rows_and_patches(model):
     fn, where = MODELS[model]

@@ -55,3 +55,11 @@ def test_mutation_an_unsorted_dispatch_is_seen(case, monkeypatch):
     monkeypatch.setattr(dispatch.jnp, "argsort", lambda t, stable: jnp.arange(t.size))
     with pytest.raises(AssertionError):
         check(case, "ragged")
+
+
+def test_all_experts_with_weights(case):
+    x, a, b, _, _ = (np.asarray(t, np.float64) for t in case)
+    gates = np.random.default_rng(1).random((7, 5)).astype(np.float32)
+    want = np.einsum("ti,eir,ero,te->to", x, a, b, gates)
+    got = dispatch.mixed(*case[:3], jnp.asarray(gates))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

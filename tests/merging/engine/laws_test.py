@@ -93,7 +93,7 @@ def test_law(name, law, world):
 
 
 USED = {type(m).__name__ for m in TYPES.values()} | {"LoRA", "LoHa", "LoKr"}
-NO_MERGE = {"Experts", "MixLoRA", "TokenMask"}
+NO_MERGE = {n for n, s in registry.methods().items() if "L3" in s.breaks}
 NO_DELTA = {"TrainableTokens", "BitFit", "LNTuning"}  # rows of a table, vectors
 
 

@@ -8,6 +8,10 @@ import pytest
 import jlora as jl
 from jlora.methods.routed.experts import Experts
 from jlora.routing import dispatch
+from jlora.routing.bias_balanced import BiasBalanced
+from jlora.routing.capacity import Capacity
+from jlora.routing.state import advance
+from jlora.routing.top_one import TopOne
 
 METHOD = Experts(experts=4, top_k=2, rank=3, alpha=6.0)
 
@@ -117,3 +121,85 @@ def test_a_shared_decision_is_that_of_equal_routers():
     np.testing.assert_allclose(g["q"]["router"], total, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="no site before this one decided 'block'"):
         jl.lift(lambda p, x: x @ p["v"] + x @ p["q"])(params, one, x)
+
+
+# --- other rules, and layers with fewer experts -------------------------------------------------
+
+
+def test_capacity_drops_choices_and_says_how_many(bench):
+    """One expert takes two tokens at most; a dropped token passes through the base alone."""
+    method = Experts(4, 2, 3, 6.0, rule=Capacity(TopOne(), 2))
+    adapter = bench.noisy(method)
+    y, aux = bench.forward(adapter, aux=True)
+    report = {k: np.asarray(t) for k, t in aux["w"].items()}
+    assert report["counts"].max() == 2 and report["dropped"] > 0.4
+    assert report["counts"].sum() == pytest.approx(15 * (1 - report["dropped"]))
+    same = np.isclose(y, bench.x @ bench.params["w"], atol=1e-6).all(-1)
+    assert same.sum() == 15 - report["counts"].sum()
+
+
+def test_a_rule_with_a_state_moves_by_advance(bench):
+    rule = BiasBalanced(2, rate=0.05)
+    adapter = bench.noisy(Experts(4, 2, 3, 6.0, rule=rule))
+    _, aux = bench.forward(adapter, aux=True)
+    after = advance(adapter, aux).frozen["w"]["bias"]
+    np.testing.assert_allclose(after, 0.05 * np.sign(0.25 - aux["w"]["load"]), rtol=1e-5)
+
+
+LAYERS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4)) / 2, jnp.float32)}
+TOKENS = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)
+
+
+def scanned(params, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+
+
+def looped(params, x):
+    for w in params["w"]:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def test_fewer_experts_in_some_layers_are_a_loop_over_layers_of_their_own():
+    """MoLA's counts in one scan: value, gradient and reports of unpadded layers."""
+    counts = (2, 3)
+    method = Experts(experts=3, top_k=2, rank=2, counts=counts)
+    padded = jl.init(jax.random.key(0), scanned, LAYERS, TOKENS, methods={"w": method})
+    move = lambda t: t + jnp.asarray(np.random.default_rng(2).normal(size=t.shape) / 2, t.dtype)  # noqa: E731
+    padded = padded.replace(trainable=jax.tree.map(move, padded.trainable))
+    apart = {"w": list(LAYERS["w"])}
+    methods = {f"w/{n}": Experts(experts=e, top_k=2, rank=2) for n, e in enumerate(counts)}
+    ragged = jl.init(jax.random.key(0), looped, apart, TOKENS, methods=methods)
+
+    def cut(tree):  # the arrays of a stack, without the experts that a layer does not have
+        p = tree["w"]
+        return {
+            f"w/{n}": {"a": p["a"][n, :e], "b": p["b"][n, :e], "router": p["router"][n, :, :e]}
+            for n, e in enumerate(counts)
+        }
+
+    def loss(trainable, adapter, fn, params):
+        y, aux = jl.lift(fn, aux=True)(params, adapter.replace(trainable=trainable), TOKENS)
+        return jnp.sum(y**2) + sum(jnp.sum(r["balance"]) for r in aux.values()), (y, aux)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=2)
+    (_, (y, aux)), grad = run(padded.trainable, padded, scanned, LAYERS)
+    (_, (z, own)), want = run(cut(padded.trainable), ragged, looped, apart)
+    np.testing.assert_allclose(y, z, rtol=1e-5, atol=1e-6)
+    for path, arrays in want.items():
+        for name, g in arrays.items():
+            np.testing.assert_allclose(cut(grad)[path][name], g, rtol=1e-4, atol=1e-6)
+    for n, e in enumerate(counts):
+        np.testing.assert_allclose(aux["w"]["balance"][n], own[f"w/{n}"]["balance"], rtol=1e-5)
+        np.testing.assert_allclose(aux["w"]["load"][n, :e], own[f"w/{n}"]["load"], rtol=1e-5)
+        assert not np.any(aux["w"]["load"][n, e:])
+
+
+def test_what_counts_are_refused():
+    with pytest.raises(ValueError, match=r"Experts\.counts: got \(1, 2\), expected in 2\.\.4"):
+        Experts(experts=4, counts=(1, 2))
+    with pytest.raises(ValueError, match="with counts, expected no state"):
+        Experts(experts=4, counts=(2, 4), rule=BiasBalanced())
+    with pytest.raises(ValueError, match=r"w: got 3 numbers, expected one per layer of the stack"):
+        method = Experts(experts=4, counts=(2, 4, 3))
+        jl.init(jax.random.key(0), scanned, LAYERS, TOKENS, methods={"w": method})
