@@ -14,6 +14,7 @@ CORE = [
     "PyYAML>=6.0",
     "regex>=2024.5",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "tqdm>=4.66",
 ]
 EXPERIMENTS = [
@@ -24,6 +25,7 @@ EXPERIMENTS = [
     "scikit-learn>=1.5",
     "tensorboard>=2.17",
     "tensorboardX>=2.6",
+    "threadpoolctl>=3.1",
     "tokenizers>=0.21",
     "transformers>=5.0",
 ]

@@ -3,9 +3,10 @@
     python -m experiments.cond_pdiff --flagfile=experiments/flags/text_quick.flags
 
 Stages, in order: `data` (base states of all texts), `zoo` (train adapters of many tasks), `codec`
-(adapters -> latents), `denoiser` (a conditional flow, and the paper's DDPM), `sample`,
-`evaluate`, `report`. Each is kept in the workdir under a hash of its settings, skipped when it is
-there and resumed when it was killed. `--stage` runs some of them.
+(adapters -> latents), `rivals` (what the same texts give without a generator), `denoiser` (a
+conditional flow, and the paper's DDPM), `sample`, `evaluate`, `report`. Each is kept in the workdir
+under a hash of its settings, skipped when it is there and resumed when it was killed. `--stage`
+runs some of them.
 
 With `--task_dir=DIR --stage=sample,evaluate` on a finished workdir, tasks of your own get generated
 adapters from their descriptions and a few examples, scored and saved as PEFT.
@@ -44,18 +45,20 @@ def define_flags() -> None:
 
 def stages() -> tuple[pipeline.Stage, ...]:
     """All stages in order. Imported on the call: --help should not wait for JAX."""
-    from experiments.stages import codec, denoiser, evaluate, report, sample, world, zoo
+    from experiments.stages import codec, denoiser, evaluate, report, rivals, sample, world, zoo
 
-    return tuple(m.STAGE for m in (world, zoo, codec, denoiser, sample, evaluate, report))
+    order = (world, zoo, codec, rivals, denoiser, sample, evaluate, report)
+    return tuple(module.STAGE for module in order)
 
 
 def user_tasks_of(context: pipeline.Context) -> None:
     """Generated adapters for the user's tasks on a finished workdir; prints the result."""
-    from experiments.stages import user_tasks
+    from experiments.stages import rivals, user_tasks
 
     finished = dataclasses.replace(context, config=dataclasses.replace(context.config, task_dir=""))
     needed = [stage for stage in stages() if stage.name in ("data", "zoo", "codec", "denoiser")]
-    products = pipeline.load(needed, finished).products
+    loaded = pipeline.load(needed, finished)
+    products = loaded.add("rivals", rivals.STAGE.run(loaded)).products  # older runs have none
     found = user_tasks.run(dataclasses.replace(context, products=products))
     for task, scores in found.items():
         print("\n".join(user_tasks.lines(task, scores)))
@@ -77,7 +80,7 @@ def compile_settings(workdir: Path, fast: bool) -> None:
 
 def show(report: dict[str, Any], workdir: Path) -> None:
     """The report in a few lines on standard output."""
-    from experiments.report import names
+    from experiments.report import names, words
 
     wide = max(len(method.label) for method in names.METHODS)
     print("\nAccuracy on seen tasks, mean over tasks")
@@ -91,6 +94,7 @@ def show(report: dict[str, Any], workdir: Path) -> None:
             share = f"   {100 * gap['mean']:5.1f} % of the gap to training" if gap else ""
             mean = 100 * part["accuracy"][key]["mean"]
             print(f"  {names.method(key).label:{wide}s} {mean:5.1f} %{share}")
+        print(f"  = {words.against_best(part)}")
     print()
     for claim in report["claims"]:
         print(f"[{claim['verdict']}] {claim['text']}")

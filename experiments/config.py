@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments.data import user
 
-STAGES = ("data", "zoo", "codec", "denoiser", "sample", "evaluate", "report")
+STAGES = ("data", "zoo", "codec", "rivals", "denoiser", "sample", "evaluate", "report")
 TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "generation", "glue")
 LAYOUT = 2  # of the stages' folders: raised when their files change, so that none is misread
 BASES = ("minilm", "tiny", "hf")

@@ -15,6 +15,7 @@ from experiments.report.schema import FAILS, HOLDS, TOO_FEW
 SOUP_MARGIN = 0.005  # 0.5 points of accuracy
 CONFUSION_TARGET = 0.99
 GAP_TARGETS = {"unseen_pair": 0.95, "unseen_label": 0.90}
+LEVELS = (*GAP_TARGETS, "unseen_corpus")  # on which the best rival must be beaten
 MIN_TASKS = 5  # below this a bootstrap over tasks says nothing
 FEW = f"fewer than {MIN_TASKS} tasks"
 FLOW, REFERENCE = ("euler", "20"), ("ddpm", "1000")
@@ -30,6 +31,7 @@ def check(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
     claims = []
     for level, target in GAP_TARGETS.items():
         claims += [_beats_ridge(report, level), _gap(report, level, target)]
+    claims += [_beats_best_rival(report, level) for level in LEVELS]
     return [*claims, _soup(report), _confusion(report), _few_steps(report, seed)]
 
 
@@ -70,6 +72,21 @@ def _beats_ridge(report, level: str) -> dict[str, Any]:
     text = (
         f"On {words} generated adapters minus kernel ridge: {_points(pair['mean'])} points of "
         f"accuracy over {pair['n']} tasks, {_span(pair)}; the interval must lie above 0."
+    )
+    return _claim(name, 0.0, pair["mean"], pair["n"], pair["low"] > 0, text)
+
+
+def _beats_best_rival(report, level: str) -> dict[str, Any]:
+    name, words = f"{level}.beats_best_rival", names.LEVELS[level]
+    best = report["unseen"].get(level, {}).get("best_rival")
+    if best is None:
+        text = f"Not measured: this run has no {words} with rivals."
+        return _claim(name, 0.0, None, 0, False, text)
+    pair, label = best["paired"], names.method(best["method"]).label
+    text = (
+        f"On {words} generated adapters minus the best that knows no more ({label},"
+        f" {100 * best['accuracy']:.1f} %): {_points(pair['mean'])} points of accuracy over"
+        f" {pair['n']} tasks, {_span(pair)}; the interval must lie above 0."
     )
     return _claim(name, 0.0, pair["mean"], pair["n"], pair["low"] > 0, text)
 

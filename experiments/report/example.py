@@ -46,6 +46,12 @@ def example(tasks: int = 70, seed: int = 0) -> tuple[dict[str, Any], dict[str, A
         "multitask": (0.04, 1),
         "ridge": (0.9, 1),
         "span": (0.87, 1),
+        "nearest_mean": (0.88, 1),
+        "knn": (0.8, 1),
+        "logreg": (0.89, 1),
+        "lora_k": (0.75, 1),
+        "discriminant": (0.9, 1),
+        "logreg_full": (1.05, 1),
     }
     seen = {name: accuracies(rng, rng.uniform(0.8, 0.97), seen_methods) for name in labels}
     unseen = {

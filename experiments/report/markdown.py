@@ -31,7 +31,7 @@ def render(report: Mapping[str, Any]) -> str:
         for level in levels
     )]  # fmt: skip
     lines.append("|---|" + "---|" * len(levels))
-    for key in names.keys(names.HELD_OUT):
+    for key in names.keys(names.HELD_OUT, report["version"]):
         cells = []
         for level in levels:
             part = report["unseen"][level]

@@ -22,16 +22,23 @@ class Method(NamedTuple):
     on: tuple[str, ...]  # kinds of tasks that it is evaluated on: "seen", "held_out", "user"
     gap: bool = True  # whether a share of the gap between base and trained can be stated
     colour: str = GREY  # in every plot
+    rival: bool = False  # whether it knows no more of a task than the generator does
+    since: int = 2  # version of the first report.json that has it
 
 
 METHODS = (  # in the order of all tables
     Method(
         "base", "base model, no adapter", "base", "the frozen model and head alone",
-        (SEEN, HELD_OUT, USER), gap=False,
+        (SEEN, HELD_OUT, USER), gap=False, rival=True,
     ),
     Method(
         "trained", "trained adapter", "trained", "gradient descent on the task's training data",
         (SEEN, HELD_OUT, USER), gap=False, colour=BLUE,
+    ),
+    Method(
+        "logreg_full", "logistic regression, all texts", "logistic, all",
+        "on frozen embeddings of all training texts; no adapter", (HELD_OUT, USER), colour=SKY,
+        since=3,
     ),
     Method(
         "soup", "soup of the task's trained adapters", "soup",
@@ -43,26 +50,51 @@ METHODS = (  # in the order of all tables
         (SEEN, HELD_OUT, USER), colour=VERMILION,
     ),
     Method(
+        "nearest_mean", "nearest class mean, K texts", "class mean",
+        "of the frozen embeddings of the same examples; no adapter", (HELD_OUT, USER),
+        colour=ORANGE, rival=True, since=3,
+    ),
+    Method(
+        "knn", "k nearest neighbours, K texts", "neighbours",
+        "among the frozen embeddings of the same examples; no adapter", (HELD_OUT, USER),
+        colour=ORANGE, rival=True, since=3,
+    ),
+    Method(
+        "logreg", "logistic regression, K texts", "logistic",
+        "on the frozen embeddings of the same examples; no adapter", (HELD_OUT, USER),
+        colour=ORANGE, rival=True, since=3,
+    ),
+    Method(
+        "lora_k", "LoRA trained on the K texts", "LoRA on K",
+        "gradient descent on the same examples; rate and steps chosen on seen tasks",
+        (HELD_OUT, USER), colour=PURPLE, rival=True, since=3,
+    ),
+    Method(
+        "discriminant", "discriminant of the K texts as an adapter", "discriminant",
+        "closed form, rank 2 in the last layer; neither training nor a zoo", (HELD_OUT, USER),
+        colour=PURPLE, rival=True, since=3,
+    ),
+    Method(
         "ridge", "kernel ridge, condition to adapter", "ridge",
-        "closed-form regression from condition to adapter: the baseline to beat",
-        (HELD_OUT, USER), colour=GREEN,
+        "closed-form regression from condition to adapter",
+        (HELD_OUT, USER), colour=GREEN, rival=True,
     ),
     Method(
         "nearest", "nearest-condition soup", "nearest",
-        "of the training task with the most similar condition", (HELD_OUT, USER),
+        "of the training task with the most similar condition", (HELD_OUT, USER), rival=True,
     ),
     Method(
         "softmax", "softmax-weighted soup", "softmax",
-        "of all training tasks, by similarity of conditions", (HELD_OUT, USER),
+        "of all training tasks, by similarity of conditions", (HELD_OUT, USER), rival=True,
     ),
     Method(
         "multitask", "one multi-task adapter", "multi-task", "trained on all seen tasks together",
-        (HELD_OUT, USER),
+        (HELD_OUT, USER), rival=True,
     ),
     Method(
         "mean_adapter", "mean of all tasks' adapters", "mean",
         "knows no task: what a generator that ignores its condition can reach",
-        (SEEN, HELD_OUT, USER),
+        (SEEN, HELD_OUT, USER), rival=True,
     ),
     Method(
         "pdiff_global", "Cond P-Diff, global normalisation", "P-Diff global",
@@ -94,6 +126,9 @@ CLAIMS = {
     "unseen_pair.gap_recovered": "Unseen pairs: 95 % of the gap",
     "unseen_label.beats_ridge": "Unseen labels: better than kernel ridge",
     "unseen_label.gap_recovered": "Unseen labels: 90 % of the gap",
+    "unseen_pair.beats_best_rival": "Unseen pairs: better than the best rival",
+    "unseen_label.beats_best_rival": "Unseen labels: better than the best rival",
+    "unseen_corpus.beats_best_rival": "Unseen corpora: better than the best rival",
     "seen.within_soup": "Seen tasks: as good as the soup",
     "seen.confusion_diagonal": "Seen tasks: the right task is generated",
     "sampler.few_steps": "20 flow steps are as good as 1000 DDPM steps",
@@ -103,9 +138,14 @@ CLAIMS = {
 _BY_KEY = {method.key: method for method in METHODS}
 
 
-def keys(kind: str) -> tuple[str, ...]:
-    """Methods of "seen", "held_out" or "user" tasks, in order."""
-    return tuple(method.key for method in METHODS if kind in method.on)
+def keys(kind: str, version: int | None = None) -> tuple[str, ...]:
+    """Methods of "seen", "held_out" or "user" tasks, in order; those of an older report.json."""
+    return tuple(m.key for m in METHODS if kind in m.on and (version is None or m.since <= version))
+
+
+def rivals(kind: str) -> tuple[str, ...]:
+    """Methods that know no more of a task than the generator does, in order."""
+    return tuple(m.key for m in METHODS if kind in m.on and m.rival)
 
 
 def gap_methods() -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The plots of the report as inline SVG text: equal input, equal bytes; no clock, no randomness.
 
 Every function returns one <svg> element. Generated is vermilion and filled, real is blue and
-hollow, kernel ridge green, all else grey; meaning never hangs on colour alone.
+hollow, kernel ridge green, what sees the K texts alone orange or purple, the best rival filled, all
+else grey; meaning never hangs on colour alone.
 """
 
 import html
@@ -100,7 +101,8 @@ def gaps(unseen: Mapping[str, Any], levels: Sequence[str], methods: Sequence[str
                     continue
                 colour = names.method(key).colour
                 axis.plot([gap["low"], gap["high"]], [i, i], color=colour, lw=2.2)
-                filled = colour if key in ("generated", "ridge") else "white"
+                best = unseen[level].get("best_rival", {}).get("method", "ridge")
+                filled = colour if key in ("generated", best) else "white"
                 axis.plot(gap["mean"], i, "o", ms=8, mec=colour, mfc=filled, mew=1.8)
             for edge in (0, 1):
                 axis.axvline(edge, color=names.INK, lw=0.8, ls=(0, (4, 3)), zorder=0)

@@ -19,7 +19,8 @@ from experiments.report import names
 from jlora.io import FormatError
 from jlora.io.json_file import read_json
 
-VERSION = 2  # 2: a claim has a verdict of three, not a yes or no
+VERSION = 3  # 3: rivals that see the same K texts, and the best of them per level
+READABLE = (2, 3)  # 2: a claim has a verdict of three, not a yes or no
 SEEN_KEYS = names.keys(names.SEEN)
 UNSEEN_KEYS = names.keys(names.HELD_OUT)
 USER_KEYS = ("base", "generated")  # a user's task may have no trained adapter at all
@@ -103,13 +104,19 @@ def _cells(table: Any, keys: tuple[str, ...], path: str) -> None:
         _cell(cell, f"{path}.{key}")
 
 
-def required(level: str) -> tuple[str, ...]:
-    """Methods that every task of a held-out level must have."""
-    return USER_KEYS if level == "user" else UNSEEN_KEYS
+def required(level: str, version: int = VERSION) -> tuple[str, ...]:
+    """Methods that every task of a held-out level must have, in a report of some version."""
+    return USER_KEYS if level == "user" else names.keys(names.HELD_OUT, version)
 
 
 def _level(level: Any, keys: tuple[str, ...], path: str) -> None:
     _need(level, ("table", "accuracy", "gap_recovered", "dropped", "paired"), path)
+    if "best_rival" in level:
+        best = level["best_rival"]
+        _need(best, ("method", "accuracy", "paired"), f"{path}.best_rival")
+        _need(level["accuracy"], (best["method"],), f"{path}.accuracy")
+        _number(best["accuracy"], f"{path}.best_rival.accuracy")
+        _interval(best["paired"], f"{path}.best_rival.paired")
     if not level["table"]:
         raise ReportError(f"{path}.table: no tasks")
     for task, row in level["table"].items():
@@ -133,8 +140,8 @@ def validate(report: Any) -> None:
       ReportError: the first thing that is missing or wrong, by path.
     """
     _need(report, TOP, "report")
-    if report["version"] != VERSION:
-        raise ReportError(f"report.version: {report['version']}, expected {VERSION}")
+    if report["version"] not in READABLE:
+        raise ReportError(f"report.version: {report['version']}, expected one of {READABLE}")
     if not report["table"]:
         raise ReportError("report.table: no tasks")
     for task, row in report["table"].items():
@@ -153,7 +160,9 @@ def validate(report: Any) -> None:
     for name, level in report["unseen"].items():
         if name not in LEVELS:
             raise ReportError(f"report.unseen.{name}: unknown level, expected one of {LEVELS}")
-        _level(level, required(name), f"report.unseen.{name}")
+        if report["version"] == VERSION:
+            _need(level, ("best_rival",), f"report.unseen.{name}")
+        _level(level, required(name, report["version"]), f"report.unseen.{name}")
     for sampler, points in report["steps"].items():
         for count, cell in points.items():
             if not count.isdigit():

@@ -28,28 +28,36 @@ def lead(report: Mapping[str, Any]) -> list[str]:
     ]
     for level in _levels(report):
         entry = report["unseen"][level]
-        gap, ridge = (entry["gap_recovered"].get(key) for key in ("generated", "ridge"))
-        count = len(entry["table"])
-        if gap is None or ridge is None:
-            text.append(
-                f"{names.level(level)} ({count} task{'s' * (count > 1)}): generated adapters reach "
-                f"{_p(entry['accuracy']['generated']['mean'])} accuracy, the base model alone "
-                f"{_p(entry['accuracy']['base']['mean'])}."
-            )
-            continue
-        verdict = {
-            "better": "better than kernel ridge",
-            "worse": "worse than kernel ridge",
-            "not distinguishable": "not distinguishable from kernel ridge",
-            schema.TOO_FEW: "compared with kernel ridge",
-        }[claims.compared(entry["paired"]["ridge"])]
-        few = f": {claims.FEW} are {schema.TOO_FEW} which is better"
+        gap, count = entry["gap_recovered"].get("generated"), len(entry["table"])
+        share = f", {_p(gap['mean'])} of what training would gain" if gap else ""
         text.append(
-            f"{names.level(level)} ({count} task{'s' * (count > 1)}): generated adapters recover "
-            f"{_p(gap['mean'])} of what training would gain, {verdict} "
-            f"({_p(ridge['mean'])}){few * (count < claims.MIN_TASKS)}."
+            f"{names.level(level)} ({count} task{'s' * (count > 1)}): generated adapters reach "
+            f"{_p(entry['accuracy']['generated']['mean'])} accuracy where the base model alone has "
+            f"{_p(entry['accuracy']['base']['mean'])}{share}; {against_best(entry)}."
         )
     return text
+
+
+def against_best(level: Mapping[str, Any]) -> str:
+    """Generated adapters against the best rival of a held-out level, in one of three states."""
+    best = level.get("best_rival")
+    if best is None:
+        return "rivals that see the same texts were not measured"
+    pair, label = best["paired"], names.method(best["method"]).label
+    verdict = {
+        "better": "better than the best rival",
+        "worse": "worse than the best rival",
+        "not distinguishable": "undecided against the best rival",
+        schema.TOO_FEW: "compared with the best rival",
+    }[claims.compared(pair)]
+    few = f": {claims.FEW} are {schema.TOO_FEW} which is better"
+    points = (
+        f"{100 * pair['mean']:+.1f} points, {100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}"
+    )
+    return (
+        f"generated {verdict}, {label} ({_p(best['accuracy'])}): {points.replace('-', '−')}"
+        f"{few * (pair['n'] < claims.MIN_TASKS)}"
+    )
 
 
 def verdicts(report: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.stages.world import World, condition, draw
+from experiments.stages.world import Rows, World, condition, draw
 from experiments.workdir import StageError
 
 
@@ -78,6 +78,20 @@ def canonical(world: World, names: Sequence[str], paraphrase: int = 0) -> np.nda
             raise StageError(f"task '{name}' has no paraphrase of its description")
         out.append(condition(world, task, draw(config, name, config.examples), number))
     return np.stack(out)
+
+
+def examples(world: World, name: str) -> Rows:
+    """The different texts in a task's canonical condition: at most K of each class."""
+    config, rows = world.config, world.rows[name, "train"]
+    pick = draw(config, name, config.examples)
+    found = []
+    for side in range(len(world.task(name).class_names)):
+        own = rows.index[rows.label == side]
+        if len(own) == 0:
+            raise StageError(f"task '{name}' has no training text of class {side}")
+        found.append(np.unique(own[pick % len(own)]))
+    label = np.repeat(np.arange(len(found), dtype=np.int32), [len(own) for own in found])
+    return Rows(np.concatenate(found), label)
 
 
 def scaling(raw: np.ndarray) -> Scaling:

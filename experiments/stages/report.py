@@ -17,7 +17,7 @@ from experiments.config import Config
 from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
-from experiments.stages import sample
+from experiments.stages import few_shot, rivals, sample
 from experiments.stages.codec import VARIANTS
 from experiments.workdir import REDO, Folder, read_json
 
@@ -62,7 +62,7 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
 
 def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     """Build, validate and write the report; returns it."""
-    world, encoded, found = (context.products[name] for name in STAGE.inputs)
+    world, encoded, others, found = (context.products[name] for name in STAGE.inputs)
     workdir, command = context.workdir, context.command
     times = Times(workdir).all()
     config = world.config
@@ -74,7 +74,8 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     unseen: dict[str, dict[str, Any]] = {}
     for task in world.tasks:
         if task.name not in encoded.names:
-            unseen.setdefault(task.level, {})[task.name] = tasks[task.name]["accuracy"]
+            row = tasks[task.name]["accuracy"] | others.accuracy[task.name]
+            unseen.setdefault(task.level, {})[task.name] = row
     controls = {
         kind: [
             float(np.mean(tasks[n]["accuracy"][kind]))
@@ -117,7 +118,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         curves=curves(workdir, config),
         times=times,
         audit=extra,
-        notes=notes(config, audit),
+        notes=notes(config, audit, others),
         seed=config.seed,
     )
     schema.write(workdir / "report.json", report)
@@ -126,13 +127,20 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     return report
 
 
-def notes(config: Config, audit: Mapping[str, Any]) -> list[str]:
+def notes(config: Config, audit: Mapping[str, Any], others: rivals.Rivals) -> list[str]:
     """Plain sentences under the claims."""
+    frozen, lora, prior = others.frozen, others.lora, others.discriminant
     kernels = audit["kernels"]
     return [
-        f"Kernel ridge (the baseline to beat): {kernels['ridge']}, chosen with its penalty by"
+        f"Kernel ridge, condition to adapter: {kernels['ridge']}, chosen with its penalty by"
         f" leave-one-task-out error on the seen tasks ({kernels['ridge_error']:.2f} of the mean"
         " adapter's error).",
+        f"Rivals see the generator's {config.examples} texts per class; chosen on the seen tasks'"
+        f" validation texts: {frozen.neighbours} neighbours, penalty {frozen.penalty:g} of logistic"
+        f" regression ({frozen.penalty_full:g} on all texts), LoRA for"
+        f" {(lora.stop + 1) * few_shot.steps_per_look(config)} steps at"
+        f" {lora.factor * config.zoo_lr:g}, discriminant with shrinkage {prior.shrinkage:g} and"
+        f" gain {prior.gain:g}.",
         f"Prior mean of the generator: {config.prior}; task loss over the pool"
         f" '{config.task_pool}' for {config.task_steps} steps of {config.task_batch} tasks x"
         f" {config.task_rows} texts.",
@@ -150,7 +158,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     name="report",
-    inputs=("data", "codec", "evaluate"),
+    inputs=("data", "codec", "rivals", "evaluate"),
     unit="page",
     read=read,
     describe=describe,

@@ -3,13 +3,16 @@
 
 Each task gets `--samples` adapters generated from its descriptions and K training examples per
 class (no training), saved as Orbax and PEFT under `<workdir>/user/<task>/` and scored on all texts
-of its test split alongside the base model, the baselines, and an adapter trained on its texts.
+of its test split alongside the base model, the baselines, the rivals that see the same K examples
+(the discriminant, which is an adapter too, is saved as PEFT), and what all its texts give. Which of
+them to use is decided by cross-validation on the K examples alone: the first line says it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +30,15 @@ from experiments.report import names, wilson
 from experiments.stages import (
     accuracy,
     base_model,
-    baselines,
     codec,
     conditions,
+    cross_validation,
     sample,
+    user_methods,
     zoo_training,
 )
-from experiments.stages.evaluate import base_tokens
+from experiments.stages.cross_validation import Verdict
+from experiments.stages.user_methods import Kit
 from experiments.stages.world import SPLITS, Rows, World, make_heads, phrases
 from experiments.stages.zoo_training import Run
 from experiments.workdir import StageError, write_json
@@ -107,6 +112,7 @@ class Scores(NamedTuple):
 
     data: Data  # how many texts
     cells: dict[str, dict[str, Any]]  # method -> `cell`
+    verdict: Verdict | None  # which to use; None: a class has a single example
 
 
 def describe(world: World, base: base_model.Base, task: Task) -> Data:
@@ -126,10 +132,11 @@ def describe(world: World, base: base_model.Base, task: Task) -> Data:
     )
 
 
-def cell(hits: np.ndarray) -> dict[str, Any]:
+def cell(hits: np.ndarray, adapters: int | None = None) -> dict[str, Any]:
     """{mean, low, high, confidence, std, n, adapters} of bool [adapters, texts].
 
-    n counts texts, and the interval is over them; std is over adapters.
+    n counts texts, and the interval is over them; std is over adapters. `adapters=0` says that a
+    row of hits is of a classifier without one.
     """
     each = hits.mean(1)
     mean = float(each.mean())
@@ -141,7 +148,7 @@ def cell(hits: np.ndarray) -> dict[str, Any]:
         "confidence": 0.95,
         "std": float(each.std(ddof=1)) if len(each) > 1 else 0.0,
         "n": hits.shape[1],
-        "adapters": len(each),
+        "adapters": len(each) if adapters is None else adapters,
     }
 
 
@@ -162,66 +169,76 @@ def run(context: Context) -> dict[str, Scores]:
       context: `task_dir` in its config, products of a finished run without it.
     """
     config, workdir = context.config, context.workdir
-    world, zoo, encoded, trained = (
-        context.products[name] for name in ("data", "zoo", "codec", "denoiser")
-    )
-    fit = baselines.fit(world, encoded, trained)
-    mine = extend(world, config, context.cache)
+    of, mine = user_methods.kit(context), extend(context.products["data"], config, context.cache)
     base = base_model.load(config, context.cache)
     folder = workdir / "user"
     folder.mkdir(exist_ok=True)
-    own = np.asarray(codec.to_tokens(encoded, config, train(mine, workdir)))
-    multi = jax.tree.map(lambda x: jnp.asarray(x)[None], zoo.multitask)
-    shared = {
-        "base": base_tokens(encoded),
-        "multitask": np.asarray(codec.to_tokens(encoded, config, multi)),
-    }
-    call = sample.generator_sampler(config, encoded, trained, config.sampler, config.sample_steps)
+    own = np.asarray(codec.to_tokens(of.encoded, config, train(mine, workdir)))
+    few = user_methods.train_few(of, mine, workdir)
     out: dict[str, Scores] = {}
     with Progress(workdir, "user tasks", len(mine.tasks), "task") as bar:
         for number, task in enumerate(mine.tasks):
-            asked = [
-                sample.Request(task.name, "generated", task.name, k) for k in range(config.samples)
-            ]
-            arrays = sample.inputs(mine, trained, asked)
-            generated = np.asarray(call(trained.params, trained.fixed, *arrays))
-            raw = jnp.asarray(conditions.canonical(mine, [task.name]))
-            found = baselines.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])
-            table = {**shared, "generated": generated, "trained": own[number : number + 1]}
-            table |= {name: tokens[None] for name, tokens in found.items()}
+            raw = conditions.canonical(mine, [task.name])[0]
+            made = user_methods.adapters(of, mine, task.name, raw)
+            table = {**of.fixed, **made, "trained": own[number : number + 1]}
             cells = {
-                name: cell(accuracy.correct(mine, encoded, task.name, tokens))
+                name: cell(accuracy.correct(mine, of.encoded, task.name, tokens))
                 for name, tokens in table.items()
             }
-            out[task.name] = Scores(describe(mine, base, task), cells)
-            target = folder / task.name
-            trainables = accuracy.unpack(encoded, jnp.asarray(generated))
-            jl.io.save_adapter(target / "orbax", codec.bank(encoded, trainables), overwrite=True)
-            first = jax.tree.map(lambda x: x[0], trainables)
-            adapter = encoded.template.replace(trainable=first)
-            sample.export_peft(mine, adapter, target / "peft", task.description)
-            write_json(target / "data.json", out[task.name].data._asdict())
-            write_json(target / "scores.json", cells)
+            prior, more = user_methods.rival_hits(of, mine, task.name, few[task.name][0])
+            for name, hits in more.items():
+                cells[name] = cell(hits, 1 if name in ("lora_k", "discriminant") else 0)
+            found = user_methods.cross_validate(of, mine, task.name, few[task.name][1:])
+            out[task.name] = Scores(describe(mine, base, task), cells, found)
+            _save(of, mine, task, made["generated"], prior, folder / task.name, out[task.name])
             bar.step(1)
     write_json(folder / "scores.json", {name: scores.cells for name, scores in out.items()})
     write_json(folder / "settings.json", dataclasses.asdict(config))
     return out
 
 
+def _save(
+    of: Kit,
+    mine: World,
+    task: Task,
+    generated: np.ndarray,
+    prior: jl.Adapter,
+    target: Path,
+    scores: Scores,
+) -> None:
+    """The generated adapters, the discriminant, and the figures of one task."""
+    trainables = accuracy.unpack(of.encoded, jnp.asarray(generated))
+    jl.io.save_adapter(target / "orbax", codec.bank(of.encoded, trainables), overwrite=True)
+    first = jax.tree.map(lambda x: x[0], trainables)
+    adapter = of.encoded.template.replace(trainable=first)
+    sample.export_peft(mine, adapter, target / "peft", task.description)
+    sample.export_peft(mine, prior, target / "discriminant", task.description)
+    write_json(target / "data.json", scores.data._asdict())
+    write_json(target / "scores.json", scores.cells)
+    write_json(target / "cross_validation.json", cross_validation.as_json(scores.verdict))
+
+
 def lines(task: str, scores: Scores) -> list[str]:
-    """One task's result for the terminal: data, then a row per method with its interval."""
+    """One task's result for the terminal: what to use, data, then a row per method."""
     data = scores.data
-    out = [task, *(f"  {sentence}" for sentence in data.sentences())]
-    out.append(f"  {'method':14s} accuracy   95 % interval   adapters")
+    out = [f"{task}: {cross_validation.sentence(scores.verdict)}."]
+    out += [f"  {sentence}" for sentence in data.sentences()]
+    out.append(f"  {'method':14s} accuracy   95 % interval   adapters   cross-validated")
+    validated: Mapping[str, Any] = scores.verdict.figures if scores.verdict else {}
     order = [key for key in ORDER if key in scores.cells]
     for key in order:
         found = scores.cells[key]
         bounds = wilson.Interval(found["low"], found["high"])
+        own = f"{100 * validated[key]['mean']:6.1f} %" if key in validated else f"{'–':>8s}"
         row = (
             f"  {key:14s} {100 * found['mean']:6.1f} %   {100 * bounds.low:4.1f} to"
-            f" {100 * bounds.high:5.1f} %   {found['adapters']}"
+            f" {100 * bounds.high:5.1f} %   {found['adapters'] or '–':>8}   {own:>15s}"
         )
         if key in ("generated", "trained"):
             row += f"   {wilson.against(bounds, data.chance)} chance"
         out.append(row)
+    out.append(
+        f"  Of all methods trained and logreg_full see all {data.train_texts} training texts, the"
+        f" others at most {data.examples_per_class} per class."
+    )
     return out

@@ -149,8 +149,13 @@ def segment(
     rows: Rows,
     state: TrainState,
     start: jax.Array,
+    factors: jax.Array | None = None,
 ) -> TrainState:
-    """`length` steps of R runs, from step number `start` on."""
+    """`length` steps of R runs, from step number `start` on.
+
+    Args:
+      factors: [R] each run's learning rate over the plan's; None: all have the plan's.
+    """
     tuned = jl.lift(classifier(model, plan.head_scale))
     solver = optimizer(plan.rate, plan.steps)
     marks = jnp.asarray(snapshot_steps(plan.snapshots, plan.steps), jnp.int32)
@@ -161,13 +166,15 @@ def segment(
         logits = tuned(base.upper, one, base.hidden[text], base.mask[text], base.heads[head])
         return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
 
-    def one_run(trainable, moments, snaps, pool, size, run, step):
+    def one_run(trainable, moments, snaps, pool, size, run, step, factor):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(plan.seed), run), step)
         pick = jax.random.randint(key, (plan.batch,), 0, size)
         value, grads = jax.value_and_grad(loss)(trainable, pool[pick])
         # optax raises Python floats to integer counters, which strict promotion would forbid.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = solver.update(grads, moments, trainable)
+        if factor is not None:  # Adam's update is proportional to its rate
+            updates = jax.tree.map(lambda u: factor * u, updates)
         trainable = optax.apply_updates(trainable, updates)
         hit = marks == step + 1  # [S]
 
@@ -177,7 +184,8 @@ def segment(
         return trainable, moments, jax.tree.map(keep, snaps, trainable), value
 
     def body(carry: TrainState, step: jax.Array) -> tuple[TrainState, None]:
-        out = jax.vmap(one_run, in_axes=(0, 0, 0, 0, 0, 0, None))(*carry[:3], *rows, step)
+        axes = (0, 0, 0, 0, 0, 0, None, 0)
+        out = jax.vmap(one_run, in_axes=axes)(*carry[:3], *rows, step, factors)
         return TrainState(out[0], out[1], out[2], carry.loss + out[3] / length), None
 
     state = state._replace(loss=jnp.zeros_like(state.loss))

@@ -52,6 +52,8 @@ class Generator(System):
       fit: (key, conditions [n, E], tasks [n], bank of n adapters) -> state.
       generate: (key, state, condition [E]) -> adapter.
       orderless: whether the order of the examples is claimed not to matter.
+      width: E of the conditions that the laws give; a system whose conditions are statistics of
+        activations needs that of its site.
       small: keyword arguments of `fit` with which the laws are measured in seconds; laws hold
         whatever the hyper-parameters.
     """
@@ -62,6 +64,7 @@ class Generator(System):
     fit: Callable[..., State]
     generate: Callable[[PRNGKeyArray, State, Array], Adapter]
     orderless: bool = False
+    width: int = 4
     small: Mapping[str, Dynamic] = dataclasses.field(default_factory=dict)
 
 
@@ -69,24 +72,25 @@ class World(NamedTuple):
     """What the laws are measured on: two adapters of each of four tasks, and new conditions."""
 
     bank: Adapter
-    conditions: Float[Array, "8 4"]
+    conditions: Float[Array, "8 E"]
     groups: Int[Array, "8"]
-    queries: Float[Array, "3 4"]
+    queries: Float[Array, "3 E"]
 
 
-def world(method: Method, seed: int = 0) -> World:
+def world(method: Method, seed: int = 0, width: int = 4) -> World:
     """Random tasks.
 
     Args:
       method: of all sites; what it freezes is shared by all adapters.
       seed: of the draws.
+      width: E, of the conditions.
 
     Returns:
       The world.
     """
     rng, fresh = np.random.default_rng(seed), tiny.fresh(method, tiny.params(seed))
     bank = stack([tiny.moved(fresh, 20 + k) for k in range(8)])
-    tasks, queries = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (4, 3))
+    tasks, queries = (jnp.asarray(rng.normal(size=(n, width)), jnp.float32) for n in (4, 3))
     groups = jnp.repeat(jnp.arange(4, dtype=jnp.int32), 2)
     return World(bank, tasks[groups], groups, queries)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.stages import user_tasks
+from experiments.report import names
+from experiments.stages import rivals, user_tasks
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "experiments" / "flags" / "text_smoke.flags"
@@ -63,6 +64,9 @@ def test_every_stage_leaves_what_it_promises(finished):
     cell = next(iter(report["table"].values()))["generated"]
     assert cell["n"] == 3 and 0 <= cell["mean"] <= 1
     assert set(report["unseen"]) == {"unseen_pair", "unseen_label", "unseen_corpus"}
+    for level in report["unseen"].values():
+        assert set(rivals.KEYS) <= set(level["accuracy"])
+        assert level["best_rival"]["method"] in names.rivals("held_out")
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert list(finished.glob("tensorboard/*/events*"))
@@ -71,7 +75,7 @@ def test_every_stage_leaves_what_it_promises(finished):
 def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
     """1,102 lines of the checkpointer's INFO messages stood between the bars."""
     lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
-    stages = "data zoo codec denoiser sample evaluate report".split()
+    stages = "data zoo codec rivals denoiser sample evaluate report".split()
     for stage in stages:
         if stage != "report":
             assert any(f"{stage:>10}: 100%" in line for line in lines), stage
@@ -81,7 +85,7 @@ def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
     kept = [line for line in lines if line.strip() and "%|" not in line]
     assert len(kept) == len(stages), kept
     shown = (finished / "stdout").read_text(encoding="utf-8").splitlines()
-    assert len(shown) < 60 and shown[-1].startswith("Report: ")
+    assert len(shown) < 90 and shown[-1].startswith("Report: ")
 
 
 def test_a_killed_run_goes_on_and_ends_bitwise_the_same(finished, call, quick, tmp_path):
@@ -148,6 +152,12 @@ def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_p
     assert all(cell["n"] == 16 for cell in cells.values())  # texts, not adapters
     assert cells["generated"]["adapters"] == 3
     assert "16 test texts (8 birds, 8 mushrooms): chance is 50.0 %" in done.stdout
+    found = json.loads((copy / "user" / name / "cross_validation.json").read_text("utf-8"))
+    assert found["n"] <= 8 and set(found["figures"]) == {"generated", *names.rivals("user")}
+    first = done.stdout.splitlines()[0]
+    assert first.startswith(f"{name}: ") and "cross-validated on the" in first
+    assert ("NOT the best" in first) == (found["best"] != "generated")
+    assert (copy / "user" / name / "discriminant" / "adapter_model.safetensors").is_file()
     assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
 
 

@@ -88,7 +88,10 @@ def test_written_report_reads_back_and_is_bitwise_repeatable(report, tmp_path):
         ("unseen/elsewhere", {}, r"unseen\.elsewhere: unknown level"),
         ("confusion/matrix", [[1.0]], r"confusion\.matrix: expected 6 x 6"),
         ("summary/base/n", 0, r"summary\.base: n=0"),
-        ("version", 1, r"version: 1, expected 2"),
+        ("version", 1, r"version: 1, expected one of \(2, 3\)"),
+        ("unseen/unseen_pair/best_rival", ..., r"unseen_pair: missing best_rival"),
+        ("unseen/unseen_pair/best_rival/method", "luck", r"accuracy: missing luck"),
+        ("unseen/unseen_pair/paired/logreg", ..., r"unseen_pair\.paired: missing logreg"),
         ("claims/0/verdict", True, r"claims\[0\]\.verdict: True, expected one of \('holds'"),
         ("notes", {1: "x"}, r"notes: key 1 is int"),
         ("notes", {"a": object()}, r"notes\.a: object"),
@@ -132,6 +135,9 @@ def test_claims_follow_the_figures_and_never_hide_a_failure(report):
         "unseen_pair.gap_recovered",
         "unseen_label.beats_ridge",
         "unseen_label.gap_recovered",
+        "unseen_pair.beats_best_rival",
+        "unseen_label.beats_best_rival",
+        "unseen_corpus.beats_best_rival",
         "seen.within_soup",
         "seen.confusion_diagonal",
         "sampler.few_steps",
@@ -148,6 +154,9 @@ def test_claims_follow_the_figures_and_never_hide_a_failure(report):
     where = "unseen/unseen_pair/paired/ridge"
     assert holds("unseen_pair.beats_ridge", where, pair)
     assert not holds("unseen_pair.beats_ridge", where, pair | {"low": -0.001})
+    where = "unseen/unseen_corpus/best_rival/paired"
+    assert holds("unseen_corpus.beats_best_rival", where, pair)
+    assert not holds("unseen_corpus.beats_best_rival", where, pair | {"low": -0.001})
     gap = pair | {"mean": 0.95, "low": 0.9, "high": 0.99}
     where = "unseen/unseen_pair/gap_recovered/generated"
     assert holds("unseen_pair.gap_recovered", where, gap)
@@ -166,14 +175,16 @@ def test_claims_follow_the_figures_and_never_hide_a_failure(report):
 
 
 def small(tasks, gain):
-    """A report over so few tasks, with generated adapters so far above (below) kernel ridge."""
+    """A report over so few tasks, with generated adapters so far above (below) all rivals."""
     report = example(tasks=tasks)[0]
     report["config"]["seed"] = 0
-    for level in ("unseen_pair", "unseen_label"):
+    for level in ("unseen_pair", "unseen_label", "unseen_corpus"):
         rows = {}
-        for name, row in list(report["unseen"][level]["table"].items())[:tasks]:
+        for k, (name, row) in enumerate(list(report["unseen"][level]["table"].items())[:tasks]):
             rows[name] = {key: cell["mean"] for key, cell in row.items()}
-            rows[name]["generated"] = rows[name]["ridge"] + gain
+            rivals = set(schema.names.rivals("held_out")) - {"base"}
+            rows[name] |= dict.fromkeys(rivals, rows[name]["logreg"])
+            rows[name]["generated"] = rows[name]["logreg"] + gain + 0.02 * (-1) ** k
         report["unseen"][level] = schema.plain(build.level(rows, level))
     for cell in (cell for points in report["steps"].values() for cell in points.values()):
         cell |= {"values": cell["values"][:tasks], "n": len(cell["values"][:tasks])}
@@ -185,28 +196,71 @@ def test_too_few_tasks_are_said_in_the_same_words_everywhere(capsys):
     """With 4 tasks each claim is "too few to say", whichever way its figure points."""
     for gain in (0.2, -0.2):
         report = small(4, gain)
-        assert [c["verdict"] for c in report["claims"]] == ["too few to say"] * 7
+        assert [c["verdict"] for c in report["claims"]] == ["too few to say"] * 10
         assert all(
             c["text"].endswith("Fewer than 5 tasks: too few to say.") for c in report["claims"]
         )
         page = html.render(report, {}) if gain > 0 else ""
         cond_pdiff.show(report, Path("run"))
         shown, text = capsys.readouterr().out, markdown.render(report)
-        assert text.count("- too few to say:") == shown.count("[too few to say]") == 7
-        assert page.count("○ too few to say") == (7 if page else 0)
+        assert text.count("- too few to say:") == shown.count("[too few to say]") == 10
+        assert page.count("○ too few to say") == (10 if page else 0)
         for claimed in ("does not hold", "✓", "✗"):
             assert claimed not in page + text + shown
-        for sentence in words.lead(report)[1:3]:
+        for sentence in words.lead(report)[1:4]:
             assert "fewer than 5 tasks are too few to say" in sentence
             assert "better than" not in sentence and "worse than" not in sentence
 
 
-@pytest.mark.parametrize(("gain", "word"), [(0.2, "better"), (-0.2, "worse")])
-def test_five_tasks_are_enough(gain, word):
+@pytest.mark.parametrize(
+    ("gain", "word"),
+    [(0.2, "better than the"), (-0.2, "worse than the"), (0.0, "undecided against the")],
+)
+def test_five_tasks_are_enough(gain, word, capsys):
+    """Three states, in the same words on the page and in the terminal."""
     report = small(5, gain)
+    cond_pdiff.show(report, Path("run"))
+    shown = capsys.readouterr().out
     assert "too few to say" not in {claim["verdict"] for claim in report["claims"]}
-    for sentence in words.lead(report)[1:3]:
-        assert f"{word} than kernel ridge" in sentence and "too few" not in sentence
+    for level, sentence in zip(report["unseen"].values(), words.lead(report)[1:4], strict=True):
+        said = words.against_best(level)
+        assert f"generated {word} best rival" in said and said in sentence and said in shown
+        assert "too few" not in sentence
+
+
+def test_the_best_rival_is_the_best_that_knows_no_more_than_the_generator():
+    """Neither what saw all texts nor an oracle, however good."""
+    row = {key: [0.5] for key in schema.UNSEEN_KEYS}
+    strong = {"trained": [0.99], "logreg_full": [0.98], "span": [0.97], "generated": [0.7]}
+    tasks = {str(k): row | strong | {"knn": [0.8], "logreg": [0.81 - k]} for k in range(2)}
+    best = build.level(tasks, "unseen_pair")["best_rival"]
+    assert best["method"] == "knn" and best["accuracy"] == pytest.approx(0.8)
+    np.testing.assert_allclose([best["paired"][k] for k in ("mean", "low", "high")], -0.1)
+    alone = {str(k): row | strong | {"base": [0.6]} for k in range(2)}
+    assert build.level(alone, "unseen_pair")["best_rival"]["method"] == "base"
+
+
+def test_a_report_from_before_the_rivals_is_still_read(report):
+    """Version 2 (docs/results): no rows of rivals, no best one; nothing is said of them."""
+    old, new = (
+        copy.deepcopy(report),
+        set(schema.UNSEEN_KEYS) - set(schema.names.keys("held_out", 2)),
+    )
+    assert new == {"nearest_mean", "knn", "logreg", "lora_k", "discriminant", "logreg_full"}
+    for level in old["unseen"].values():
+        del level["best_rival"]
+        for part in (*level["table"].values(), *(level[k] for k in
+                     ("accuracy", "gap_recovered", "paired"))):  # fmt: skip
+            for key in new:
+                part.pop(key, None)
+    with pytest.raises(schema.ReportError, match="missing best_rival"):
+        schema.validate(old)
+    old["version"], old["config"]["seed"] = 2, 0
+    old["claims"] = [c for c in old["claims"] if "best_rival" not in c["name"]]
+    schema.validate(old)
+    assert not any(schema.names.method(key).label in markdown.render(old) for key in new)
+    assert "rivals that see the same texts were not measured" in words.lead(old)[1]
+    assert html.render(old, {})
 
 
 def test_what_was_not_measured_does_not_hold_and_says_so(report):

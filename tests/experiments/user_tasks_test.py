@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from experiments.config import Config
-from experiments.stages import base_model, conditions, user_tasks, world, zoo_training
+from experiments.stages import (
+    base_model,
+    conditions,
+    cross_validation,
+    user_tasks,
+    world,
+    zoo_training,
+)
 
 EXAMPLE = Path(__file__).parent / "fixtures" / "user_task" / "birds_or_mushrooms"
 CONFIG = Config(
@@ -62,11 +69,19 @@ def test_the_terminal_says_when_a_figure_is_not_above_chance(mine):
     rng = np.random.default_rng(0)
     cells = {key: user_tasks.cell(rng.random((1, 10)) < 0.5) for key in user_tasks.ORDER}
     cells["trained"] = user_tasks.cell(np.ones((1, 200), bool))
-    shown = user_tasks.lines("birds", user_tasks.Scores(data, cells))
+    cells["logreg"] = user_tasks.cell(np.ones((1, 200), bool), 0)
+    right = {"generated": np.zeros(4), "logreg": np.ones(4), "ridge": np.zeros(4)}
+    found = cross_validation.verdict(right)
+    shown = user_tasks.lines("birds", user_tasks.Scores(data, cells, found))
+    assert shown[0].startswith("birds: the generated adapter is NOT the best here: use logistic")
     rows = {line.split()[0]: line for line in shown if line.startswith("  ")}
     assert set(user_tasks.ORDER) <= set(rows)  # each rival has its row
     assert rows["trained"].endswith("above chance")
     assert rows["generated"].endswith(("not distinguishable from chance", "below chance"))
+    assert rows["logreg"].split()[-3:] == ["–", "100.0", "%"]  # no adapter; cross-validated
+    assert rows["multitask"].split()[-2:] == ["1", "–"]
+    alone = user_tasks.lines("birds", user_tasks.Scores(data, cells, None))
+    assert "nothing is recommended" in alone[0] and alone[1:-1] != shown[1:-1]
 
 
 def test_an_adapter_is_trained_on_the_users_own_texts(mine, tmp_path):

@@ -1,0 +1,155 @@
+"""What a finished run offers for tasks that it never saw: adapters and rivals, and their folds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora as jl
+from experiments.pipeline import Context
+from experiments.progress import Progress
+from experiments.report import names
+from experiments.stages import (
+    accuracy,
+    baselines,
+    codec,
+    conditions,
+    cross_validation,
+    discriminants,
+    few_shot,
+    rivals,
+    sample,
+)
+from experiments.stages.codec import Encoded
+from experiments.stages.cross_validation import Verdict
+from experiments.stages.denoiser import Trained
+from experiments.stages.evaluate import base_tokens
+from experiments.stages.rivals import Rivals
+from experiments.stages.world import Rows, World, condition
+from jlora.generation.generators.discriminant import Discriminant
+
+PyTree = Any
+SAMPLES = 3  # generated adapters per fold of the cross-validation
+
+
+class Kit(NamedTuple):
+    """What a finished run gives for tasks that it never saw."""
+
+    encoded: Encoded
+    trained: Trained
+    fit: baselines.Baselines
+    rivals: Rivals
+    prior: Discriminant
+    call: Any  # the generator's sampler
+    fixed: dict[str, np.ndarray]  # method -> tokens [1, T, D] of what knows no condition
+
+
+def kit(context: Context) -> Kit:
+    """From the products of a finished run."""
+    config = context.config
+    world, zoo, encoded, found, trained = (
+        context.products[name] for name in ("data", "zoo", "codec", "rivals", "denoiser")
+    )
+    fit = baselines.fit(world, encoded, trained)
+    multi = jax.tree.map(lambda x: jnp.asarray(x)[None], zoo.multitask)
+    fixed = {
+        "base": base_tokens(encoded),
+        "multitask": np.asarray(codec.to_tokens(encoded, config, multi)),
+        "mean_adapter": fit.soups.mean(0)[None],
+    }
+    prior = discriminants.fit(world, found.features, found.discriminant)
+    call = sample.generator_sampler(config, encoded, trained, config.sampler, config.sample_steps)
+    return Kit(encoded, trained, fit, found, prior, call, fixed)
+
+
+def adapters(of: Kit, mine: World, task: str, raw: np.ndarray) -> dict[str, np.ndarray]:
+    """{method: tokens [m, T, D]} of what reads a condition [4, E]; `samples` generated ones."""
+    asked = [sample.Request(task, "generated", task, k) for k in range(mine.config.samples)]
+    cond = conditions.scaled(of.trained.fixed.stats, jnp.asarray(raw))
+    keys = jnp.stack([sample.key_of(mine.config, r) for r in asked])
+    many = jnp.broadcast_to(cond[None], (len(asked), *cond.shape))
+    null = jnp.zeros(len(asked), bool)
+    out = {"generated": np.asarray(of.call(of.trained.params, of.trained.fixed, keys, many, null))}
+    found = baselines.predict(of.fit, cond)
+    return out | {name: x[None] for name, x in found.items() if name not in of.fixed}
+
+
+def cross_validate(of: Kit, mine: World, task: str, lora: Sequence[PyTree]) -> Verdict | None:
+    """Every method on each fold of the task's K examples.
+
+    Args:
+      lora: of each fold, the adapter trained on its examples.
+    """
+    few = conditions.examples(mine, task)
+    parts = cross_validation.folds(few.label, mine.config.data_seed)
+    if not parts:
+        return None
+    scores = {key: np.zeros(len(few.label)) for key in ("generated", *names.rivals(names.USER))}
+
+    def right(tokens: np.ndarray, rows: Rows) -> np.ndarray:
+        there = mine._replace(rows={**mine.rows, (task, "test"): rows})
+        return accuracy.correct(there, of.encoded, task, tokens).mean(0)
+
+    for name, tokens in of.fixed.items():
+        scores[name] = right(tokens, few)
+    for part, trained in zip(parts, lora, strict=True):
+        kept, hidden = (cross_validation.taken(few, where) for where in part)
+        there = mine._replace(rows={**mine.rows, (task, "train"): kept})
+        counts = np.bincount(kept.label)
+        # As many positions as make every example of each class count the same.
+        raw = condition(there, mine.task(task), np.arange(math.lcm(*counts.tolist())))
+        for name, tokens in adapters(of, mine, task, raw).items():
+            scores[name][part.hidden] = right(tokens[:SAMPLES], hidden)
+        for name, classify in rivals.classifiers(of.rivals.frozen).items():
+            scores[name][part.hidden] = rivals.right(mine, classify, kept, hidden)
+        made = discriminants.adapter(mine, of.prior, task, discriminants.means(mine, [kept])[0])
+        scores["discriminant"][part.hidden] = discriminants.right(mine, task, made, hidden)
+        scores["lora_k"][part.hidden] = few_shot.hits(mine, of.encoded, task, hidden, trained)[0]
+    return cross_validation.verdict(scores, seed=mine.config.seed)
+
+
+def train_few(of: Kit, mine: World, workdir: Path) -> dict[str, list[PyTree]]:
+    """{task: adapters trained on its K examples, and on those of each fold}."""
+    sets: dict[str, list[few_shot.Set]] = {}
+    for task in mine.tasks:
+        few = conditions.examples(mine, task.name)
+        parts = cross_validation.folds(few.label, mine.config.data_seed)
+        every = [few, *(cross_validation.taken(few, part.kept) for part in parts)]
+        sets[task.name] = [few_shot.Set(task.name, rows) for rows in every]
+    flat = [one for each in sets.values() for one in each]
+    chosen, size = of.rivals.lora, few_shot.chunk_size(mine, len(flat))
+    with Progress(workdir, "user few", len(flat), "run") as bar:
+        factors = [chosen.factor] * len(flat)
+        found = few_shot.train(mine, flat, factors, size, chosen.stop + 1, bar)[-1]
+    one = [jax.tree.map(lambda x, k=k: x[k : k + 1], found) for k in range(len(flat))]
+    out: dict[str, list[PyTree]] = {name: [] for name in sets}
+    for trained, chosen_set in zip(one, flat, strict=True):
+        out[chosen_set.task].append(trained)
+    return out
+
+
+def rival_hits(
+    of: Kit, mine: World, task: str, trained: PyTree
+) -> tuple[jl.Adapter, dict[str, np.ndarray]]:
+    """The discriminant's adapter, and {method: bool [1, texts]} of what sees its texts alone.
+
+    Args:
+      trained: bank of one, the adapter trained on the K examples.
+    """
+    few, rows = conditions.examples(mine, task), mine.rows[task, "test"]
+    frozen = of.rivals.frozen
+    out = {
+        name: rivals.right(mine, classify, few, rows)[None]
+        for name, classify in rivals.classifiers(frozen).items()
+    }
+    out["logreg_full"] = rivals.full(mine, frozen, task, rows)[None]
+    out["lora_k"] = few_shot.hits(mine, of.encoded, task, rows, trained)
+    made = discriminants.adapter(mine, of.prior, task, discriminants.means(mine, [few])[0])
+    out["discriminant"] = discriminants.right(mine, task, made, rows)[None]
+    return made, out
