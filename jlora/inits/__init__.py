@@ -17,6 +17,7 @@ from jlora.inits.nlora import nlora as nlora
 from jlora.inits.nlora import slora as slora
 from jlora.inits.olora import olora as olora
 from jlora.inits.pissa import pissa as pissa
+from jlora.inits.pretrained import pretrained as pretrained
 from jlora.inits.residual import fold as fold
 from jlora.inits.residual import from_adapter as from_adapter
 from jlora.inits.residual import residual_leaves as residual_leaves
@@ -39,6 +40,7 @@ __all__ = [
     "nlora",
     "olora",
     "pissa",
+    "pretrained",
     "residual_leaves",
     "slora",
     "spectral_ranks",
