@@ -32,6 +32,7 @@ from jlora.io.peft import parameters as peft_parameters
 from jlora.io.peft import replication
 from jlora.io.peft import tokens as peft_tokens
 from jlora.io.peft import vectors as peft_vectors
+from jlora.io.peft.among import regrown, related
 from jlora.io.peft.lora import MATRIX, TABLE
 from jlora.io.peft.read import (
     ROOT,
@@ -42,13 +43,13 @@ from jlora.io.peft.read import (
     check_rest,
     join,
     read_files,
-    regrown,
 )
 from jlora.io.peft.table import Read, Table, check_site, scale_of
 from jlora.io.peft.tables import table_of
 from jlora.io.peft.write import extra_tensors, torch_side
 from jlora.io.slices import sliced
 from jlora.methods.low_rank.lora import LoRA
+from jlora.methods.selective.beft import BEFT
 from jlora.methods.selective.ln_tuning import LNTuning
 from jlora.types import Dynamic, Json, Tree
 
@@ -91,18 +92,24 @@ def save_peft(
     one_adapter(adapter, "save_peft")
     adapter = sliced(adapter, names)
     folder = Path(path)
+    beft = any(isinstance(method, BEFT) for _, method in adapter.sites)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
     adapter, vectors, alone = peft_vectors.split(folder, adapter, names)
     adapter, bare, parameters = peft_parameters.split(folder, adapter, names)
     if vectors and not alone and not adapter.sites and not parameters:
         raise FormatError(folder, "PEFT has no adapter of biases alone (BitFit), expected LoRA too")
-    if alone:
+    if beft:
+        tensors, fields, table = peft_vectors.beft_side(folder, adapter, names)
+    elif alone:
         tensors, fields, table = peft_vectors.torch_side(vectors)
     elif parameters and not adapter.sites:
         tensors, fields, table = {}, {}, table_of(LoRA())
     else:
         tensors, fields, table = torch_side(folder, adapter, names, params)
-    fields, common = table.settle(fields)
+    try:
+        fields, common = table.settle(fields)
+    except ValueError as error:
+        raise FormatError(folder, str(error)) from error
     common = {**common, "base_model_name_or_path": base_model_name, "task_type": task_type}
     if vectors and not alone:
         twice = sorted(vectors.keys() & (extras or {}).keys())
@@ -183,6 +190,8 @@ def load_peft(
     vectors = names.vectors(sites.values())
     if table.method is LNTuning:
         modules = {name.rpartition(".")[0]: where for name, where in vectors.items()}
+    elif table.method is BEFT:
+        modules = peft_vectors.bias_modules(vectors)
     rows: dict[str, Read] = {}
     if peft_tokens.FIELD in table.fixed:
         given = (folder / WEIGHTS, config, tensors, sites, modules)
@@ -211,10 +220,15 @@ def load_peft(
         raise FormatError(
             folder / WEIGHTS, f"no tensor of a {table.type} adapter; {keys_seen(tensors)}"
         )
+    if table.method is BEFT:
+        slices = peft_vectors.of_beft(folder / WEIGHTS, per_module, vectors, sites)
     check_modules(folder / WEIGHTS, reader, per_module, shared, modules, table)
-    if table.method is LNTuning:
+    if table.method is BEFT:
+        per_module = {}
+    elif table.method is LNTuning:
         slices = peft_vectors.of_layers(folder / WEIGHTS, per_module, vectors, sites)
         per_module = {}
+    more = related(folder / WEIGHTS, table, config, per_module, shared, modules, sites)
     for module, found in per_module.items():
         where, index = modules[module]
         site = model.site(where)
@@ -225,7 +239,8 @@ def load_peft(
                 rank = len(found[MATRIX[0]])
                 fields |= {"r": rank, "lora_alpha": alphas[module], "use_rslora": False}
             base = {"base": model.matrix(where, index)} if table.weighs else {}
-            read = table.read(site.slice(), {**found, **shared, **base}, fields)
+            known = {**found, **shared, **base, **more.get(module, {})}
+            read = table.read(site.slice(), known, fields)
         except ValueError as error:
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
         check_bias(folder / WEIGHTS, table, read.method, where, model.biases)

@@ -19,6 +19,7 @@ from jlora.io.peft.table import (
 from jlora.io.torch_random import Generator
 from jlora.methods.orthogonal.boft import BOFT
 from jlora.methods.orthogonal.oft import OFT
+from jlora.methods.selective.beft import BEFT
 from jlora.methods.selective.ia3 import IA3
 from jlora.methods.selective.ln_tuning import LNTuning
 from jlora.methods.shared_basis.vera import VeRA
@@ -165,13 +166,14 @@ def _settle_ia3(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fi
     return {module: {} for module in modules}, {"feedforward_modules": inner}
 
 
-# --- LN tuning: whole vectors, which `peft_vectors` reads and writes -----------------------------
+# --- LN tuning and BEFT: vectors, which `vectors` reads and writes -------------------------------
 
 LN_LAYERS = "ln_tuning_layers"
+BIAS = "beft_bias"
 
 
 def _no_module(*_: Dynamic) -> Dynamic:
-    raise ValueError("LN tuning is of vectors, not of the matrix of a module")
+    raise ValueError("LN tuning and BEFT are of vectors, not of the matrix of a module")
 
 
 VERA = Table(
@@ -258,4 +260,16 @@ LN_TUNING = Table(
     write=_no_module,
     read=_no_module,
     lacks=("layers_pattern", "layers_to_transform"),
+)
+
+BEFT_TABLE = Table(
+    type="BEFT",
+    method=BEFT,
+    layouts=((BIAS,),),
+    fields={},
+    write=_no_module,
+    read=_no_module,
+    writes=False,  # as that of a module's matrix
+    free={"init_weights": True},
+    lacks=("exclude_modules", "layers_pattern", "layers_to_transform"),
 )
