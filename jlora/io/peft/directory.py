@@ -46,6 +46,7 @@ from jlora.io.peft.read import (
 )
 from jlora.io.peft.table import Read, Table, check_site, scale_of
 from jlora.io.peft.tables import table_of
+from jlora.io.peft.vera_oft_ia3 import ROWS
 from jlora.io.peft.write import extra_tensors, torch_side
 from jlora.io.slices import sliced
 from jlora.methods.low_rank.lora import LoRA
@@ -92,13 +93,16 @@ def save_peft(
     one_adapter(adapter, "save_peft")
     adapter = sliced(adapter, names)
     folder = Path(path)
+    rows_alone = peft_tokens.alone(folder, adapter, names)
     beft = any(isinstance(method, BEFT) for _, method in adapter.sites)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
     adapter, vectors, alone = peft_vectors.split(folder, adapter, names)
     adapter, bare, parameters = peft_parameters.split(folder, adapter, names)
     if vectors and not alone and not adapter.sites and not parameters:
         raise FormatError(folder, "PEFT has no adapter of biases alone (BitFit), expected LoRA too")
-    if beft:
+    if rows_alone is not None:
+        tensors, fields, table = rows_alone
+    elif beft:
         tensors, fields, table = peft_vectors.beft_side(folder, adapter, names)
     elif alone:
         tensors, fields, table = peft_vectors.torch_side(vectors)
@@ -286,7 +290,7 @@ def _scale(reader: peft_config.Reader, module: str, _: Dynamic, rank: int) -> fl
 
 def _tables(tensors: Mapping[str, Json], modules: Modules) -> set[str]:
     """The sites that the file takes for embedding tables."""
-    ends = (*(f".{suffix}" for suffix in TABLE), peft_tokens.SUFFIX)
+    ends = (*(f".{suffix}" for suffix in (*TABLE, ROWS)), peft_tokens.SUFFIX)
     found = {
         key.removeprefix(ROOT).removesuffix(e) for key in tensors for e in ends if key.endswith(e)
     }

@@ -17,7 +17,15 @@ from jlora.io.peft.started import OLORA, PISSA
 from jlora.io.peft.table import Table
 from jlora.io.peft.tinylora import TINYLORA
 from jlora.io.peft.types import OTHERS
-from jlora.io.peft.vera_oft_ia3 import BEFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
+from jlora.io.peft.vera_oft_ia3 import (
+    BEFT_TABLE,
+    BOFT_TABLE,
+    IA3_TABLE,
+    LN_TUNING,
+    OFT_TABLE,
+    TOKENS,
+    VERA,
+)
 from jlora.io.peft.weight_led import DEFT_TABLE, GLORA, PEANUT
 from jlora.methods.low_rank.pissa import PiSSA
 from jlora.methods.wrappers.residual import Residual
@@ -25,7 +33,7 @@ from jlora.types import Json
 
 TABLES: tuple[Table, ...] = (
     *(PISSA, OLORA, KASA, LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
-    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING, BEFT_TABLE),
+    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING, BEFT_TABLE, TOKENS),
     *(BAT_TABLE, MISS, C3A_TABLE, GRALORA),  # BAT is a form of MISS
     *(HRA_TABLE, ROAD, DELORA),
     *(VBLORA, UNILORA, TINYLORA),

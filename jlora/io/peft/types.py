@@ -4,7 +4,6 @@
 what it changes                             types
 ==========================================  ===================================================
 a weight, by more than its file holds       ADAMSS PSOFT
-rows of a table only                        TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
                                             PREFIX_TUNING PROMPT_TUNING P_TUNING
@@ -21,14 +20,12 @@ UNSAVED = (
     "it depends on the signs of singular vectors or on the labels of clusters that another run, or "
     "release, of PEFT's libraries may choose in another way, and its file does not hold them"
 )
-PARTS = "it trains rows of a table, no matrices"
 DYNAMIC = "what it adds depends on tokens or tasks, so it is no change of a weight"
 PROMPTS = "it adds tokens or a cache and changes no weight"
 ALONGSIDE = "it is a model alongside the model"
 
 _GROUPS = {
     UNSAVED: "ADAMSS PSOFT",
-    PARTS: "TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "
     "P_TUNING",

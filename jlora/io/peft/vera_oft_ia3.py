@@ -1,4 +1,4 @@
-"""PEFT tables of VeRA, OFT, BOFT and IA3, for matrices [out, in], and of LN tuning."""
+"""PEFT tables of VeRA, OFT, BOFT and IA3, for matrices [out, in], and of vectors and rows."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from jlora.methods.orthogonal.oft import OFT
 from jlora.methods.selective.beft import BEFT
 from jlora.methods.selective.ia3 import IA3
 from jlora.methods.selective.ln_tuning import LNTuning
+from jlora.methods.selective.trainable_tokens import TrainableTokens
 from jlora.methods.shared_basis.vera import VeRA
 from jlora.types import Dynamic, Json
 
@@ -166,14 +167,25 @@ def _settle_ia3(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fi
     return {module: {} for module in modules}, {"feedforward_modules": inner}
 
 
-# --- LN tuning and BEFT: vectors, which `vectors` reads and writes -------------------------------
+# --- vectors, which `vectors` reads and writes, and rows, which `tokens` writes ------------------
 
 LN_LAYERS = "ln_tuning_layers"
 BIAS = "beft_bias"
+ROWS = "trainable_tokens_delta"
 
 
 def _no_module(*_: Dynamic) -> Dynamic:
     raise ValueError("LN tuning and BEFT are of vectors, not of the matrix of a module")
+
+
+def _read_rows(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
+    ids, rows = fields["token_indices"], t[ROWS]
+    if "gather" not in site.ops:
+        raise ValueError("TRAINABLE_TOKENS of what is no embedding table")
+    if not all(0 <= i < site.d_in for i in ids):
+        raise ValueError(f"token_indices = {repr(ids)[:80]}, expected rows below {site.d_in}")
+    want_shape(ROWS, rows, (len(ids), site.d_out))
+    return Read(TrainableTokens(tuple(ids)), {"rows": rows}, {})
 
 
 VERA = Table(
@@ -272,4 +284,16 @@ BEFT_TABLE = Table(
     writes=False,  # as that of a module's matrix
     free={"init_weights": True},
     lacks=("exclude_modules", "layers_pattern", "layers_to_transform"),
+)
+
+TOKENS = Table(
+    type="TRAINABLE_TOKENS",
+    method=TrainableTokens,
+    layouts=((ROWS,),),
+    fields={"token_indices": ()},
+    write=_no_module,
+    read=_read_rows,
+    writes=False,
+    free={"init_weights": True},
+    lacks=("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
 )
