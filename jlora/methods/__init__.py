@@ -29,6 +29,7 @@ from jlora.methods.orthogonal.road import RoAd as RoAd
 from jlora.methods.routed.experts import Experts as Experts
 from jlora.methods.routed.mixlora import MixLoRA as MixLoRA
 from jlora.methods.selective.beft import BEFT as BEFT
+from jlora.methods.selective.beft import OutputBias as OutputBias
 from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning

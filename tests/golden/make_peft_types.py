@@ -101,7 +101,7 @@ def configs() -> dict[str, peft.PeftConfig]:
         "tinylora_seed": peft.TinyLoraConfig(
             r=2, u=5, save_projection=False, projection_seed=7, target_modules=["layer.1.down"]
         ),
-        "beft": peft.BeftConfig(target_modules=["up"]),
+        "beft": peft.BeftConfig(target_modules=BOTH),
         "frod": peft.FrodConfig(sparse_rate=0.2, progressbar=False, target_modules=BOTH),
         "osf": peft.OSFConfig(target_modules=BOTH),
         "osf_ranks": peft.OSFConfig(

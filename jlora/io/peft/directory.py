@@ -44,13 +44,13 @@ from jlora.io.peft.read import (
     join,
     read_files,
 )
-from jlora.io.peft.table import Read, Table, check_site, scale_of
+from jlora.io.peft.table import Arrays, Fields, Read, Table, check_site, scale_of
 from jlora.io.peft.tables import table_of
-from jlora.io.peft.vera_oft_ia3 import ROWS
+from jlora.io.peft.vera_oft_ia3 import BEFT_TABLE, ROWS
 from jlora.io.peft.write import extra_tensors, torch_side
 from jlora.io.slices import sliced
 from jlora.methods.low_rank.lora import LoRA
-from jlora.methods.selective.beft import BEFT
+from jlora.methods.selective.beft import BEFT, OutputBias
 from jlora.methods.selective.ln_tuning import LNTuning
 from jlora.types import Dynamic, Json, Tree
 
@@ -103,7 +103,7 @@ def save_peft(
     if rows_alone is not None:
         tensors, fields, table = rows_alone
     elif beft:
-        tensors, fields, table = peft_vectors.beft_side(folder, adapter, names)
+        tensors, fields, table = _beft_side(folder, adapter, names)
     elif alone:
         tensors, fields, table = peft_vectors.torch_side(vectors)
     elif parameters and not adapter.sites:
@@ -194,8 +194,8 @@ def load_peft(
     vectors = names.vectors(sites.values())
     if table.method is LNTuning:
         modules = {name.rpartition(".")[0]: where for name, where in vectors.items()}
-    elif table.method is BEFT:
-        modules = peft_vectors.bias_modules(vectors)
+    biased = peft_vectors.bias_modules(vectors) if table is BEFT_TABLE else {}
+    modules = {**modules, **biased}
     rows: dict[str, Read] = {}
     if peft_tokens.FIELD in table.fixed:
         given = (folder / WEIGHTS, config, tensors, sites, modules)
@@ -224,12 +224,12 @@ def load_peft(
         raise FormatError(
             folder / WEIGHTS, f"no tensor of a {table.type} adapter; {keys_seen(tensors)}"
         )
-    if table.method is BEFT:
-        slices = peft_vectors.of_beft(folder / WEIGHTS, per_module, vectors, sites)
     check_modules(folder / WEIGHTS, reader, per_module, shared, modules, table)
-    if table.method is BEFT:
-        per_module = {}
-    elif table.method is LNTuning:
+    if biased:
+        own = {module: t for module, t in per_module.items() if module in biased}
+        slices = peft_vectors.of_beft(folder / WEIGHTS, own, vectors, sites)
+        per_module = {module: t for module, t in per_module.items() if module not in biased}
+    if table.method is LNTuning:
         slices = peft_vectors.of_layers(folder / WEIGHTS, per_module, vectors, sites)
         per_module = {}
     more = related(folder / WEIGHTS, table, config, per_module, shared, modules, sites)
@@ -278,6 +278,23 @@ def peft_extras(
     rest = by_module(tensors, table)[2]
     rest = {key: t for key, t in rest.items() if not peft_tokens.is_token_key(key)}
     return {peft_vectors.torch_name(key): t for key, t in rest.items()}
+
+
+def _beft_side(
+    folder: Path, adapter: Adapter, names: NameMap
+) -> tuple[Arrays, dict[str, Fields], Table]:
+    """Sites of BEFT, and those of `OutputBias` where modules have no bias."""
+    rest = tuple((s, m) for s, m in adapter.sites if not isinstance(m, BEFT))
+    if not all(isinstance(m, OutputBias) for _, m in rest):
+        raise FormatError(folder, "PEFT has no other methods next to BEFT, expected BEFT alone")
+    tensors, fields, table = peft_vectors.beft_side(folder, adapter, names)
+    if rest:
+        more, others, _ = torch_side(folder, adapter.replace(sites=rest), names, None)
+        twice = sorted(fields.keys() & others.keys())
+        if twice:
+            raise FormatError(folder, f"{twice[:4]} have both BEFT and OutputBias")
+        tensors, fields = {**tensors, **more}, {**fields, **others}
+    return tensors, fields, table
 
 
 def _scale(reader: peft_config.Reader, module: str, _: Dynamic, rank: int) -> float:

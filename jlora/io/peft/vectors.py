@@ -4,7 +4,7 @@
 what                   tensor of a vector [n]                    config
 =====================  ========================================  ==================================
 LN tuning              ``<norm>.ln_tuning_layers.weight, bias``  ``peft_type: LN_TUNING``
-BEFT                   ``<module>.beft_bias`` [1, n]             ``peft_type: BEFT``
+BEFT of biases         ``<module>.beft_bias`` [1, n]             ``peft_type: BEFT``
 biases next to LoRA    ``<module>.bias``, of an adapted module   ``bias: all`` or ``lora_only``
                        ``<module>.base_layer.bias``
 norms next to LoRA     ``<norm>.weight``, ``<norm>.bias``        ``modules_to_save``
@@ -85,7 +85,7 @@ def of_beft(
 
     Args:
       path: of the file, for errors.
-      per_module: module -> suffix -> tensor.
+      per_module: module -> suffix -> tensor, of modules with a bias.
       places: torch parameter -> (site path, stack index).
       sites: by path.
 
@@ -93,17 +93,11 @@ def of_beft(
       Site path -> stack index -> what was read.
 
     Raises:
-      FormatError: weights that are not biases of the model and name map.
+      FormatError: one is not of the bias's size.
     """
     found: Slices = {}
     for module, tensors in sorted(per_module.items()):
         name, added = f"{module}.bias", tensors[BIAS]
-        if name not in places:
-            raise FormatError(
-                path,
-                f"{name!r} is no vector of this model and name map, which names it 'module[bias]'; "
-                "where the model has no bias, what PEFT adds changes no parameter of it",
-            )
         size = sites[places[name][0]].d_out
         if added.shape != (1, size):
             raise FormatError(path, f"{module}.{BIAS} has shape {list(added.shape)}, expected "
@@ -119,20 +113,18 @@ def beft_side(
 
     Args:
       path: where it goes, for errors.
-      adapter: all of whose sites are of BEFT.
+      adapter: whose sites of BEFT are written.
       names: from site paths to torch parameters.
 
     Returns:
       (tensors by key, config fields by module, the table of BEFT).
 
     Raises:
-      FormatError: sites of other methods, a vector that is not called a bias.
+      FormatError: a vector that is not called a bias.
       ValueError: a vector without a name, or two of one.
     """
-    if not all(isinstance(method, BEFT) for _, method in adapter.sites):
-        raise FormatError(path, "PEFT has no other methods next to BEFT, expected BEFT alone")
-    keys = {}
-    for name, v in _by_name(adapter, [site for site, _ in adapter.sites], names).items():
+    keys, rows = {}, [site for site, method in adapter.sites if isinstance(method, BEFT)]
+    for name, v in _by_name(adapter, rows, names).items():
         module, _, leaf = name.rpartition(".")
         if leaf != "bias":
             raise FormatError(path, f"{name}: PEFT calls it {leaf!r}; BEFT is of biases")

@@ -19,7 +19,7 @@ from jlora.io.peft.table import (
 from jlora.io.torch_random import Generator
 from jlora.methods.orthogonal.boft import BOFT
 from jlora.methods.orthogonal.oft import OFT
-from jlora.methods.selective.beft import BEFT
+from jlora.methods.selective.beft import OutputBias
 from jlora.methods.selective.ia3 import IA3
 from jlora.methods.selective.ln_tuning import LNTuning
 from jlora.methods.selective.trainable_tokens import TrainableTokens
@@ -175,7 +175,16 @@ ROWS = "trainable_tokens_delta"
 
 
 def _no_module(*_: Dynamic) -> Dynamic:
-    raise ValueError("LN tuning and BEFT are of vectors, not of the matrix of a module")
+    raise ValueError("this is of vectors or rows, not of the matrix of a module")
+
+
+def _write_output_bias(method: OutputBias, site: Site, p: Arrays) -> Slice:
+    return Slice({BIAS: p["bias"][None]}, {})
+
+
+def _read_output_bias(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
+    want_shape(BIAS, t[BIAS], (1, site.d_out))
+    return Read(OutputBias(), {"bias": t[BIAS][0]}, {})
 
 
 def _read_rows(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
@@ -276,12 +285,11 @@ LN_TUNING = Table(
 
 BEFT_TABLE = Table(
     type="BEFT",
-    method=BEFT,
+    method=OutputBias,  # of modules without a bias; of the others `vectors` makes BEFT
     layouts=((BIAS,),),
     fields={},
-    write=_no_module,
-    read=_no_module,
-    writes=False,  # as that of a module's matrix
+    write=_write_output_bias,
+    read=_read_output_bias,
     free={"init_weights": True},
     lacks=("exclude_modules", "layers_pattern", "layers_to_transform"),
 )

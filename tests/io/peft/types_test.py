@@ -54,6 +54,8 @@ def load(base, folder):
 
 
 def output(base, adapter):
+    if not all(method.merges for _, method in adapter.sites):
+        return jl.lift(model)(base.params, adapter, base.x)
     return model(jl.merge(base.params, adapter), base.x)
 
 
@@ -79,6 +81,7 @@ def test_it_goes_back_bitwise(base, tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of torch, of SHiRA
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias:UserWarning")  # BEFT
 @pytest.mark.parametrize("name", WRITTEN)
 def test_real_peft_computes_the_same_of_what_we_write(base, tmp_path, monkeypatch, name):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
@@ -237,14 +240,26 @@ def test_random_matrices_of_a_seed_that_goes_by_the_order_are_refused(base, tmp_
         load(base, folder)
 
 
-def test_a_bias_that_the_model_does_not_have_is_refused(base):
-    names = NameMap({r"layers/(up|down)": r"layer.{i}.\1"})
-    with pytest.raises(FormatError, match=r"'layer.0.up.bias' is no vector.*changes no parameter"):
-        jl.io.load_peft(GOLDEN / "beft", names, base.params, layout="in_out")
+@pytest.mark.parametrize("rules", [{}, {"bias": "layer.{i}.up[bias]"}])
+def test_beft_with_and_without_biases(base, tmp_path, rules):
+    """Where the name map knows no bias, a vector is added to what the matrix gives."""
+    names = NameMap({r"layers/(up|down)": r"layer.{i}.\1", **rules})
+    adapter = jl.io.load_peft(GOLDEN / "beft", names, base.params, layout="in_out")
+    kinds = {site.path: type(method).__name__ for site, method in adapter.sites}
+    assert kinds == {"layers/down": "OutputBias"} | (
+        {"bias": "BEFT"} if rules else {"layers/up": "OutputBias"}
+    )
+    want = safetensors_file.read(GOLDEN / "beft" / "expected.safetensors")[0]["expected"]
+    assert error(jl.lift(model)(base.params, adapter, base.x), want) <= TOLERANCE
+    jl.io.save_peft(tmp_path, adapter, names)
+    assert (tmp_path / WEIGHTS).read_bytes() == (GOLDEN / "beft" / WEIGHTS).read_bytes()
+    with pytest.raises(NotImplementedError, match="OutputBias has no merge"):
+        jl.merge(base.params, adapter)
 
 
 def test_beft_is_of_biases_and_stands_alone(base, tmp_path):
     read = load(base, GOLDEN / "beft")
+    read = read.replace(sites=tuple(row for row in read.sites if row[0].path == "bias"))
     weight = NameMap({"bias": "layer.{i}.up[weight]"})
     with pytest.raises(FormatError, match="PEFT calls it 'weight'; BEFT is of biases"):
         jl.io.save_peft(tmp_path, read, weight)
@@ -348,7 +363,7 @@ def test_what_depends_on_signs_that_no_file_holds_is_refused(base, tmp_path, mon
 
 def test_the_table_of_the_guide_is_true():
     """Read and written are those of `TABLES`; every type of PEFT has one row."""
-    # the tables of two say that no module's matrix is written with them
+    # its table says that no module's matrix is written with it
     peft = pytest.importorskip("peft")
     from jlora.io.peft.tables import TABLES
 
@@ -356,7 +371,7 @@ def test_the_table_of_the_guide_is_true():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     rows = {row[0]: row for row in rows[2:]}
     assert sorted(rows) == sorted(kind.value for kind in peft.PeftType)
-    methods, written = {}, {"BEFT", "TRAINABLE_TOKENS"}
+    methods, written = {}, {"TRAINABLE_TOKENS"}
     for table in TABLES:
         methods.setdefault(table.type, set()).add(f"`{table.method.__name__}`")
         written |= {table.type} if table.writes else set()

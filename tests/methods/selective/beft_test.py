@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.methods.selective.beft import BEFT
+from jlora.methods.selective.beft import BEFT, OutputBias
 
 
 def model(params, x):
@@ -49,3 +49,21 @@ def test_a_matrix_is_refused_by_its_path():
     params, x, _ = case(BEFT())
     with pytest.raises(ValueError, match=r"w: BEFT trains vectors; got a matrix \[4, 4\]"):
         jl.init(jax.random.key(0), model, params, x, methods={"w": BEFT()})
+
+
+def check_outputs(bench):
+    adapter = bench.noisy(OutputBias())
+    want = np.asarray(bench.x, np.float64) @ bench.w + bench.numbers(adapter)["bias"]
+    np.testing.assert_allclose(bench.forward(adapter), want, atol=1e-4)
+
+
+def test_without_a_bias_it_is_added_to_the_outputs(bench):
+    check_outputs(bench)
+    with pytest.raises(NotImplementedError, match="OutputBias has no merge"):
+        jl.merge(bench.params, bench.fresh(OutputBias()))
+
+
+def test_mutation_outputs_without_the_vector_are_seen(bench, monkeypatch):
+    monkeypatch.setattr(OutputBias, "apply", lambda self, x, w, p, ctx: x @ w)
+    with pytest.raises(AssertionError):
+        check_outputs(bench)
