@@ -9,6 +9,7 @@ changes the function otherwise carries its start in frozen copies (`jl.Residual`
 
 from jlora.inits.corda import corda as corda
 from jlora.inits.eva import eva as eva
+from jlora.inits.frod import frod as frod
 from jlora.inits.loftq import loftq as loftq
 from jlora.inits.lora_ga import lora_ga as lora_ga
 from jlora.inits.lora_sb import lora_sb as lora_sb
@@ -31,6 +32,7 @@ __all__ = [
     "cut",
     "eva",
     "fold",
+    "frod",
     "from_adapter",
     "from_factors",
     "int_tune",

@@ -12,7 +12,8 @@ FROD       frod_lambda_l [in], frod_lambda_s_values [n]        lam, c
 Both are relative to the weight: OSF replaces its small directions, and the U of FRoD is found from
 it and V. FRoD is read but not written: PEFT finds U from a V that it decomposes again when it loads
 a file, and multiplies it with the V of the file. Another machine may choose other signs of
-eigenvectors (and of a role with one layer, other vectors), and the model is then another.
+eigenvectors (and where eigenvalues are equal, as all of a role with one layer, other vectors), and
+the model is then another.
 
 Source: peft 0.21.2, its files and read for its behaviour.
 Deviates: FRoD adds the change to the weight, PEFT leaves the weight out; they differ by rounding.

@@ -19,8 +19,8 @@ FRoD, AAAI 2026, `<https://doi.org/10.1609/aaai.v40i31.39813>`_.
 
 Source: peft 0.21.2, read for its behaviour (the paper's text was not to be had).
 Deviates: the basis of a fresh adapter is that of the left singular vectors of the weight; the paper
-and PEFT share one among the layers of a role, by a joint decomposition. `coordinates` gives the
-rest for any basis, and readers of PEFT's files take theirs.
+and PEFT share one among the layers of a role, which `jl.inits.frod` gives. Readers of PEFT's files
+take theirs.
 """
 
 import dataclasses
@@ -146,6 +146,6 @@ SYSTEM = System(
     symbol="FRoD",
     evidence="entries one by one in numpy's basis; outputs of torch PEFT to 1e-5",
     tests=("tests/io/peft/types_test.py",),
-    missing="the paper was not read; one basis for the layers of a role",
+    missing="the paper was not read",
     examples=(FRoD(rate=0.2),),
 )
