@@ -6,6 +6,7 @@ type       PEFT's tensors                                      ours
 TINYLORA   tinylora_A [r, in], tinylora_B [out, r]             a, b, transposed
            tinylora_P [k, r, r]                                p, each transposed
            of all: tinylora_v.g [k]                            v [groups, k]
+           of a table: tinylora_A [r, out], _B [rows, r], _P   b, a, p
 =========  ==================================================  ====================================
 
 TinyLoRA's modules have a number: it seeds P, and says which vector a module uses. PEFT counts them
@@ -36,11 +37,10 @@ ORDER = "PEFT counts modules in the order of torch's model, which files do not s
 
 
 def _write_tiny(method: TinyLoRA, site: Site, p: Arrays) -> Slice | None:
-    if "gather" in site.ops:
-        raise ValueError("TinyLoRA of a table has no layout here")
     if not p["p"].any():
         return None
-    drawn = p["p"].mT
+    table = "gather" in site.ops
+    drawn = p["p"] if table else p["p"].mT
     fields: dict[str, Dynamic] = {
         "projection_seed": method.seed,
         "r": method.rank,
@@ -48,7 +48,8 @@ def _write_tiny(method: TinyLoRA, site: Site, p: Arrays) -> Slice | None:
         "weight_tying": method.tying,
     }
     fields |= {"group": int(p["group"]), "groups": len(p["v"]), P: drawn}  # for `_settle_tiny`
-    return Slice({TINY[0]: p["a"].T, TINY[1]: p["b"].T, P: drawn}, fields)
+    sides = (p["b"], p["a"]) if table else (p["a"].T, p["b"].T)
+    return Slice(dict(zip((*TINY, P), (*sides, drawn), strict=True)), fields)
 
 
 def _settle_tiny(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fields]:
@@ -72,18 +73,16 @@ def _settle_tiny(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], F
 
 
 def _read_tiny(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
-    if "gather" in site.ops:
-        raise ValueError("TinyLoRA of a table has no layout here")
+    table = "gather" in site.ops
     rank, size = min(fields["r"], site.d_in, site.d_out), fields["u"]
     method = TinyLoRA(fields["r"], size, fields["weight_tying"], fields["projection_seed"])
-    for key, shape in zip(
-        (*TINY, P, f"{V}.0"),
-        ((rank, site.d_in), (site.d_out, rank), (size, rank, rank), (size,)),
-        strict=True,
-    ):
-        want_shape(key, t[key], shape)
-    frozen = {"a": t[TINY[0]].T, "b": t[TINY[1]].T, "p": t[P].mT, "group": t["group"]}
-    return Read(method, {}, frozen)
+    sides = (site.d_out, site.d_in) if table else (site.d_in, site.d_out)
+    want_shape(TINY[0], t[TINY[0]], (rank, sides[0]))
+    want_shape(TINY[1], t[TINY[1]], (sides[1], rank))
+    want_shape(P, t[P], (size, rank, rank))
+    want_shape(f"{V}.0", t[f"{V}.0"], (size,))
+    own = (t[TINY[1]], t[TINY[0]], t[P]) if table else (t[TINY[0]].T, t[TINY[1]].T, t[P].mT)
+    return Read(method, {}, {**dict(zip("abp", own, strict=True)), "group": t["group"]})
 
 
 def _relate_tiny(

@@ -230,6 +230,28 @@ def test_vectors_that_go_by_the_order_of_torchs_modules(base, tmp_path):
         jl.io.save_peft(tmp_path / "new", read.replace(frozen=swapped), NAMES)
 
 
+def test_tinylora_of_a_table_is_that_of_real_peft(tmp_path):
+    """An embedding table, whose factors PEFT keeps the other way round."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"table": torch.nn.Embedding(9, 6)})
+    params = {"table": jnp.asarray(module["table"].weight.detach().numpy().copy())}
+    config = peft.TinyLoraConfig(r=2, u=3, init_weights="uniform", target_modules=["table"])
+    tuned = peft.get_peft_model(module, config)
+    tuned.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ids = np.array([3, 0, 8])
+    want = tuned.base_model.model["table"](torch.from_numpy(ids)).detach().numpy()
+    sites = jl.sites(lambda p, i: p["table"][i], params, jnp.asarray(ids))
+    names = NameMap({"table": "table"})
+    adapter = jl.io.load_peft(tmp_path / "theirs", names, sites)
+    assert error(params["table"][ids], want) > 1e-3
+    assert error(jl.merge(params, adapter)["table"][ids], want) <= TOLERANCE
+    jl.io.save_peft(tmp_path / "ours", adapter, names)
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (
+        tmp_path / "theirs" / WEIGHTS
+    ).read_bytes()
+
+
 def test_random_matrices_of_a_seed_that_goes_by_the_order_are_refused(base, tmp_path):
     folder = shutil.copytree(GOLDEN / "tinylora_one", tmp_path / "bare")
     tensors, meta = safetensors_file.read(folder / WEIGHTS)
@@ -330,28 +352,37 @@ def test_frod_is_not_written_as_peft_decomposes_again(base, tmp_path, monkeypatc
         jl.io.save_peft(tmp_path, load(base, GOLDEN / "frod"), NAMES)
 
 
-def test_what_depends_on_signs_that_no_file_holds_is_refused(base, tmp_path, monkeypatch):
-    """PSOFT: one file and one base, two outputs, if the SVD has other signs, which it may have."""
+@pytest.mark.parametrize("kind", ["psoft", "adamss"])
+def test_what_depends_on_choices_that_no_file_holds_is_refused(base, tmp_path, monkeypatch, kind):
+    """One file and one base, two outputs, if an SVD has other signs or k-means other labels."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     monkeypatch.syspath_prepend(ROOT / "tests" / "golden")
     import make_peft_types
 
+    both = ["up", "down"]
+    if kind == "adamss":
+        place, name = pytest.importorskip("sklearn.cluster").KMeans, "fit_predict"
+        config = peft.AdamssConfig(r=3, num_subspaces=2, subspace_rank=2, target_modules=both)
+    else:
+        config, place, name = peft.PsoftConfig(r=3, target_modules=both), torch.linalg, "svd"
     module = make_peft_types.Model().eval()
-    tuned = peft.get_peft_model(module, peft.PsoftConfig(r=3, target_modules=["up", "down"]))
+    tuned = peft.get_peft_model(module, config)
     make_peft_types.randomise(tuned, 0)
     tuned.save_pretrained(tmp_path)
-    state, svd, outputs = module.state_dict(), torch.linalg.svd, []
+    state, good, outputs = module.state_dict(), getattr(place, name), []
 
     def flipped(*args, **options):
-        u, s, v = svd(*args, **options)
+        if kind == "adamss":
+            return 1 - good(*args, **options)
+        u, s, v = good(*args, **options)
         sign = torch.where(torch.arange(len(s)) == 0, -1.0, 1.0)
         return u * sign, s, v * sign[:, None]
 
-    for one in (svd, flipped):
-        monkeypatch.setattr(torch.linalg, "svd", one)
+    for one in (good, flipped):
+        monkeypatch.setattr(place, name, one)
         again = make_peft_types.Model()
         again.load_state_dict(
-            {k.replace(".base_layer", ""): v for k, v in state.items() if "psoft" not in k}
+            {k.replace(".base_layer", ""): v for k, v in state.items() if kind not in k}
         )
         loaded = peft.PeftModel.from_pretrained(again, tmp_path).eval()
         with torch.no_grad():
