@@ -18,6 +18,16 @@ def test_permutations_are_torchs(n, count):
     np.testing.assert_array_equal(Generator(777).permutation(n, count), want)
 
 
+@pytest.mark.parametrize("shape", [(1,), (3, 2, 2), (5, 3), (4, 4), (5, 2, 2), (64, 2, 2), (33,)])
+def test_normal_numbers_are_torchs(shape):
+    """Below 16 numbers one after the other, above in blocks, with and without a rest."""
+    torch = pytest.importorskip("torch")
+    generator, ours = torch.Generator().manual_seed(42), Generator(42)
+    for _ in range(2):  # the second draw begins where the first one has ended
+        want = torch.normal(mean=0.0, std=0.7, size=shape, generator=generator).numpy()
+        np.testing.assert_allclose(ours.normal(shape, 0.7), want, rtol=1e-6, atol=1e-6)
+
+
 def test_what_torch_draws_in_another_way_is_refused():
     with pytest.raises(ValueError, match="permutation: got 3 of 2, expected at most"):
         Generator(0).permutation(2, 3)

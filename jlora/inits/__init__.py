@@ -9,6 +9,7 @@ changes the function otherwise carries its start in frozen copies (`jl.Residual`
 
 from jlora.inits.corda import corda as corda
 from jlora.inits.eva import eva as eva
+from jlora.inits.frod import frod as frod
 from jlora.inits.loftq import loftq as loftq
 from jlora.inits.lora_ga import lora_ga as lora_ga
 from jlora.inits.lora_sb import lora_sb as lora_sb
@@ -17,6 +18,7 @@ from jlora.inits.nlora import nlora as nlora
 from jlora.inits.nlora import slora as slora
 from jlora.inits.olora import olora as olora
 from jlora.inits.pissa import pissa as pissa
+from jlora.inits.pretrained import pretrained as pretrained
 from jlora.inits.residual import fold as fold
 from jlora.inits.residual import from_adapter as from_adapter
 from jlora.inits.residual import residual_leaves as residual_leaves
@@ -30,6 +32,7 @@ __all__ = [
     "cut",
     "eva",
     "fold",
+    "frod",
     "from_adapter",
     "from_factors",
     "int_tune",
@@ -39,6 +42,7 @@ __all__ = [
     "nlora",
     "olora",
     "pissa",
+    "pretrained",
     "residual_leaves",
     "slora",
     "spectral_ranks",

@@ -19,6 +19,7 @@ from jlora.methods.low_rank.loha import LoHa as LoHa
 from jlora.methods.low_rank.loldu import LoLDU as LoLDU
 from jlora.methods.low_rank.lora import LoRA as LoRA
 from jlora.methods.low_rank.lora_xs import LoRAXS as LoRAXS
+from jlora.methods.low_rank.osf import OSF as OSF
 from jlora.methods.low_rank.pissa import PiSSA as PiSSA
 from jlora.methods.low_rank.slora import SLoRA as SLoRA
 from jlora.methods.orthogonal.boft import BOFT as BOFT
@@ -32,14 +33,18 @@ from jlora.methods.routed.meteora import MeteoRA as MeteoRA
 from jlora.methods.routed.mixlora import MixLoRA as MixLoRA
 from jlora.methods.routed.smora import SMoRA as SMoRA
 from jlora.methods.routed.xlora import XLoRA as XLoRA
+from jlora.methods.selective.beft import BEFT as BEFT
+from jlora.methods.selective.beft import OutputBias as OutputBias
 from jlora.methods.selective.bitfit import BitFit as BitFit
 from jlora.methods.selective.ia3 import IA3 as IA3
 from jlora.methods.selective.ln_tuning import LNTuning as LNTuning
 from jlora.methods.selective.trainable_tokens import TrainableTokens as TrainableTokens
+from jlora.methods.shared_basis.frod import FRoD as FRoD
 from jlora.methods.shared_basis.nola import NOLA as NOLA
 from jlora.methods.shared_basis.pvera import PVeRA as PVeRA
 from jlora.methods.shared_basis.randlora import RandLoRA as RandLoRA
 from jlora.methods.shared_basis.tera import TeRA as TeRA
+from jlora.methods.shared_basis.tinylora import TinyLoRA as TinyLoRA
 from jlora.methods.shared_basis.unilora import UniLoRA as UniLoRA
 from jlora.methods.shared_basis.vblora import VBLoRA as VBLoRA
 from jlora.methods.shared_basis.vera import VeRA as VeRA

@@ -233,13 +233,15 @@ class Reader:
                 raise FormatError(self.source, f"{table.masks[0]}: want booleans by module")
 
     def _check_value(self, name: str, value: Json, default: Json) -> None:
-        """Booleans, whole numbers (ranks: positive), numbers and text, as the default is one."""
+        """Booleans, whole numbers (or several), numbers and text, as the default is one."""
         if isinstance(default, bool):
             good = isinstance(value, bool)
         elif isinstance(default, int | float):
             whole = isinstance(default, int) and "alpha" not in name
             good = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             good = good and abs(value) <= 2**31
+        elif isinstance(default, tuple):
+            good = isinstance(value, list | tuple) and all(type(one) is int for one in value)
         else:
             good = value is None or isinstance(value, str | int | bool)
         if not good:

@@ -32,6 +32,7 @@ from jlora.io.peft import parameters as peft_parameters
 from jlora.io.peft import replication
 from jlora.io.peft import tokens as peft_tokens
 from jlora.io.peft import vectors as peft_vectors
+from jlora.io.peft.among import regrown, related
 from jlora.io.peft.lora import MATRIX, TABLE
 from jlora.io.peft.read import (
     ROOT,
@@ -42,13 +43,14 @@ from jlora.io.peft.read import (
     check_rest,
     join,
     read_files,
-    regrown,
 )
-from jlora.io.peft.table import Read, Table, check_site, scale_of
+from jlora.io.peft.table import Arrays, Fields, Read, Table, check_site, scale_of
 from jlora.io.peft.tables import table_of
+from jlora.io.peft.vera_oft_ia3 import BEFT_TABLE, ROWS
 from jlora.io.peft.write import extra_tensors, torch_side
 from jlora.io.slices import sliced
 from jlora.methods.low_rank.lora import LoRA
+from jlora.methods.selective.beft import BEFT, OutputBias
 from jlora.methods.selective.ln_tuning import LNTuning
 from jlora.types import Dynamic, Json, Tree
 
@@ -91,18 +93,27 @@ def save_peft(
     one_adapter(adapter, "save_peft")
     adapter = sliced(adapter, names)
     folder = Path(path)
+    rows_alone = peft_tokens.alone(folder, adapter, names)
+    beft = any(isinstance(method, BEFT) for _, method in adapter.sites)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
     adapter, vectors, alone = peft_vectors.split(folder, adapter, names)
     adapter, bare, parameters = peft_parameters.split(folder, adapter, names)
     if vectors and not alone and not adapter.sites and not parameters:
         raise FormatError(folder, "PEFT has no adapter of biases alone (BitFit), expected LoRA too")
-    if alone:
+    if rows_alone is not None:
+        tensors, fields, table = rows_alone
+    elif beft:
+        tensors, fields, table = _beft_side(folder, adapter, names)
+    elif alone:
         tensors, fields, table = peft_vectors.torch_side(vectors)
     elif parameters and not adapter.sites:
         tensors, fields, table = {}, {}, table_of(LoRA())
     else:
         tensors, fields, table = torch_side(folder, adapter, names, params)
-    fields, common = table.settle(fields)
+    try:
+        fields, common = table.settle(fields)
+    except ValueError as error:
+        raise FormatError(folder, str(error)) from error
     common = {**common, "base_model_name_or_path": base_model_name, "task_type": task_type}
     if vectors and not alone:
         twice = sorted(vectors.keys() & (extras or {}).keys())
@@ -183,6 +194,8 @@ def load_peft(
     vectors = names.vectors(sites.values())
     if table.method is LNTuning:
         modules = {name.rpartition(".")[0]: where for name, where in vectors.items()}
+    biased = peft_vectors.bias_modules(vectors) if table is BEFT_TABLE else {}
+    modules = {**modules, **biased}
     rows: dict[str, Read] = {}
     if peft_tokens.FIELD in table.fixed:
         given = (folder / WEIGHTS, config, tensors, sites, modules)
@@ -212,9 +225,14 @@ def load_peft(
             folder / WEIGHTS, f"no tensor of a {table.type} adapter; {keys_seen(tensors)}"
         )
     check_modules(folder / WEIGHTS, reader, per_module, shared, modules, table)
+    if biased:
+        own = {module: t for module, t in per_module.items() if module in biased}
+        slices = peft_vectors.of_beft(folder / WEIGHTS, own, vectors, sites)
+        per_module = {module: t for module, t in per_module.items() if module not in biased}
     if table.method is LNTuning:
         slices = peft_vectors.of_layers(folder / WEIGHTS, per_module, vectors, sites)
         per_module = {}
+    more = related(folder / WEIGHTS, table, config, per_module, shared, modules, sites)
     for module, found in per_module.items():
         where, index = modules[module]
         site = model.site(where)
@@ -225,7 +243,8 @@ def load_peft(
                 rank = len(found[MATRIX[0]])
                 fields |= {"r": rank, "lora_alpha": alphas[module], "use_rslora": False}
             base = {"base": model.matrix(where, index)} if table.weighs else {}
-            read = table.read(site.slice(), {**found, **shared, **base}, fields)
+            known = {**found, **shared, **base, **more.get(module, {})}
+            read = table.read(site.slice(), known, fields)
         except ValueError as error:
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
         check_bias(folder / WEIGHTS, table, read.method, where, model.biases)
@@ -261,6 +280,23 @@ def peft_extras(
     return {peft_vectors.torch_name(key): t for key, t in rest.items()}
 
 
+def _beft_side(
+    folder: Path, adapter: Adapter, names: NameMap
+) -> tuple[Arrays, dict[str, Fields], Table]:
+    """Sites of BEFT, and those of `OutputBias` where modules have no bias."""
+    rest = tuple((s, m) for s, m in adapter.sites if not isinstance(m, BEFT))
+    if not all(isinstance(m, OutputBias) for _, m in rest):
+        raise FormatError(folder, "PEFT has no other methods next to BEFT, expected BEFT alone")
+    tensors, fields, table = peft_vectors.beft_side(folder, adapter, names)
+    if rest:
+        more, others, _ = torch_side(folder, adapter.replace(sites=rest), names, None)
+        twice = sorted(fields.keys() & others.keys())
+        if twice:
+            raise FormatError(folder, f"{twice[:4]} have both BEFT and OutputBias")
+        tensors, fields = {**tensors, **more}, {**fields, **others}
+    return tensors, fields, table
+
+
 def _scale(reader: peft_config.Reader, module: str, _: Dynamic, rank: int) -> float:
     """The scale of one module of a fused site."""
     fields = reader.fields(module)
@@ -271,7 +307,7 @@ def _scale(reader: peft_config.Reader, module: str, _: Dynamic, rank: int) -> fl
 
 def _tables(tensors: Mapping[str, Json], modules: Modules) -> set[str]:
     """The sites that the file takes for embedding tables."""
-    ends = (*(f".{suffix}" for suffix in TABLE), peft_tokens.SUFFIX)
+    ends = (*(f".{suffix}" for suffix in (*TABLE, ROWS)), peft_tokens.SUFFIX)
     found = {
         key.removeprefix(ROOT).removesuffix(e) for key in tensors for e in ends if key.endswith(e)
     }

@@ -78,11 +78,16 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
         suffix = next((s for s in suffixes if key.endswith(f".{s}")), None)
         if suffix is not None and key.startswith(ROOT):
             per_module.setdefault(key[len(ROOT) : -len(suffix) - 1], {})[suffix] = tensor
-        elif key.removeprefix(BASE) in table.shared:
+        elif key.removeprefix(BASE) in table.shared or _family(key) in table.families:
             shared[key.removeprefix(BASE)] = tensor
         else:
             rest[key] = tensor
     return per_module, shared, rest
+
+
+def _family(key: str) -> str:
+    """The first part of a shared tensor's key, below ``base_model.``."""
+    return "" if key.startswith(ROOT) else key.removeprefix(BASE).partition(".")[0]
 
 
 def _is_copy(key: str, tensor: np.ndarray, table: Table, tensors: Arrays) -> bool:
@@ -90,32 +95,6 @@ def _is_copy(key: str, tensor: np.ndarray, table: Table, tensors: Arrays) -> boo
     whole = tensors.get(f"{BASE}{key.rpartition('.')[2]}")
     own = key.startswith(ROOT) and key.endswith(tuple(f".{name}" for name in table.shared))
     return own and whole is not None and np.array_equal(tensor, whole)
-
-
-def regrown(
-    reader: peft_config.Reader,
-    table: Table,
-    per_module: Mapping[str, Arrays],
-    modules: Modules,
-    sites: Mapping[str, Site],
-) -> Arrays:
-    """Shared tensors of which the file has only a seed.
-
-    Args:
-      reader: of the config.
-      table: of the method.
-      per_module: module -> suffix -> tensor.
-      modules: module -> (site path, stack index).
-      sites: by path.
-
-    Returns:
-      By key; {} where something else is wrong, which `check_modules` reports.
-    """
-    whole = all(any(set(t) == set(layout) for layout in table.layouts) for t in per_module.values())
-    if table.regrow is None or not per_module or not whole or not set(per_module) <= set(modules):
-        return {}
-    known = [(sites[modules[module][0]].slice(), tensors) for module, tensors in per_module.items()]
-    return table.regrow(reader.config, known) or {}
 
 
 def check_rest(
@@ -189,9 +168,13 @@ def check_modules(
     Raises:
       FormatError: names the first module at fault.
     """
-    if set(shared) != set(table.shared):
+    alone = {key for key in shared if _family(key) not in table.families}
+    if alone != set(table.shared) or {_family(key) for key in set(shared) - alone} != set(
+        table.families
+    ):
+        wanted = [*table.shared, *(f"{name}.*" for name in table.families)]
         raise FormatError(
-            path, f"got shared tensors {sorted(shared)}, expected {list(table.shared)} to be saved"
+            path, f"got shared tensors {sorted(shared)}, expected {wanted} to be saved"
         )
     for module, found in per_module.items():
         if module not in modules:
@@ -268,13 +251,14 @@ def join(
     frozen: dict[str, Json] = {}
     done = []
     group = ""
-    if table.shared:
+    if table.shared or table.families:
         try:
             common = table.read_shared(shared)
         except ValueError as error:
             raise FormatError(path, str(error)) from error
-        group, part = GROUP, trainable if table.trains_shared else frozen
-        part[GROUP] = {k: _device(path, k, v) for k, v in common.items()}
+        if common:
+            group, part = GROUP, trainable if table.trains_shared else frozen
+            part[GROUP] = {k: _device(path, k, v) for k, v in common.items()}
     for where in sorted(slices):
         site = Site(**{**_fields(sites[where]), "group": group})
         method, trainable[where], frozen[where] = stacked(path, site, slices[where], table.sparse)

@@ -72,6 +72,11 @@ class Table:
       biased: PEFT also scales the module's bias, so there must be none.
       settle: (module -> fields) -> (the same, other config fields), before they are combined.
       shared: keys below ``base_model.`` of tensors that all modules share.
+      families: first parts of the keys of further ones, of which the file has any number:
+        ``tinylora_v`` of ``tinylora_v.0``, ``tinylora_v.1``, ...
+      relate: (config, un-stacked site and tensors of each module, shared tensors) -> further arrays
+        of each module, for `read`, where one module's meaning depends on the others or on its name;
+        raises ValueError. None: it does not.
       weighs: `read` gets the base matrix [in, out] too, under the key ``base``: what the file says
         is relative to the weight that it was made for.
       copied: the shared tensors are in the file once more under every module.
@@ -103,6 +108,13 @@ class Table:
     biased: Callable[[Method], bool] = lambda method: False
     settle: Callable[[Mapping[str, Fields]], tuple[Mapping[str, Fields], Fields]] = _unchanged
     shared: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    relate: (
+        Callable[
+            [Mapping[str, Json], Mapping[str, tuple[Site, Arrays]], Arrays], Mapping[str, Arrays]
+        ]
+        | None
+    ) = None
     copied: bool = False
     weighs: bool = False
     write_shared: Callable[[Arrays], Arrays] = dict

@@ -12,10 +12,20 @@ from jlora.io.peft.lycoris import LOHA, LOKR
 from jlora.io.peft.rotations import DELORA, HRA_TABLE, ROAD
 from jlora.io.peft.seeded import FOURIERFT, SHIRA, SUPERTUNING, WAVEFT
 from jlora.io.peft.shared_vectors import UNILORA, VBLORA
+from jlora.io.peft.spectral import FROD, OSF_TABLE
 from jlora.io.peft.started import OLORA, PISSA
 from jlora.io.peft.table import Table
+from jlora.io.peft.tinylora import TINYLORA
 from jlora.io.peft.types import OTHERS
-from jlora.io.peft.vera_oft_ia3 import BOFT_TABLE, IA3_TABLE, LN_TUNING, OFT_TABLE, VERA
+from jlora.io.peft.vera_oft_ia3 import (
+    BEFT_TABLE,
+    BOFT_TABLE,
+    IA3_TABLE,
+    LN_TUNING,
+    OFT_TABLE,
+    TOKENS,
+    VERA,
+)
 from jlora.io.peft.weight_led import DEFT_TABLE, GLORA, PEANUT
 from jlora.methods.low_rank.pissa import PiSSA
 from jlora.methods.wrappers.residual import Residual
@@ -23,13 +33,14 @@ from jlora.types import Json
 
 TABLES: tuple[Table, ...] = (
     *(PISSA, OLORA, KASA, LORA, DORA, HIRA, ADALORA, LOHA, LOKR),
-    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING),
+    *(VERA, OFT_TABLE, BOFT_TABLE, IA3_TABLE, LN_TUNING, BEFT_TABLE, TOKENS),
     *(BAT_TABLE, MISS, C3A_TABLE, GRALORA),  # BAT is a form of MISS
     *(HRA_TABLE, ROAD, DELORA),
-    *(VBLORA, UNILORA),
+    *(VBLORA, UNILORA, TINYLORA),
     *(SHIRA, SUPERTUNING, FOURIERFT, WAVEFT),
     *(RANDLORA, PVERA),
     *(PEANUT, DEFT_TABLE, GLORA),
+    *(OSF_TABLE, FROD),
 )
 
 

@@ -1,7 +1,9 @@
-"""LoRA with `trainable_token_indices`: rows of tables that PEFT trains alongside the matrices.
+"""Rows of embedding tables that PEFT trains: alone, or alongside the matrices of LoRA.
 
-The rows lie under ``<module>.token_adapter.trainable_tokens_delta`` [n, d_out] (new rows, in spite
-of the name), their numbers in the config: a list for the one table, or ``{module: [..]}``.
+Alone they lie under ``<module>.trainable_tokens_delta`` [n, d_out] (new rows, in spite of the
+name), and all tables have the same rows, those of the config's `token_indices`. With LoRA's
+`trainable_token_indices` they lie under ``<module>.token_adapter.trainable_tokens_delta``, their
+numbers in the config: a list for the one table, or ``{module: [..]}``.
 
 Source: peft 0.21.2, its files.
 Deviates: the config is written with whole module names.
@@ -19,7 +21,8 @@ from jlora.core.site import Site
 from jlora.io.errors import FormatError
 from jlora.io.names import NameMap
 from jlora.io.peft.read import ROOT, Modules, stacked
-from jlora.io.peft.table import Arrays, Read, want_shape
+from jlora.io.peft.table import Arrays, Fields, Read, Table, want_shape
+from jlora.io.peft.vera_oft_ia3 import ROWS, TOKENS
 from jlora.methods.selective.trainable_tokens import TrainableTokens
 from jlora.types import Dynamic, Json
 
@@ -128,6 +131,38 @@ def with_rows(
         done[sites[where]] = method
     by_path = sorted(done.items(), key=lambda item: item[0].path)
     return Adapter(trainable, frozen, tuple(by_path)) if rows else adapter
+
+
+def alone(
+    path: Path, adapter: Adapter, names: NameMap
+) -> tuple[Arrays, dict[str, Fields], Table] | None:
+    """An adapter of trained rows as PEFT has it.
+
+    Args:
+      path: where it goes, for errors.
+      adapter: of any sites.
+      names: from site paths to torch modules.
+
+    Returns:
+      (tensors by key, config fields by module, the table); None of an adapter that has other sites.
+
+    Raises:
+      FormatError: rows of a weight that is not an embedding table of its own.
+      ValueError: a table has no name.
+    """
+    if not adapter.sites or not all(isinstance(m, TrainableTokens) for _, m in adapter.sites):
+        return None
+    tensors: Arrays = {}
+    fields: dict[str, Fields] = {}
+    for site, method in adapter.sites:
+        if site.stack or "gather" not in site.ops:
+            raise FormatError(
+                path, f"{site.path}: TrainableTokens, PEFT trains rows of embedding tables only"
+            )
+        module = names.module(site.path, ())
+        tensors[f"{ROOT}{module}.{ROWS}"] = np.asarray(adapter.trainable[site.path]["rows"])
+        fields[module] = {"token_indices": method.ids}  # type: ignore[union-attr]
+    return tensors, fields, TOKENS
 
 
 def split(adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays, dict[str, list[int]] | None]:

@@ -1,11 +1,9 @@
-"""PEFT's types that jlora does not read (yet), and what each of them does.
+"""PEFT's types that jlora does not read, and what each of them does.
 
 ==========================================  ===================================================
 what it changes                             types
 ==========================================  ===================================================
-a weight, by a method to come               FROD OSF TINYLORA
 a weight, by more than its file holds       ADAMSS PSOFT
-biases or rows of a table only              BEFT TRAINABLE_TOKENS
 the output, depending on tokens or tasks    LILY POLY XLORA
 tokens or caches, no weight                 ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING
                                             PREFIX_TUNING PROMPT_TUNING P_TUNING
@@ -18,20 +16,16 @@ Deviates: nothing.
 
 from __future__ import annotations
 
-TO_COME = "it changes weights, by a method that is not here yet"
 UNSAVED = (
     "it depends on the signs of singular vectors or on the labels of clusters that another run, or "
     "release, of PEFT's libraries may choose in another way, and its file does not hold them"
 )
-PARTS = "it trains biases or rows of a table, no matrices"
 DYNAMIC = "what it adds depends on tokens or tasks, so it is no change of a weight"
 PROMPTS = "it adds tokens or a cache and changes no weight"
 ALONGSIDE = "it is a model alongside the model"
 
 _GROUPS = {
-    TO_COME: "FROD OSF TINYLORA",
     UNSAVED: "ADAMSS PSOFT",
-    PARTS: "BEFT TRAINABLE_TOKENS",
     DYNAMIC: "LILY POLY XLORA",
     PROMPTS: "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING "
     "P_TUNING",

@@ -1,15 +1,17 @@
-"""Trained vectors in PEFT's files: LN tuning, and biases or norms next to another method.
+"""Trained vectors in PEFT's files: LN tuning, BEFT, and biases or norms next to another method.
 
 =====================  ========================================  ==================================
 what                   tensor of a vector [n]                    config
 =====================  ========================================  ==================================
 LN tuning              ``<norm>.ln_tuning_layers.weight, bias``  ``peft_type: LN_TUNING``
+BEFT of biases         ``<module>.beft_bias`` [1, n]             ``peft_type: BEFT``
 biases next to LoRA    ``<module>.bias``, of an adapted module   ``bias: all`` or ``lora_only``
                        ``<module>.base_layer.bias``
 norms next to LoRA     ``<norm>.weight``, ``<norm>.bias``        ``modules_to_save``
 =====================  ========================================  ==================================
 
-All are whole vectors, no differences. The name map says which they are: ``LayerNorm[weight]``.
+All are whole vectors but BEFT's, which is added to a bias. The name map says which they are:
+``LayerNorm[weight]``.
 
 Source: peft 0.21.2, its files.
 Deviates: modules are written with whole names.
@@ -17,7 +19,7 @@ Deviates: modules are written with whole names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,8 @@ from jlora.io.errors import FormatError, near
 from jlora.io.names import NameMap
 from jlora.io.peft.read import ROOT, stacked
 from jlora.io.peft.table import Arrays, Fields, Read, Table, want_shape
-from jlora.io.peft.vera_oft_ia3 import LN_LAYERS, LN_TUNING
+from jlora.io.peft.vera_oft_ia3 import BEFT_TABLE, BIAS, LN_LAYERS, LN_TUNING
+from jlora.methods.selective.beft import BEFT
 from jlora.methods.selective.bitfit import BitFit
 from jlora.methods.selective.ln_tuning import LNTuning
 
@@ -60,6 +63,90 @@ def of_layers(
             name = f"{module}.{key.removeprefix(f'{LN_LAYERS}.')}"
             _put(path, found, name, tensor, places, sites, LNTuning())
     return found
+
+
+def bias_modules(places: Places) -> Places:
+    """The modules that have a bias.
+
+    Args:
+      places: torch parameter -> (site path, stack index).
+
+    Returns:
+      Module -> (site path, stack index) of its bias.
+    """
+    ends = {name.rpartition("."): where for name, where in places.items()}
+    return {module: where for (module, _, leaf), where in ends.items() if leaf == "bias"}
+
+
+def of_beft(
+    path: Path, per_module: Mapping[str, Arrays], places: Places, sites: Mapping[str, Site]
+) -> Slices:
+    """What BEFT adds to biases.
+
+    Args:
+      path: of the file, for errors.
+      per_module: module -> suffix -> tensor, of modules with a bias.
+      places: torch parameter -> (site path, stack index).
+      sites: by path.
+
+    Returns:
+      Site path -> stack index -> what was read.
+
+    Raises:
+      FormatError: one is not of the bias's size.
+    """
+    found: Slices = {}
+    for module, tensors in sorted(per_module.items()):
+        name, added = f"{module}.bias", tensors[BIAS]
+        size = sites[places[name][0]].d_out
+        if added.shape != (1, size):
+            raise FormatError(path, f"{module}.{BIAS} has shape {list(added.shape)}, expected "
+                              f"[1, {size}]")  # fmt: skip
+        _put(path, found, name, added[0], places, sites, BEFT())
+    return found
+
+
+def beft_side(
+    path: Path, adapter: Adapter, names: NameMap
+) -> tuple[Arrays, dict[str, Fields], Table]:
+    """A BEFT as PEFT has it.
+
+    Args:
+      path: where it goes, for errors.
+      adapter: whose sites of BEFT are written.
+      names: from site paths to torch parameters.
+
+    Returns:
+      (tensors by key, config fields by module, the table of BEFT).
+
+    Raises:
+      FormatError: a vector that is not called a bias.
+      ValueError: a vector without a name, or two of one.
+    """
+    keys, rows = {}, [site for site, method in adapter.sites if isinstance(method, BEFT)]
+    for name, v in _by_name(adapter, rows, names).items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "bias":
+            raise FormatError(path, f"{name}: PEFT calls it {leaf!r}; BEFT is of biases")
+        keys[f"{ROOT}{module}.{BIAS}"] = v[None]
+    modules = [key.removeprefix(ROOT).removesuffix(f".{BIAS}") for key in keys]
+    return keys, {module: {} for module in modules}, BEFT_TABLE
+
+
+def _by_name(adapter: Adapter, rows: Sequence[Site], names: NameMap) -> Arrays:
+    """The vectors of some sites by torch name; raises ValueError for one without, or two of one."""
+    tensors: Arrays = {}
+    for site in rows:
+        v = np.asarray(adapter.trainable[site.path]["v"])
+        if v.shape != (*site.stack, site.d_out):
+            expected = (*site.stack, site.d_out)
+            raise ValueError(f"{site.path}/v: got shape {v.shape}, expected {expected}")
+        for index in np.ndindex(*site.stack):
+            name = names.vector(site.path, index)
+            if name in tensors:
+                raise ValueError(f"name map: two slices are called {name!r}")
+            tensors[name] = v[index]
+    return tensors
 
 
 def of_extras(path: Path, rest: Arrays, places: Places, sites: Mapping[str, Site]) -> Adapter:
@@ -161,17 +248,7 @@ def split(path: Path, adapter: Adapter, names: NameMap) -> tuple[Adapter, Arrays
     rows = [(s, m) for s, m in adapter.sites if isinstance(m, LNTuning | BitFit)]
     if not rows:
         return adapter, {}, False
-    tensors: Arrays = {}
-    for site, _ in rows:
-        v = np.asarray(adapter.trainable[site.path]["v"])
-        if v.shape != (*site.stack, site.d_out):
-            expected = (*site.stack, site.d_out)
-            raise ValueError(f"{site.path}/v: got shape {v.shape}, expected {expected}")
-        for index in np.ndindex(*site.stack):
-            name = names.vector(site.path, index)
-            if name in tensors:
-                raise ValueError(f"name map: two slices are called {name!r}")
-            tensors[name] = v[index]
+    tensors = _by_name(adapter, [site for site, _ in rows], names)
     kept = tuple(row for row in adapter.sites if row not in rows)
     alone = not kept and all(isinstance(m, LNTuning) for _, m in rows)
     for site, method in rows:

@@ -1,4 +1,4 @@
-"""PEFT tables of VeRA, OFT, BOFT and IA3, for matrices [out, in], and of LN tuning."""
+"""PEFT tables of VeRA, OFT, BOFT and IA3, for matrices [out, in], and of vectors and rows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from jlora.io.peft.table import (
 from jlora.io.torch_random import Generator
 from jlora.methods.orthogonal.boft import BOFT
 from jlora.methods.orthogonal.oft import OFT
+from jlora.methods.selective.beft import OutputBias
 from jlora.methods.selective.ia3 import IA3
 from jlora.methods.selective.ln_tuning import LNTuning
+from jlora.methods.selective.trainable_tokens import TrainableTokens
 from jlora.methods.shared_basis.vera import VeRA
 from jlora.types import Dynamic, Json
 
@@ -165,13 +167,34 @@ def _settle_ia3(modules: Mapping[str, Fields]) -> tuple[Mapping[str, Fields], Fi
     return {module: {} for module in modules}, {"feedforward_modules": inner}
 
 
-# --- LN tuning: whole vectors, which `peft_vectors` reads and writes -----------------------------
+# --- vectors, which `vectors` reads and writes, and rows, which `tokens` writes ------------------
 
 LN_LAYERS = "ln_tuning_layers"
+BIAS = "beft_bias"
+ROWS = "trainable_tokens_delta"
 
 
 def _no_module(*_: Dynamic) -> Dynamic:
-    raise ValueError("LN tuning is of vectors, not of the matrix of a module")
+    raise ValueError("this is of vectors or rows, not of the matrix of a module")
+
+
+def _write_output_bias(method: OutputBias, site: Site, p: Arrays) -> Slice:
+    return Slice({BIAS: p["bias"][None]}, {})
+
+
+def _read_output_bias(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
+    want_shape(BIAS, t[BIAS], (1, site.d_out))
+    return Read(OutputBias(), {"bias": t[BIAS][0]}, {})
+
+
+def _read_rows(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
+    ids, rows = fields["token_indices"], t[ROWS]
+    if "gather" not in site.ops:
+        raise ValueError("TRAINABLE_TOKENS of what is no embedding table")
+    if not all(0 <= i < site.d_in for i in ids):
+        raise ValueError(f"token_indices = {repr(ids)[:80]}, expected rows below {site.d_in}")
+    want_shape(ROWS, rows, (len(ids), site.d_out))
+    return Read(TrainableTokens(tuple(ids)), {"rows": rows}, {})
 
 
 VERA = Table(
@@ -258,4 +281,27 @@ LN_TUNING = Table(
     write=_no_module,
     read=_no_module,
     lacks=("layers_pattern", "layers_to_transform"),
+)
+
+BEFT_TABLE = Table(
+    type="BEFT",
+    method=OutputBias,  # of modules without a bias; of the others `vectors` makes BEFT
+    layouts=((BIAS,),),
+    fields={},
+    write=_write_output_bias,
+    read=_read_output_bias,
+    free={"init_weights": True},
+    lacks=("exclude_modules", "layers_pattern", "layers_to_transform"),
+)
+
+TOKENS = Table(
+    type="TRAINABLE_TOKENS",
+    method=TrainableTokens,
+    layouts=((ROWS,),),
+    fields={"token_indices": ()},
+    write=_no_module,
+    read=_read_rows,
+    writes=False,
+    free={"init_weights": True},
+    lacks=("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"),
 )

@@ -55,7 +55,7 @@ def torch_side(
             check_whole(site.path, module)
             try:
                 check_site(table, site)
-                written = table.write(method, site.slice(), part)
+                written = table.write(method, site.slice(), {**shared, **part})
             except ValueError as error:
                 raise FormatError(folder, f"{site.path}{list(index)}: {error}") from error
             if written is None:
@@ -65,7 +65,7 @@ def torch_side(
             fields[module] = written.fields
             own_tensors = written.tensors | (table.write_shared(shared) if table.copied else {})
             tensors.update({f"{ROOT}{module}.{k}": v for k, v in own_tensors.items()})
-        if table.shared:
+        if table.shared or table.families:
             tensors.update({f"{BASE}{k}": v for k, v in table.write_shared(shared).items()})
     if not fields:
         raise FormatError(folder, "all slices of the adapter are zero: nothing to write")

@@ -1,6 +1,6 @@
 """LoKr: a Kronecker product as the delta, run by the mixed-product rule.
 
-With d_in = i1 i2 and d_out = o1 o2 (`split` chooses them):
+With d_in = i1 i2 and d_out = o1 o2 (`split` chooses them, or `sizes` = (i1, o1) gives them):
 symbols: W1 -> `w1` [i1, o1], or A1 B1 -> `a1` [i1, r], `b1` [r, o1]; W2 -> `w2` [i2, o2], or
 A2 B2 -> `a2` [i2, r], `b2` [r, o2]; s = alpha / rank -> `scale`.
 
@@ -25,7 +25,8 @@ the other order, :math:`W_2 \\otimes W_1` at each place of the window:
 
 Init: the first factor (W1, or B1) is 0, the rest uniform in ±1/sqrt(fan-in): the identity.
 
-Edalati et al., `KronA <https://arxiv.org/abs/2212.10650>`_, 2022; Yeh et al.,
+Edalati et al., `KronA <https://arxiv.org/abs/2212.10650>`_, 2022; Marjit et al., `DiffuseKronA
+<https://arxiv.org/abs/2402.17412>`_, 2024 (both factors whole, of chosen sizes); Yeh et al.,
 `LyCORIS <https://arxiv.org/abs/2309.14859>`_, 2024.
 
 Source: papers; factorisation rule, scale and init as PEFT 0.21.
@@ -75,7 +76,8 @@ class LoKr(Method):
     """Kronecker adapter; `factor` bounds the size of the first factor (None: near the root).
 
     Raises:
-      ValueError: rank or factor < 1.
+      ValueError: rank, factor or a size < 1, or both of factor and sizes; at init, sizes that do
+        not divide the channels and d_out.
     """
 
     rank_axes: ClassVar[Mapping[str, int]] = {"a1": -1, "b1": -2, "a2": -1, "b2": -2}
@@ -86,8 +88,14 @@ class LoKr(Method):
     decompose_both: bool = False
     tucker: bool = False  # a core over the window of a convolution; of others no difference
     swapped: bool = False  # of a convolution with a whole W2, as PEFT's one-dimensional ones
+    sizes: tuple[int, int] | None = None  # (i1, o1) of the first factor, in place of `factor`
 
     def __post_init__(self) -> None:
+        for got in self.sizes or ():
+            check_whole("LoKr.sizes", got)
+        if self.sizes and (len(self.sizes) != 2 or self.factor is not None):
+            raise ValueError(f"LoKr.sizes: got {self.sizes} and the factor {self.factor}, expected "
+                             "(i1, o1) and None")  # fmt: skip
         for name, got in (("rank", self.rank), ("factor", self.factor)):
             if got is not None:
                 check_whole(f"LoKr.{name}", got)
@@ -95,7 +103,7 @@ class LoKr(Method):
     def init(self, key: PRNGKeyArray, site: Site, context: InitContext) -> tuple[Arrays, Arrays]:
         """w1 or a1, b1, and w2 or a2, b2 and perhaps t2; frozen scale []."""
         before, channels, after = window(site)
-        (i1, i2), (o1, o2) = split(channels, self.factor), split(site.d_out, self.factor)
+        (i1, i2), (o1, o2) = self._split(site, channels)
         r, dtype, keys = self.rank, site.param_dtype, jax.random.split(key, 3)
 
         def uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
@@ -119,6 +127,16 @@ class LoKr(Method):
             else:
                 trainable["a2"] = uniform(keys[1], (*rows, r), math.prod(rows))
         return trainable, {"scale": jnp.asarray(self.alpha / r, dtype)}
+
+    def _split(self, site: Site, channels: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(i1, i2), (o1, o2) of a site."""
+        if self.sizes is None:
+            return split(channels, self.factor), split(site.d_out, self.factor)
+        (i1, o1), d_out = self.sizes, site.d_out
+        if channels % i1 or d_out % o1:
+            raise ValueError(f"{site.path}: LoKr sizes: got {self.sizes}, expected divisors of "
+                             f"{channels} and {d_out}")  # fmt: skip
+        return (i1, channels // i1), (o1, d_out // o1)
 
     def parts(self, p: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The two factors of the Kronecker product, the second one factored.
@@ -210,12 +228,12 @@ def _is_swapped(p: Arrays) -> bool:
 
 SYSTEM = System(
     name="LoKr",
-    paper="Edalati 2022, 2212.10650; Yeh 2024, 2309.14859",
+    paper="Edalati 2022, 2212.10650; Yeh 2024, 2309.14859; Marjit 2024, 2402.17412",
     symbol="LoKr",
     evidence="FLOPs of the fast path; outputs of torch PEFT to 1e-5",
     rows=(7,),
     tests=("tests/io/peft/parity_test.py",),
-    missing="chosen sizes of both factors; a claim on a diffusion base",
+    missing="a claim on a diffusion base",
     examples=(
         LoKr(rank=1, factor=2),
         LoKr(rank=8, factor=2),

@@ -114,6 +114,53 @@ def test_real_peft_reads_what_we_write(case, tmp_path):
         assert error(module(**inputs)[0].numpy(), want) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_rows_alone_are_those_of_real_peft(case, tmp_path):
+    """TRAINABLE_TOKENS: PEFT's file read, computed, back bitwise; and ours moved, in PEFT."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, _ = case
+    state, _ = safetensors_file.read(model.path / "base.safetensors")
+    inputs = {k: torch.from_numpy(state[k]) for k in ("input_ids", "attention_mask")}
+    name, theirs, ours = "adapter_model.safetensors", tmp_path / "theirs", tmp_path / "ours"
+
+    def outputs(wrap):
+        base = transformers.LlamaForCausalLM.from_pretrained(model.path / "base")
+        module = wrap(base).eval()
+        with torch.no_grad():
+            return module, module(**inputs)[0].numpy()
+
+    def fresh(base):
+        config = peft.TrainableTokensConfig(token_indices=[9, 1, 4])
+        tuned, generator = peft.get_peft_model(base, config), torch.Generator().manual_seed(0)
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data += torch.randn(parameter.shape, generator=generator)
+        return tuned
+
+    module, want = outputs(fresh)
+    module.save_pretrained(theirs)
+    adapter = load(case, theirs)
+    assert adapter.sites[0][1] == TrainableTokens((9, 1, 4)) and len(adapter.sites) == 1
+    assert error(model.expected, want) > 1e-3
+    assert error(model.fn(jl.merge(model.params, adapter), *model.args), want) <= 1e-5
+    jl.io.save_peft(ours, adapter, model.names)
+    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    moved = adapter.replace(trainable={TABLE: {"rows": -adapter.trainable[TABLE]["rows"]}})
+    jl.io.save_peft(ours, moved, model.names)
+    _, want = outputs(lambda base: peft.PeftModel.from_pretrained(base, ours))
+    assert error(model.fn(jl.merge(model.params, moved), *model.args), want) <= 1e-5
+    config = json.loads((ours / "adapter_config.json").read_text())
+    for ids, why in (
+        ([9, 1], r"shape \[3, 16\]"),
+        ([9, 1, 99], "below 32"),
+        ("9", "token_indices"),
+    ):
+        (ours / "adapter_config.json").write_text(json.dumps({**config, "token_indices": ids}))
+        with pytest.raises(FormatError, match=why):
+            load(case, ours)
+
+
 def test_mutation_rows_that_are_added_are_seen(case, monkeypatch):
     good = peft_tokens._read
 

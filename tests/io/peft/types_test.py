@@ -16,10 +16,12 @@ from tests.io.shared import error
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "third_party" / "peft_types"
-NAMES = NameMap({r"layers/(up|down)": r"layer.{i}.\1"})
+NAMES = NameMap({r"layers/(up|down)": r"layer.{i}.\1", "bias": "layer.{i}.up[bias]"})
 EXAMPLES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-DRAWN = ("randlora_sparse", "pvera_seed")
+READ_ONLY = ("frod",)
+WRITTEN = [name for name in EXAMPLES if name not in READ_ONLY]
+DRAWN = ("randlora_sparse", "pvera_seed", "tinylora_seed")
 TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,6 +54,8 @@ def load(base, folder):
 
 
 def output(base, adapter):
+    if not all(method.merges for _, method in adapter.sites):
+        return jl.lift(model)(base.params, adapter, base.x)
     return model(jl.merge(base.params, adapter), base.x)
 
 
@@ -66,7 +70,7 @@ def test_it_computes_what_peft_computes(base, name):
     check_value(base, name)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_it_goes_back_bitwise(base, tmp_path, name):
     jl.io.save_peft(tmp_path, load(base, GOLDEN / name), NAMES, params=base.params)
     if name in DRAWN:  # written with the bases that the file has only the seed of
@@ -77,7 +81,8 @@ def test_it_goes_back_bitwise(base, tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of torch, of SHiRA
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias:UserWarning")  # BEFT
+@pytest.mark.parametrize("name", WRITTEN)
 def test_real_peft_computes_the_same_of_what_we_write(base, tmp_path, monkeypatch, name):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     monkeypatch.syspath_prepend(ROOT / "tests" / "golden")
@@ -138,6 +143,11 @@ REFUSED = [
     ("glora", {"config_A_B": "none"}, "config_A_B = 'none', expected"),
     ("lora_kasa", {"r": 3}, r"lora_diag has shape \[2\], expected \[3\]"),
     ("lora_kasa", {"use_rslora": True}, "use_rslora = True changes the maths"),
+    ("tinylora", {"u": 4}, r"tinylora_P has shape \[5, 2, 2\], expected \[4, 2, 2\]"),
+    ("tinylora", {"r": 3}, r"tinylora_A has shape \[2, (8|12)\], expected \[3, (8|12)\]"),
+    ("tinylora", {"weight_tying": 0.5}, "expected 2 of weight_tying = 0.5"),
+    ("tinylora", {"projection_seed": 1}, "tinylora_P is none of the seed 1, so that its vector"),
+    ("frod", {"sparse_rate": 2.0}, r"FRoD\.rate: got 2\.0, expected 0 <= it <= 1"),
     ("delora", {"rank_pattern": {}}, r"delora_A has shape \[2, 12\], expected \[3, 12\]"),
 ]
 
@@ -199,33 +209,180 @@ def test_places_that_no_seed_draws_are_refused(base, tmp_path):
         jl.io.save_peft(tmp_path, adapter.replace(frozen=frozen), NAMES)
 
 
-def test_what_is_relative_to_the_weight_needs_it(base):
+@pytest.mark.parametrize("name", ["lora_kasa", "osf", "frod"])
+def test_what_is_relative_to_the_weight_needs_it(base, name):
     with pytest.raises(FormatError, match="relative to the base weight; pass params"):
-        jl.io.load_peft(GOLDEN / "lora_kasa", NAMES, base.sites)
+        jl.io.load_peft(GOLDEN / name, NAMES, base.sites)
 
 
-def test_what_depends_on_signs_that_no_file_holds_is_refused(base, tmp_path, monkeypatch):
-    """PSOFT: one file and one base, two outputs, if the SVD has other signs, which it may have."""
+def test_vectors_that_go_by_the_order_of_torchs_modules(base, tmp_path):
+    """TinyLoRA of several: random matrices of the file say the order, others are refused."""
+    read, drawn = load(base, GOLDEN / "tinylora"), lambda t: t if t.ndim < 3 else 2 * t
+    got = {path: p["group"].tolist() for path, p in read.frozen.items()}
+    assert got == {"layers/down": [1, 3], "layers/up": [0, 2]}
+    with pytest.raises(FormatError, match="tinylora_P is none of the seed 42"):
+        load(base, replaced(tmp_path, "tinylora", drawn))
+    doubled = {path: {**p, "p": 2 * p["p"]} for path, p in read.frozen.items()}
+    with pytest.raises(FormatError, match=r"is none of the seed 42.*expected tying=1\.0"):
+        jl.io.save_peft(tmp_path / "new", read.replace(frozen=doubled), NAMES)
+    swapped = {path: {**p, "group": p["group"][::-1]} for path, p in read.frozen.items()}
+    with pytest.raises(FormatError, match="down: vector 3, PEFT takes 1; PEFT counts mod"):
+        jl.io.save_peft(tmp_path / "new", read.replace(frozen=swapped), NAMES)
+
+
+def test_tinylora_of_a_table_is_that_of_real_peft(tmp_path):
+    """An embedding table, whose factors PEFT keeps the other way round."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"table": torch.nn.Embedding(9, 6)})
+    params = {"table": jnp.asarray(module["table"].weight.detach().numpy().copy())}
+    config = peft.TinyLoraConfig(r=2, u=3, init_weights="uniform", target_modules=["table"])
+    tuned = peft.get_peft_model(module, config)
+    tuned.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ids = np.array([3, 0, 8])
+    want = tuned.base_model.model["table"](torch.from_numpy(ids)).detach().numpy()
+    sites = jl.sites(lambda p, i: p["table"][i], params, jnp.asarray(ids))
+    names = NameMap({"table": "table"})
+    adapter = jl.io.load_peft(tmp_path / "theirs", names, sites)
+    assert error(params["table"][ids], want) > 1e-3
+    assert error(jl.merge(params, adapter)["table"][ids], want) <= TOLERANCE
+    jl.io.save_peft(tmp_path / "ours", adapter, names)
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == (
+        tmp_path / "theirs" / WEIGHTS
+    ).read_bytes()
+
+
+def test_random_matrices_of_a_seed_that_goes_by_the_order_are_refused(base, tmp_path):
+    folder = shutil.copytree(GOLDEN / "tinylora_one", tmp_path / "bare")
+    tensors, meta = safetensors_file.read(folder / WEIGHTS)
+    bare = {k: v for k, v in tensors.items() if not k.endswith("tinylora_P")}
+    data = safetensors_file.to_bytes(folder / WEIGHTS, bare, meta)
+    safetensors_file.write_bytes(folder / WEIGHTS, data)
+    with pytest.raises(FormatError, match="no tinylora_P, and its seed goes by numbers"):
+        load(base, folder)
+
+
+@pytest.mark.parametrize("rules", [{}, {"bias": "layer.{i}.up[bias]"}])
+def test_beft_with_and_without_biases(base, tmp_path, rules):
+    """Where the name map knows no bias, a vector is added to what the matrix gives."""
+    names = NameMap({r"layers/(up|down)": r"layer.{i}.\1", **rules})
+    adapter = jl.io.load_peft(GOLDEN / "beft", names, base.params, layout="in_out")
+    kinds = {site.path: type(method).__name__ for site, method in adapter.sites}
+    assert kinds == {"layers/down": "OutputBias"} | (
+        {"bias": "BEFT"} if rules else {"layers/up": "OutputBias"}
+    )
+    want = safetensors_file.read(GOLDEN / "beft" / "expected.safetensors")[0]["expected"]
+    assert error(jl.lift(model)(base.params, adapter, base.x), want) <= TOLERANCE
+    jl.io.save_peft(tmp_path, adapter, names)
+    assert (tmp_path / WEIGHTS).read_bytes() == (GOLDEN / "beft" / WEIGHTS).read_bytes()
+    with pytest.raises(NotImplementedError, match="OutputBias has no merge"):
+        jl.merge(base.params, adapter)
+
+
+def test_beft_is_of_biases_and_stands_alone(base, tmp_path):
+    read = load(base, GOLDEN / "beft")
+    read = read.replace(sites=tuple(row for row in read.sites if row[0].path == "bias"))
+    weight = NameMap({"bias": "layer.{i}.up[weight]"})
+    with pytest.raises(FormatError, match="PEFT calls it 'weight'; BEFT is of biases"):
+        jl.io.save_peft(tmp_path, read, weight)
+    lora = jl.init(
+        jax.random.key(0), model, base.params, base.x, methods={"layers/up": jl.LoRA(rank=2)}
+    )
+    both = lora.replace(
+        trainable={**lora.trainable, **read.trainable}, sites=(*lora.sites, *read.sites)
+    )
+    with pytest.raises(FormatError, match="expected BEFT alone"):
+        jl.io.save_peft(tmp_path, both, NAMES)
+
+
+def test_directions_that_are_equally_large_are_refused(base):
+    """OSF: which of them PEFT keeps is the choice of its SVD."""
+    eye = jnp.broadcast_to(jnp.eye(8, 12), (2, 8, 12))
+    layers = {"up": eye, "down": eye.mT}
+    with pytest.raises(FormatError, match="singular values 4 and 5 of the weight are equal"):
+        params = {**base.params, "layers": layers}
+        jl.io.load_peft(GOLDEN / "osf", NAMES, params, layout="in_out")
+
+
+def test_osf_projects_gradients_as_peft_does(base, monkeypatch):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     monkeypatch.syspath_prepend(ROOT / "tests" / "golden")
     import make_peft_types
 
+    adapter = load(base, GOLDEN / "osf")
+
+    def loss(trainable):
+        return jnp.sum(jl.lift(model)(base.params, adapter.replace(trainable=trainable), base.x))
+
+    got = jax.grad(loss)(adapter.trainable)["layers/up"]
+    module = make_peft_types.Model()
+    weights = {k: torch.from_numpy(v) for k, v in base.state.items() if k.startswith("layer")}
+    module.load_state_dict(weights)
+    tuned = peft.PeftModel.from_pretrained(module, GOLDEN / "osf", is_trainable=True)
+    tuned(torch.from_numpy(base.state["x"])).sum().backward()
+    for name, parameter in tuned.named_parameters():
+        if "layer.1.up" in name and parameter.grad is not None:
+            ours = got[{"U_low": "v", "S_low": "s", "V_low": "u"}[name.rpartition(".")[2]]][1]
+            assert error(ours, parameter.grad.numpy().T) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of torch
+def test_frod_is_not_written_as_peft_decomposes_again(base, tmp_path, monkeypatch):
+    """FRoD: one file, two outputs in PEFT, if eigenvectors have other signs; ours is the file's."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "golden")
+    import make_peft_types
+
+    weights = {k: torch.from_numpy(v) for k, v in base.state.items() if k.startswith("layer")}
+    eigh, outputs = torch.linalg.eigh, []
+
+    def flipped(matrix):
+        values, vectors = eigh(matrix)
+        return values, vectors * torch.where(torch.arange(len(values)) == 0, -1.0, 1.0)
+
+    for one in (eigh, flipped):
+        monkeypatch.setattr(torch.linalg, "eigh", one)
+        module = make_peft_types.Model()
+        module.load_state_dict(weights)
+        tuned = peft.PeftModel.from_pretrained(module, GOLDEN / "frod").eval()
+        with torch.no_grad():
+            outputs.append(tuned(torch.from_numpy(base.state["x"])).numpy())
+    assert error(*outputs) > 1e-2
+    with pytest.raises(FormatError, match="FRoD"):
+        jl.io.save_peft(tmp_path, load(base, GOLDEN / "frod"), NAMES)
+
+
+@pytest.mark.parametrize("kind", ["psoft", "adamss"])
+def test_what_depends_on_choices_that_no_file_holds_is_refused(base, tmp_path, monkeypatch, kind):
+    """One file and one base, two outputs, if an SVD has other signs or k-means other labels."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "tests" / "golden")
+    import make_peft_types
+
+    both = ["up", "down"]
+    if kind == "adamss":
+        place, name = pytest.importorskip("sklearn.cluster").KMeans, "fit_predict"
+        config = peft.AdamssConfig(r=3, num_subspaces=2, subspace_rank=2, target_modules=both)
+    else:
+        config, place, name = peft.PsoftConfig(r=3, target_modules=both), torch.linalg, "svd"
     module = make_peft_types.Model().eval()
-    tuned = peft.get_peft_model(module, peft.PsoftConfig(r=3, target_modules=["up", "down"]))
+    tuned = peft.get_peft_model(module, config)
     make_peft_types.randomise(tuned, 0)
     tuned.save_pretrained(tmp_path)
-    state, svd, outputs = module.state_dict(), torch.linalg.svd, []
+    state, good, outputs = module.state_dict(), getattr(place, name), []
 
     def flipped(*args, **options):
-        u, s, v = svd(*args, **options)
+        if kind == "adamss":
+            return 1 - good(*args, **options)
+        u, s, v = good(*args, **options)
         sign = torch.where(torch.arange(len(s)) == 0, -1.0, 1.0)
         return u * sign, s, v * sign[:, None]
 
-    for one in (svd, flipped):
-        monkeypatch.setattr(torch.linalg, "svd", one)
+    for one in (good, flipped):
+        monkeypatch.setattr(place, name, one)
         again = make_peft_types.Model()
         again.load_state_dict(
-            {k.replace(".base_layer", ""): v for k, v in state.items() if "psoft" not in k}
+            {k.replace(".base_layer", ""): v for k, v in state.items() if kind not in k}
         )
         loaded = peft.PeftModel.from_pretrained(again, tmp_path).eval()
         with torch.no_grad():
@@ -237,6 +394,7 @@ def test_what_depends_on_signs_that_no_file_holds_is_refused(base, tmp_path, mon
 
 def test_the_table_of_the_guide_is_true():
     """Read and written are those of `TABLES`; every type of PEFT has one row."""
+    # its table says that no module's matrix is written with it
     peft = pytest.importorskip("peft")
     from jlora.io.peft.tables import TABLES
 
@@ -244,11 +402,13 @@ def test_the_table_of_the_guide_is_true():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     rows = {row[0]: row for row in rows[2:]}
     assert sorted(rows) == sorted(kind.value for kind in peft.PeftType)
-    methods = {}
+    methods, written = {}, {"TRAINABLE_TOKENS"}
     for table in TABLES:
         methods.setdefault(table.type, set()).add(f"`{table.method.__name__}`")
+        written |= {table.type} if table.writes else set()
     for kind, row in rows.items():
-        assert (row[2], row[3]) == (("yes",) * 2 if kind in methods else ("no",) * 2), kind
+        said = ["yes" if kind in those else "no" for those in (methods, written)]
+        assert row[2:4] == said, kind
         assert methods.get(kind, set()) <= set(row[1].split(", ")), kind
 
 

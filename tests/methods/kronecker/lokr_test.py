@@ -11,6 +11,7 @@ from jlora.methods.kronecker.lokr import LoKr, split
 FORMS = {
     "full": (LoKr(rank=8, alpha=4.0, factor=2), {"w1", "w2"}),
     "second": (LoKr(rank=2, alpha=4.0, factor=2), {"w1", "a2", "b2"}),
+    "sizes": (LoKr(rank=8, alpha=4.0, sizes=(6, 2)), {"w1", "w2"}),
     "both": (LoKr(rank=1, alpha=4.0, decompose_both=True), {"a1", "b1", "a2", "b2"}),
 }
 
@@ -40,6 +41,20 @@ def test_factors_and_algebra_are_exact(bench, form):
     u, v = method.factors({**adapter.trainable["w"], **adapter.frozen["w"]})
     np.testing.assert_allclose(u @ v, delta, atol=1e-5)
     np.testing.assert_allclose(algebra.norm(adapter), np.linalg.norm(delta), rtol=1e-5)
+
+
+def test_chosen_sizes(bench):
+    """DiffuseKronA: any divisors, of both sides separately; `factor` would give (6, 4)."""
+    p = bench.fresh(FORMS["sizes"][0]).trainable["w"]
+    assert {name: t.shape for name, t in p.items()} == {"w1": (6, 2), "w2": (2, 4)}
+    with pytest.raises(
+        ValueError, match=r"w: LoKr sizes: got \(5, 2\), expected divisors of 12 an"
+    ):
+        bench.fresh(LoKr(sizes=(5, 2)))
+    with pytest.raises(ValueError, match=r"LoKr\.sizes: got \(6, 2\) and the factor 2, expected"):
+        LoKr(sizes=(6, 2), factor=2)
+    with pytest.raises(ValueError, match=r"LoKr\.sizes: got 0, expected an integer of at least 1"):
+        LoKr(sizes=(0, 2))
 
 
 def test_rank_is_the_product_of_the_ranks(bench):
