@@ -29,12 +29,23 @@ class Module:
     parts: list  # the only child: head [8, 8], and the layers by name in a NamedTuple
 
     def tree_flatten(self) -> tuple[tuple[list], None]:
-        """The children and nothing else."""
+        """The node as JAX sees it.
+
+        Returns:
+          (children, None): nothing but the children is known of it.
+        """
         return (self.parts,), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[list]) -> "Module":
-        """The node of its children."""
+        """The node of its children.
+
+        Args:
+          children: the parts alone.
+
+        Returns:
+          The node.
+        """
         return cls(*children)
 
 
