@@ -96,17 +96,13 @@ def configs() -> dict[str, peft.PeftConfig]:
             r=2, lora_alpha=3, kasa_config=peft.KasaConfig(), target_modules=BOTH
         ),
         "tinylora": peft.TinyLoraConfig(r=2, u=5, target_modules=BOTH),
-        "tinylora_half": peft.TinyLoraConfig(r=3, u=2, weight_tying=0.5, target_modules=BOTH),
-        "tinylora_one": peft.TinyLoraConfig(r=2, u=3, weight_tying=1.0, target_modules=BOTH),
+        "tinylora_half": peft.TinyLoraConfig(r=3, u=1, weight_tying=0.5, target_modules=BOTH),
         "tinylora_seed": peft.TinyLoraConfig(
             r=2, u=5, save_projection=False, projection_seed=7, target_modules=["layer.1.down"]
         ),
         "beft": peft.BeftConfig(target_modules=BOTH),
         "frod": peft.FrodConfig(sparse_rate=0.2, progressbar=False, target_modules=BOTH),
-        "osf": peft.OSFConfig(target_modules=BOTH),
-        "osf_ranks": peft.OSFConfig(
-            effective_rank=3, rank_pattern={"down": 0.75}, target_modules=BOTH
-        ),
+        "osf": peft.OSFConfig(effective_rank=3, rank_pattern={"down": 0.75}, target_modules=BOTH),
         "delora": peft.DeloraConfig(
             r=3, rank_pattern={"down": 2}, lambda_pattern={"up": 4}, target_modules=BOTH
         ),

@@ -253,7 +253,7 @@ def test_tinylora_of_a_table_is_that_of_real_peft(tmp_path):
 
 
 def test_random_matrices_of_a_seed_that_goes_by_the_order_are_refused(base, tmp_path):
-    folder = shutil.copytree(GOLDEN / "tinylora_one", tmp_path / "bare")
+    folder = shutil.copytree(GOLDEN / "tinylora_half", tmp_path / "bare")
     tensors, meta = safetensors_file.read(folder / WEIGHTS)
     bare = {k: v for k, v in tensors.items() if not k.endswith("tinylora_P")}
     data = safetensors_file.to_bytes(folder / WEIGHTS, bare, meta)
@@ -299,7 +299,7 @@ def test_directions_that_are_equally_large_are_refused(base):
     """OSF: which of them PEFT keeps is the choice of its SVD."""
     eye = jnp.broadcast_to(jnp.eye(8, 12), (2, 8, 12))
     layers = {"up": eye, "down": eye.mT}
-    with pytest.raises(FormatError, match="singular values 4 and 5 of the weight are equal"):
+    with pytest.raises(FormatError, match=r"singular values (3 and 4|6 and 7) of the weight are"):
         params = {**base.params, "layers": layers}
         jl.io.load_peft(GOLDEN / "osf", NAMES, params, layout="in_out")
 
@@ -314,7 +314,7 @@ def test_osf_projects_gradients_as_peft_does(base, monkeypatch):
     def loss(trainable):
         return jnp.sum(jl.lift(model)(base.params, adapter.replace(trainable=trainable), base.x))
 
-    got = jax.grad(loss)(adapter.trainable)["layers/up"]
+    got = jax.jit(jax.grad(loss))(adapter.trainable)["layers/up"]
     module = make_peft_types.Model()
     weights = {k: torch.from_numpy(v) for k, v in base.state.items() if k.startswith("layer")}
     module.load_state_dict(weights)
