@@ -68,7 +68,8 @@ def by_module(tensors: Arrays, table: Table) -> tuple[dict[str, Arrays], Arrays,
     Returns:
       (module -> suffix -> tensor, tensors that modules share by key, tensors of no method by key).
     """
-    suffixes = {suffix for layout in table.layouts for suffix in layout}
+    every = {suffix for layout in table.layouts for suffix in layout}
+    suffixes = sorted(every, key=lambda s: (-len(s), s))  # of two that fit, the longer one
     per_module: dict[str, Arrays] = {}
     shared: Arrays = {}
     rest: Arrays = {}
