@@ -28,7 +28,7 @@ ADAPTER = jl.init(jax.random.key(0), model, PARAMS, X, methods={"w": METHOD, "he
 
 
 def reports(adapter):
-    return jl.lift(model, aux=True)(PARAMS, adapter, X)[1]
+    return jax.jit(jl.lift(model, aux=True))(PARAMS, adapter, X)[1]
 
 
 def check():

@@ -109,7 +109,8 @@ SYSTEM = System(
     symbol="FlyLoRA",
     evidence="numpy value of three selections; merge of eight is the mean on every token; A sparse",
     rows=(56,),
-    missing="a claim",
+    claim="flylora",
+    missing="a claim of the merge of eight",
     examples=(FlyLoRA(rank=4, top_k=2, alpha=3.0),),
     breaks={"L3": "which ranks are active depends on the activation: there is no merged weight"},
 )

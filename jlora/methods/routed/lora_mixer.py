@@ -155,7 +155,7 @@ SYSTEM = System(
     symbol="LoRAMixer",
     evidence="numpy value of three regimes; router training leaves experts bit for bit; both signs",
     rows=(57,),
-    missing="a claim",
+    claim="lora_mixer",
     examples=(LoRAMixer(experts=3, rank=2, top_k=2),),
     breaks={"L3": "the delta depends on the activation, so there is no merged weight"},
 )

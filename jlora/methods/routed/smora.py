@@ -112,7 +112,7 @@ SYSTEM = System(
     symbol="SMoRA",
     evidence="numpy value; equal to a mixture of LoRAs by blocks of ranks; loads become even",
     rows=(55,),
-    missing="a claim",
+    claim="smora",
     examples=(SMoRA(rank=4, top_k=2, alpha=3.0, partition=2),),
     breaks={"L3": "which ranks are active depends on the activation: there is no merged weight"},
 )

@@ -171,7 +171,7 @@ SYSTEM = System(
     symbol="XLoRA",
     evidence="numpy value; one-hot scalings are one adapter; gradients in the classifier alone",
     rows=(60,),
-    missing="a claim",
+    claim="xlora",
     examples=(XLoRA(experts=3, hidden=6, rank=2, width=4, top_k=2, train_experts=True),),
     breaks={"L3": "the delta depends on hidden states, so there is no merged weight"},
 )
