@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
@@ -37,6 +36,9 @@ class Progress:
             disable=process > 0,
         )
         folder = stage.replace(" ", "_") + (f"_{process}" if process else "")
+        # it imports torch where there is one: not for what ends before the first bar
+        from tensorboardX import SummaryWriter
+
         self.writer = SummaryWriter(str(workdir / "tensorboard" / folder))
 
     def step(self, count: int, **shown: float) -> None:

@@ -157,10 +157,10 @@ def cast(tree: Tree, dtype: DTypeLike) -> Tree:
       dtype: of the floating ones.
 
     Returns:
-      The tree.
+      The tree, of NumPy arrays where they are cast: nothing is compiled for that.
     """
     floating = lambda t: jnp.issubdtype(t.dtype, jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda t: t.astype(dtype) if floating(t) else t, tree)
+    return jax.tree.map(lambda t: np.asarray(t).astype(dtype) if floating(t) else t, tree)
 
 
 class Case:

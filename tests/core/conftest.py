@@ -65,10 +65,9 @@ def law_of(
         source, given = made_for or (fn, args)
         return jl.init(jax.random.key(0), source, params, *given, methods=methods)
 
-    frozen = jax.jit(lambda p: init(p).frozen, compiler_options=FAST)(params)
-    made = jax.eval_shape(init, params).replace(frozen=frozen)
+    made = jax.eval_shape(init, params)
     zeros = jax.tree.map(lambda t: np.zeros(t.shape, t.dtype), made.trainable)
-    adapter = made.replace(trainable=noisy(zeros))
+    trainable = noisy(zeros)
 
     def loss(run):
         def value(trainable, adapter, params, args):
@@ -81,13 +80,15 @@ def law_of(
     lifted = loss(jl.lift(fn))
     merged = loss(lambda p, a, *rest: fn(jl.merge(p, a), *rest))
 
-    def everything(adapter, params, args):
-        rest = (adapter.trainable, adapter, params, args)
-        start = (fn(params, *args), jl.lift(fn)(params, init(params), *args)) if fresh else ()
-        return lifted(*rest), merged(*rest), start
+    def everything(trainable, params, args):
+        first = init(params)
+        rest = (trainable, first, params, args)
+        start = (fn(params, *args), jl.lift(fn)(params, first, *args)) if fresh else ()
+        return first.frozen, lifted(*rest), merged(*rest), start
 
     run = jax.jit(everything, compiler_options=FAST)
-    ((_, out1), g1), ((_, out2), g2), start = run(adapter, params, args)
+    frozen, ((_, out1), g1), ((_, out2), g2), start = run(trainable, params, args)
+    adapter = made.replace(trainable=trainable, frozen=frozen)
     if fresh:
         close(start[1], start[0], tolerance)
     close(out1, out2, tolerance)
