@@ -93,6 +93,11 @@ def sentence(found: Verdict | None) -> str:
     )
     if lead["low"] <= 0:
         by += ", which are too few to be sure"
+    if found.best == "generated" and lead["mean"] <= 0:
+        return (
+            f"nothing is better than the generated adapter, and {names.method(found.over).label} is"
+            f" as good: {by}"
+        )
     if found.best == "generated":
         return f"use the generated adapter: before {names.method(found.over).label}, {by}"
     return (

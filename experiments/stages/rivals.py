@@ -27,7 +27,7 @@ from experiments.workdir import REDO, read_json, save_array, write_json
 from jlora.generation.baselines import knn, logistic, nearest_mean
 
 NEIGHBOURS = (1, 3, 5, 9, 15)
-PENALTIES = (0.001, 0.01, 0.1, 1.0, 10.0)
+PENALTIES = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)  # on a tie the larger one is chosen
 FROZEN = ("nearest_mean", "knn", "logreg")  # of the K examples' frozen embeddings
 KEYS = (*FROZEN, "lora_k", "discriminant", "logreg_full")
 

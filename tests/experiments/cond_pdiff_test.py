@@ -156,7 +156,7 @@ def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_p
     assert found["n"] <= 8 and set(found["figures"]) == {"generated", *names.rivals("user")}
     first = done.stdout.splitlines()[0]
     assert first.startswith(f"{name}: ") and "cross-validated on the" in first
-    assert ("NOT the best" in first) == (found["best"] != "generated")
+    assert ("is NOT the best" in first) == (found["best"] != "generated")
     assert (copy / "user" / name / "discriminant" / "adapter_model.safetensors").is_file()
     assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
 
