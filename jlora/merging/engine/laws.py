@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import algebra, numerics
+from jlora import algebra
 from jlora.algebra import Deltas, LowRank
 from jlora.core.site import Site
 from jlora.merging.engine.derivatives import difference, gradient
@@ -72,7 +72,8 @@ def errors(law: str, row: Merging, world: World) -> dict[str, float]:
         w = world.weights[: row.size]
         world = world._replace(bank=take(world.bank, slice(row.size)), weights=w / jnp.sum(w))
     got = CHECKS[law](row, world)
-    size = {p: float(algebra.norm({p: world.bank[p]})) for p in got if p in world.bank}
+    inputs = dense({p: world.bank[p] for p in got if p in world.bank})
+    size = {p: float(np.sqrt((d**2).sum())) for p, d in inputs.items()}
     gaps = {path: gap / size.get(path, 1.0) for path, gap in got.items()}
     return {path: gap if np.isfinite(gap) else float("inf") for path, gap in gaps.items()}
 
@@ -110,7 +111,8 @@ def signs(row: Merging, world: World) -> Errors:
         return _refused(row, world.bank, world.weights * sign)
 
     def turned(low: LowRank) -> LowRank:
-        return LowRank(low.u * sign.reshape(-1, *[1] * (low.u.ndim - 1)), low.v)
+        u = np.asarray(low.u) * sign.reshape(-1, *[1] * (low.u.ndim - 1))
+        return LowRank(jnp.asarray(u), low.v)
 
     bank: Deltas = {p: turned(low) for p, low in world.bank.items()}  # type: ignore[arg-type]
     return gap(merged(row, world, weights=world.weights * sign), merged(row, world, bank))
@@ -124,10 +126,17 @@ def absent(row: Merging, world: World) -> Errors:
     n = world.weights.shape[0]
     nothing = dense(merged(row, world, weights=np.zeros(n)))
     out = {p: float(np.sqrt((d**2).sum())) for p, d in nothing.items()}
-    others = jax.tree.map(lambda t: t.at[1:].set(t[1:][::-1] - 0.5 * t[:1]), world.bank)
+    others = jax.tree.map(_exchanged, world.bank)
     one = np.eye(n)[0]
     gaps = gap(merged(row, world, others, one), merged(row, world, weights=one))
     return {p: float(np.maximum(gap, out[p])) for p, gap in gaps.items()}
+
+
+def _exchanged(t: jax.Array) -> np.ndarray:
+    """[N, ...] of which the first is as it was, and the others are others."""
+    out = np.array(t)
+    out[1:] = out[1:][::-1] - out[:1] / 2
+    return out
 
 
 def bounded(row: Merging, world: World) -> Errors:
@@ -204,14 +213,16 @@ def gauge(row: Merging, world: World) -> Errors:
     Args and Returns are those of `errors`.
     """
 
-    def turned(k: int, low: LowRank) -> LowRank:
-        shape = (*low.u.shape[:-2], low.u.shape[-1], low.u.shape[-1])
-        g, _ = numerics.qr(jax.random.normal(jax.random.fold_in(world.key, k), shape))
-        grow = jnp.linspace(0.5, 2.0, shape[-1])
-        g = (g * grow.reshape(*[1] * (g.ndim - 1), -1)).astype(low.u.dtype)
-        return LowRank(low.u @ g, numerics.inv(g) @ low.v)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(world.key)))
 
-    bank: Deltas = {p: turned(k, low) for k, (p, low) in enumerate(world.bank.items())}  # type: ignore[arg-type]
+    def turned(low: LowRank) -> LowRank:
+        r = low.u.shape[-1]
+        g, _ = np.linalg.qr(rng.normal(size=(*low.u.shape[:-2], r, r)))
+        g = g * np.linspace(0.5, 2.0, r)
+        u, v = np.asarray(low.u) @ g, np.linalg.inv(g) @ np.asarray(low.v)
+        return LowRank(jnp.asarray(u, low.u.dtype), jnp.asarray(v, low.v.dtype))
+
+    bank: Deltas = {p: turned(low) for p, low in world.bank.items()}  # type: ignore[arg-type]
     return gap(merged(row, world, bank), merged(row, world))
 
 
