@@ -51,7 +51,8 @@ def _activations(
     _, kept = ffn.apply(
         {"params": last["ffn"]}, u, capture_intermediates=True, mutable=["intermediates"]
     )
-    (up,), (down,) = (kept["intermediates"][name]["__call__"] for name in ("up", "down"))
+    tables: Any = kept["intermediates"]
+    (up,), (down,) = (tables[name]["__call__"] for name in ("up", "down"))
     return Activations(layers.gelu(up), u + down, mask)
 
 
