@@ -121,9 +121,10 @@ def test_half_files_go_back_bitwise(name, tmp_path):
         *("dora_core", "doha_core", "dokr", "dokr_core", *BY_INPUT),
     ],
 )
-def test_real_lycoris_computes_what_we_write(name, tmp_path):
+def test_real_lycoris_computes_what_we_write(name, tmp_path, monkeypatch):
     torch, lycoris = pytest.importorskip("torch"), pytest.importorskip("lycoris")
     script = ROOT / "tests" / "golden" / "make_lycoris.py"
+    monkeypatch.syspath_prepend(script.parent)
     spec = importlib.util.spec_from_file_location("make_lycoris", script)
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)

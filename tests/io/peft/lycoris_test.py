@@ -89,9 +89,9 @@ def test_golden_files_are_those_of_the_metadata():
 @pytest.mark.parametrize("name", ["lora", "loha", "lokr", *BY_INPUT])
 def test_real_lycoris_reads_what_we_write(name, tmp_path, monkeypatch):
     torch, lycoris = pytest.importorskip("torch"), pytest.importorskip("lycoris")
-    spec = importlib.util.spec_from_file_location(
-        "make_lycoris", ROOT / "tests" / "golden" / "make_lycoris.py"
-    )
+    script = ROOT / "tests" / "golden" / "make_lycoris.py"
+    monkeypatch.syspath_prepend(script.parent)
+    spec = importlib.util.spec_from_file_location("make_lycoris", script)
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     base = make.Model()

@@ -94,7 +94,7 @@ def test_law(name, law, world):
 
 USED = {type(m).__name__ for m in TYPES.values()} | {"LoRA", "LoHa", "LoKr"}
 NO_MERGE = {n for n, s in registry.methods().items() if "L3" in s.breaks}
-NO_DELTA = {"TrainableTokens", "BitFit", "LNTuning"}  # rows of a table, vectors
+NO_DELTA = {"TrainableTokens", "BEFT", "BitFit", "LNTuning"}  # rows of a table, vectors
 
 
 def test_the_laws_see_the_types_and_a_merge_wrong_everywhere(world):

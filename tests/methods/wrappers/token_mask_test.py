@@ -55,7 +55,7 @@ def test_base_and_tuned_share_one_matmul_forward_and_backward(bench):
 def test_reports_of_the_wrapped_method_are_passed_on(bench):
     inner = Experts(experts=2, top_k=1, rank=2)
     _, aux = run(bench, bench.noisy(TokenMask(inner)), MASK, aux=True)
-    assert aux["w"].keys() == {"balance", "load"}
+    assert aux["w"].keys() == {"balance", "counts", "dropped", "load"}
 
 
 def test_refusals(bench):
