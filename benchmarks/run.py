@@ -1,6 +1,6 @@
 r"""Runs the benchmarks one after the other and writes their table.
 
-``python -m benchmarks.run [--quick] [--only=NAME,...]``: about 50 minutes on two quiet cores.
+``python -m benchmarks.run [--quick] [--only=NAME,...]``: about an hour on two quiet cores.
 Every object of figures goes to ``docs/results/benchmarks.json``, the table to
 ``docs/benchmarks.md`` between its markers; with ``--only`` the others keep their last figures.
 ``--quick`` writes nothing. ``--render`` makes the table again from the kept figures.
@@ -28,6 +28,7 @@ RUNS: dict[str, tuple[str, ...]] = {  # name of a run: module and options
     "lora_step_plain": ("lora_step", "--plain-malloc"),
     "dora_step": ("dora_step",),
     "dora_step_plain": ("dora_step", "--plain-malloc"),
+    "decoder_step": ("decoder_step",),
     "many_adapters": ("many_adapters",),
     "many_adapters_plain": ("many_adapters", "--plain-malloc"),
     "mixed_batch": ("mixed_batch",),
@@ -82,6 +83,18 @@ def _adapters(run: str = "", note: str = "") -> list[Row]:
     ]
 
 
+def _decoder() -> list[Row]:
+    run, rows, peft = "decoder_step", [], "torch + PEFT"
+    for size in ("1x512", "4x128"):
+        rows += [
+            Row(run, f"{size}/ratio_vs_peft", f"{peft} / jlora, {size}", (">=", 1.1)),
+            Row(run, f"{size}/ratio_vs_hand", f"hand-written / jlora, {size}", (">=", 0.95)),
+            Row(run, f"{size}/memory_vs_peft", f"memory, jlora / {peft}, {size}", ("<=", 0.9)),
+            Row(run, f"{size}/memory_vs_hand", f"memory, hand-written / jlora, {size}"),
+        ]
+    return [*rows, Row(run, "decode_over_base", "a decoded token, lifted / bare", ("<=", 1.05))]
+
+
 MIXED = (
     ("overhead_vs_base", "32 rows, worst case / base alone", ("<=", 1.15)),
     ("peft_overhead_vs_base", "PEFT in that case / torch base alone", None),
@@ -97,6 +110,7 @@ ROWS = [
     Row("lora_step", "memory_vs_hand", "memory, hand-written / jlora", (">=", 0.95)),
     Row("lora_step", "memory_vs_merge", "memory, merge in the loss / jlora"),
     *_steps("lora_step_plain", ", plain malloc"),
+    *_decoder(),
     *_adapters(),
     *(Row("mixed_batch", *row) for row in MIXED),
     *_adapters("_plain", ", plain malloc"),
