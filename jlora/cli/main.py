@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-      argv: the words after `jlora`; None: those of the process.
+      argv: the words after `jlora`; None: those of the process, which then is the command's own
+        (`program` of its module, where it has one).
 
     Returns:
       the exit status: 0, what the command returns, or 2 for an unknown command.
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"jlora: got {words[0]!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+    module = importlib.import_module(COMMANDS[words[0]][0])
+    run = getattr(module, "program", module.main) if argv is None else module.main
+    return run(words[1:])
 
 
 if __name__ == "__main__":

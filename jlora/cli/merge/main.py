@@ -25,16 +25,34 @@ from jlora.merging.engine.inputs import Gathered, gather, to_adapter
 from jlora.merging.engine.run import check_finite
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
+def program(words: Sequence[str]) -> int:
+    """Runs the command as all that its process does.
+
+    Compiled programs are kept for the next run, and a signal ends the process at once, without
+    leaving anything half-written.
 
     Args:
-      argv: the words after `jlora merge`; None: those of the process, which then keeps compiled
-        programs and can be stopped without leaving anything half-written.
+      words: those after `jlora merge`.
 
     Returns:
       The exit status: 0, or 2 with a message for what is refused.
     """
+    return _main(words, own=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: the words after `jlora merge`; None: those of the process, as by `program`.
+
+    Returns:
+      The exit status: 0, or 2 with a message for what is refused.
+    """
+    return program(sys.argv[1:]) if argv is None else _main(argv, own=False)
+
+
+def _main(words: Sequence[str], own: bool) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m jlora.merge", description=configs.__doc__, formatter_class=raw
@@ -43,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where to write, instead of out.path")
     parser.add_argument("--dry_run", action="store_true", help="print plan and peak memory only")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
-    args = parser.parse_args(argv)
-    own = argv is None  # a program of its own, not a call
+    args = parser.parse_args(words)
     if own:
         cache.keep_compiled()
     target: list[Path] = []  # once it is known

@@ -16,7 +16,8 @@ GOLDEN = Path(__file__).parents[3] / "third_party/peft/llama"
 
 STOPPED = """
 import os, signal, sys, threading, time
-from jlora.cli.merge import main, plan, write
+from jlora.cli import main
+from jlora.cli.merge import plan, write
 
 name, where = sys.argv.pop(), sys.argv.pop()
 
@@ -55,7 +56,7 @@ def test_a_signal_ends_it_with_its_status_and_one_line(where, name, status, tmp_
     shutil.copytree(GOLDEN / "base", tmp_path / "out")
     write.replaceable.mark(tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    flags = ["--config", str(tmp_path / "merge.yaml"), "--overwrite"]
+    flags = ["merge", "--config", str(tmp_path / "merge.yaml"), "--overwrite"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JLORA_CACHE": str(tmp_path / "cache")}
     run = subprocess.run(
         [sys.executable, "-c", STOPPED, *flags, where, name], env=env, capture_output=True,
