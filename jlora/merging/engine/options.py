@@ -75,10 +75,13 @@ def lookup(name: str) -> Merging:
       The record.
 
     Raises:
-      ValueError: an unknown name; the error suggests close ones.
+      ValueError: an unknown name, for which the error suggests close ones; no name at all.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"merge method: got {type(name).__name__}, expected a name, as in "
+                         "merge('ties', adapters)")  # fmt: skip
     if name not in METHODS:
-        close = ELSEWHERE.get(str(name)) or difflib.get_close_matches(str(name), METHODS, 3)
+        close = ELSEWHERE.get(name) or difflib.get_close_matches(name, METHODS, 3)
         hint = f"; for {name!r} use {' or '.join(close)}" if close else ""
         raise ValueError(f"merge method: got {name!r}, expected one of {sorted(METHODS)}{hint}")
     return METHODS[name]

@@ -90,6 +90,7 @@ def test_peak_memory_is_known_before_a_merge():
     "call, text",
     [
         (lambda a: ("ties2", a), "merge method: got 'ties2', expected one of"),
+        (lambda a: (a, "ties"), "merge method: got list, expected a name"),
         (lambda a: ("slerp", a), "slerp: got 3 adapters, expected 2"),
         (lambda a: ("concat", a, [1.0]), "weights: got shape"),
         (lambda a: ("truncated", a), "truncated: options: got none, expected 'rank', which has no"),
