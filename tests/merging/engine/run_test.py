@@ -99,7 +99,7 @@ def test_peak_memory_is_known_before_a_merge():
             "multislerp: loha: got nan or inf; no such merge",
         ),
     ],
-    ids=["name", "number", "weights", "no rank", "no mean"],
+    ids=["name", "no name", "number", "weights", "no rank", "no mean"],
 )
 def test_refusals(call, text, adapters):
     with pytest.raises(ValueError, match=text):
