@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 import jlora as jl
+from benchmarks import encoder
 from jlora.models import decoder
 from jlora.models.decoder import rope
 
@@ -150,8 +151,8 @@ def block(
     return x + dense("ffn", "down", jax.nn.silu(gate) * up)
 
 
-class Stepper:
-    """A compiled training step and the arrays it starts from."""
+class Stepper(encoder.Stepper):
+    """A compiled training step of the adapter alone, and the arrays it starts from."""
 
     def __init__(self, forward: Callable[..., jax.Array], params: Any, adapter: Any, ids: Any):
         optimizer = optax.adam(RATE)
@@ -165,25 +166,10 @@ class Stepper:
             updates, state = optimizer.update(gradient, state, trained)
             return optax.apply_updates(trained, updates), state, value
 
-        self.fixed, self.ids = (params, adapter), ids
+        self.fixed, self.batch = (params, adapter), ids
         self.start = adapter.trainable, optimizer.init(adapter.trainable)
         self.compiled = jax.jit(step).lower(*self.fixed, *self.start, ids).compile()
         self._now = self.start
-
-    def run(self) -> None:
-        """One step from the start, to be timed."""
-        jax.block_until_ready(self.compiled(*self.fixed, *self.start, self.ids))
-
-    def train(self) -> jax.Array:
-        """The next step of a training; its loss."""
-        *now, loss = self.compiled(*self.fixed, *self._now, self.ids)
-        self._now = tuple(now)
-        return loss
-
-    @property
-    def temp_mib(self) -> float:
-        """What the step holds besides arguments and results, by XLA's analysis."""
-        return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def trainer(found: Base, adapter: Any, ids: jax.Array, threads: int) -> Callable[[], torch.Tensor]:

@@ -42,12 +42,19 @@ def _size(base: decoder.Base, rows: int, tokens: int, settings: timing.Settings)
         "ratio_vs_peft": ms["peft"] / ms["jlora"],
         "ratio_vs_hand": ms["hand"] / ms["jlora"],
         "memory_vs_hand": temp["hand"] / temp["jlora"],
-        "memory_vs_peft": (held["jlora"] or 0.0) / max(held["peft"] or 0.0, 1e-3),
+        "memory_vs_peft": _ratio(held["jlora"], held["peft"]),
         "ms": timing.spread(seconds),
         "xla_temp_mib": temp,
         "transient_mib": held,
         "loss_difference": difference,
     }
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float:
+    """NaN where the kernel does not tell the peak; theirs counts as a kibibyte at least."""
+    if ours is None or theirs is None:
+        return float("nan")
+    return ours / max(theirs, 1e-3)
 
 
 def _losses(stepper: decoder.Stepper, count: int) -> Any:

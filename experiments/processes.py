@@ -4,6 +4,7 @@ A stage's independent pieces of work (a chunk of the zoo, a task to evaluate) ar
 processes. One process computes a piece as a whole on its own devices, by the program that a single
 process would use, so the figures do not depend on how many there are. Results travel through the
 workdir, which all processes must see; they meet at a barrier before and after a stage is committed.
+(Fine-tuning joins processes by the same flags, but their devices share every step.)
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def optimizer(settings: Settings, steps: int) -> optax.GradientTransformationExt
 
 
 def _rule(settings: Settings) -> Callable[..., optax.GradientTransformation]:
-    """The optimizer that the settings name, with its hyper-parameters; they have been tried."""
+    """The optimizer that the settings name, with its hyper-parameters, whose names are checked."""
     name, text = settings.optimizer, settings.optimizer_args
     if name not in OPTIMIZERS:
         raise wrong("optimizer", name, f"one of {', '.join(OPTIMIZERS)}")

@@ -1,8 +1,8 @@
 """The laws of parameters: any container holds them, and every size may be one.
 
 What holds the parameters must not matter: the traced programs of a model with a dict, and of the
-same model with a custom node of a NamedTuple of lists, or with a single array, are the same text.
-So nothing is compiled for it.
+same model with a custom node of a list that holds a NamedTuple, or with a single array, are the
+same text. So nothing is compiled for it.
 """
 
 import collections

@@ -47,8 +47,47 @@ def stepped(bias: Float[Array, "*stack E"], counts: Float[Array, "*stack E"], ra
     return bias + rate * jnp.sign(mean - counts).astype(bias.dtype)
 
 
+class Biased(Rule):
+    """Base of rules whose state is a bias per expert; they have the fields `k` and `rate`."""
+
+    k: int  # choices per token
+    rate: float  # of the bias
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        return ("bias",)
+
+    def check_rate(self) -> None:
+        """For `__post_init__`.
+
+        Raises:
+          ValueError: a rate below 0.
+        """
+        if not self.rate >= 0:
+            raise ValueError(f"rate: got {self.rate}, expected 0 or more")
+
+    def init_state(self, experts: int) -> State:
+        """{"bias": zeros [E]}, float32.
+
+        Args:
+          experts: E.
+
+        Returns:
+          The state.
+
+        Raises:
+          ValueError: k not in 1..E.
+        """
+        if not 1 <= self.k <= experts:
+            raise ValueError(f"k: got {self.k}, expected 1..{experts}")
+        return {"bias": jnp.zeros(experts, jnp.float32)}
+
+    def advance(self, state: State, counts: Float[Array, "*stack E"]) -> State:
+        return {"bias": stepped(state["bias"], counts, self.rate)}
+
+
 @dataclasses.dataclass(frozen=True)
-class BiasBalanced(Rule):
+class BiasBalanced(Biased):
     """`k` experts by score plus bias, weighted by their scores.
 
     Raises:
@@ -62,25 +101,7 @@ class BiasBalanced(Rule):
     def __post_init__(self) -> None:
         if self.gate not in ("sigmoid", "softmax"):
             raise ValueError(f"gate: got {self.gate!r}, expected 'sigmoid' or 'softmax'")
-        if not self.rate >= 0:
-            raise ValueError(f"rate: got {self.rate}, expected 0 or more")
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        return ("bias",)
-
-    def init_state(self, experts: int) -> State:
-        """{"bias": zeros [E]}, float32.
-
-        Args:
-          experts: E.
-
-        Returns:
-          The state.
-        """
-        if not 1 <= self.k <= experts:
-            raise ValueError(f"k: got {self.k}, expected 1..{experts}")
-        return {"bias": jnp.zeros(experts, jnp.float32)}
+        self.check_rate()
 
     def routes(
         self,
@@ -98,9 +119,6 @@ class BiasBalanced(Rule):
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         share = scores / jnp.sum(scores, axis=-1, keepdims=True)
         return Routes(ids, weights, *reports.measure(share, ids, weights, mask))
-
-    def advance(self, state: State, counts: Float[Array, "*stack E"]) -> State:
-        return {"bias": stepped(state["bias"], counts, self.rate)}
 
 
 SYSTEM = Router(

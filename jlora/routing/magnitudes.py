@@ -34,14 +34,14 @@ from jaxtyping import Bool, Float
 
 from jlora.contracts.router import Router, Routes
 from jlora.routing import reports
-from jlora.routing.bias_balanced import stepped
-from jlora.routing.rule import Rule, State
+from jlora.routing.bias_balanced import Biased
+from jlora.routing.rule import State
 
 Select = Literal["signed", "magnitude", "biased magnitude"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Magnitudes(Rule):
+class Magnitudes(Biased):
     """The `k` ranks of largest value, each with weight 1.
 
     Raises:
@@ -55,25 +55,7 @@ class Magnitudes(Rule):
     def __post_init__(self) -> None:
         if self.select not in get_args(Select):
             raise ValueError(f"select: got {self.select!r}, expected one of {get_args(Select)}")
-        if not self.rate >= 0:
-            raise ValueError(f"rate: got {self.rate}, expected 0 or more")
-
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        return ("bias",)
-
-    def init_state(self, experts: int) -> State:
-        """{"bias": zeros [r]}, float32.
-
-        Args:
-          experts: r.
-
-        Returns:
-          The state.
-        """
-        if not 1 <= self.k <= experts:
-            raise ValueError(f"k: got {self.k}, expected 1..{experts}")
-        return {"bias": jnp.zeros(experts, jnp.float32)}
+        self.check_rate()
 
     def routes(
         self,
@@ -89,9 +71,6 @@ class Magnitudes(Rule):
         weights = jnp.ones(ids.shape, y.dtype)
         _, load = reports.measure(jnp.zeros_like(y), ids, weights, mask)
         return Routes(ids, weights, jnp.zeros((), y.dtype), load)
-
-    def advance(self, state: State, counts: Float[Array, "*stack E"]) -> State:
-        return {"bias": stepped(state["bias"], counts, self.rate)}
 
 
 SYSTEM = Router(

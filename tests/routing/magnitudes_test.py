@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.routing import magnitudes
+from jlora.routing import bias_balanced
 from jlora.routing.magnitudes import Magnitudes
 
 RNG = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_refusals():
 
 
 def test_mutation_a_step_the_other_way_is_seen(monkeypatch):
-    good = magnitudes.stepped
-    monkeypatch.setattr(magnitudes, "stepped", lambda b, c, rate: good(b, c, -rate))
+    good = bias_balanced.stepped
+    monkeypatch.setattr(bias_balanced, "stepped", lambda b, c, rate: good(b, c, -rate))
     with pytest.raises(AssertionError):
         check("signed")
