@@ -37,6 +37,7 @@ class Parameter:
     each: bool = False  # one for every model; else one for the merge
     kind: Callable[..., Dynamic] = float  # or bool, int, str
     key: str = ""  # of the function in `whole`, where it has another name; "-": none
+    within: str = "(-inf, inf)"  # the interval of a number
 
     def checked(self, value: Json, where: str) -> Dynamic:
         """A value of the kind that the parameter has.
@@ -49,7 +50,7 @@ class Parameter:
           The value; a number as `kind` has it.
 
         Raises:
-          ConfigError: it is of another kind.
+          ConfigError: it is of another kind, or a number outside of `within`.
         """
         if value is None and self.default is None:
             return None
@@ -57,11 +58,26 @@ class Parameter:
         if self.kind is bool or self.kind is str:
             good = isinstance(value, bool if self.kind is bool else str)
         elif isinstance(value, int | float) and not isinstance(value, bool):
+            if not self.holds(value):  # first, as infinity is no whole number
+                raise ConfigError(f"{where}: got {value!r}, expected a number in {self.within}")
             good = self.kind is float or value == int(value)
         if not good:
             kinds = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
             raise ConfigError(f"{where}: got {value!r}, expected {kinds[self.kind]}")
         return self.kind(value)
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies within the interval.
+
+        Args:
+          value: the number; NaN lies in none.
+
+        Returns:
+          True if it does.
+        """
+        low, high = (float(end) for end in self.within[1:-1].split(","))
+        above = low <= value if self.within[0] == "[" else low < value
+        return above and (value <= high if self.within[-1] == "]" else value < high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +113,8 @@ def _family(
         "normalize": Parameter(normalize, kind=bool),
         "lambda": Parameter(1.0, key="scale"),
         "int8_mask": Parameter(False, kind=bool, key="-"),
-        **({"density": Parameter(1.0, each=True), "rescale": Parameter(drops, kind=bool)}
+        **({"density": Parameter(1.0, each=True, within="(0, 1]"),
+            "rescale": Parameter(drops, kind=bool)}
            if sparsify else {}),
         **({"vote": Parameter("sum", kind=str)} if vote else {}),
         **(more or {}),
@@ -105,7 +122,7 @@ def _family(
     return Method(name, whole.task_vectors, parameters, fixed={"sparsify": sparsify}, random=drops)
 
 
-GAMMA, EPSILON = ({key: Parameter(value, each=True)} for key, value in
+GAMMA, EPSILON = ({key: Parameter(value, each=True, within="[0, 1)")} for key, value in
                   (("gamma", 0.01), ("epsilon", 0.15)))  # fmt: skip
 METHODS = {
     m.name: m
@@ -118,7 +135,7 @@ METHODS = {
         _family("breadcrumbs_ties", sparsify.outliers, GAMMA, vote=True),
         _family("della", sparsify.magprune, EPSILON, vote=True, normalize=True, drops=True),
         _family("della_linear", sparsify.magprune, EPSILON, drops=True),
-        Method("sce", whole.sce, {"select_topk": Parameter(1.0),
+        Method("sce", whole.sce, {"select_topk": Parameter(1.0, within="(0, 1]"),
                                   "int8_mask": Parameter(False, kind=bool, key="-")}),
         Method("model_stock", whole.model_stock, {"filter_wise": FLAG}, least=2),
         Method("nearswap", whole.nearswap, {"t": Parameter()}, most=1),
@@ -133,10 +150,11 @@ METHODS = {
                space="either", base="optional", least=2, most=2),
         Method("multislerp", whole.multislerp,
                {"weight": WEIGHT, "normalize_weights": Parameter(True, kind=bool),
-                "eps": Parameter(1e-8)},
+                "eps": Parameter(1e-8, within="[0, inf)")},
                space="either", base="optional"),
         Method("karcher", whole.karcher,
-               {"max_iter": Parameter(10, kind=int), "tol": Parameter(1e-5)},
+               {"max_iter": Parameter(10, kind=int, within="[1, inf)"),
+                "tol": Parameter(1e-5, within="[0, inf)")},
                space="weights", base="input"),
     )
 }  # fmt: skip

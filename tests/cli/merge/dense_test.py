@@ -105,6 +105,18 @@ REFUSED = {
               "models": TWO[:1], "method": "passthrough"}, "say so by dtype: float32"),
     "sum": ({"models": [{"model": m, "parameters": {"weight": w}} for m, w in zip("ab", (1, -1),
              strict=True)]}, "they sum to 0"),
+    "density": ({"method": "ties", "base_model": "base", "parameters": {"density": -0.5}},
+                "parameters.density: got -0.5, expected a number in (0, 1]"),
+    "density above 1": ({"method": "dare_ties", "base_model": "base", "parameters":
+                         {"density": 1.5}}, "density: got 1.5, expected a number in (0, 1]"),
+    "select_topk": ({"method": "sce", "base_model": "base", "parameters": {"select_topk": 0}},
+                    "select_topk: got 0, expected a number in (0, 1]"),
+    "gamma": ({"method": "breadcrumbs", "base_model": "base", "parameters": {"gamma": 1}},
+              "gamma: got 1, expected a number in [0, 1)"),
+    "infinite": ({"method": "task_arithmetic", "base_model": "base", "parameters":
+                  {"lambda": float("inf")}}, "parameters.lambda: got inf, expected"),
+    "steps": ({"method": "karcher", "parameters": {"max_iter": 0}},
+              "max_iter: got 0, expected a number in [1, inf)"),
 }  # fmt: skip
 
 

@@ -183,6 +183,10 @@ REFUSED = {
         {"method": "ties", "each": ({"weight": 1.0}, {"weight": -0.5})},
         "weight: model.layers.0.mlp.down_proj/kernel: got -0.5; with normalize",
     ),
+    "density": (
+        {"method": "ties", "each": ({"density": 0.5}, {"density": float("nan")})},
+        "models[1].parameters.density: got nan, expected a number in (0, 1]",
+    ),
     "kind": (
         {"method": "ties", "parameters": {"normalize": "no"}},
         "parameters.normalize: got 'no', expected true or false",
