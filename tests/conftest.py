@@ -2,8 +2,9 @@
 
 Most of the time goes into compiling thousands of tiny programs that run once, so XLA spends no
 effort on them: a third of the time. So it is in processes that a test starts with `quick`
-(experiments, benchmarks), which may share what they compile. Other processes (notebooks, two
-processes of JAX, `tests/core/thin_products_test.py`) are optimised as they are for users.
+(experiments, benchmarks), which may share what they compile. Other processes (the notebook
+with the pinned model, two processes of JAX, `tests/core/thin_products_test.py`) are optimised as
+they are for users.
 
 Python looks for cycles of dead objects after 50,000 new ones, not 700, and not among what
 was imported and collected: tracing makes many objects, and a seventh of the time went into looking.

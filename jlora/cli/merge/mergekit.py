@@ -14,7 +14,8 @@ to the default. `docs/merging.md` says what became of every other key of mergeki
 Source: mergekit 0.1.5, the meaning of its files.
 Deviates: `weight` of no model means 1/N each, where mergekit requires it; parameters that mergekit
 would leave unread are errors; negative weights are refused where a sum of weights that may vanish
-divides.
+divides; numbers outside of their interval are errors, where mergekit takes a density above 1 as 1
+and a `select_topk` of 0 as nothing kept.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class Parameter:
     each: bool = False  # one for every model; else one for the merge
     kind: Callable[..., Dynamic] = float  # or bool, int, str
     key: str = ""  # of the function in `whole`, where it has another name; "-": none
-    within: str = "(-inf, inf)"  # the interval of a number
+    within: str = "(-inf, inf)"  # the interval of a number: "(" or ")" leave out its end
 
     def checked(self, value: Json, where: str) -> Dynamic:
         """A value of the kind that the parameter has.

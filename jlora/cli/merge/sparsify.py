@@ -55,12 +55,12 @@ def magnitude(d: np.ndarray, order: np.ndarray, density: float) -> np.ndarray:
     Args:
       d: a task vector.
       order: its magnitudes.
-      density: the share that is kept, at least one element; none for 0 and below.
+      density: the share that is kept, in (0, 1]; at least one element.
 
     Returns:
       d with zeros.
     """
-    if density <= 0 or not d.size:
+    if not d.size:
         return np.zeros_like(d)
     return np.where(largest(order, max(1, int(density * d.size))), d, np.float32(0))
 
