@@ -41,7 +41,7 @@ from jlora.core.bank import one_adapter
 from jlora.core.lift import flatten
 from jlora.core.site import Site
 from jlora.io.errors import FormatError, keys_seen
-from jlora.io.names import NameMap
+from jlora.io.names import NameMap, required
 from jlora.io.peft.table import scale_of
 from jlora.methods.low_rank.lora import LoRA
 from jlora.types import Tree
@@ -88,7 +88,9 @@ def load_lora_leaves(params: Tree, names: NameMap, *, alpha: float | None = None
     Raises:
       FormatError: no LoRA leaves, half of a pair, two packages, shapes that do not fit; an alpha
         that is missing, or given to a package without one.
+      ValueError: `names` is no name map.
     """
+    required(names)
     leaves = flatten(params)[0]
     found = _pairs(leaves, names)
     packages = sorted({f.package for f in found.values()})

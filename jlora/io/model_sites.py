@@ -22,7 +22,7 @@ from jaxtyping import Float
 from jlora.core.lift import flatten
 from jlora.core.site import Site, fold
 from jlora.core.site_table import Sites
-from jlora.io.names import NameMap
+from jlora.io.names import NameMap, required
 from jlora.types import Dynamic, Tree
 
 LAYOUTS = {"in_out": "io", "out_in": "oi"}
@@ -108,9 +108,10 @@ def model_sites(params_or_sites: Tree, names: NameMap, layout: str | None = None
       The sites by path, and what is known of their layout and biases.
 
     Raises:
-      ValueError: another `layout`, or one for a table of sites, which has its own; a leaf that a
-        rule names and that is not a matrix, a vector or a stack of these.
+      ValueError: `names` is no name map; another `layout`, or one for a table of sites, which has
+        its own; a leaf that a rule names and that is not a matrix, a vector or a stack of these.
     """
+    required(names)
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {sorted(LAYOUTS)} or None")
     table = _table(params_or_sites)

@@ -338,3 +338,22 @@ class NameMap:
                     )
                 modules[name] = (site.path, index)
         return modules
+
+
+def required(names: NameMap) -> NameMap:
+    """`names`, where it is a name map.
+
+    Args:
+      names: what a reader or a writer was given.
+
+    Returns:
+      The same.
+
+    Raises:
+      ValueError: it is no `NameMap`: a bare dictionary, the function of a preset that was not
+        called, None.
+    """
+    if isinstance(names, NameMap):
+        return names
+    hint = "call the preset" if callable(names) else "jl.io.NameMap({pattern: template})"
+    raise ValueError(f"names: got {type(names).__name__}, expected a NameMap: {hint}")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
-from jlora.io.names import NameMap
+from jlora.io.names import NameMap, required
 from jlora.methods.decomposed.dora import DoRA
 from jlora.methods.low_rank.hira import HiRA
 from jlora.methods.low_rank.loha import LoHa
@@ -44,8 +44,10 @@ def sliced(adapter: Adapter, names: NameMap) -> Adapter:
       An adapter of the same function; `adapter` itself where no site changes.
 
     Raises:
-      ValueError: a rule does not fit its site, or a method whose outputs mix.
+      ValueError: `names` is no name map, a rule does not fit its site, or a method whose outputs
+        mix.
     """
+    required(names)
     changed = {s.path: names.site(s) for s, _ in adapter.sites}
     if all(changed[site.path].kinds == site.kinds for site, _ in adapter.sites):
         return adapter

@@ -1,7 +1,9 @@
 """Name maps: both directions, offsets, and that ambiguity is an error."""
 
+import jax.numpy as jnp
 import pytest
 
+import jlora as jl
 from jlora import Site
 from jlora.io import NameMap, bert, llama, vit, vit4
 
@@ -120,3 +122,21 @@ def test_the_value_of_an_nnx_state_is_no_part_of_a_name():
 def test_rules_are_checked_when_they_are_written(rules, why):
     with pytest.raises(ValueError, match=why):
         NameMap(rules)
+
+
+@pytest.mark.parametrize("names", [{"q": "q_proj"}, None, jl.io.llama], ids=["dict", "none", "fn"])
+def test_what_is_no_name_map_is_named_by_readers_and_writers(names, tmp_path):
+    weight = jnp.ones((3, 4))
+    site = jl.Site("q", (3, 4), "io", jnp.dtype("float32"), ("dot",))
+    adapter = jl.Adapter(
+        {"q": {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 4))}}, {"q": {"scale": jnp.ones(())}},
+        ((site, jl.LoRA(2)),),
+    )  # fmt: skip
+    jl.io.save_peft(tmp_path / "peft", adapter, jl.io.NameMap({"q": "q_proj"}))
+    kind = type(names).__name__
+    with pytest.raises(ValueError, match=rf"names: got {kind}, expected a NameMap"):
+        jl.io.load_peft(tmp_path / "peft", names, {"q": weight})
+    with pytest.raises(ValueError, match=rf"names: got {kind}, expected a NameMap"):
+        jl.io.save_kohya(tmp_path / "kohya.safetensors", adapter, names)
+    with pytest.raises(ValueError, match=rf"names: got {kind}, expected a NameMap"):
+        jl.io.load_lora_leaves({"q": weight}, names)
