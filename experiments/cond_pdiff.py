@@ -4,9 +4,9 @@
 
 Stages, in order: `data` (base states of all texts), `zoo` (train adapters of many tasks), `codec`
 (adapters -> latents), `rivals` (what the same texts give without a generator), `denoiser` (a
-conditional flow, and the paper's DDPM), `sample`, `evaluate`, `report`. Each is kept in the workdir
-under a hash of its settings, skipped when it is there and resumed when it was killed. `--stage`
-runs some of them.
+conditional flow, and the paper's DDPM), `sample`, `evaluate`, `more_steps` (generated adapters as a
+start of training), `report`. Each is kept in the workdir under a hash of its settings, skipped when
+it is there and resumed when it was killed. `--stage` runs some of them.
 
 With `--task_dir=DIR --stage=sample,evaluate` on a finished workdir, tasks of your own get generated
 adapters from their descriptions and a few examples, scored and saved as PEFT.
@@ -45,9 +45,19 @@ def define_flags() -> None:
 
 def stages() -> tuple[pipeline.Stage, ...]:
     """All stages in order. Imported on the call: --help should not wait for JAX."""
-    from experiments.stages import codec, denoiser, evaluate, report, rivals, sample, world, zoo
+    from experiments.stages import (
+        codec,
+        denoiser,
+        evaluate,
+        more_steps,
+        report,
+        rivals,
+        sample,
+        world,
+        zoo,
+    )
 
-    order = (world, zoo, codec, rivals, denoiser, sample, evaluate, report)
+    order = (world, zoo, codec, rivals, denoiser, sample, evaluate, more_steps, report)
     return tuple(module.STAGE for module in order)
 
 

@@ -19,7 +19,17 @@ from absl import flags
 
 from experiments.data import user
 
-STAGES = ("data", "zoo", "codec", "rivals", "denoiser", "sample", "evaluate", "report")
+STAGES = (
+    "data",
+    "zoo",
+    "codec",
+    "rivals",
+    "denoiser",
+    "sample",
+    "evaluate",
+    "more_steps",
+    "report",
+)
 TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "generation", "glue")
 LAYOUT = 2  # of the stages' folders: raised when their files change, so that none is misread
 BASES = ("minilm", "tiny", "hf")
@@ -178,6 +188,18 @@ class Config:
     step_grid: str = setting("sample", "2,5,20", "sampler steps of the step curve")
     ddpm_grid: str = setting("sample", "20,1000", "ancestral steps of the same curve")
     step_tasks: int = setting("sample", 8, "seen tasks used for the step curve", range=">= 1")
+    more_steps: str = setting(
+        "more_steps",
+        "5,20,50",
+        "further steps of training on held-out tasks from a generated, mean and zero start"
+        " ('': not measured)",
+    )
+    full_steps: int = setting(
+        "more_steps",
+        50,
+        "steps of full fine-tuning of the adapted layers on held-out tasks (0: not measured)",
+        range=">= 0",
+    )
     seed: int = setting("zoo", 0, "seed of everything trained or sampled", range="0 <= x < 2**31")
 
     def key(self, stage: str) -> str:
@@ -243,8 +265,10 @@ def check(config: Config) -> None:
         raise wrong("base", config.base, "minilm, tiny or hf:DIR")
     if config.sampler in ("euler", "heun") and config.objective != "flow":
         raise wrong("objective", config.objective, f"flow, which sampler={config.sampler} needs")
-    for name in ("step_grid", "ddpm_grid"):
+    for name in ("step_grid", "ddpm_grid", "more_steps"):
         parts = [part.strip() for part in getattr(config, name).split(",")]
+        if name == "more_steps" and parts == [""]:
+            continue
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
             raise wrong(name, getattr(config, name), "positive integers joined by commas")
     if config.objective == "eps" and config.task_steps:

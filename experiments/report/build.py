@@ -134,6 +134,7 @@ def build(
     times: Mapping[str, float],
     audit: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    more_steps: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The whole report, validated, ready for `schema.write`.
@@ -157,6 +158,7 @@ def build(
       times: seconds, by stage; the only part that may differ between two equal runs.
       audit: further scalars (soup distance, affine residual, effective ranks, ...).
       notes: plain sentences shown under the claims: what was tried, what to know.
+      more_steps: as `more_steps.section` gives it; None: not measured.
       seed: of the bootstrap.
 
     Returns:
@@ -201,7 +203,7 @@ def build(
         "audit": dict(audit or {}),
         "notes": list(notes),
         "times": dict(times),
-    }
+    } | ({"more_steps": dict(more_steps)} if more_steps else {})
     report = schema.plain(report)
     report["claims"] = schema.plain(claims.check(report, seed=seed), "report.claims")
     schema.validate(report)

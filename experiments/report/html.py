@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report import arrays as plot_arrays
-from experiments.report import maps, names, plots, schema, tables, words
+from experiments.report import maps, more_steps, names, plots, schema, tables, words
 from experiments.report.page import PAGE
 
 
@@ -33,6 +33,7 @@ def render(report: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
         ("seen", "Seen tasks", _seen(report)),
         ("condition", "Does it obey the condition?", _condition(report)),
         ("new", "New, or memorised?", _new(report, arrays)),
+        ("more", "As a start of training", _more(report)),
         ("steps", "Sampler steps", _steps(report)),
         ("training", "Training", _training(report)),
         ("settings", "Settings", _settings(report)),
@@ -242,6 +243,22 @@ def _new(report, arrays) -> str:
         caption = "Denoising: from noise (square) to adapter (star), each step decoded, in the PCA."
         return text + _grid(*pictures) + figure(svg, caption)
     return text + _grid(*pictures)
+
+
+def _more(report) -> str:
+    if "more_steps" not in report:
+        return _missing("training from generated, mean and zero starts")
+    found = report["more_steps"]
+    text = (
+        "<p>An adapter of every held-out task, trained on all its texts from three starts, with the"
+        " zoo's recipe over the largest number of steps. A start reaches training where its mean is"
+        " at most a point below that of the trained adapters.</p>"
+    )
+    caption = "Mean accuracy after k more steps. Lines: what training from scratch reached."
+    text += figure(more_steps.plot(found), caption, wide=len(found["levels"]) > 1)
+    for level in found["levels"]:
+        text += f"<h3>{names.level(level)}</h3>{more_steps.table(found, level)}"
+    return text
 
 
 def _steps(report) -> str:

@@ -2,8 +2,9 @@
 
 Top level: config, environment, table, summary, seen_paired, confusion, confusion_diagonal,
 condition_controls, novelty_ratio, diversity_ratio, unseen, steps, curves, audit, claims, notes,
-times. A *cell* is {mean, std, n} with an optional list `values`; an *interval* is {mean, low, high,
-n, confidence}. Everything but `times` is a pure function of settings and data: `figures` drops it.
+times; `more_steps` where it was measured. A *cell* is {mean, std, n} with an optional list
+`values`; an *interval* is {mean, low, high, n, confidence}. Everything but `times` is a pure
+function of settings and data: `figures` drops it.
 """
 
 import json
@@ -133,6 +134,25 @@ def _level(level: Any, keys: tuple[str, ...], path: str) -> None:
         _interval(pair, f"{path}.paired.{key}")
 
 
+def _more_steps(found: Any, path: str) -> None:
+    _need(found, ("steps", "levels"), path)
+    for name, level in found["levels"].items():
+        here = f"{path}.levels.{name}"
+        if name not in LEVELS:
+            raise ReportError(f"{here}: unknown level, expected one of {LEVELS}")
+        _need(level, ("starts", "trained", "full", "reach"), here)
+        for start, cells in level["starts"].items():
+            if len(cells) != len(found["steps"]):
+                raise ReportError(
+                    f"{here}.starts.{start}: {len(cells)} cells, expected {len(found['steps'])}"
+                )
+            for k, cell in enumerate(cells):
+                _cell(cell, f"{here}.starts.{start}[{k}]")
+        for key in ("trained", "full"):
+            if level[key] is not None:
+                _cell(level[key], f"{here}.{key}")
+
+
 def validate(report: Any) -> None:
     """Checks structure and types of a report that went through `plain`.
 
@@ -168,6 +188,8 @@ def validate(report: Any) -> None:
             if not count.isdigit():
                 raise ReportError(f"report.steps.{sampler}.{count}: expected a number of steps")
             _cell(cell, f"report.steps.{sampler}.{count}")
+    if "more_steps" in report:  # of runs that measured it
+        _more_steps(report["more_steps"], "report.more_steps")
     for name, curve in report["curves"].items():
         _need(curve, ("step", "value"), f"report.curves.{name}")
         if len(curve["step"]) != len(curve["value"]) or not curve["step"]:

@@ -17,8 +17,10 @@ from experiments.config import Config
 from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
-from experiments.stages import few_shot, rivals, sample
+from experiments.report import more_steps as report_steps
+from experiments.stages import few_shot, more_steps, rivals, sample
 from experiments.stages.codec import VARIANTS
+from experiments.stages.world import World
 from experiments.workdir import REDO, Folder, read_json
 
 DENOISERS = ("generator", "pdiff_global", "pdiff_task")
@@ -62,7 +64,7 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
 
 def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     """Build, validate and write the report; returns it."""
-    world, encoded, others, found = (context.products[name] for name in STAGE.inputs)
+    world, encoded, others, found, more = (context.products[name] for name in STAGE.inputs)
     workdir, command = context.workdir, context.command
     times = Times(workdir).all()
     config = world.config
@@ -119,12 +121,26 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         times=times,
         audit=extra,
         notes=notes(config, audit, others),
+        more_steps=continued(world, found, more),
         seed=config.seed,
     )
     schema.write(workdir / "report.json", report)
     shutil.copyfile(found["arrays"], workdir / "arrays.npz")
     html.write(workdir / "report.html", report, report_arrays.load(workdir / "arrays.npz"))
     return report
+
+
+def continued(
+    world: World, found: Mapping[str, Any], more: more_steps.MoreSteps
+) -> dict[str, Any] | None:
+    """The section `more_steps`; None where it was not measured."""
+    if not more.accuracy:
+        return None
+    levels: dict[str, dict[str, Any]] = {}
+    for name, row in more.accuracy.items():
+        levels.setdefault(world.task(name).level, {})[name] = row
+    trained = {n: float(np.mean(found["tasks"][n]["accuracy"]["trained"])) for n in more.accuracy}
+    return report_steps.section(more.steps, levels, trained, more.full.accuracy)
 
 
 def notes(config: Config, audit: Mapping[str, Any], others: rivals.Rivals) -> list[str]:
@@ -158,7 +174,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     name="report",
-    inputs=("data", "codec", "rivals", "evaluate"),
+    inputs=("data", "codec", "rivals", "evaluate", "more_steps"),
     unit="page",
     read=read,
     describe=describe,

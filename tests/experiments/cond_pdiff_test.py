@@ -75,7 +75,7 @@ def test_every_stage_leaves_what_it_promises(finished):
 def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
     """1,102 lines of the checkpointer's INFO messages stood between the bars."""
     lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
-    stages = "data zoo codec rivals denoiser sample evaluate report".split()
+    stages = "data zoo codec rivals denoiser sample evaluate more_steps report".split()
     for stage in stages:
         if stage != "report":
             assert any(f"{stage:>10}: 100%" in line for line in lines), stage
