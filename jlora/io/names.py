@@ -341,17 +341,16 @@ class NameMap:
 
 
 def required(names: NameMap) -> NameMap:
-    """`names`, where it is a name map.
+    """Checks what a reader or a writer was given.
 
     Args:
-      names: what a reader or a writer was given.
+      names: the name map.
 
     Returns:
       The same.
 
     Raises:
-      ValueError: it is no `NameMap`: a bare dictionary, the function of a preset that was not
-        called, None.
+      ValueError: a bare dictionary, a preset that was not called, None.
     """
     if isinstance(names, NameMap):
         return names
