@@ -41,8 +41,9 @@ from jlora.core.bank import one_adapter
 from jlora.core.lift import flatten
 from jlora.core.site import Site
 from jlora.io.errors import FormatError, keys_seen
-from jlora.io.names import NameMap, required
+from jlora.io.names import NameMap
 from jlora.io.peft.table import scale_of
+from jlora.io.slices import required
 from jlora.methods.low_rank.lora import LoRA
 from jlora.types import Tree
 

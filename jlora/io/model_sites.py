@@ -22,7 +22,8 @@ from jaxtyping import Float
 from jlora.core.lift import flatten
 from jlora.core.site import Site, fold
 from jlora.core.site_table import Sites
-from jlora.io.names import NameMap, required
+from jlora.io.names import NameMap
+from jlora.io.slices import required
 from jlora.types import Dynamic, Tree
 
 LAYOUTS = {"in_out": "io", "out_in": "oi"}

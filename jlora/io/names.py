@@ -338,21 +338,3 @@ class NameMap:
                     )
                 modules[name] = (site.path, index)
         return modules
-
-
-def required(names: NameMap) -> NameMap:
-    """Checks what a reader or a writer was given.
-
-    Args:
-      names: the name map.
-
-    Returns:
-      The same.
-
-    Raises:
-      ValueError: a bare dictionary, a preset that was not called, None.
-    """
-    if isinstance(names, NameMap):
-        return names
-    hint = "call the preset" if callable(names) else "jl.io.NameMap({pattern: template})"
-    raise ValueError(f"names: got {type(names).__name__}, expected a NameMap: {hint}")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
-from jlora.io.names import NameMap, required
+from jlora.io.names import NameMap
 from jlora.methods.decomposed.dora import DoRA
 from jlora.methods.low_rank.hira import HiRA
 from jlora.methods.low_rank.loha import LoHa
@@ -31,6 +31,24 @@ from jlora.methods.selective.ln_tuning import LNTuning
 METHODS = (LoRA, DoRA, HiRA, LoHa, BitFit, LNTuning)  # whose outputs do not mix
 BY_OUTPUT = {"b", "b1", "b2", "m", "v"}  # arrays whose last axis is the outputs
 COMMON = {"a", "a1", "a2", "scale"}  # arrays that all outputs share
+
+
+def required(names: NameMap) -> NameMap:
+    """Checks what a reader or a writer was given.
+
+    Args:
+      names: the name map.
+
+    Returns:
+      The same.
+
+    Raises:
+      ValueError: a bare dictionary, a preset that was not called, None.
+    """
+    if isinstance(names, NameMap):
+        return names
+    hint = "call the preset" if callable(names) else "jl.io.NameMap({pattern: template})"
+    raise ValueError(f"names: got {type(names).__name__}, expected a NameMap: {hint}")
 
 
 def sliced(adapter: Adapter, names: NameMap) -> Adapter:
