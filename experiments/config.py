@@ -57,7 +57,11 @@ class Config:
     # data: base model, tasks, conditions
     base: str = setting("data", "minilm", "minilm, tiny (random weights, for tests) or hf:DIR")
     tasks: str = setting("data", "quick", "toy | smoke | quick | full | merging | glue | glue:DIR")
-    task_dir: str = setting("data", "", "folder of the user's own tasks; they join the zoo")
+    task_dir: str = setting(
+        "data",
+        "",
+        "folder of the user's own tasks (2 to 20 classes, texts or pairs); they join the zoo",
+    )
     max_length: int = setting("data", 32, "tokens kept of a text", range=">= 1")
     train_texts: int = setting("data", 250, "most training texts per class", range=">= 1")
     eval_rows: int = setting("data", 100, "test texts per task, half of each class", range=">= 2")

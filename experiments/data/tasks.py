@@ -75,11 +75,11 @@ def label_texts(
 
 def _split(task: Task, split: str, cap: int, cache: str | os.PathLike | None) -> Texts:
     key = None if cache is None else os.fspath(cache)
-    zero, one = (_mixed(side, split, cap, key) for side in task.members)
-    for name, texts in zip(task.class_names, (zero, one), strict=True):
+    sides = [_mixed(side, split, cap, key) for side in task.members]
+    for name, texts in zip(task.class_names, sides, strict=True):
         if not texts:
             raise ValueError(f"task {task.name}: no {split} text of class {name!r}")
-    return balanced(zero, one, cap)
+    return balanced(sides, cap)
 
 
 def _mixed(side: tuple[Member, ...], split: str, cap: int, cache: str | None) -> list[str]:

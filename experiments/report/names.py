@@ -113,6 +113,7 @@ LEVELS = {  # of tasks that are not in the zoo
     "unseen_pair": "unseen pairs of seen labels",
     "unseen_label": "unseen labels",
     "unseen_corpus": "unseen corpora",
+    "unseen_kind": "unseen kinds of task",
     "user": "the user's own tasks",
 }
 CONTROLS = {

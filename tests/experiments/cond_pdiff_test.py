@@ -20,6 +20,7 @@ from experiments.stages import rivals, user_tasks
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "experiments" / "flags" / "text_smoke.flags"
 USER = Path(__file__).parent / "fixtures" / "user_task"
+KINDS = USER.with_name("user_kinds")
 
 pytestmark = pytest.mark.slow
 
@@ -159,6 +160,25 @@ def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_p
     assert ("is NOT the best" in first) == (found["best"] != "generated")
     assert (copy / "user" / name / "discriminant" / "adapter_model.safetensors").is_file()
     assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_tasks_of_three_classes_and_of_pairs_go_the_same_way(finished, call, tmp_path):
+    """The zoo has two classes: three get an adapter each, against the rest."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    done = call(copy, f"--task_dir={KINDS}", "--stage=sample,evaluate")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
+    assert set(scores) == {"answers_or_not", "workshop_notes"}
+    pairs, three = scores["answers_or_not"], scores["workshop_notes"]
+    assert {cell["n"] for cell in three.values()} == {12}
+    assert (pairs["generated"]["adapters"], three["generated"]["adapters"]) == (3, 9)
+    assert three["trained"]["adapters"] == three["discriminant"]["adapters"] == 1
+    assert "(4 bees, 4 bread, 4 bicycles): chance is 33.3 %" in done.stdout
+    assert done.stdout.count("The zoo has no task of 3 classes") == 1
+    folders = sorted(p.name for p in (copy / "user" / "workshop_notes" / "peft").iterdir())
+    assert folders == ["0_bees", "1_bread", "2_bicycles"]
+    assert (copy / "user" / "answers_or_not" / "peft" / "adapter_model.safetensors").is_file()
 
 
 def test_glue_from_a_local_folder_goes_the_same_way(call, tmp_path):
