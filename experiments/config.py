@@ -18,9 +18,11 @@ from typing import Any
 from absl import flags
 
 from experiments.data import user
+from experiments.data.kind_presets import KIND_PLANS
 
 STAGES = ("data", "zoo", "codec", "rivals", "denoiser", "sample", "evaluate", "report")
 TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "generation", "glue")
+KINDS = tuple(f"{name}+kinds" for name in KIND_PLANS)
 LAYOUT = 2  # of the stages' folders: raised when their files change, so that none is misread
 BASES = ("minilm", "tiny", "hf")
 
@@ -56,7 +58,12 @@ class Config:
 
     # data: base model, tasks, conditions
     base: str = setting("data", "minilm", "minilm, tiny (random weights, for tests) or hf:DIR")
-    tasks: str = setting("data", "quick", "toy | smoke | quick | full | merging | glue | glue:DIR")
+    tasks: str = setting(
+        "data",
+        "quick",
+        "toy | smoke | quick | full | merging | glue | glue:DIR; toy, smoke, quick or full with"
+        " +kinds adds tasks of several classes, of form and of pairs, and the level unseen_kind",
+    )
     task_dir: str = setting(
         "data",
         "",
@@ -241,8 +248,9 @@ def check(config: Config) -> None:
     check_fields(config)
     if config.width % config.heads:
         raise wrong("width", config.width, f"a multiple of heads={config.heads}")
-    if config.tasks.split(":")[0] not in TASKS:
-        raise wrong("tasks", config.tasks, f"one of {', '.join(TASKS)} or glue:DIR")
+    if config.tasks.split(":")[0] not in TASKS + KINDS:
+        known = f"one of {', '.join(TASKS)} or glue:DIR; {', '.join(KINDS)}"
+        raise wrong("tasks", config.tasks, known)
     if config.base.split(":")[0] not in BASES:
         raise wrong("base", config.base, "minilm, tiny or hf:DIR")
     if config.sampler in ("euler", "heun") and config.objective != "flow":

@@ -95,7 +95,7 @@ def slug(text: str) -> str:
 
 def split_of(unit: str) -> str:
     """Split of a unit (a text's opening or a document): the same in every task and corpus."""
-    place = _digest("split", unit) / 2**64
+    place = digest("split", unit) / 2**64
     if place < TEST_SHARE:
         return "test"
     return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
@@ -103,10 +103,11 @@ def split_of(unit: str) -> str:
 
 def shuffled(items: list[str]) -> list[str]:
     """``items`` in an order that depends on their contents alone."""
-    return sorted(items, key=lambda item: (_digest("order", item), item))
+    return sorted(items, key=lambda item: (digest("order", item), item))
 
 
-def _digest(purpose: str, text: str) -> int:
+def digest(purpose: str, text: str) -> int:
+    """A number below 2**64 that depends on purpose and text alone."""
     return int.from_bytes(hashlib.sha256(f"jlora {purpose}|{text}".encode()).digest()[:8], "big")
 
 
