@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
+from experiments.data.task import FEWEST
 from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
 from experiments.stages import few_shot, rivals, sample
 from experiments.stages.codec import VARIANTS
+from experiments.stages.world import World
 from experiments.workdir import REDO, Folder, read_json
 
 DENOISERS = ("generator", "pdiff_global", "pdiff_task")
@@ -118,7 +120,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         curves=curves(workdir, config),
         times=times,
         audit=extra,
-        notes=notes(config, audit, others),
+        notes=notes(config, audit, others) + classes_note(world),
         seed=config.seed,
     )
     schema.write(workdir / "report.json", report)
@@ -148,6 +150,17 @@ def notes(config: Config, audit: Mapping[str, Any], others: rivals.Rivals) -> li
         " of a small faithful copy, not of the published size.",
         "The per-task normalisation of the paper gives the decoder the task (see"
         " pdiff_task_norm): its accuracy does not show that the condition was read.",
+    ]
+
+
+def classes_note(world: World) -> list[str]:
+    """A sentence about chance where not all tasks have two classes."""
+    if world.classes == FEWEST:
+        return []
+    count = sum(task.classes > FEWEST for task in world.tasks)
+    return [
+        f"{count} of the {len(world.tasks)} tasks have three to {world.classes} classes; the chance"
+        " level of C classes is 1/C. Means are over all tasks of a level, whatever their classes."
     ]
 
 
