@@ -159,8 +159,9 @@ def classes_note(world: World) -> list[str]:
         return []
     count = sum(task.classes > FEWEST for task in world.tasks)
     return [
-        f"{count} of the {len(world.tasks)} tasks have three to {world.classes} classes; the chance"
-        " level of C classes is 1/C. Means are over all tasks of a level, whatever their classes."
+        f"{count} of the {len(world.tasks)} tasks have more than two classes, at most"
+        f" {world.classes}; the chance level of C classes is 1/C. Means are over all tasks of a"
+        " level, whatever their classes."
     ]
 
 

@@ -181,6 +181,26 @@ def test_tasks_of_three_classes_and_of_pairs_go_the_same_way(finished, call, tmp
     assert (copy / "user" / "answers_or_not" / "peft" / "adapter_model.safetensors").is_file()
 
 
+def test_other_kinds_of_task_go_through_every_stage(call, tmp_path):
+    """Three classes, pairs and forms in the zoo; a kind of task that it never saw."""
+    few = ("--steps=10", "--task_steps=3", "--zoo_steps=5", "--pdiff_ae_steps=3", "--samples=2")
+    done = call(tmp_path, "--tasks=toy+kinds", *few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = figures(tmp_path)
+    assert len(report["table"]) == 8 and "toy--3_labels--0" in report["table"]
+    assert set(report["unseen"]["unseen_kind"]["table"]) == {"toy--continues"}
+    assert report["claims"][-4]["name"] == "unseen_kind.beats_best_rival"
+    assert any(
+        "1 of the 12 tasks have more than two classes, at most 3" in note
+        for note in report["notes"]
+    )
+    three = call(tmp_path, "--tasks=toy+kinds", *few, f"--task_dir={KINDS}", "--stage=sample")
+    assert three.returncode == 0, three.stderr[-3000:]
+    assert "one adapter per class" not in three.stdout  # the zoo has tasks of three classes
+    scores = json.loads((tmp_path / "user" / "scores.json").read_text(encoding="utf-8"))
+    assert scores["workshop_notes"]["generated"]["adapters"] == 2
+
+
 def test_glue_from_a_local_folder_goes_the_same_way(call, tmp_path):
     """Two sets in the hub's format; the zoo stage trains on them as on any other task."""
     for name, fields in (("sst2", ["sentence"]), ("mrpc", ["sentence1", "sentence2"])):
