@@ -8,8 +8,9 @@ conditional flow, and the paper's DDPM), `sample`, `evaluate`, `more_steps` (gen
 start of training), `report`. Each is kept in the workdir under a hash of its settings, skipped when
 it is there and resumed when it was killed. `--stage` runs some of them.
 
-With `--task_dir=DIR --stage=sample,evaluate` on a finished workdir, tasks of your own get generated
-adapters from their descriptions and a few examples, scored and saved as PEFT.
+With `--task_dir=DIR --stage=sample,evaluate` on a finished workdir, tasks of your own (2 to 20
+classes, single texts or pairs) get generated adapters from their descriptions and a few examples,
+scored and saved as PEFT.
 """
 
 from __future__ import annotations

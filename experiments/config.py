@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from experiments.data import user
+from experiments.data.kind_presets import KIND_PLANS
 
 STAGES = (
     "data",
@@ -31,6 +32,7 @@ STAGES = (
     "report",
 )
 TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "generation", "glue")
+KINDS = tuple(f"{name}+kinds" for name in KIND_PLANS)
 LAYOUT = 2  # of the stages' folders: raised when their files change, so that none is misread
 BASES = ("minilm", "tiny", "hf")
 
@@ -66,8 +68,17 @@ class Config:
 
     # data: base model, tasks, conditions
     base: str = setting("data", "minilm", "minilm, tiny (random weights, for tests) or hf:DIR")
-    tasks: str = setting("data", "quick", "toy | smoke | quick | full | merging | glue | glue:DIR")
-    task_dir: str = setting("data", "", "folder of the user's own tasks; they join the zoo")
+    tasks: str = setting(
+        "data",
+        "quick",
+        "toy | smoke | quick | full | merging | glue | glue:DIR; toy, smoke, quick or full with"
+        " +kinds adds tasks of several classes, of form and of pairs, and the level unseen_kind",
+    )
+    task_dir: str = setting(
+        "data",
+        "",
+        "folder of the user's own tasks (2 to 20 classes, texts or pairs); they join the zoo",
+    )
     max_length: int = setting("data", 32, "tokens kept of a text", range=">= 1")
     train_texts: int = setting("data", 250, "most training texts per class", range=">= 1")
     eval_rows: int = setting("data", 100, "test texts per task, half of each class", range=">= 2")
@@ -259,8 +270,9 @@ def check(config: Config) -> None:
     check_fields(config)
     if config.width % config.heads:
         raise wrong("width", config.width, f"a multiple of heads={config.heads}")
-    if config.tasks.split(":")[0] not in TASKS:
-        raise wrong("tasks", config.tasks, f"one of {', '.join(TASKS)} or glue:DIR")
+    if config.tasks.split(":")[0] not in TASKS + KINDS:
+        known = f"one of {', '.join(TASKS)} or glue:DIR; {', '.join(KINDS)}"
+        raise wrong("tasks", config.tasks, known)
     if config.base.split(":")[0] not in BASES:
         raise wrong("base", config.base, "minilm, tiny or hf:DIR")
     if config.sampler in ("euler", "heun") and config.objective != "flow":

@@ -17,7 +17,16 @@ from typing import Any
 from experiments.data.assets import AssetError
 from experiments.data.corpora import normalise, opening
 from experiments.data.descriptions import Label
-from experiments.data.task import Caps, Task, TaskData, balanced, describe, shuffled, split_of
+from experiments.data.task import (
+    Caps,
+    Task,
+    TaskData,
+    balanced,
+    describe,
+    joined,
+    shuffled,
+    split_of,
+)
 
 
 class GlueError(AssetError):
@@ -191,7 +200,7 @@ def data(task: Task, path: str, caps: Caps) -> TaskData:
     rows = _rows(name, path)
     parts = {
         split: balanced(
-            shuffled(labels.get(zero, [])), shuffled(labels.get(one, [])), getattr(caps, split)
+            [shuffled(labels.get(side, [])) for side in (zero, one)], getattr(caps, split)
         )
         for split, labels in rows.items()
     }
@@ -216,7 +225,8 @@ def _rows(name: str, path: str) -> dict[str, dict[int, list[str]]]:
             if column not in table.column_names:
                 raise GlueError(f"glue {name}: no column {column!r}, got {table.column_names}")
         for row in table:
-            text = " [SEP] ".join(" ".join(str(row[field]).split()) for field in want.fields)
+            parts = [" ".join(str(row[field]).split()) for field in want.fields]
+            text = joined(*parts) if len(parts) == 2 else parts[0]
             label = int(row["label"])
             key = normalise(text)
             if key in seen or not 0 <= label < len(want.labels):

@@ -5,6 +5,7 @@ they work on the label lists of ``descriptions.py``. Levels, strictly:
 
 - ``unseen_corpus``: no text of the corpus' family (authors, source) is in any seen task;
 - ``unseen_label``: at least one of the two labels is in no seen task, not even among "the rest";
+- ``unseen_kind``: its kind of task (`kinds`) is in no seen task, all its labels are;
 - ``unseen_pair``: both labels are in seen tasks, the unordered pair in none (the rest of a
   one-against-rest task leaves out the labels that its one class is held out against).
 
@@ -17,6 +18,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from experiments.data import kinds
 from experiments.data.corpora import SPECS
 from experiments.data.descriptions import LABELS, REST, Label
 from experiments.data.presets import Pair, PairPlan, TaskConfig
@@ -33,6 +35,8 @@ def build(config: TaskConfig) -> list[Task]:
         tasks += _pair_tasks(config, free, plan.seen, "seen", plan.corpus)
     tasks += [_rest_task(config, held_pairs, n, *member) for n, member in enumerate(config.rest)]
     tasks += [_task((a,), (b,), "seen", "cross") for a, b in config.cross]
+    others = _other_kinds(config, held_pairs)
+    tasks += [task for task in others if task.level == "seen"]
     for plan in config.pairs:
         own = [p for p in held_pairs if p[0][0] == plan.corpus]
         tasks += _pair_tasks(config, own, len(own), "unseen_pair", plan.corpus)
@@ -41,6 +45,7 @@ def build(config: TaskConfig) -> list[Task]:
     tasks += _pair_tasks(config, near, config.unseen_label, "unseen_label", "held-out labels")
     far = [p for c in config.held_out_corpora for p in _within(_all_labels(c))]
     tasks += _pair_tasks(config, far, config.unseen_corpus, "unseen_corpus", "held-out corpora")
+    tasks += [task for task in others if task.level == "unseen_kind"]
     check(tasks, held_labels)
     unused = {m for plan in config.pairs for m in _seen_labels(plan)} - _seen_members(tasks)
     if unused:
@@ -68,10 +73,11 @@ def check(tasks: Sequence[Task], held_labels: Iterable[Member] = ()) -> None:
     pairs = {
         frozenset((a, b))
         for task in tasks
-        if task.level == "seen"
-        for a in task.members[0]
-        for b in task.members[1]
+        if task.level == "seen" and task.kind not in kinds.FORM_KINDS
+        for left, right in itertools.combinations(task.members, 2)
+        for a, b in itertools.product(left, right)
     }
+    seen_kinds = {task.kind for task in tasks if task.level == "seen"}
     for task in tasks:
         own = {member for side in task.members for member in side}
         corpora = {corpus for corpus, _ in own if corpus in SPECS}
@@ -83,9 +89,21 @@ def check(tasks: Sequence[Task], held_labels: Iterable[Member] = ()) -> None:
             raise ValueError(f"{task.name} (unseen_pair): the pair is in a seen task")
         if task.level == "unseen_pair" and not own <= labels:
             raise ValueError(f"{task.name} (unseen_pair): {sorted(own - labels)} in no seen task")
+        if task.level == "unseen_kind" and (task.kind in seen_kinds or not own <= labels):
+            what = f"labels {sorted(own - labels)}" if own - labels else f"kind {task.kind!r}"
+            state = "in no seen task" if own - labels else "in a seen task"
+            raise ValueError(f"{task.name} (unseen_kind): {what} {state}")
     names = Counter(task.name for task in tasks)
     if double := [name for name, times in names.items() if times > 1]:
         raise ValueError(f"tasks named twice: {double}")
+
+
+def _other_kinds(config: TaskConfig, held_pairs: Sequence[Pair]) -> list[Task]:
+    if config.kinds is None:
+        return []
+    labels = {plan.corpus: _seen_labels(plan) for plan in config.pairs}
+    held = frozenset(frozenset(pair) for pair in held_pairs)
+    return kinds.build(config.kinds, labels, held, config.seed)
 
 
 def _seen_members(tasks: Sequence[Task]) -> set[Member]:

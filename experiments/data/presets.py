@@ -1,7 +1,11 @@
-"""The zoo's task plans: presets of real corpora, and toy (no download)."""
+"""The zoo's task plans: presets of real corpora, and toy (no download).
+
+`PRESET+kinds` adds the tasks of `kind_presets`: several labels, forms and pairs of texts.
+"""
 
 import dataclasses
 
+from experiments.data.kind_presets import KIND_PLANS, KindPlan
 from experiments.data.task import Member
 
 Pair = tuple[Member, Member]  # (class 0, class 1)
@@ -30,6 +34,7 @@ class TaskConfig:
     unseen_corpus: int = 0  # number of tasks of held-out corpora
     held_out_corpora: tuple[str, ...] = ()
     seed: int = 0
+    kinds: KindPlan | None = None  # tasks of other kinds than pairs of labels
 
 
 # Brown genres of enough documents for three splits by document; of the kinds of fiction, which
@@ -173,7 +178,13 @@ PRESETS: dict[str, TaskConfig] = {
 
 
 def config(preset: str, **changes) -> TaskConfig:
-    """The preset with fields replaced; ``ValueError`` for an unknown preset."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown task preset {preset!r}; known: {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[preset], **changes)
+    """The preset with fields replaced; ``ValueError`` for an unknown preset or suffix."""
+    name, plus, suffix = preset.partition("+")
+    if name not in PRESETS:
+        raise ValueError(f"unknown task preset {name!r}; known: {', '.join(PRESETS)}")
+    if plus:
+        if suffix != "kinds" or name not in KIND_PLANS:
+            known = ", ".join(f"{key}+kinds" for key in KIND_PLANS)
+            raise ValueError(f"unknown task preset {preset!r}; with other kinds of task: {known}")
+        changes = {"preset": preset, "kinds": KIND_PLANS[name], **changes}
+    return dataclasses.replace(PRESETS[name], **changes)

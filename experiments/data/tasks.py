@@ -7,7 +7,8 @@ in every task; classes are cut to equal size in an order that depends on the tex
 import functools
 import os
 
-from experiments.data import corpora, glue, user
+from experiments.data import corpora, forms, glue, user
+from experiments.data.descriptions.forms import FORMS
 from experiments.data.plan import build, seen_pairs_pool
 from experiments.data.presets import PRESETS, PairPlan, TaskConfig, config
 from experiments.data.task import (
@@ -52,7 +53,7 @@ def data(task: Task, cache: str | os.PathLike | None = None, caps: Caps | None =
         return user.data(where)
     if kind == "glue":
         return glue.data(task, where, caps)
-    if kind != "corpora":
+    if kind not in ("corpora", "forms"):
         raise ValueError(f"task {task.name}: unknown source {task.source!r}")
     return TaskData(
         train=_split(task, "train", caps.train, cache),
@@ -75,11 +76,23 @@ def label_texts(
 
 def _split(task: Task, split: str, cap: int, cache: str | os.PathLike | None) -> Texts:
     key = None if cache is None else os.fspath(cache)
-    zero, one = (_mixed(side, split, cap, key) for side in task.members)
-    for name, texts in zip(task.class_names, (zero, one), strict=True):
+    if task.source == "forms":
+        sides = _formed(task, split, cap, key)
+    else:
+        sides = [_mixed(side, split, cap, key) for side in task.members]
+    for name, texts in zip(task.class_names, sides, strict=True):
         if not texts:
             raise ValueError(f"task {task.name}: no {split} text of class {name!r}")
-    return balanced(zero, one, cap)
+    return balanced(sides, cap)
+
+
+def _formed(task: Task, split: str, cap: int, cache: str | None) -> list[list[str]]:
+    """Texts of each class of a task of form, in the order of its classes."""
+    sources = [label_texts(*member, split, cache) for member in task.members[0]]
+    names = [label.name for label in FORMS[task.kind]]
+    found = forms.sides(task.kind, sources, cap) or [[] for _ in names]
+    sides = dict(zip(names, found, strict=True))
+    return [sides[name] for name in task.class_names]
 
 
 def _mixed(side: tuple[Member, ...], split: str, cap: int, cache: str | None) -> list[str]:

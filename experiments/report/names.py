@@ -113,6 +113,7 @@ LEVELS = {  # of tasks that are not in the zoo
     "unseen_pair": "unseen pairs of seen labels",
     "unseen_label": "unseen labels",
     "unseen_corpus": "unseen corpora",
+    "unseen_kind": "unseen kinds of task",
     "user": "the user's own tasks",
 }
 CONTROLS = {
@@ -129,6 +130,7 @@ CLAIMS = {
     "unseen_pair.beats_best_rival": "Unseen pairs: better than the best rival",
     "unseen_label.beats_best_rival": "Unseen labels: better than the best rival",
     "unseen_corpus.beats_best_rival": "Unseen corpora: better than the best rival",
+    "unseen_kind.beats_best_rival": "Unseen kinds of task: better than the best rival",
     "seen.within_soup": "Seen tasks: as good as the soup",
     "seen.confusion_diagonal": "Seen tasks: the right task is generated",
     "sampler.few_steps": "20 flow steps are as good as 1000 DDPM steps",

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     hidden: jax.Array  # [rows, t, d] f32, states entering the adapted layers
     mask: jax.Array  # [rows, t] bool
-    head: jax.Array  # [rows, 2, d] f32, frozen class vectors
+    head: jax.Array  # [rows, C, d] f32, frozen class vectors
     label: jax.Array  # [rows] int32
     real: int  # how many of the rows are no padding
 

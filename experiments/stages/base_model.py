@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from experiments.config import Config
 from experiments.data import assets, pinned
+from experiments.data.task import parted
 from experiments.stages import tiny_base
 from jlora.models import encoder
 
@@ -73,6 +75,19 @@ def _states(
     return hidden, encoder.mean_pool(encoder.run(rest, hidden, mask, shape), mask)
 
 
+def tokens(base: Base, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask) [n, length] of single texts and pairs; of a pair the longer text is cut first."""
+    pairs = [parted(text) for text in texts]
+    where = [k for k, pair in enumerate(pairs) if pair is not None]
+    if not where:
+        return base.tokenizer.encode_batch(texts, length)
+    alone = ["" if pair else text for text, pair in zip(texts, pairs, strict=True)]
+    ids, mask = base.tokenizer.encode_batch(alone, length)
+    both = [pair for pair in pairs if pair is not None]
+    ids[where], mask[where] = base.tokenizer.encode_pairs(both, length)
+    return ids, mask
+
+
 def states(
     base: Base, texts: list[str], config: Config, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,7 +95,7 @@ def states(
 
     The batch is padded to `size` rows, so that one compilation serves every call.
     """
-    ids, mask = base.tokenizer.encode_batch(texts, config.max_length)
+    ids, mask = tokens(base, texts, config.max_length)
     short = size - len(texts)
     ids = np.pad(ids, ((0, short), (0, 0)))
     mask = np.pad(mask, ((0, short), (0, 0)))
@@ -110,5 +125,5 @@ def longer(base: Base, texts: list[str], length: int) -> int:
     """How many texts have more than `length` tokens, so that their end is not read."""
     if length >= base.config.max_positions:
         return 0
-    _, mask = base.tokenizer.encode_batch(texts, length + 1)
+    _, mask = tokens(base, texts, length + 1)
     return int((mask.sum(1) > length).sum())

@@ -26,7 +26,7 @@ class Baselines(NamedTuple):
     """Fitted baselines over K seen tasks."""
 
     soups: np.ndarray  # [K, T, D] canonical tokens of the soups
-    conditions: jax.Array  # [K, 4 E] flat scaled conditions
+    conditions: jax.Array  # [K, 2 C E] flat scaled conditions
     kernel: ridge.Kernel  # chosen by leave-one-task-out error of the tokens
     penalty: float  # likewise
     error: float  # that error relative to the mean's
@@ -56,7 +56,7 @@ def fit(world: World, encoded: Encoded, trained: Trained) -> Baselines:
 
 
 def predict(fitted: Baselines, cond: jax.Array) -> dict[str, np.ndarray]:
-    """{method: tokens [T, D]} for one scaled condition [4, E]."""
+    """{method: tokens [T, D]} for one scaled condition [2 C, E]."""
     query = cond.reshape(1, -1)
     alike = nearest.similarity(query, fitted.conditions)
     state = ridge.fit(fitted.kernel, fitted.conditions, fitted.penalty)

@@ -81,7 +81,7 @@ def train_generator(
     config = world.config
     key = jax.random.fold_in(jax.random.key(config.seed), 102)
     size = _pair(fixed.residual.shape[1:])
-    shape = (4, fixed.stats.mean.shape[1])
+    shape = _pair(fixed.stats.mean.shape)
     params = dit.init(generator.network(config), key, size, shape)
     curves = {}
     phases = [("diffusion", config.steps, config.lr, 50)]
@@ -202,7 +202,7 @@ def read(context: Context, prepared: Prepared, done: Done) -> Trained:
     """The three models, and what the generator reads."""
     config, encoded, fixed = context.config, context.products["codec"], prepared.fixed
     size = int(np.prod(fixed.stats.mean.shape))
-    shape = (4, fixed.stats.mean.shape[1])
+    shape = _pair(fixed.stats.mean.shape)
     params = _load(
         done.path / "generator", generator.network(config), _pair(fixed.residual.shape[1:]), shape
     )

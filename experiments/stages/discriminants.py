@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora as jl
+from experiments.data.task import FEWEST
 from experiments.stages import conditions, last_layer
 from experiments.stages.world import Rows, World, classifier
 from jlora.generation.generators import discriminant
@@ -34,9 +35,8 @@ class Chosen(NamedTuple):
     accuracy: float  # mean over their validation texts
 
 
-def template(world: World) -> jl.Adapter:
-    """A fresh adapter of the feed-forward output matrices, of rank C."""
-    classes = world.heads.shape[1]
+def template(world: World, classes: int) -> jl.Adapter:
+    """A fresh adapter of the feed-forward output matrices, of rank `classes`."""
     method = jl.LoRA(rank=classes, alpha=float(classes))
     apply = classifier(world.model, world.config.head_scale)
     rows = (world.hidden[:1], world.mask[:1], jnp.asarray(world.heads[:1]))
@@ -50,8 +50,8 @@ def seen_features(world: World, names: Sequence[str]) -> np.ndarray:
     return last_layer.features(world, np.sort(rng.permutation(index)[:TEXTS]))
 
 
-def means(world: World, sets: Sequence[Rows]) -> np.ndarray:
-    """[sets, C m] conditions: class means of the features of labelled texts."""
+def means(world: World, sets: Sequence[Rows]) -> list[np.ndarray]:
+    """Conditions [C m] of each set: class means of the features of labelled texts."""
     every = np.unique(np.concatenate([rows.index for rows in sets]))
     table = last_layer.features(world, every)
     out = []
@@ -59,18 +59,18 @@ def means(world: World, sets: Sequence[Rows]) -> np.ndarray:
         found = table[np.searchsorted(every, rows.index)]
         classes = range(rows.label.max() + 1)
         out.append(np.concatenate([found[rows.label == c].mean(0) for c in classes]))
-    return np.stack(out)
+    return out
 
 
 def fit(world: World, features: np.ndarray, chosen: Chosen) -> discriminant.Discriminant:
-    """The generator; its heads are replaced by each task's own."""
-    one = template(world)
+    """The generator; its heads and template are replaced by each task's own."""
+    one = template(world, FEWEST)
     bank = jax.tree.map(lambda x: x[None], one)
-    classes, m = world.heads.shape[1], features.shape[1]
+    m = features.shape[1]
     config = discriminant.DiscriminantConfig(PATH, chosen.shrinkage, chosen.gain)
     return discriminant.fit(
-        jax.random.key(0), jnp.zeros((1, classes * m)), jnp.zeros(1, jnp.int32), bank,
-        jnp.asarray(world.heads[0]), config, jnp.asarray(features),
+        jax.random.key(0), jnp.zeros((1, FEWEST * m)), jnp.zeros(1, jnp.int32), bank,
+        jnp.asarray(world.heads[0, :FEWEST]), config, jnp.asarray(features),
     )  # fmt: skip
 
 
@@ -81,7 +81,10 @@ def adapter(
     world: World, fitted: discriminant.Discriminant, task: str, condition: np.ndarray
 ) -> jl.Adapter:
     """The adapter of a task from its condition [C m]."""
-    own = dataclasses.replace(fitted, heads=jnp.asarray(world.head_of(task)))
+    classes = world.task(task).classes
+    own = dataclasses.replace(fitted, heads=jnp.asarray(world.head_of(task)[:classes]))
+    if classes != FEWEST:
+        own = dataclasses.replace(own, template=template(world, classes))
     return _generate(jax.random.key(0), own, jnp.asarray(condition))
 
 

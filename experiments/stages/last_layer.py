@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.stages.world import World
+from experiments.stages.world import World, existing
 from jlora.models import encoder, layers
 
 PyTree = Any
@@ -69,7 +69,8 @@ def _logits(
     norm = jax.tree.map(lambda x: x[-1], upper["layers"]["ffn"]["norm"])
     moved = at.outer + (at.inner @ a) @ b
     out = cast(jax.Array, encoder.Norm(model).apply({"params": norm}, moved))
-    return jnp.float32(scale) * encoder.mean_pool(out, at.mask) @ head.T
+    logits = jnp.float32(scale) * encoder.mean_pool(out, at.mask) @ head.T
+    return existing(logits, head[None])
 
 
 def batches(world: World, index: np.ndarray) -> Iterator[tuple[Activations, int]]:

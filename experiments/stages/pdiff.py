@@ -36,7 +36,7 @@ class Data(NamedTuple):
     stats: conditions.Scaling  # condition statistics
     table: conditions.Table  # the seen tasks
     embedding: jax.Array  # [N, E]
-    projection: jax.Array  # [4 E, WIDTH]
+    projection: jax.Array  # [2 C E, WIDTH]
 
 
 def objective() -> loss.Objective:

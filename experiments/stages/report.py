@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.config import Config
+from experiments.data.task import FEWEST
 from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
@@ -120,7 +121,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         curves=curves(workdir, config),
         times=times,
         audit=extra,
-        notes=notes(config, audit, others),
+        notes=notes(config, audit, others) + classes_note(world),
         more_steps=continued(world, found, more),
         seed=config.seed,
     )
@@ -164,6 +165,18 @@ def notes(config: Config, audit: Mapping[str, Any], others: rivals.Rivals) -> li
         " of a small faithful copy, not of the published size.",
         "The per-task normalisation of the paper gives the decoder the task (see"
         " pdiff_task_norm): its accuracy does not show that the condition was read.",
+    ]
+
+
+def classes_note(world: World) -> list[str]:
+    """A sentence about chance where not all tasks have two classes."""
+    if world.classes == FEWEST:
+        return []
+    count = sum(task.classes > FEWEST for task in world.tasks)
+    return [
+        f"{count} of the {len(world.tasks)} tasks have more than two classes, at most"
+        f" {world.classes}; the chance level of C classes is 1/C. Means are over all tasks of a"
+        " level, whatever their classes."
     ]
 
 

@@ -59,7 +59,7 @@ class Request(NamedTuple):
 def generator_sampler(
     config: Config, encoded: Encoded, trained: Trained, method: str, steps: int, path: bool = False
 ) -> Callable[..., Any]:
-    """jitted (params, fixed, keys [n], cond [n,4,E], null [n]) -> tokens [n, T, D].
+    """jitted (params, fixed, keys [n], cond [n,2C,E], null [n]) -> tokens [n, T, D].
 
     With `path` the decoded points of the sampler's trajectory come too: [n, steps + 1, T, D].
     """
@@ -123,7 +123,7 @@ def requests_of(world: World, encoded: Encoded) -> list[Request]:
     for name in names:
         out.append(Request(name, "shuffled", after[name], 0))
         out.append(Request(name, "null", name, 0))
-        if len(world.task(name).paraphrases[0]) and len(world.task(name).paraphrases[1]):
+        if all(world.task(name).paraphrases):
             out.append(Request(name, "paraphrased", name, 0, 2))
     return out
 

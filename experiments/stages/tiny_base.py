@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.data.task import SEPARATOR
 from jlora.models import encoder
 
 CONFIG = encoder.EncoderConfig(
@@ -26,6 +27,21 @@ class HashTokenizer:
             words = text.lower().split()[:length] or ["?"]
             row[: len(words)] = [1 + zlib.crc32(w.encode()) % (CONFIG.vocab - 1) for w in words]
         return ids, ids > 0
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same of pairs of texts: the longer one is cut until both and a mark fit."""
+        rows = []
+        for first, second in pairs:
+            a, b = first.split(), second.split()
+            spare = max(0, len(a) + len(b) + 1 - length)
+            more = min(spare, abs(len(a) - len(b)))  # off the longer one, then off both in turn
+            off_a, off_b = (more, 0) if len(a) > len(b) else (0, more)
+            half, odd = divmod(spare - more, 2)
+            rows.append(" ".join([*a[: len(a) - off_a - half], SEPARATOR,
+                                  *b[: len(b) - off_b - half - odd]]))  # fmt: skip
+        return self.encode_batch(rows, length)
 
 
 def make() -> tuple[encoder.EncoderConfig, dict, HashTokenizer]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from experiments.stages import (
     cross_validation,
     discriminants,
     few_shot,
+    one_against_rest,
     rivals,
     sample,
 )
@@ -31,7 +31,7 @@ from experiments.stages.cross_validation import Verdict
 from experiments.stages.denoiser import Trained
 from experiments.stages.evaluate import base_tokens
 from experiments.stages.rivals import Rivals
-from experiments.stages.world import Rows, World, condition
+from experiments.stages.world import Rows, World, condition, padded
 from jlora.generation.generators.discriminant import Discriminant
 
 PyTree = Any
@@ -68,9 +68,27 @@ def kit(context: Context) -> Kit:
     return Kit(encoded, trained, fit, found, prior, call, fixed)
 
 
-def adapters(of: Kit, mine: World, task: str, raw: np.ndarray) -> dict[str, np.ndarray]:
-    """{method: tokens [m, T, D]} of what reads a condition [4, E]; `samples` generated ones."""
-    asked = [sample.Request(task, "generated", task, k) for k in range(mine.config.samples)]
+def adapters(of: Kit, mine: World, task: str, pick: np.ndarray | None) -> dict[str, np.ndarray]:
+    """{method: tokens} of what reads a condition; `samples` generated ones.
+
+    Args:
+      pick: positions of the examples in each class, None for all of them (`world.condition`).
+
+    Returns:
+      Tokens [m, T, D], or [m, C, T, D] where each class has an adapter (`one_against_rest`).
+    """
+    classes = of.trained.fixed.stats.mean.shape[0] // 2  # that a condition of the generator holds
+    one = mine.task(task)
+    if one.classes <= classes:
+        return _of_condition(of, mine, task, padded(condition(mine, one, pick), classes))
+    rest = padded(one_against_rest.conditions(mine, one, pick), classes)
+    each = [_of_condition(of, mine, f"{task}/{c}", raw) for c, raw in enumerate(rest)]
+    return {name: np.stack([found[name] for found in each], 1) for name in each[0]}
+
+
+def _of_condition(of: Kit, mine: World, name: str, raw: np.ndarray) -> dict[str, np.ndarray]:
+    """{method: tokens [m, T, D]} of a condition [2 C, E]."""
+    asked = [sample.Request(name, "generated", name, k) for k in range(mine.config.samples)]
     cond = conditions.scaled(of.trained.fixed.stats, jnp.asarray(raw))
     keys = jnp.stack([sample.key_of(mine.config, r) for r in asked])
     many = jnp.broadcast_to(cond[None], (len(asked), *cond.shape))
@@ -78,6 +96,13 @@ def adapters(of: Kit, mine: World, task: str, raw: np.ndarray) -> dict[str, np.n
     out = {"generated": np.asarray(of.call(of.trained.params, of.trained.fixed, keys, many, null))}
     found = baselines.predict(of.fit, cond)
     return out | {name: x[None] for name, x in found.items() if name not in of.fixed}
+
+
+def hits(mine: World, encoded: Encoded, task: str, tokens: np.ndarray) -> np.ndarray:
+    """bool [m, rows]: which test rows are right by adapters [m, T, D], or [m, C, T, D]."""
+    if tokens.ndim == 3:
+        return accuracy.correct(mine, encoded, task, tokens)
+    return one_against_rest.correct(mine, encoded, task, tokens)
 
 
 def cross_validate(of: Kit, mine: World, task: str, lora: Sequence[PyTree]) -> Verdict | None:
@@ -94,17 +119,14 @@ def cross_validate(of: Kit, mine: World, task: str, lora: Sequence[PyTree]) -> V
 
     def right(tokens: np.ndarray, rows: Rows) -> np.ndarray:
         there = mine._replace(rows={**mine.rows, (task, "test"): rows})
-        return accuracy.correct(there, of.encoded, task, tokens).mean(0)
+        return hits(there, of.encoded, task, tokens).mean(0)
 
     for name, tokens in of.fixed.items():
         scores[name] = right(tokens, few)
     for part, trained in zip(parts, lora, strict=True):
         kept, hidden = (cross_validation.taken(few, where) for where in part)
         there = mine._replace(rows={**mine.rows, (task, "train"): kept})
-        counts = np.bincount(kept.label)
-        # As many positions as make every example of each class count the same.
-        raw = condition(there, mine.task(task), np.arange(math.lcm(*counts.tolist())))
-        for name, tokens in adapters(of, mine, task, raw).items():
+        for name, tokens in adapters(of, there, task, None).items():
             scores[name][part.hidden] = right(tokens[:SAMPLES], hidden)
         for name, classify in rivals.classifiers(of.rivals.frozen).items():
             scores[name][part.hidden] = rivals.right(mine, classify, kept, hidden)

@@ -5,7 +5,8 @@ Each task gets `--samples` adapters generated from its descriptions and K traini
 class (no training), saved as Orbax and PEFT under `<workdir>/user/<task>/` and scored on all texts
 of its test split alongside the base model, the baselines, the rivals that see the same K examples
 (the discriminant, which is an adapter too, is saved as PEFT), and what all its texts give. Which of
-them to use is decided by cross-validation on the K examples alone: the first line says it.
+them to use is decided by cross-validation on the K examples alone: the first line says it. A task
+of more classes than any of the zoo's gets an adapter per class (`one_against_rest`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import jlora as jl
 from experiments.config import Config
 from experiments.data import user
-from experiments.data.task import Task
+from experiments.data.task import Task, slug
 from experiments.pipeline import Context
 from experiments.progress import Progress
 from experiments.report import names, wilson
@@ -31,7 +32,6 @@ from experiments.stages import (
     accuracy,
     base_model,
     codec,
-    conditions,
     cross_validation,
     sample,
     user_methods,
@@ -39,7 +39,7 @@ from experiments.stages import (
 )
 from experiments.stages.cross_validation import Verdict
 from experiments.stages.user_methods import Kit
-from experiments.stages.world import SPLITS, Rows, World, make_heads, phrases
+from experiments.stages.world import SPLITS, Rows, World, draw, make_heads, phrases
 from experiments.stages.zoo_training import Run
 from experiments.workdir import StageError, write_json
 
@@ -90,6 +90,7 @@ class Data(NamedTuple):
     examples_per_class: int  # K, in the condition
     max_length: int  # tokens that are read of a text
     longer_texts: int  # texts, of all splits, that have more
+    adapter_per_class: bool  # the zoo has no task of so many classes: each against the rest
 
     def sentences(self) -> list[str]:
         """The same in words."""
@@ -99,6 +100,12 @@ class Data(NamedTuple):
             f"Generated from the descriptions and {self.examples_per_class} examples per class,"
             f" drawn from {self.train_texts} training texts.",
         ]
+        if self.adapter_per_class:
+            out.append(
+                f"The zoo has no task of {len(self.test_texts_per_class)} classes: what is"
+                " generated from a condition is one adapter per class, of that class against the"
+                " rest, and the largest margin decides."
+            )
         if self.longer_texts:
             out.append(
                 f"{self.longer_texts} texts have more than max_length={self.max_length} tokens:"
@@ -115,12 +122,12 @@ class Scores(NamedTuple):
     verdict: Verdict | None  # which to use; None: a class has a single example
 
 
-def describe(world: World, base: base_model.Base, task: Task) -> Data:
-    """Count a task's texts."""
+def describe(world: World, base: base_model.Base, task: Task, zoo_classes: int) -> Data:
+    """Count a task's texts; `zoo_classes`: of the zoo's task that has most."""
     config, label = world.config, world.rows[task.name, "test"].label
     found = user.data(task.source.partition(":")[2])
     texts = [text for split in SPLITS for text in getattr(found, split)[0]]
-    counts = np.bincount(label, minlength=2)
+    counts = np.bincount(label, minlength=task.classes)
     return Data(
         test_texts=len(label),
         test_texts_per_class=dict(zip(task.class_names, counts.tolist(), strict=True)),
@@ -129,6 +136,7 @@ def describe(world: World, base: base_model.Base, task: Task) -> Data:
         examples_per_class=config.examples,
         max_length=config.max_length,
         longer_texts=base_model.longer(base, texts, config.max_length),
+        adapter_per_class=task.classes > zoo_classes,
     )
 
 
@@ -168,8 +176,8 @@ def run(context: Context) -> dict[str, Scores]:
     Args:
       context: `task_dir` in its config, products of a finished run without it.
     """
-    config, workdir = context.config, context.workdir
-    of, mine = user_methods.kit(context), extend(context.products["data"], config, context.cache)
+    config, workdir, zoo_world = context.config, context.workdir, context.products["data"]
+    of, mine = user_methods.kit(context), extend(zoo_world, config, context.cache)
     base = base_model.load(config, context.cache)
     folder = workdir / "user"
     folder.mkdir(exist_ok=True)
@@ -178,18 +186,22 @@ def run(context: Context) -> dict[str, Scores]:
     out: dict[str, Scores] = {}
     with Progress(workdir, "user tasks", len(mine.tasks), "task") as bar:
         for number, task in enumerate(mine.tasks):
-            raw = conditions.canonical(mine, [task.name])[0]
-            made = user_methods.adapters(of, mine, task.name, raw)
+            pick = draw(config, task.name, config.examples)
+            made = user_methods.adapters(of, mine, task.name, pick)
             table = {**of.fixed, **made, "trained": own[number : number + 1]}
             cells = {
-                name: cell(accuracy.correct(mine, of.encoded, task.name, tokens))
+                name: cell(
+                    user_methods.hits(mine, of.encoded, task.name, tokens),
+                    int(np.prod(tokens.shape[:-2])),
+                )
                 for name, tokens in table.items()
             }
             prior, more = user_methods.rival_hits(of, mine, task.name, few[task.name][0])
             for name, hits in more.items():
                 cells[name] = cell(hits, 1 if name in ("lora_k", "discriminant") else 0)
             found = user_methods.cross_validate(of, mine, task.name, few[task.name][1:])
-            out[task.name] = Scores(describe(mine, base, task), cells, found)
+            data = describe(mine, base, task, zoo_world.classes)
+            out[task.name] = Scores(data, cells, found)
             _save(of, mine, task, made["generated"], prior, folder / task.name, out[task.name])
             bar.step(1)
     write_json(folder / "scores.json", {name: scores.cells for name, scores in out.items()})
@@ -207,11 +219,16 @@ def _save(
     scores: Scores,
 ) -> None:
     """The generated adapters, the discriminant, and the figures of one task."""
-    trainables = accuracy.unpack(of.encoded, jnp.asarray(generated))
+    flat = jnp.asarray(generated.reshape(-1, *generated.shape[-2:]))
+    trainables = accuracy.unpack(of.encoded, flat)
     jl.io.save_adapter(target / "orbax", codec.bank(of.encoded, trainables), overwrite=True)
-    first = jax.tree.map(lambda x: x[0], trainables)
-    adapter = of.encoded.template.replace(trainable=first)
-    sample.export_peft(mine, adapter, target / "peft", task.description)
+    whole = [target / "peft"]
+    if generated.ndim > 3:  # an adapter per class
+        whole = [target / "peft" / f"{c}_{slug(name)}" for c, name in enumerate(task.class_names)]
+    for c, folder in enumerate(whole):
+        first = jax.tree.map(lambda x, c=c: x[c], trainables)
+        adapter = of.encoded.template.replace(trainable=first)
+        sample.export_peft(mine, adapter, folder, task.description)
     sample.export_peft(mine, prior, target / "discriminant", task.description)
     write_json(target / "data.json", scores.data._asdict())
     write_json(target / "scores.json", scores.cells)

@@ -3,8 +3,9 @@
 Only the upper `layers` of the encoder carry adapters, so the states entering them are the same in
 every run: they are computed once per text and kept on disk.
 
-Symbols: N texts, t tokens kept, d width, E = d condition width, C = 4 condition tokens
-(description and mean example, for class 0 and class 1).
+Symbols: N texts, t tokens kept, d width, E = d condition width, C classes of the task that has
+most. A condition is 2 C vectors: description and mean example of each class. What a task of fewer
+classes does not have is zero: class vectors of the head, and vectors of a condition.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 from experiments.config import Config
 from experiments.data import glue, user
 from experiments.data import tasks as task_lib
+from experiments.data.task import FEWEST, MOST
 from experiments.pipeline import Context, Done, Piece, Stage
 from experiments.progress import Progress
 from experiments.stages import base_model
@@ -40,7 +42,7 @@ class Rows(NamedTuple):
     """One split of one task as rows of the text table."""
 
     index: np.ndarray  # int32 [n], row of the text
-    label: np.ndarray  # int32 [n], 0 or 1
+    label: np.ndarray  # int32 [n], 0 to C - 1
 
 
 class World(NamedTuple):
@@ -56,8 +58,13 @@ class World(NamedTuple):
     tasks: tuple[task_lib.Task, ...]  # zoo and held-out tasks, seen ones first
     pool: tuple[task_lib.Task, ...]  # every allowed ordered pair of seen labels
     rows: dict[tuple[str, str], Rows]  # (task name, split) -> rows
-    heads: np.ndarray  # [tasks + pool, 2, d] f32, frozen class vectors
+    heads: np.ndarray  # [tasks + pool, C, d] f32, frozen class vectors
     text: dict[str, np.ndarray]  # description -> [d] base embedding
+
+    @property
+    def classes(self) -> int:
+        """C, classes of the task that has most."""
+        return self.heads.shape[1]
 
     def names(self, level: str) -> list[str]:
         """Names of the tasks of one level, in order."""
@@ -71,40 +78,66 @@ class World(NamedTuple):
         raise StageError(f"no task named '{name}': known are {sorted(t.name for t in self.tasks)}")
 
     def head_of(self, name: str) -> np.ndarray:
-        """[2, d] class vectors of a task."""
+        """[C, d] class vectors of a task."""
         order = {t.name: i for i, t in reversed(list(enumerate((*self.tasks, *self.pool))))}
         return self.heads[order[name]]
 
 
 def classifier(model: encoder.EncoderConfig, scale: float) -> Callable[..., jax.Array]:
-    """The task model: `apply(upper, hidden [b,t,d], mask [b,t], head [b,2,d]) -> logits [b,2]`."""
+    """The task model: `apply(upper, hidden [b,t,d], mask [b,t], head [b,C,d]) -> logits [b,C]`.
+
+    The logit of a class that a task does not have, whose vector is zero, is minus infinity.
+    """
 
     def apply(upper: PyTree, hidden: jax.Array, mask: jax.Array, head: jax.Array) -> jax.Array:
         out = encoder.mean_pool(encoder.run(upper, hidden, mask, model), mask)
-        return jnp.float32(scale) * jnp.einsum("bd,bcd->bc", out, head)
+        logits = jnp.float32(scale) * jnp.einsum("bd,bcd->bc", out, head)
+        return existing(logits, head)
 
     return apply
 
 
+def existing(logits: jax.Array, head: jax.Array) -> jax.Array:
+    """Logits [..., C], minus infinity where a class vector of the head [..., C, d] is zero."""
+    if head.shape[-2] == FEWEST:  # every task has so many
+        return logits
+    return jnp.where(jnp.any(head != 0, axis=-1), logits, -jnp.inf)
+
+
 def condition(
-    world: World, task: task_lib.Task, pick: np.ndarray | Sequence[int], paraphrase: int = 0
+    world: World,
+    task: task_lib.Task,
+    pick: np.ndarray | Sequence[int] | None,
+    paraphrase: int = 0,
 ) -> np.ndarray:
-    """[4, E] condition of a task: (description, mean example) of class 0, then of class 1.
+    """[2 C, E] condition of a task: (description, mean example) of class 0, of class 1, ...
 
     Args:
-      pick: K positions used for each class, taken modulo the class's number of training texts.
-      paraphrase: 0 is the description itself, p > 0 its p-th paraphrase.
+      pick: K positions used for each class, taken modulo the class's number of training texts;
+        None: all of them once. paraphrase: 0 is the description itself, p > 0 its p-th paraphrase.
+
+    Returns:
+      C is that of this task; `padded` fills it up to another's.
     """
     rows = world.rows[task.name, "train"]
     parts = []
-    for side in (0, 1):
+    for side in range(task.classes):
         words = task.class_descriptions[side]
         if paraphrase:
             words = task.paraphrases[side][paraphrase - 1]
         own = rows.index[rows.label == side]
-        examples = world.embedding[own[np.asarray(pick) % len(own)]]
+        own = own if pick is None else own[np.asarray(pick) % len(own)]
+        examples = world.embedding[own]
         parts += [world.text[words], examples.mean(0)]
     return np.stack(parts).astype(np.float32)
+
+
+def padded(raw: np.ndarray, classes: int) -> np.ndarray:
+    """A condition [..., n, E] filled up with zeros to `classes` classes [..., 2 classes, E]."""
+    missing = 2 * classes - raw.shape[-2]
+    if not missing:
+        return raw
+    return np.pad(raw, [(0, 0)] * (raw.ndim - 2) + [(0, missing), (0, 0)])
 
 
 def draw(config: Config, salt: str, k: int, n: int = 1 << 20) -> np.ndarray:
@@ -128,10 +161,10 @@ def prepare(context: Context) -> Texts:
     """Load the base and gather every task's texts."""
     config = context.config
     chosen, pool = choose(config)
-    caps = task_lib.Caps(config.train_texts, 40, config.eval_rows // 2)
     texts: dict[str, int] = {}
     rows: dict[tuple[str, str], Rows] = {}
     for task in (*chosen, *pool):
+        caps = task_lib.Caps(config.train_texts, 40, max(1, config.eval_rows // task.classes))
         found = task_lib.data(task, context.cache, caps)
         for split in SPLITS:
             words, labels = getattr(found, split)
@@ -233,7 +266,7 @@ def choose(config: Config) -> tuple[tuple[task_lib.Task, ...], tuple[task_lib.Ta
         chosen, pool = task_lib.build(preset), task_lib.seen_pairs_pool(preset)
     if config.task_dir:
         chosen = [*chosen, *user.tasks(config.task_dir)]
-    order = ("seen", "user", "unseen_pair", "unseen_label", "unseen_corpus")
+    order = ("seen", "user", "unseen_pair", "unseen_label", "unseen_corpus", "unseen_kind")
     chosen.sort(key=lambda t: order.index(t.level))  # stable: the plan's order within a level
     known = {t.name for t in chosen}
     return tuple(chosen), tuple(t for t in pool if t.name not in known)
@@ -242,12 +275,32 @@ def choose(config: Config) -> tuple[tuple[task_lib.Task, ...], tuple[task_lib.Ta
 def make_heads(
     config: Config, tasks: Sequence[task_lib.Task], text: dict[str, np.ndarray], width: int
 ) -> np.ndarray:
-    """[n, 2, d] frozen class vectors: one random orthonormal pair for all, or label texts."""
-    if config.head == "anonymous":
-        noise = np.random.default_rng([config.data_seed, 7]).normal(size=(width, 2))
-        pair = np.linalg.qr(noise)[0].T.astype(np.float32)
-        return np.broadcast_to(pair, (len(tasks), 2, width)).copy()
-    return np.stack([np.stack([text[w] for w in t.class_descriptions]) for t in tasks])
+    """[n, C, d] frozen class vectors: random orthonormal ones, class c's of every task the same,
+    or label texts; zero for the classes that a task does not have."""
+    out = np.zeros((len(tasks), max(t.classes for t in tasks), width), np.float32)
+    vectors = _orthonormal(config.data_seed, out.shape[1], width)
+    for head, task in zip(out, tasks, strict=True):
+        if config.head == "anonymous":
+            head[: task.classes] = vectors[: task.classes]
+        else:
+            head[: task.classes] = [text[words] for words in task.class_descriptions]
+    return out
+
+
+def _orthonormal(seed: int, count: int, width: int) -> np.ndarray:
+    """[count, width]: the first are the same whatever the count."""
+    if count > width:
+        raise StageError(
+            f"got a task of {count} classes, expected at most the base's width {width}"
+        )
+    noise = np.random.default_rng([seed, 7]).normal(size=(width, FEWEST))
+    pair = np.linalg.qr(noise)[0]
+    if count == FEWEST:
+        return pair.T.astype(np.float32)
+    # Columns of Q span those of the input in turn, so that the rest is orthogonal to the pair.
+    more = np.random.default_rng([seed, 8]).normal(size=(width, MOST - FEWEST))
+    q = np.linalg.qr(np.concatenate([pair, more[:, : count - FEWEST]], axis=1))[0]
+    return np.concatenate([pair, q[:, FEWEST:]], axis=1).T.astype(np.float32)
 
 
 def describe(world: World) -> str:

@@ -58,7 +58,7 @@ class Base(NamedTuple):
     adapter: jl.Adapter  # sites and frozen parts; its trainable is replaced by each run's own
     hidden: jax.Array  # [N, t, d] f32, states entering the adapted layers
     mask: jax.Array  # [N, t] bool, real tokens
-    heads: jax.Array  # [n, 2, d] f32, frozen class vectors
+    heads: jax.Array  # [n, C, d] f32, frozen class vectors
 
 
 class Rows(NamedTuple):

@@ -6,7 +6,10 @@ cut (closing special tokens kept), shorter ones padded on the right.
 
 Errors: ``FileNotFoundError`` without the file; ``ValueError`` for a length that does not even hold
 the special tokens, or a tokenizer without a padding token; ``TypeError`` for a text that is not a
-string (a pair would lose its segment ids).
+string.
+
+``encode_pairs(pairs, length)`` gives the same of pairs of texts, of which the longer one is cut
+first. Segment ids are not returned: an encoder that was trained on single texts has but one.
 
 Source: ``tokenizers`` library.
 Deviates: padding and truncation stored in the file are replaced, so shapes depend on ``length``.
@@ -56,11 +59,36 @@ class Tokenizer:
         special = self._fast.num_special_tokens_to_add(False)
         if length <= special:
             raise ValueError(f"length: got {length}, expected more than {special} special tokens")
-        self._fast.enable_truncation(max_length=length)
+        return self._arrays(list(texts), length)
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token arrays of pairs of texts, with the tokenizer's separator between them.
+
+        Args:
+          pairs: n times two strings.
+          length: t, tokens per row; tokens are taken off the longer text of a pair first.
+
+        Returns:
+          ids int32 [n, t], and mask bool [n, t], True for a token.
+
+        Raises:
+          ValueError: a length that does not hold the special tokens and a token of each text.
+        """
+        special = self._fast.num_special_tokens_to_add(True)
+        if length < special + 2:
+            raise ValueError(f"length: got {length}, expected >= {special + 2} for a pair of texts")
+        return self._arrays([(first, second) for first, second in pairs], length)
+
+    def _arrays(
+        self, rows: list[str] | list[tuple[str, str]], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self._fast.enable_truncation(max_length=length, strategy="longest_first")
         self._fast.enable_padding(length=length, pad_id=self.pad_id, pad_token=self._pad)
-        rows = self._fast.encode_batch(list(texts))
-        ids = np.asarray([row.ids for row in rows], np.int32).reshape(len(rows), length)
-        mask = np.asarray([row.attention_mask for row in rows], bool).reshape(len(rows), length)
+        found = self._fast.encode_batch(rows)
+        ids = np.asarray([row.ids for row in found], np.int32).reshape(len(rows), length)
+        mask = np.asarray([row.attention_mask for row in found], bool).reshape(len(rows), length)
         return ids, mask
 
 

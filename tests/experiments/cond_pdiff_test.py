@@ -20,6 +20,7 @@ from experiments.stages import rivals, user_tasks
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "experiments" / "flags" / "text_smoke.flags"
 USER = Path(__file__).parent / "fixtures" / "user_task"
+KINDS = USER.with_name("user_kinds")
 
 pytestmark = pytest.mark.slow
 
@@ -159,6 +160,45 @@ def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_p
     assert ("is NOT the best" in first) == (found["best"] != "generated")
     assert (copy / "user" / name / "discriminant" / "adapter_model.safetensors").is_file()
     assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_tasks_of_three_classes_and_of_pairs_go_the_same_way(finished, call, tmp_path):
+    """The zoo has two classes: three get an adapter each, against the rest."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    done = call(copy, f"--task_dir={KINDS}", "--stage=sample,evaluate")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
+    assert set(scores) == {"answers_or_not", "workshop_notes"}
+    pairs, three = scores["answers_or_not"], scores["workshop_notes"]
+    assert {cell["n"] for cell in three.values()} == {12}
+    assert (pairs["generated"]["adapters"], three["generated"]["adapters"]) == (3, 9)
+    assert three["trained"]["adapters"] == three["discriminant"]["adapters"] == 1
+    assert "(4 bees, 4 bread, 4 bicycles): chance is 33.3 %" in done.stdout
+    assert done.stdout.count("The zoo has no task of 3 classes") == 1
+    folders = sorted(p.name for p in (copy / "user" / "workshop_notes" / "peft").iterdir())
+    assert folders == ["0_bees", "1_bread", "2_bicycles"]
+    assert (copy / "user" / "answers_or_not" / "peft" / "adapter_model.safetensors").is_file()
+
+
+def test_other_kinds_of_task_go_through_every_stage(call, tmp_path):
+    """Three classes, pairs and forms in the zoo; a kind of task that it never saw."""
+    few = ("--steps=10", "--task_steps=3", "--zoo_steps=5", "--pdiff_ae_steps=3", "--samples=2")
+    done = call(tmp_path, "--tasks=toy+kinds", *few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = figures(tmp_path)
+    assert len(report["table"]) == 8 and "toy--3_labels--0" in report["table"]
+    assert set(report["unseen"]["unseen_kind"]["table"]) == {"toy--continues"}
+    assert report["claims"][-4]["name"] == "unseen_kind.beats_best_rival"
+    assert any(
+        "1 of the 12 tasks have more than two classes, at most 3" in note
+        for note in report["notes"]
+    )
+    three = call(tmp_path, "--tasks=toy+kinds", *few, f"--task_dir={KINDS}", "--stage=sample")
+    assert three.returncode == 0, three.stderr[-3000:]
+    assert "one adapter per class" not in three.stdout  # the zoo has tasks of three classes
+    scores = json.loads((tmp_path / "user" / "scores.json").read_text(encoding="utf-8"))
+    assert scores["workshop_notes"]["generated"]["adapters"] == 2
 
 
 def test_glue_from_a_local_folder_goes_the_same_way(call, tmp_path):

@@ -173,10 +173,12 @@ def test_descriptions_belong_to_their_class():
 @given(st.permutations([f"t{i}" for i in range(7)]), st.integers(0, 5))
 def test_balanced(items, cap):
     zero, one = items[::2], items[1::2]
-    texts, labels = balanced(zero, one, cap)
+    texts, labels = balanced([zero, one], cap)
     n = min(cap, len(zero), len(one))
     assert labels.dtype == np.int32 and labels.tolist() == [0, 1] * n
     assert texts[::2] == zero[:n] and texts[1::2] == one[:n]
+    three, sides = balanced([zero, one, items], cap)
+    assert three[2::3] == items[:n] and sides.tolist() == [0, 1, 2] * n
     assert shuffled(items) == shuffled(items[::-1])
 
 

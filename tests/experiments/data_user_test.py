@@ -1,5 +1,6 @@
 """A user's task folders: read, checked, and refused with one clear error."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from experiments.data import corpora, tasks, user
+from experiments.data.task import parted
 from experiments.data.user import TaskFolderError
 
 EXAMPLE = Path(__file__).parent / "fixtures" / "user_task"
+KINDS = Path(__file__).parent / "fixtures" / "user_kinds"
 NAME = "birds_or_mushrooms"
 
 
@@ -35,6 +38,82 @@ def test_example():
         assert labels.dtype == np.int32 and labels.mean() == 0.5
     assert got.train[0][0] == json.loads(lines(EXAMPLE / NAME / "train.jsonl")[0])["text"]
     assert "birds" not in "".join(corpora.SPECS)  # a subject that the zoo never saw
+
+
+def as_csv(path: Path) -> Path:
+    """A file of JSON lines as CSV."""
+    rows = [json.loads(line) for line in lines(path)]
+    table = path.with_suffix(".csv")
+    with table.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    path.unlink()
+    return table
+
+
+def test_three_classes_and_pairs():
+    pairs, three = user.tasks(KINDS)
+    assert (pairs.name, three.name) == ("answers_or_not", "workshop_notes")
+    assert pairs.classes == 2 and three.classes == 3 == len(three.members)
+    assert three.description.startswith("Tell three classes of texts apart. Class 0: A note by")
+    assert f"Class 2: {three.class_descriptions[2]}" in three.description
+    got = tasks.data(three)
+    assert got.train[1].tolist() == [0, 1, 2] * 4 and len(got.test[0]) == 12
+    first = json.loads(lines(KINDS / "answers_or_not" / "train.jsonl")[0])
+    text = tasks.data(pairs).train[0][0]
+    assert parted(text) == (first["text"], first["text_b"])
+    assert parted(got.train[0][0]) is None
+
+
+@pytest.mark.parametrize("name", ["birds_or_mushrooms", "answers_or_not"])
+def test_csv_is_read_like_json_lines(tmp_path, name):
+    where = EXAMPLE if name == "birds_or_mushrooms" else KINDS
+    before, copy = user.data(where / name), Path(shutil.copytree(where / name, tmp_path / name))
+    for split in ("train", "test"):
+        as_csv(copy / f"{split}.jsonl")
+    for got, want in zip(vars(user.data(copy)).values(), vars(before).values(), strict=True):
+        assert got[0] == want[0] and got[1].tolist() == want[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,class\nx,0\n", r"line 1: got columns \['text', 'class'\], expected text, label"),
+        ("text,label\nx,0\nx,y,0\n", "line 3: got 3 fields, expected 2"),
+        ('text,label\n"x,0\n', "is not CSV: unexpected end of data"),
+        ("text,label\nx,0\n ,1\n", "line 3: 'text' must be a non-empty text, got ' '"),
+        ("text,label\nx,7\n", r"line 2: unknown label 7; known: .* or 0 and 1"),
+        ("text,text_b,label\nx,y,0\nz,w,1\n", r"test\.csv: got pairs, but train\.jsonl has single"),
+        ("", r"line 1: got columns \[\]"),
+    ],
+)
+def test_bad_csv(folder, content, message):
+    (folder / "test.jsonl").unlink()
+    (folder / "test.csv").write_text(content)
+    with pytest.raises(TaskFolderError, match=message):
+        user.tasks(folder.parent)
+
+
+def test_a_class_without_examples_is_named(tmp_path):
+    copy = Path(shutil.copytree(KINDS / "workshop_notes", tmp_path / "notes"))
+    path = copy / "validation.csv"
+    path.write_text("\n".join(x for x in lines(path) if not x.endswith(",bread")))
+    with pytest.raises(TaskFolderError, match=r"validation\.csv: no text of class 'bread'; give"):
+        user.tasks(copy)
+
+
+def test_one_half_of_a_pair_may_be_in_several_pairs_but_no_pair_twice(tmp_path):
+    copy = Path(shutil.copytree(KINDS / "answers_or_not", tmp_path / "pairs"))
+    path = copy / "test.jsonl"
+    row = json.loads(lines(copy / "train.jsonl")[0])
+    path.write_text("\n".join([*lines(path), json.dumps(row | {"text": row["text"].upper()})]))
+    with pytest.raises(
+        TaskFolderError, match=r"test\.jsonl line 15: the same text as train\.jsonl"
+    ):
+        user.tasks(copy)
+    path.write_text("\n".join([*lines(path)[:-1], json.dumps(row | {"text": "And how much?"})]))
+    assert len(user.data(copy).test[0]) == 15
 
 
 def test_defaults_and_number_labels(folder):
@@ -97,12 +176,26 @@ def change_line(folder, line):
             r"task\.json: got list, expected",
         ),
         (lambda f: change_meta(f, colour="red"), "unknown key 'colour'; known:"),
-        (lambda f: change_meta(f, class_names=["a"]), "'class_names' must be two non-empty texts"),
-        (lambda f: change_meta(f, class_names=["a", "a"]), "are the same for both classes: 'a'"),
+        (
+            lambda f: change_meta(f, class_names=["a"]),
+            r"task\.json: 'class_names' must be 2 to 20 non-empty texts, got 1: \['a'\]",
+        ),
+        (
+            lambda f: change_meta(f, class_names=[f"c{k}" for k in range(21)]),
+            "'class_names' must be 2 to 20 non-empty texts, got 21: ",
+        ),
+        (
+            lambda f: change_meta(f, class_names=["a", "A "]),
+            "'class_names' are the same for several classes: 'a'",
+        ),
+        (
+            lambda f: change_meta(f, class_names=["a", "b", "c"]),
+            "got 2 'class_descriptions', expected 3, one per class name",
+        ),
         (lambda f: change_meta(f, class_descriptions=["x", " "]), "'class_descriptions' must be"),
         (lambda f: change_meta(f, description=3), "'description' must be a non-empty text, got 3"),
         (lambda f: change_meta(f, name="!!"), "'name' has no letter or digit"),
-        (lambda f: change_meta(f, paraphrases=["x"]), "'paraphrases' must be two lists"),
+        (lambda f: change_meta(f, paraphrases=["x"]), "'paraphrases' must be 2 lists"),
         (lambda f: (f / "test.jsonl").unlink(), r"test\.jsonl is missing; a task needs train"),
         (lambda f: (f / "test.jsonl").write_bytes(b"\xff\xfe"), r"test\.jsonl is not UTF-8"),
         (lambda f: change_line(f, "{text: 1}"), r"test\.jsonl line 5 is not JSON"),
@@ -116,6 +209,19 @@ def change_line(folder, line):
             r"line 5: unknown label 'fish'; known: \['birds', 'mushrooms'\] or 0 and 1",
         ),
         (lambda f: change_line(f, '{"text": "x", "label": true}'), "unknown label True"),
+        (lambda f: change_line(f, '{"text": "x", "label": 2}'), "unknown label 2; .* or 0 and 1"),
+        (
+            lambda f: change_line(f, '{"text": "x", "text_b": "y", "label": 0}'),
+            r"test\.jsonl line 5: got a 'text_b', unlike line 1; a task has pairs or single texts",
+        ),
+        (
+            lambda f: change_line(f, '{"text": "x [SEP] y", "label": 0}'),
+            r"line 5: 'text' holds \[SEP\], which parts a pair",
+        ),
+        (
+            lambda f: (f / "test.csv").write_text("text,label\n"),
+            r"test\.csv: test\.jsonl is there too; keep one of them",
+        ),
         (lambda f: change_line(f, '{"text": "x", "label": [0]}'), r"unknown label \[0\]"),
         (lambda f: (f / "test.jsonl").write_text(""), r"test\.jsonl: no text of class 'birds'"),
         (

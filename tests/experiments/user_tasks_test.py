@@ -40,7 +40,7 @@ def mine(tmp_path_factory):
 
 def test_texts_are_counted_and_what_is_cut_is_said(mine):
     base = base_model.load(mine.config, None)
-    data = user_tasks.describe(mine, base, mine.tasks[0])
+    data = user_tasks.describe(mine, base, mine.tasks[0], 2)
     assert data.test_texts == 10 and data.train_texts == 16
     assert data.test_texts_per_class == {"birds": 8, "mushrooms": 2}
     assert data.chance == 0.8  # of always saying birds
@@ -65,7 +65,7 @@ def test_a_cell_counts_texts_and_adapters_apart():
 
 
 def test_the_terminal_says_when_a_figure_is_not_above_chance(mine):
-    data = user_tasks.describe(mine, base_model.load(mine.config, None), mine.tasks[0])
+    data = user_tasks.describe(mine, base_model.load(mine.config, None), mine.tasks[0], 2)
     rng = np.random.default_rng(0)
     cells = {key: user_tasks.cell(rng.random((1, 10)) < 0.5) for key in user_tasks.ORDER}
     cells["trained"] = user_tasks.cell(np.ones((1, 200), bool))

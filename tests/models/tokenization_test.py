@@ -16,7 +16,9 @@ def _fast(words=WORDS):
     fast.normalizer = normalizers.BertNormalizer(lowercase=True)
     fast.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     fast.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     # A stored setting that encode_batch must replace.
     fast.enable_padding(length=3, direction="left")
@@ -47,6 +49,17 @@ def test_length_is_an_argument_not_a_state(tiny):
     empty = tiny.encode_batch([], 5)
     assert empty[0].shape == empty[1].shape == (0, 5)
     assert (tiny.vocab, tiny.pad_id) == (8, 0)
+
+
+def test_of_a_pair_the_longer_text_is_cut_first(tiny):
+    long = "good film bad film good"
+    ids, mask = tiny.encode_pairs([(long, "bad"), ("bad", long), ("good", "bad")], 6)
+    np.testing.assert_array_equal(ids, [[2, 4, 5, 3, 6, 3], [2, 6, 3, 4, 5, 3], [2, 4, 3, 6, 3, 0]])
+    np.testing.assert_array_equal(mask, ids != 0)
+    single, _ = tiny.encode_batch([f"{long} [SEP] bad"], 6)  # mutation: the second is lost
+    assert 6 not in single[0, 4:]
+    with pytest.raises(ValueError, match="length: got 4, expected >= 5 for a pair of texts"):
+        tiny.encode_pairs([("good", "bad")], 4)
 
 
 def test_errors(tiny, tmp_path):
