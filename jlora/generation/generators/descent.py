@@ -1,13 +1,16 @@
 r"""Minimisation of a generator's loss: one scan over steps, compiled once per loss and settings.
 
-.. math:: \theta_{s+1} = \theta_s + \mathrm{solver}(\nabla_\theta\, L(\theta_s, \kappa_s)), \qquad
-          \kappa_s = \mathrm{fold\_in}(\kappa, s)
+.. math::
+    \theta_{s+1} = \theta_s + \mathrm{solver}(\nabla_\theta\, L(\theta_s, \kappa_s, s / S)),
+    \qquad \kappa_s = \mathrm{fold\_in}(\kappa, s)
 
-What a step draws (rows, noise) it draws from its own key, so the result depends on the key alone.
+S is the number of steps. What a step draws (rows, noise) it draws from its own key, so the result
+depends on the key alone.
 """
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +20,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.types import Tree
 
-Loss = Callable[[Hashable, Tree, PRNGKeyArray, Tree], Array]  # (settings, params, key, data) -> []
+S = TypeVar("S")  # hashable: hyper-parameters, a module of Flax, layouts, tuples of them
+# (settings, params, key, share of the steps that are done, data) -> []
+Loss = Callable[[S, Tree, PRNGKeyArray, Array, Tree], Array]
 
 
 def minimise(
-    loss: Loss,
-    solver: Callable[[Hashable], optax.GradientTransformation],
-    settings: Hashable,
+    loss: Loss[S],
+    solver: Callable[[S], optax.GradientTransformation],
+    settings: S,
     params: Tree,
     key: PRNGKeyArray,
     data: Tree,
@@ -32,8 +37,8 @@ def minimise(
     """Trains parameters.
 
     Args:
-      loss: (settings, params, key, data) -> scalar; a function of a module, so that a second call
-        compiles nothing.
+      loss: (settings, params, key, share of the steps that are done, data) -> scalar; a function
+        of a module, so that a second call compiles nothing.
       solver: (settings) -> optimizer; likewise.
       settings: hashable, what both depend on: hyper-parameters, layouts.
       params: where training starts.
@@ -60,14 +65,21 @@ def minimise(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(
-    loss: Loss, make: Callable, settings: Hashable, steps: int, params: Tree, key: Array, data: Tree
+    loss: Loss[S],
+    make: Callable[[S], optax.GradientTransformation],
+    settings: S,
+    steps: int,
+    params: Tree,
+    key: Array,
+    data: Tree,
 ) -> tuple[Tree, Array]:
     solver = make(settings)
 
     def step(carry: tuple[Tree, Tree], number: Array) -> tuple[tuple[Tree, Tree], Array]:
         params, state = carry
         own = jax.random.fold_in(key, number)
-        value, grads = jax.value_and_grad(lambda p: loss(settings, p, own, data))(params)
+        done = number.astype(jnp.float32) / steps
+        value, grads = jax.value_and_grad(lambda p: loss(settings, p, own, done, data))(params)
         # optax raises Python floats to integer counters, which strict promotion would forbid.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = solver.update(grads, state, params)

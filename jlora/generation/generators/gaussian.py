@@ -31,7 +31,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import numerics
@@ -46,7 +45,7 @@ class GaussianConfig:
     """Hyper-parameters."""
 
     components: int = 96  # L, at most the number of adapters less one
-    penalty: float = 0.1  # lambda, in units of the mean square of a condition's numbers times E
+    penalty: float = 0.1  # lambda, in units of the mean square norm of a condition
     temperature: float = 1.0  # tau; 0: the mean alone
 
 
@@ -98,7 +97,8 @@ def fit(
     config = config or GaussianConfig()
     if config.penalty <= 0 or config.temperature < 0:
         raise ValueError(f"got {config}, expected a penalty above 0 and no negative temperature")
-    mean, size = centre(conditions)
+    mean, number = standardise.centre(conditions)
+    size = number * conditions.shape[1] ** 0.5
     standard, x = standardise.fit(bank)
     n, kept = len(x), min(config.components, len(x) - 1, x[0].size)
     codec, _ = pca.fit(key, x, pca.PCAConfig(components=kept, joint=True, whiten=False))
@@ -110,27 +110,6 @@ def fit(
     regression = numerics.matmul(vectors, turned / values[:, None])
     spread = jnp.sqrt(jnp.float32(config.penalty)) * turned / jnp.sqrt(values)[:, None]
     return Gaussian(Arrays(mean, size, given, regression, spread, codec, standard), config)
-
-
-def centre(conditions: Float[Array, "n E"]) -> tuple[Float[Array, "E"], Float[Array, ""]]:
-    """Statistics that bring conditions to mean zero and mean square norm one.
-
-    Args:
-      conditions: of the adapters that are learned from.
-
-    Returns:
-      Their mean, and the root mean square norm of what differs from it.
-
-    Raises:
-      ValueError: conditions that are not finite, or all alike.
-    """
-    if not np.isfinite(np.asarray(conditions)).all():
-        raise ValueError("conditions: got numbers that are not finite")
-    mean = jnp.mean(conditions, axis=0)
-    size = jnp.sqrt(jnp.mean(jnp.sum((conditions - mean[None]) ** 2, axis=1)))
-    if not float(size) > 1e-6 * float(jnp.linalg.norm(mean)):
-        raise ValueError("all conditions are equal: there is nothing to generate by")
-    return mean, size
 
 
 def generate(key: PRNGKeyArray, state: Gaussian, condition: Float[Array, "E"]) -> Adapter:

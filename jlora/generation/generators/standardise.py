@@ -4,7 +4,8 @@ r"""Adapters as standardised tokens, and back: what learned generators read and 
 
 Tokens are canonical (scale folded in; trained factors in balanced form), one per site slice; m and
 s are statistics of the whole bank, the mean adapter and one scale per type of site or per number.
-Nothing here knows a task: what is right for a task has to come from its condition.
+Conditions are centred and get unit mean square, too. Nothing here knows a task: what is right for
+a task has to come from its condition.
 
 Original to jlora, as in `jlora.generation.generators.flow`.
 """
@@ -14,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jlora.core.adapter import Adapter
@@ -109,3 +111,24 @@ def loss_weights(state: Standard) -> Float[Array, "T D"]:
     """
     mask = jnp.asarray(state.spec.mask, jnp.float32)
     return mask / jnp.sum(mask)
+
+
+def centre(conditions: Float[Array, "n E"]) -> tuple[Float[Array, "E"], Float[Array, ""]]:
+    """Statistics that bring conditions to mean zero and unit mean square.
+
+    Args:
+      conditions: of the adapters that are learned from.
+
+    Returns:
+      Their mean, and the root mean square of the numbers of what differs from it.
+
+    Raises:
+      ValueError: conditions that are not finite, or all alike.
+    """
+    if not np.isfinite(np.asarray(conditions)).all():
+        raise ValueError("conditions: got numbers that are not finite")
+    mean = jnp.mean(conditions, axis=0)
+    size = jnp.sqrt(jnp.mean((conditions - mean[None]) ** 2))
+    if not float(size) > 1e-6 * float(jnp.sqrt(jnp.mean(mean**2))):
+        raise ValueError("all conditions are equal: there is nothing to generate by")
+    return mean, size
