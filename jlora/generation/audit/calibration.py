@@ -252,5 +252,7 @@ SYSTEM = System(
     paper="Guo 2017, 1706.04599; Nixon 2019, 1904.01685",
     symbol="measure",
     evidence="numpy loops; scikit-learn's Brier score; calibrated draws; ties and edges",
-    kind="component",
+    kind="analysis",
+    rows=(4,),
+    claim="calibration",
 )
