@@ -18,7 +18,7 @@ CLAIM = Claim(
     name="hypelora",
     systems=("HypeLoRA",),
     statement=f"test accuracy after {lib.STEPS} steps: HypeLoRA, A and B written by a network over "
-    f"layer embeddings > LoRA of rank {lib.RANK} - 1 points",
+    f"layer embeddings > LoRA of rank {lib.RANK} - 1 point",
     reference="HypeLoRA 2026, 2603.19278: writing both factors is about as good as training them",
     baseline=f"LoRA of rank {lib.RANK}",
     control="HypeLoRA on training labels in random order",

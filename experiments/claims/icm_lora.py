@@ -133,7 +133,7 @@ CLAIM = Claim(
     name="icm_lora",
     systems=("ICM-LoRA",),
     statement="accuracy on 15 seen tasks: adapters written from task vectors > the tasks' own "
-    "adapters - 1 points",
+    "adapters - 1 point",
     reference="Shao 2025, 2501.17635: written adapters match those that were trained, in 1 % of"
     " the bytes",
     baseline="the task's own trained adapters",
