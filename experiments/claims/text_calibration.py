@@ -226,7 +226,7 @@ def about(seed: int, workdir: Path) -> dict[str, float]:
     more: dict[str, float] = {}
     for arm in RATES:
         found, tuned = run(arm, seed, workdir), tune(arm, workdir)
-        more |= {f"{arm}: rate": tuned.rate, f"{arm}: rate at an end of the grid": float(tuned.edge),
-                 f"{arm}: accuracy": float(np.mean(found.accuracy))}  # fmt: skip
+        more |= {f"{arm}: rate": tuned.rate, f"{arm}: accuracy": float(np.mean(found.accuracy)),
+                 f"{arm}: rate at an end of the grid": float(tuned.edge)}  # fmt: skip
         more |= {f"{arm}: {k}": float(np.mean(v)) for k, v in found.measures.items()}
     return more
