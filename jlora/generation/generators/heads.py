@@ -10,6 +10,8 @@ Names in ``zero`` start from a matrix of zeros. The others start uniform, with t
 LoRA gives to ``a``: a mean square of 1 / d_in for features of unit mean square.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,12 @@ def draw(key: PRNGKeyArray, model: nn.Module, *args: Float[Array, "..."]) -> Tre
     Returns:
       The tree of parameters, float32.
     """
-    return jax.jit(model.init)(key, *args)["params"]
+    return _init(model, key, *args)["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(model: nn.Module, *args: Array) -> Tree:
+    return model.init(*args)
 
 
 class Residual(nn.Module):
