@@ -31,6 +31,8 @@ def at():
 def test_the_generators_of_the_registry_are_tried():
     names = ("Mean adapter", "Kernel ridge from condition to adapter")
     assert {*names, "Conditional flow over adapters"} <= RECORDS.keys()
+    rivals = ("ICM-LoRA", "Text-to-LoRA", "Drag-and-Drop LLMs")
+    assert {*rivals, "Gaussian over principal components"} <= RECORDS.keys()
 
 
 @pytest.mark.parametrize(("name", "law"), TRIALS)

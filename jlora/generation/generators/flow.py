@@ -43,6 +43,7 @@ from jlora.generation.baselines import ridge, soup
 from jlora.generation.codecs import pca
 from jlora.generation.diffusion import dit, ema, loss, paths, samplers
 from jlora.generation.generators import prior
+from jlora.generation.generators.standardise import scales, tokens
 from jlora.generation.tokens import canonical, normalise, site_tokens
 from jlora.types import Tree
 
@@ -98,27 +99,6 @@ def network(config: FlowConfig) -> dit.DiT:
       The unbound module.
     """
     return dit.DiT(width=config.width, depth=config.depth, heads=config.heads)
-
-
-def tokens(spec: site_tokens.TokenSpec, adapter: Adapter) -> Float[Array, "T D"]:
-    """Canonical tokens of one adapter.
-
-    Args:
-      spec: their layout.
-      adapter: of LoRA; a trained ``a`` is brought to balanced form with its ``b``.
-
-    Returns:
-      [T, D]; scale is folded in.
-    """
-    trained = any("a" in leaves for leaves in adapter.trainable.values())
-    kind = "balanced_svd" if trained else "frozen_A"
-    return site_tokens.tokenise(
-        spec, canonical.canonicalise(kind, adapter.trainable, _scales(adapter))
-    )
-
-
-def _scales(adapter: Adapter) -> dict[str, Array]:
-    return {path: leaves["scale"] for path, leaves in adapter.frozen.items()}
 
 
 def fit(
@@ -244,7 +224,7 @@ def _generate(key: PRNGKeyArray, state: FlowGenerator, condition: Array) -> Adap
     y, _ = samplers.sample(denoise, key, shape, OBJECTIVE.path, OBJECTIVE.kind, plan)
     z = prior.mean(arrays.prior, state.kernel, cond, False) + arrays.scale * y
     x = normalise.invert(arrays.norm, pca.decode(arrays.codec, z))
-    trainable = canonical.unfold(site_tokens.detokenise(state.spec, x), _scales(arrays.template))
+    trainable = canonical.unfold(site_tokens.detokenise(state.spec, x), scales(arrays.template))
     return arrays.template.replace(trainable=trainable)
 
 
