@@ -19,7 +19,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "sharding": {"core"},
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
-    "analysis": {"numerics", "core"},  # what sites see of data
+    "analysis": {"numerics", "core", "system"},  # what sites see of data, what training changes
     "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "torch_random", "algebra", "core", "routing", "system"},
     "inits": {"numerics", "analysis", "core", "contracts", "methods", "quantized", "system"},
