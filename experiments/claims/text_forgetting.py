@@ -35,7 +35,8 @@ from jlora.core.lift import flatten
 from jlora.types import Dynamic, Tree
 
 KERNELS = (*lib.SITES, "layers/ffn/up/kernel", "layers/ffn/down/kernel")
-LOSS, BLOCK, BLOCKS, SEEN = 0.3, 10, 25, 160  # L*, steps of a block, blocks at most, rows judged
+LOSS, BLOCK, BLOCKS, SEEN = 0.4, 10, 16, 160  # L*, steps of a block, blocks at most, rows judged
+PROBED = 160  # test rows of a corpus that a probe is judged on
 RIDGE = 1e-2  # of features of unit norm, times the number of rows
 
 
@@ -53,8 +54,8 @@ class Recipe:
 
 
 def lora(rank: int) -> Recipe:
-    """LoRA of a rank, around the rate of the other claims."""
-    return Recipe(rank, (8e-3 / 3, 8e-3, 2.4e-2))
+    """LoRA of a rank; all ranks at scale 1 get the rate of rank 8."""
+    return Recipe(rank, (1e-3, 3e-3, 9e-3))
 
 
 FULL = Recipe(0, (3e-5, 1e-4, 3e-4))
@@ -157,6 +158,8 @@ def _block(apply, sites, found, trained, state, frozen, rate, seed, block):
 @functools.cache
 def rate(recipe: Recipe, workdir: Path) -> float:
     """The rate of the best validation accuracy at the common loss, on a seed of its own."""
+    if recipe.rank not in (0, 8):
+        return rate(lora(8), workdir)
     score = {}
     for value in recipe.rates:
         made = train(recipe, value, lib.TUNING, workdir)
@@ -217,7 +220,7 @@ def probes(workdir: Path) -> tuple[np.ndarray, ...]:
 
 def kept(params: tuple[Tree, ...], workdir: Path) -> np.ndarray:
     """Accuracy of the probes of the other tasks on the features of every tuned model, [T]."""
-    index, label = (np.asarray(x) for x in lib.tasks(workdir).test)
+    index, label = (np.asarray(x)[:, :PROBED] for x in lib.tasks(workdir).test)
     out = []
     for task, own in enumerate(params):
         right = []

@@ -38,6 +38,13 @@ from jlora.types import Dynamic, Tree
 Side = Literal["out", "in"]
 
 
+class Basis(NamedTuple):
+    """The singular vectors of a base matrix; k is the smaller one of its sides."""
+
+    u: Float[Array, "*stack d_in k"]  # of the input space
+    v: Float[Array, "*stack k d_out"]  # of the output space
+
+
 class Intruders(NamedTuple):
     """The leading singular directions of one matrix after fine-tuning."""
 
@@ -46,6 +53,54 @@ class Intruders(NamedTuple):
     u: Float[Array, "*stack d_in k"]  # their vectors in the input space
     s: Float[Array, "*stack k"]  # singular values, descending
     v: Float[Array, "*stack k d_out"]  # their vectors in the output space
+
+
+def basis(before: Float[Array, "*stack d_in d_out"]) -> Basis:
+    """The singular vectors of a base matrix, for any number of fine-tuned ones.
+
+    Args:
+      before: W, of any floating dtype.
+
+    Returns:
+      All of them, in at least float32.
+    """
+    u, _, v = numerics.svd(before.astype(at_least_float32(before.dtype)))
+    return Basis(u, v)
+
+
+def against(
+    base: Basis,
+    after: Float[Array, "*stack d_in d_out"],
+    top: int = 10,
+    epsilon: float = 0.5,
+    side: Side = "out",
+) -> Intruders:
+    """The intruders of a matrix whose base was decomposed before.
+
+    Args:
+      base: of W, as `basis` returns it.
+      after: W'.
+      top: as of `intruders`.
+      epsilon: as of `intruders`.
+      side: as of `intruders`.
+
+    Returns:
+      The leading directions and which of them are intruders.
+
+    Raises:
+      ValueError: top < 1, epsilon outside of (0, 1], another side.
+    """
+    _check(top, epsilon)
+    if side not in ("out", "in"):
+        raise ValueError(f"side: got {side!r}, expected 'out' or 'in'")
+    u, s, v = numerics.svd(after.astype(at_least_float32(after.dtype)))
+    u, s, v = u[..., :top], s[..., :top], v[..., :top, :]
+    if side == "out":
+        dots = numerics.einsum("...io,...jo->...ij", base.v, v)
+    else:
+        dots = numerics.einsum("...ni,...nj->...ij", base.u, u)
+    cosine = jnp.max(jnp.abs(dots), axis=-2)
+    return Intruders(cosine < epsilon, cosine, u, s, v)
 
 
 def intruders(
@@ -73,19 +128,7 @@ def intruders(
     """
     if before.shape != after.shape:
         raise ValueError(f"after: got shape {after.shape}, expected {before.shape} as before")
-    _check(top, epsilon)
-    if side not in ("out", "in"):
-        raise ValueError(f"side: got {side!r}, expected 'out' or 'in'")
-    base, tuned = (x.astype(at_least_float32(x.dtype)) for x in (before, after))
-    u0, _, v0 = numerics.svd(base)
-    u, s, v = numerics.svd(tuned)
-    u, s, v = u[..., :top], s[..., :top], v[..., :top, :]
-    if side == "out":
-        dots = numerics.einsum("...io,...jo->...ij", v0, v)
-    else:
-        dots = numerics.einsum("...ni,...nj->...ij", u0, u)
-    cosine = jnp.max(jnp.abs(dots), axis=-2)
-    return Intruders(cosine < epsilon, cosine, u, s, v)
+    return against(basis(before), after, top, epsilon, side)
 
 
 def survey(
