@@ -1,4 +1,8 @@
-"""Intruder reduction: with its intruders at 0.7, LoRA forgets less of the other corpora."""
+"""Intruder reduction: with its intruders at 0.7, LoRA forgets less of the other corpora.
+
+The threshold is 0.9: after so few steps hardly a direction falls below 0.5, and reducing none says
+nothing.
+"""
 
 import functools
 
@@ -13,12 +17,12 @@ from jlora.analysis import intruder_reduction
 from jlora.core.lift import flatten
 from jlora.core.site import fold, unfold
 
-RANK, TOP, FACTOR = 8, 10, 0.7
+RANK, TOP, EPSILON, FACTOR = 8, 10, 0.9, 0.7
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _reduced(base, adapter, factor):
-    made = intruder_reduction.reduced(base, adapter, factor, TOP)
+    made = intruder_reduction.reduced(base, adapter, factor, TOP, EPSILON)
     return jl.merge(base, made.adapter), made.seen
 
 
@@ -76,8 +80,8 @@ def run(seed, workdir):
 CLAIM = Claim(
     name="intruder_reduction",
     systems=("Intruder reduction",),
-    statement=f"accuracy of probes of other corpora after LoRA of rank {RANK}: intruders at "
-    f"{FACTOR:g} > as trained; the cost on the task's own test rows is recorded",
+    statement=f"accuracy of probes of other corpora after LoRA of rank {RANK}: intruders "
+    f"(threshold {EPSILON:g}) at {FACTOR:g} > as trained; the cost on the task's own test rows is recorded",
     reference="Shuttleworth 2024, 2410.21228: scaling intruders down lessens forgetting",
     baseline="the adapter as trained",
     control=f"as many leading directions by chance that are no intruders, at {FACTOR:g}",

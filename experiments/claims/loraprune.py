@@ -12,7 +12,7 @@ from experiments.claims import text_pruning as lib
 from experiments.claims.protocol import Claim, Figures
 from jlora.pruning import loram, loraprune, slicing
 
-STEPS, RATES = 100, (1e-3, 3e-3, 9e-3)
+STEPS, RATES = 80, (1e-3, 3e-3, 9e-3)
 OURS, WEIGHTS, MERGED, CHANCE = "LoRA gradient", "magnitude", "magnitude with LoRA", "chance"
 NONE = "nothing pruned"
 

@@ -25,7 +25,7 @@ from experiments.stages import world as world_lib
 from jlora.pruning.linked_axes import Linked, linked
 from jlora.types import Dynamic
 
-DEPTH, HALF, RANK = 2, 0.5, 8
+DEPTH, HALF, RANK = 3, 0.5, 8
 KERNELS = (*lib.SITES, "layers/ffn/up/kernel", "layers/ffn/down/kernel")
 
 
