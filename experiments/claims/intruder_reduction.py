@@ -81,7 +81,8 @@ CLAIM = Claim(
     name="intruder_reduction",
     systems=("Intruder reduction",),
     statement=f"accuracy of probes of other corpora after LoRA of rank {RANK}: intruders "
-    f"(threshold {EPSILON:g}) at {FACTOR:g} > as trained; the cost on the task's own test rows is recorded",
+    f"(threshold {EPSILON:g}) at {FACTOR:g} > as trained; the cost on the task's own test rows is "
+    "recorded",
     reference="Shuttleworth 2024, 2410.21228: scaling intruders down lessens forgetting",
     baseline="the adapter as trained",
     control=f"as many leading directions by chance that are no intruders, at {FACTOR:g}",

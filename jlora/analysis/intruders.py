@@ -22,7 +22,7 @@ Deviates: the thin SVD. Singular vectors of the value zero are an arbitrary basi
 so they count as none of W; the full one that PEFT takes has them where d_out > d_in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -134,7 +134,7 @@ def intruders(
 def survey(
     before: Tree,
     after: Tree,
-    sites: Sequence[Site],
+    sites: Iterable[Site],
     top: int = 10,
     epsilon: float = 0.5,
     side: Side = "out",
@@ -155,13 +155,13 @@ def survey(
     Raises:
       ValueError: a site that one of the trees lacks, or has in another shape; no sites.
     """
-    if not sites:
-        raise ValueError("sites: got none, expected at least one weight")
     leaves = [flatten(tree)[0] for tree in (before, after)]
     out = {}
     for site in sites:
         pair = [_matrix(x, site, name) for x, name in zip(leaves, ("before", "after"), strict=True)]
-        out[site.path] = intruders(*pair, top, epsilon, side)
+        out[site.path] = intruders(pair[0], pair[1], top, epsilon, side)
+    if not out:
+        raise ValueError("sites: got none, expected at least one weight")
     return out
 
 
