@@ -19,7 +19,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "sharding": {"core"},
     "algebra": {"numerics", "core", "system"},
     "contracts": {"algebra", "core", "system"},  # of systems in any room above
-    "analysis": {"numerics", "core"},  # what sites see of data
+    "analysis": {"numerics", "core", "system"},  # what sites see of data, what training changes
     "routing": {"core", "contracts", "system"},
     "methods": {"numerics", "torch_random", "algebra", "core", "routing", "system"},
     "inits": {"numerics", "analysis", "core", "contracts", "methods", "quantized", "system"},
@@ -27,6 +27,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "optimizers": {"contracts", "core", "numerics", "system"},
     "serving": {"contracts", "core", "system"},
     "generation": {"numerics", "core", "algebra", "contracts", "system"},
+    "pruning": {"numerics", "core", "system"},  # units of a model, and LoRA on both sides
     "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
     "merging": {"numerics", "core", "algebra", "methods", "system"},  # merges give LoRA adapters
     "retrieval": {"numerics", "core", "algebra", "merging", "system"},

@@ -1,1 +1,3 @@
-"""Measurements of a function at its sites, which initialisations and rank allocation start from."""
+"""Measurements at the sites of a function: what initialisations and rank allocation start from, and
+what training changed.
+"""

@@ -101,7 +101,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, bias: Array) -> Array:
         c = self.config
-        q, k, v = (_dense(c, c.width, name)(x) for name in ("query", "key", "value"))
+        q, k, v = (_dense(c, c.inner, name)(x) for name in ("query", "key", "value"))
         mixed = layers.attention(q, k, v, bias, c.heads)
         return Norm(c, name="norm")(x + _dense(c, c.width, "out")(mixed))
 

@@ -29,7 +29,13 @@ class EncoderConfig:
     init_std: float = 0.02  # of fresh kernels and tables
     pad: int = 0  # id of the padding token
     dtype: str = "float32"  # of activations and matmuls; the parameters keep their own
+    head_width: int = 0  # of a head; 0: width / heads. It has to be said where heads were pruned
 
     def __post_init__(self):
-        if self.width % self.heads:
+        if not self.head_width and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads together: outputs of query, key and value, inputs of out."""
+        return self.heads * (self.head_width or self.width // self.heads)
