@@ -38,7 +38,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "serving": {"contracts", "core", "io", "models", "system"},  # a decoder, adapters in files
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
-    "cli": {"core", "algebra", "io", "merging", "registry"},
+    "cli": {"core", "algebra", "io", "merging", "models", "registry", "serving"},
     "merge": {"core", "cli"},
     "systems": {"cli"},
     "__init__": {

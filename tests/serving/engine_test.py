@@ -13,7 +13,7 @@ from jlora.serving.forward import Batch, Sampling
 from jlora.serving.paged_pool import in_pages, in_use, pages_of_component
 from jlora.serving.shelf import Memory, fetch
 from jlora.serving.state import Engine, Work, start
-from tests.serving.conftest import CONFIG
+from tests.serving.served import CONFIG
 
 LIMITS = schedule.Limits(rows=3, adapters=2, queue=20, patience=1e6)
 WIDTH = forward.width(CONFIG)
