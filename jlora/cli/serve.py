@@ -181,8 +181,10 @@ def _serve(args: argparse.Namespace) -> int:
 
     base = read_base(args.base, args.dtype)
     engine, files = engine_of(args, base)
-    bounds = server.Bounds(args.max_body, args.max_tokens, min(128, args.max_tokens), args.timeout,
-                           args.drain)  # fmt: skip
+    bounds = server.Bounds(
+        body=args.max_body, most=args.max_tokens, default=min(128, args.max_tokens),
+        seconds=args.timeout, drain=args.drain,
+    )  # fmt: skip
     name = args.name or args.base.resolve().name
     if name in shelf.listed(files):
         raise ValueError(f"name: got {name!r}, which is an adapter; choose another by --name")

@@ -277,6 +277,17 @@ SYSTEM = Server(
     evidence="rows of mixed ranks and a decoder's logits against merged weights; pages, eviction, "
     "scheduling and the served protocol",
     rows=(83,),
+    tests=(
+        "tests/serving/pages_test.py",
+        "tests/serving/components_test.py",
+        "tests/serving/schedule_test.py",
+        "tests/serving/shelf_test.py",
+        "tests/serving/engine_test.py",
+        "tests/serving/server_test.py",
+        "tests/cli/serve_test.py",
+    ),
+    claim="s_lora",
+    missing="tensor parallelism",
     start=start,
     load=load,
     unload=unload,

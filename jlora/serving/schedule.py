@@ -111,9 +111,11 @@ def abort(queue: Queue, now: float, limits: Limits) -> tuple[Queue, tuple[Reques
       limits: `patience`.
 
     Returns:
-      Another queue, and those that were dropped.
+      Another queue, whose `delay` shrinks with every drop, and those that were dropped.
     """
     late = tuple(r for r in queue.waiting if now + queue.delay - r.arrived > limits.patience)
+    if late:  # else one slow start (a program is compiled) would turn everyone away for good
+        queue = queue._replace(delay=KEPT * queue.delay)
     return remove(queue, {r.id for r in late}), late
 
 

@@ -45,6 +45,7 @@ class Bounds(NamedTuple):
     """What a request may take."""
 
     body: int = 2**20  # bytes
+    read: float = 30.0  # seconds until all of them are there
     most: int = 1024  # new tokens
     default: int = 128  # new tokens where none are said
     seconds: float = 300.0  # of an answer
@@ -114,11 +115,16 @@ async def _no_route(_: Request, error: Exception) -> Response:
 
 
 async def _body(service: Service, request: Request) -> bytes:
-    data, most = bytearray(), service.bounds.body
-    async for part in request.stream():
-        data += part
-        if len(data) > most:
-            raise Refused(f"body: got more than {most} bytes", None, 413)
+    data, bounds = bytearray(), service.bounds
+    try:
+        async with asyncio.timeout(bounds.read):
+            async for part in request.stream():
+                data += part
+                if len(data) > bounds.body:
+                    raise Refused(f"body: got more than {bounds.body} bytes", None, 413)
+    except TimeoutError:
+        why = f"body: got {len(data)} bytes in {bounds.read:g} seconds, expected all"
+        raise Refused(why, None, 408) from None
     return bytes(data)
 
 

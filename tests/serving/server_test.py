@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import socket
 import threading
 import time
 
@@ -20,7 +21,7 @@ from jlora.serving.worker import Worker
 from tests.experiments.finetuning.conftest import letters
 from tests.serving.served import CONFIG
 
-BOUNDS = server.Bounds(body=4096, most=40, default=5, seconds=60.0, drain=20.0)
+BOUNDS = server.Bounds(body=4096, read=1.0, most=40, default=5, seconds=60.0, drain=20.0)
 PROMPT = [5, 9, 12]
 
 
@@ -234,6 +235,12 @@ def test_hundreds_of_malformed_requests_are_refused_one_by_one(running):
     assert [running.request(*w)[0] for w in (("GET", "/nothing"), ("GET", "/v1/completions"))] == [
         404, 405,
     ]  # fmt: skip
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(running):
+    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_metrics_are_prometheus_text(running):
