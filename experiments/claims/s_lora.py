@@ -22,7 +22,7 @@ ADAPTERS, RANKS = 200, (4, 8, 16, 32, 64)  # known, of each rank equally many
 ZIPF, TRACES, REQUESTS = 1.0, 3, 20  # exponent of popularity; traces per seed
 GAP = 0.05  # seconds between arrivals, on average
 PROMPT, NEW = 16, 16  # tokens
-PAGES = 4096  # not enough for a quarter of the adapters
+PAGES = 2048  # for about 14 adapters of the mean rank and 8 requests: fewer than a trace has
 TARGETS = "layers/attention/(query|value)/kernel"
 LIMITS = schedule.Limits(rows=8, adapters=8, queue=REQUESTS, patience=1e6)
 SPREAD = 0.02  # standard deviation of B: random adapters, only their speed is measured
@@ -192,7 +192,7 @@ def run(seed: int, workdir: Path) -> Figures:
         if not number:
             more["answers equal to those of merged weights"] = merged_answers(found, given, paged)
     more |= {name: float(np.mean(values)) for name, values in sums.items()}
-    units = tuple(f"trace {n}" for n in range(TRACES))
+    units = tuple(f"seed {seed}, trace {n}" for n in range(TRACES))
     return Figures(units, tuple(gain), (0.0,) * TRACES, tuple(control), more=more)
 
 
