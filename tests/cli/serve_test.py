@@ -3,15 +3,18 @@
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+from jlora import registry
 from jlora.cli import serve
 from jlora.cli.main import main
 from jlora.models import decoder
@@ -66,6 +69,17 @@ def test_the_flags_become_an_engine(base, llama):
     engine, files = serve.engine_of(args, found)
     assert found.ends == (0,) and engine.limits.rows == 5 and files.most == 16
     assert engine.pages == 2**20 // (32 * 4), "pages of 32 numbers"
+
+
+def test_an_installation_without_the_extra_lists_its_systems():
+    root = Path(serve.__file__).parents[1]
+    web = re.compile(r"^\s*(?:import|from) (?:starlette|uvicorn)", re.M)
+    files = {
+        p.relative_to(root).as_posix() for p in root.rglob("*.py") if web.search(p.read_text())
+    }
+    assert files == {"cli/serve.py", "serving/server.py"}
+    modules = {"jlora." + f.removesuffix(".py").replace("/", ".") for f in files}
+    assert all(m.startswith(registry.SKIPPED) for m in modules), "the walk would import them"
 
 
 def test_a_port_that_is_taken(base, llama, capsys):
