@@ -29,6 +29,13 @@ EXPERIMENTS = [
     "tokenizers>=0.21",
     "transformers>=5.0",
 ]
+SERVE = [
+    "jinja2>=3.1",
+    "starlette>=0.40",
+    "tokenizers>=0.21",
+    "transformers>=5.0",
+    "uvicorn>=0.30",
+]
 DOCS = [
     "latex2mathml>=3.77",
     "mkdocs>=1.6",
@@ -55,6 +62,7 @@ TEST = [
     "ipykernel>=6.29",
     "lycoris-lora==4.1.3; python_version < '3.12'",
     "nbclient>=0.10",
+    "openai>=2.0",
     "peft==0.21.2",
     "pyright>=1.1.400",
     "pytest>=8.3",
@@ -81,9 +89,10 @@ setup(
         "experiments": EXPERIMENTS,
         "gguf": ["gguf>=0.17"],
         "glue": ["datasets>=4.0"],
+        "serve": SERVE,
         "docs": DOCS,
         "stacks": STACKS,
         "stacks-easydel": EASYDEL,
-        "test": EXPERIMENTS + DOCS + TEST,
+        "test": EXPERIMENTS + SERVE + DOCS + TEST,
     },
 )

@@ -33,7 +33,7 @@ from jlora.work_list import ROWS, Row
 CLAIMS = "experiments/claims"
 HARNESS = ("__init__", "protocol", "runner")  # files of that folder that measure nothing
 RECORDS = "docs/results/claims"
-SKIPPED = ("jlora.cli", "jlora.merge", "jlora.systems")  # programs
+SKIPPED = ("jlora.cli", "jlora.merge", "jlora.systems", "jlora.serving.server")  # programs
 
 
 class State(NamedTuple):

@@ -25,7 +25,6 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "inits": {"numerics", "analysis", "core", "contracts", "methods", "quantized", "system"},
     "penalties": {"numerics", "contracts", "core", "methods", "system"},
     "optimizers": {"contracts", "core", "numerics", "system"},
-    "serving": {"contracts", "core", "system"},
     "generation": {"numerics", "core", "algebra", "contracts", "system"},
     "pruning": {"numerics", "core", "system"},  # units of a model, and LoRA on both sides
     "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
@@ -37,9 +36,10 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
     "io": {"core", "methods", "inits", "torch_random"},  # files whose start PEFT makes again
     "models": {"core", "io"},
+    "serving": {"contracts", "core", "io", "models", "system"},  # a decoder, adapters in files
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
-    "cli": {"core", "algebra", "io", "merging", "registry"},
+    "cli": {"core", "algebra", "io", "merging", "models", "registry", "serving"},
     "merge": {"core", "cli"},
     "systems": {"cli"},
     "__init__": {

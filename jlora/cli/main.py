@@ -9,6 +9,7 @@ COMMANDS = {
     "convert": ("jlora.cli.convert", "an adapter from one file format to another"),
     "inspect": ("jlora.cli.inspect", "what an adapter or a bank holds, as a table or a plot"),
     "finetune": ("jlora.cli.finetune", "fine-tune a language model with any adapter"),
+    "serve": ("jlora.cli.serve", "serve adapters over one language model, by OpenAI's protocol"),
     "systems": ("jlora.cli.systems", "every system with its state"),
     "claims": ("jlora.cli.claims", "run the claim of a system and keep its record"),
 }

@@ -198,5 +198,4 @@ SYSTEM = System(
     symbol="serving_bank",
     evidence="each row against its own merged weights; no recompilation; overhead over the base",
     rows=(83,),
-    missing="pages shared by adapters and cache, loading on demand, a scheduler, a server",
 )

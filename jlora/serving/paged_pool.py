@@ -1,0 +1,295 @@
+r"""Adapters of mixed ranks in one pool of pages, for any model of rows.
+
+=====  ====================================================================================
+R      the largest rank that may be loaded
+C      adapters that may be loaded, :math:`C R m` pages in all
+T      components of the adapters that a batch uses, up to a power of 2
+=====  ====================================================================================
+
+.. math:: y_{row} = f(\mathrm{merge}(W, p_{n(row)}), x_{row})
+
+A batch reads the components of its own adapters from their pages (`jlora.serving.pages`) and runs
+all rows with them at once (`jlora.serving.components`). Its program depends on T alone: loading,
+unloading and other mixes of rows compile nothing while T stays in its bucket. For a decoder whose
+cache lies in the same pages see `jlora.serving.engine`.
+
+A pool is a value: `load` and `unload` return another one, and batches that run on the old one are
+not disturbed.
+
+Reference: Sheng et al. 2023, arXiv:2311.03285 (S-LoRA).
+Deviates: loading copies the pool's array once, which the engine does not.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jlora.contracts.server import Answers, Server
+from jlora.core.adapter import Adapter
+from jlora.core.bank import one_adapter
+from jlora.core.lift import lift
+from jlora.core.method import rank_of
+from jlora.core.site import Site
+from jlora.serving import components, pages
+from jlora.types import Dynamic, Tree
+
+LEAST = 16  # smallest bucket of components
+WIDTH = 64  # of a page, where no cache shares the pool
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedPool:
+    """Adapters over one base. Not a PyTree: names live on the host."""
+
+    model: Callable[[Dynamic, Dynamic], Dynamic]  # (params, x) -> output, of one row
+    params: Tree  # weights of the base
+    sites: tuple[Site, ...]  # that adapters may have
+    ranks: Mapping[str, int]  # path -> the largest rank
+    capacity: int  # C
+    table: pages.Table  # who has which page
+    data: Float[Array, "P W"]  # the pages
+
+
+def start(
+    model: Callable[[Dynamic, Dynamic], Dynamic], params: Tree, empty: Adapter, capacity: int
+) -> PagedPool:
+    """A pool without adapters.
+
+    Args:
+      model: (params, x) -> output, of one row.
+      params: weights of the base.
+      empty: an adapter with the sites and the largest ranks to be served.
+      capacity: C.
+
+    Returns:
+      A pool; its first batch compiles the program.
+
+    Raises:
+      ValueError: capacity below 1, or a bank in the place of one adapter.
+    """
+    if capacity < 1:
+        raise ValueError(f"capacity: got {capacity}, expected at least 1")
+    one_adapter(empty, "start")
+    sites = tuple(s for s, _ in empty.sites)
+    ranks = {s.path: rank_of(m) for s, m in empty.sites}
+    count = 1 + capacity * max(ranks.values()) * pages_of_component(sites, WIDTH)
+    table, data = pages.empty_table(count), pages.empty_pool(count, WIDTH)
+    return PagedPool(model, params, sites, ranks, capacity, table, data)
+
+
+def pages_of_component(sites: Sequence[Site], width: int) -> int:
+    """m.
+
+    Args:
+      sites: that adapters may have.
+      width: W.
+
+    Returns:
+      Pages of one component of a rank.
+    """
+    return -(-components.size(sites) // width)
+
+
+def load(pool: PagedPool, name: str, adapter: Adapter) -> PagedPool:
+    """A pool with one more adapter.
+
+    Args:
+      pool: as it is.
+      name: what rows call the adapter.
+      adapter: of the sites of the pool, each of its largest rank or less.
+
+    Returns:
+      Another pool.
+
+    Raises:
+      ValueError: a name that is taken, C adapters already, other sites, a larger rank, a delta that
+        is no product, or arrays that are not finite.
+    """
+    if name in pool.table.held:
+        raise ValueError(f"{name}: already loaded; unload it first")
+    if len(pool.table.held) >= pool.capacity:
+        raise ValueError(f"{name}: got a full pool of {pool.capacity} adapters, unload one first")
+    for site, method in adapter.sites:
+        if rank_of(method) > pool.ranks.get(site.path, rank_of(method)):
+            most = pool.ranks[site.path]
+            raise ValueError(f"{name}: {site.path}: got {method}, expected rank {most} at most")
+    try:
+        flat = components.components(adapter, pool.sites)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    rows = in_pages(flat, WIDTH)
+    table, own = pages.put(pool.table, name, len(rows))
+    size = pages.bucket(len(rows), LEAST)
+    where = pages.padded(own, size, len(table.free))
+    rows = np.pad(rows, ((0, size - len(rows)), (0, 0)))
+    return dataclasses.replace(
+        pool, table=table, data=_write(pool.data, jnp.asarray(where), jnp.asarray(rows))
+    )
+
+
+_write = jax.jit(pages.write)
+
+
+def in_pages(flat: Float[np.ndarray, "r N"], width: int) -> Float[np.ndarray, "n W"]:
+    """Components as the content of pages.
+
+    Args:
+      flat: the components.
+      width: W.
+
+    Returns:
+      m pages per component, the last one filled up with zeros.
+    """
+    count = -(-flat.shape[1] // width)
+    return np.pad(flat, ((0, 0), (0, count * width - flat.shape[1]))).reshape(-1, width)
+
+
+def unload(pool: PagedPool, name: str) -> PagedPool:
+    """A pool without one of its adapters, whose pages are free again.
+
+    Args:
+      pool: as it is.
+      name: of the adapter.
+
+    Returns:
+      Another pool.
+
+    Raises:
+      KeyError: there is none of that name.
+    """
+    return dataclasses.replace(pool, table=pages.drop(pool.table, name))
+
+
+def in_use(
+    table: pages.Table, names: Sequence[str], per: int, least: int = LEAST
+) -> tuple[Int[np.ndarray, "T m"], Int[np.ndarray, "T"]]:
+    """Where the components of some adapters lie, and whose they are.
+
+    Args:
+      table: that holds the adapters.
+      names: of the adapters; adapter n is the n-th.
+      per: m.
+      least: the smallest T.
+
+    Returns:
+      Pages per component, and the owner of each; the rest up to a bucket's size is nobody's.
+    """
+    held = [table.held[name].pages.reshape(-1, per) for name in names]
+    count = sum(map(len, held))
+    where = np.zeros((pages.bucket(count, least), per), np.int32)
+    owner = np.full(len(where), components.NOBODY, np.int32)
+    if held:
+        where[:count] = np.concatenate(held)
+        owner[:count] = np.repeat(np.arange(len(held)), [len(h) for h in held])
+    return where, owner
+
+
+def run(pool: PagedPool, names: Sequence[str | None], xs: Dynamic) -> Answers:
+    """The answers of a batch in which every row has its own adapter.
+
+    Args:
+      pool: the adapters.
+      names: the adapter of each row; None: the base.
+      xs: inputs, a PyTree of arrays with a leading axis of rows.
+
+    Returns:
+      Outputs with a leading axis of rows, and an error for each row whose adapter is not loaded;
+      the outputs of such rows are NaN (integers: the base's).
+
+    Raises:
+      ValueError: another number of names than rows.
+    """
+    sizes = {t.shape[0] for t in jax.tree.leaves(xs)}
+    if sizes != {len(names)}:
+        raise ValueError(f"names: got {len(names)}, expected one per row of {sorted(sizes)}")
+    active = sorted({n for n in names if n is not None and n in pool.table.held})
+    where, owner = in_use(pool.table, active, pages_of_component(pool.sites, WIDTH))
+    known = np.asarray([n is None or n in active for n in names])
+    rows = np.asarray([active.index(n) if n in active else components.BASE for n in names], "i4")
+    arrays = (jnp.asarray(t) for t in (where, owner, rows, known))
+    outputs = _answer(pool.model, pool.sites, pool.params, pool.data, *arrays, xs)
+    loaded = sorted(pool.table.held)
+    errors = {
+        row: KeyError(f"{names[row]}: not loaded; there are {loaded}")
+        for row in np.flatnonzero(~known).tolist()
+    }
+    return Answers(outputs, errors)
+
+
+def gather(
+    data: Float[Array, "P W"],
+    where: Int[Array, "T m"],
+    owner: Int[Array, "T"],
+    sites: tuple[Site, ...],
+) -> Adapter:
+    """The components of a batch out of their pages.
+
+    Args:
+      data: the pages.
+      where: of each component, of `in_use`.
+      owner: of each component.
+      sites: that adapters may have.
+
+    Returns:
+      An adapter of `components.bank`.
+    """
+    flat = data[where].reshape(len(where), -1)[:, : components.size(sites)]
+    return components.bank(flat, sites, owner)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _answer(
+    model: Dynamic,
+    sites: tuple[Site, ...],
+    params: Tree,
+    data: Array,
+    where: Array,
+    owner: Array,
+    rows: Array,
+    known: Array,
+    xs: Dynamic,
+) -> Dynamic:
+    """The outputs of all rows; NaN where the adapter of a row is not known."""
+    tuned, bank = lift(model), gather(data, where, owner, sites)
+
+    def one(row: Array, known: Array, x: Dynamic) -> Dynamic:
+        outputs = tuned(params, components.for_row(bank, row), x)
+        return jax.tree.map(lambda y: _or_nan(known, y), outputs)
+
+    return jax.vmap(one)(rows, known, xs)
+
+
+def _or_nan(known: Array, y: Array) -> Array:
+    if not jnp.issubdtype(y.dtype, jnp.inexact):
+        return y
+    return jnp.where(known, y, jnp.asarray(jnp.nan, y.dtype))
+
+
+SYSTEM = Server(
+    name="S-LoRA",
+    paper="Sheng 2023, 2311.03285",
+    symbol="PagedPool",
+    evidence="rows of mixed ranks and a decoder's logits against merged weights; pages, eviction, "
+    "scheduling and the served protocol",
+    rows=(83,),
+    tests=(
+        "tests/serving/pages_test.py",
+        "tests/serving/components_test.py",
+        "tests/serving/schedule_test.py",
+        "tests/serving/shelf_test.py",
+        "tests/serving/engine_test.py",
+        "tests/serving/server_test.py",
+        "tests/cli/serve_test.py",
+    ),
+    claim="s_lora",
+    missing="tensor parallelism",
+    start=start,
+    load=load,
+    unload=unload,
+    run=run,
+)
