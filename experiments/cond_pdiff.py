@@ -91,7 +91,7 @@ def compile_settings(workdir: Path, fast: bool) -> None:
 
 def show(report: dict[str, Any], workdir: Path) -> None:
     """The report in a few lines on standard output."""
-    from experiments.report import names, words
+    from experiments.report import more_steps, names, words
 
     wide = max(len(method.label) for method in names.METHODS)
     print("\nAccuracy on seen tasks, mean over tasks")
@@ -106,6 +106,8 @@ def show(report: dict[str, Any], workdir: Path) -> None:
             mean = 100 * part["accuracy"][key]["mean"]
             print(f"  {names.method(key).label:{wide}s} {mean:5.1f} %{share}")
         print(f"  = {words.against_best(part)}")
+        if "more_steps" in report and level in report["more_steps"]["levels"]:
+            print(f"  = {more_steps.sentence(report['more_steps'], level)}")
     print()
     for claim in report["claims"]:
         print(f"[{claim['verdict']}] {claim['text']}")

@@ -257,7 +257,8 @@ def _more(report) -> str:
     caption = "Mean accuracy after k more steps. Lines: what training from scratch reached."
     text += figure(more_steps.plot(found), caption, wide=len(found["levels"]) > 1)
     for level in found["levels"]:
-        text += f"<h3>{names.level(level)}</h3>{more_steps.table(found, level)}"
+        said = _prose(f"Here {more_steps.sentence(found, level)}.")
+        text += f"<h3>{names.level(level)}</h3><p>{said}</p>{more_steps.table(found, level)}"
     return text
 
 

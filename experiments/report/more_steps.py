@@ -89,6 +89,19 @@ def plot(found: Mapping[str, Any]) -> str:
     return plots.svg(draw, (2.2 + 2.9 * len(levels), 3.9), "accuracy after more steps of training")
 
 
+def sentence(found: Mapping[str, Any], level: str) -> str:
+    """How many steps each start saves on the tasks of one level."""
+    part, most = found["levels"][level], found["steps"][-1]
+    goal = f"{100 * part['trained']['mean']:.1f} %"
+
+    def after(start: str) -> str:
+        reach = part["reach"][start]
+        return f"{reach} steps" if reach is not None else f"more than {most} steps"
+
+    said = ", ".join(f"{after(key)} {label}" for key, (label, _, _) in STARTS.items())
+    return f"training on all texts is within a point of trained adapters ({goal}) after {said}"
+
+
 def table(found: Mapping[str, Any], level: str) -> str:
     """One level: a row per start, then training and full fine-tuning (HTML)."""
     part, steps = found["levels"][level], found["steps"]

@@ -177,6 +177,9 @@ def test_a_start_reaches_training_within_a_point():
     assert level["reach"] == {"generated": 5, "mean_adapter": 5, "zero": None}
     assert level["trained"]["mean"] == pytest.approx(0.9)
     assert level["starts"]["zero"][1]["mean"] == pytest.approx(0.7)
+    said = section.sentence(accuracies(), "unseen_pair")
+    assert "(90.0 %) after 5 steps from the generated adapter" in said
+    assert said.endswith("more than 5 steps from zero")
     assert accuracies(False)["levels"]["unseen_pair"]["full"] is None
 
 
