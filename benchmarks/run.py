@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[str, ...]] = {  # name of a run: module and options
     "dora_step": ("dora_step",),
     "dora_step_plain": ("dora_step", "--plain-malloc"),
     "decoder_step": ("decoder_step",),
+    "methods": ("methods",),
     "many_adapters": ("many_adapters",),
     "many_adapters_plain": ("many_adapters", "--plain-malloc"),
     "mixed_batch": ("mixed_batch",),
@@ -95,6 +96,22 @@ def _decoder() -> list[Row]:
     return [*rows, Row(run, "decode_over_base", "a decoded token, lifted / bare", ("<=", 1.05))]
 
 
+def _methods() -> list[Row]:
+    """A row per method, and one more where PEFT has it."""
+    rows = []
+    for name in METHODS[1:]:
+        rows.append(Row("methods", f"{name}/over_lora", f"a step of {name} / LoRA's", ("<=", 1.3)))
+        if name not in WITHOUT_PEFT:
+            text = f"{name}, PEFT / jlora"
+            rows.append(Row("methods", f"{name}/ratio_vs_peft", text, (">=", 1.0)))
+    return rows
+
+
+METHODS = (
+    "LoRA DoRA AdaLoRA LoHa LoKr HiRA DeLoRA GraLoRA MiSS BAT C3A HRA OFT BOFT RoAd IA3 VeRA VBLoRA"
+    " UniLoRA RandLoRA FourierFT WaveFT SHiRA PEANuT DEFT LoRAXS LoLDU NOLA"
+).split()  # those of benchmarks.methods, which imports JAX
+WITHOUT_PEFT = ("RoAd", "IA3", "LoRAXS", "LoLDU", "NOLA")  # PEFT's first two scale biases
 MIXED = (
     ("overhead_vs_base", "32 rows, worst case / base alone", ("<=", 1.15)),
     ("peft_overhead_vs_base", "PEFT in that case / torch base alone", None),
@@ -111,6 +128,7 @@ ROWS = [
     Row("lora_step", "memory_vs_merge", "memory, merge in the loss / jlora"),
     *_steps("lora_step_plain", ", plain malloc"),
     *_decoder(),
+    *_methods(),
     *_adapters(),
     *(Row("mixed_batch", *row) for row in MIXED),
     *_adapters("_plain", ", plain malloc"),

@@ -23,6 +23,7 @@ from jlora.io.peft.table import (
 )
 from jlora.methods.decomposed.dora import DoRA
 from jlora.methods.low_rank.adalora import TINY, AdaLoRA
+from jlora.methods.low_rank.adalora import scale_of as scale_of_adalora
 from jlora.methods.low_rank.hira import HiRA
 from jlora.methods.low_rank.kasa import KaSA, smallest
 from jlora.methods.low_rank.lora import LoRA
@@ -177,8 +178,24 @@ def _ada_scale(alpha: float, rank: int) -> np.ndarray:
     """PEFT's alpha / (r + 1e-5), r where alpha is 0 or less, in float32."""
     if rank < 1:
         raise ValueError(f"rank {rank}, expected at least 1")
-    top = np.float32(alpha if alpha > 0 else rank)
-    return np.asarray(top / (np.float32(rank) + np.float32(TINY)), np.float32)
+    return np.asarray(scale_of_adalora(alpha if alpha > 0 else rank, rank))
+
+
+def _ada_alpha(method: AdaLoRA, scale: np.ndarray, rank: int) -> tuple[float, np.ndarray]:
+    """The alpha of a scale, and what the scale is of that alpha's: 1, or next to it.
+
+    A scale that a schedule computed need not be float32(alpha / (r + 1e-5)) of any alpha; the
+    difference of a last digit then goes into `e`.
+    """
+    exact = float(scale) * float(np.float32(rank) + np.float32(TINY))
+    if not exact > 0:
+        raise ValueError(f"no alpha gives the scale {float(scale)!r} at rank {rank}")
+    near = np.float32(exact)
+    around = (near, *(np.nextafter(near, side) for side in (np.float32(0), np.float32(np.inf))))
+    for alpha in (method.alpha, round(exact, 4), *map(float, around)):
+        if alpha > 0 and _ada_scale(alpha, rank) == scale:
+            return alpha, np.ones((), np.float32)
+    return float(near), scale / _ada_scale(float(near), rank)
 
 
 def _write_adalora(method: AdaLoRA, site: Site, p: Arrays) -> Slice | None:
@@ -190,13 +207,10 @@ def _write_adalora(method: AdaLoRA, site: Site, p: Arrays) -> Slice | None:
         rank = int(np.flatnonzero(live)[-1]) + 1
     else:
         return None
-    exact = float(p["scale"]) * (rank + TINY)
-    found = (x for x in (method.alpha, round(exact, 4), exact) if _ada_scale(x, rank) == p["scale"])
-    alpha = next(found, None)
-    if alpha is None:
-        raise ValueError(f"no alpha gives the scale {float(p['scale'])!r} at rank {rank}")
+    alpha, rest = _ada_alpha(method, p["scale"], rank)
     live = live[:rank]
     a, b, e = p["a"][:, :rank], p["b"][:rank], p["e"][:rank]
+    e = (e * rest).astype(e.dtype)
     tensors = {"lora_A": a[:, live].T, "lora_B": b[live].T, "lora_E": e[live, None]}
     alpha = int(alpha) if float(alpha).is_integer() else float(alpha)
     return Slice(tensors, {"init_r": rank, "lora_alpha": alpha, "mask": live.tolist()})

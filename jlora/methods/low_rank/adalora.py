@@ -4,7 +4,7 @@
 W          `w`, frozen, [d_in, d_out]
 A, B       `a` [d_in, r], `b` [r, d_out]
 e          `e` [r], in the place of singular values
-s          `scale`: alpha / (r + 1e-5)
+s          `scale`: alpha / (r + 1e-5), in float32 as PEFT computes it
 =========  ===========================================================
 
 .. math:: W' = W + s\\, A \\, \\mathrm{diag}(e) \\, B
@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jlora.core.checks import check_whole
@@ -34,6 +35,19 @@ from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
 
 STD, TINY = 0.02, 1e-5
+
+
+def scale_of(alpha: float, rank: int) -> np.float32:
+    """alpha / (rank + 1e-5), rounded where PEFT rounds.
+
+    Args:
+      alpha: as of the config.
+      rank: r, the one to start with.
+
+    Returns:
+      The scale: in float64 it would round to another float32 for some ranks, 8 among them.
+    """
+    return np.float32(alpha) / (np.float32(rank) + np.float32(TINY))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +70,7 @@ class AdaLoRA(Method):
         dtype, (first, second) = site.param_dtype, jax.random.split(key)
         a = STD * jax.random.normal(first, (site.d_in, self.rank), dtype)
         b = STD * jax.random.normal(second, (self.rank, site.d_out), dtype)
-        scale = jnp.asarray(self.alpha / (self.rank + TINY), jnp.float32)
+        scale = jnp.asarray(scale_of(self.alpha, self.rank))
         return {"a": a, "e": jnp.zeros(self.rank, dtype), "b": b}, {"scale": scale}
 
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:

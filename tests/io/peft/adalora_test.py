@@ -4,8 +4,11 @@ import json
 import shutil
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import jlora as jl
 from jlora.io import FormatError, safetensors_file
@@ -103,3 +106,45 @@ def test_mutation_a_scale_of_the_rank_that_is_left_is_seen(case, monkeypatch):
     monkeypatch.setattr(peft_lora, "_ada_scale", lambda alpha, rank: 2 * good(alpha, rank))
     with pytest.raises(AssertionError):
         check_value(case)
+
+
+def adapter_of(rank, alpha, scale=None):
+    """One random site."""
+    site = jl.Site("q", (5, 4), "io", np.dtype("float32"), ("dot",))
+    fresh, frozen = jl.AdaLoRA(rank, alpha).init(
+        jax.random.key(0), site, None
+    )  # no context is read
+    frozen = frozen if scale is None else {"scale": jnp.asarray(scale, jnp.float32)}
+    own = {**fresh, "e": jnp.linspace(0.5, 2, rank)}
+    return jl.Adapter({"q": own}, {"q": frozen}, ((site, jl.AdaLoRA(rank, alpha)),))
+
+
+def test_fresh_adapters_of_any_rank_are_written_and_have_pefts_scale(tmp_path):
+    """At rank 8 a scale of float64 arithmetic is no float32 that PEFT's arithmetic gives."""
+    names = jl.io.NameMap({"q": "q_proj"})
+    for rank in (*range(1, 33), 64, 100):
+        for alpha in (1.0, 8.0, 16.0, 32.5):
+            own = adapter_of(rank, alpha)
+            jl.io.save_peft(tmp_path / "a", own, names)
+            config = json.loads((tmp_path / "a" / CONFIG).read_text())
+            assert config["lora_alpha"] == alpha and config["init_r"] == rank
+            want = torch.tensor(alpha) / (torch.tensor(float(rank)) + 1e-5)
+            assert float(own.frozen["q"]["scale"]) == float(want)
+            back = jl.io.load_peft(tmp_path / "a", names, {"q": jnp.zeros((5, 4))})
+            chex.assert_trees_all_equal(back.trainable, own.trainable)
+
+
+def test_a_scale_between_those_of_two_alphas_keeps_the_function(tmp_path):
+    """As IncreLoRA's are, which it multiplies; a scale of 0 is none that PEFT can say."""
+    names, between = jl.io.NameMap({"q": "q_proj"}), 0
+    for k in range(40):
+        scale = np.float32(1.3) + k * np.spacing(np.float32(1.3))
+        own = adapter_of(7, 16.0, scale)
+        jl.io.save_peft(tmp_path / "a", own, names)
+        back = jl.io.load_peft(tmp_path / "a", names, {"q": jnp.zeros((5, 4))})
+        between += float(back.frozen["q"]["scale"]) != float(scale)
+        want, got = (jl.delta({"q": jnp.zeros((5, 4))}, one)["q"] for one in (own, back))
+        np.testing.assert_allclose(got, want, rtol=3e-7, atol=1e-9)
+    assert between  # else the test says nothing
+    with pytest.raises(FormatError, match=r"no alpha gives the scale 0\.0"):
+        jl.io.save_peft(tmp_path / "a", adapter_of(7, 16.0, 0.0), names)
