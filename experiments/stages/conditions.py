@@ -79,23 +79,38 @@ def canonical(world: World, names: Sequence[str], paraphrase: int = 0) -> np.nda
         number = min(paraphrase, *map(len, task.paraphrases))
         if paraphrase and not number:
             raise StageError(f"task '{name}' has no paraphrase of its description")
-        raw = condition(world, task, draw(config, name, config.examples), number)
+        if task.level == "user":
+            raw = condition(of_examples(world, name), task, None, number)
+        else:
+            raw = condition(world, task, draw(config, name, config.examples), number)
         out.append(padded(raw, world.classes))
     return np.stack(out)
 
 
 def examples(world: World, name: str) -> Rows:
-    """The different texts in a task's canonical condition: at most K of each class."""
-    config, rows = world.config, world.rows[name, "train"]
+    """The different texts in a task's canonical condition: at most K of each class.
+
+    Of a user's task, whose texts are few, K different ones or all; of the zoo's, whose figures are
+    kept, K draws of which some may be the same text.
+    """
+    config, rows, task = world.config, world.rows[name, "train"], world.task(name)
     pick = draw(config, name, config.examples)
     found = []
-    for side in range(world.task(name).classes):
+    for side in range(task.classes):
         own = rows.index[rows.label == side]
         if len(own) == 0:
             raise StageError(f"task '{name}' has no training text of class {side}")
+        if task.level == "user":
+            order = np.argsort(draw(config, name, len(own)), kind="stable")
+            pick = order[: config.examples]
         found.append(np.unique(own[pick % len(own)]))
     label = np.repeat(np.arange(len(found), dtype=np.int32), [len(own) for own in found])
     return Rows(np.concatenate(found), label)
+
+
+def of_examples(world: World, name: str) -> World:
+    """A world in which a task has no training texts but those of its condition."""
+    return world._replace(rows={**world.rows, (name, "train"): examples(world, name)})
 
 
 def scaling(raw: np.ndarray) -> Scaling:

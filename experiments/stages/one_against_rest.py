@@ -18,7 +18,6 @@ Deviates: margins of different adapters are compared as they are; none is calibr
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,9 +42,9 @@ def against_rest(parts: np.ndarray) -> np.ndarray:
     return np.stack([parts, rest], 1)
 
 
-def conditions(world: World, task: Task, pick: np.ndarray | Sequence[int] | None) -> np.ndarray:
-    """[C, 4, E] conditions of each class against the rest; `pick` as of `world.condition`."""
-    raw = condition(world, task, pick)
+def conditions(world: World, task: Task) -> np.ndarray:
+    """[C, 4, E] conditions of each class against the rest, of all training texts of `world`."""
+    raw = condition(world, task, None)
     pairs = against_rest(raw.reshape(task.classes, 2, -1))  # [C, 2, 2, E]
     return pairs.reshape(task.classes, 4, -1)
 

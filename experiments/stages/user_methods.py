@@ -68,11 +68,11 @@ def kit(context: Context) -> Kit:
     return Kit(encoded, trained, fit, found, prior, call, fixed)
 
 
-def adapters(of: Kit, mine: World, task: str, pick: np.ndarray | None) -> dict[str, np.ndarray]:
+def adapters(of: Kit, mine: World, task: str) -> dict[str, np.ndarray]:
     """{method: tokens} of what reads a condition; `samples` generated ones.
 
     Args:
-      pick: positions of the examples in each class, None for all of them (`world.condition`).
+      mine: its training texts are the examples (`conditions.of_examples`).
 
     Returns:
       Tokens [m, T, D], or [m, C, T, D] where each class has an adapter (`one_against_rest`).
@@ -80,8 +80,8 @@ def adapters(of: Kit, mine: World, task: str, pick: np.ndarray | None) -> dict[s
     classes = of.trained.fixed.stats.mean.shape[0] // 2  # that a condition of the generator holds
     one = mine.task(task)
     if one.classes <= classes:
-        return _of_condition(of, mine, task, padded(condition(mine, one, pick), classes))
-    rest = padded(one_against_rest.conditions(mine, one, pick), classes)
+        return _of_condition(of, mine, task, padded(condition(mine, one, None), classes))
+    rest = padded(one_against_rest.conditions(mine, one), classes)
     each = [_of_condition(of, mine, f"{task}/{c}", raw) for c, raw in enumerate(rest)]
     return {name: np.stack([found[name] for found in each], 1) for name in each[0]}
 
@@ -126,7 +126,7 @@ def cross_validate(of: Kit, mine: World, task: str, lora: Sequence[PyTree]) -> V
     for part, trained in zip(parts, lora, strict=True):
         kept, hidden = (cross_validation.taken(few, where) for where in part)
         there = mine._replace(rows={**mine.rows, (task, "train"): kept})
-        for name, tokens in adapters(of, there, task, None).items():
+        for name, tokens in adapters(of, there, task).items():
             scores[name][part.hidden] = right(tokens[:SAMPLES], hidden)
         for name, classify in rivals.classifiers(of.rivals.frozen).items():
             scores[name][part.hidden] = rivals.right(mine, classify, kept, hidden)

@@ -32,6 +32,7 @@ from experiments.stages import (
     accuracy,
     base_model,
     codec,
+    conditions,
     cross_validation,
     sample,
     user_methods,
@@ -39,7 +40,7 @@ from experiments.stages import (
 )
 from experiments.stages.cross_validation import Verdict
 from experiments.stages.user_methods import Kit
-from experiments.stages.world import SPLITS, Rows, World, draw, make_heads, phrases
+from experiments.stages.world import SPLITS, Rows, World, make_heads, phrases
 from experiments.stages.zoo_training import Run
 from experiments.workdir import StageError, write_json
 
@@ -97,8 +98,8 @@ class Data(NamedTuple):
         counts = ", ".join(f"{n} {name}" for name, n in self.test_texts_per_class.items())
         out = [
             f"{self.test_texts} test texts ({counts}): chance is {100 * self.chance:.1f} %.",
-            f"Generated from the descriptions and {self.examples_per_class} examples per class,"
-            f" drawn from {self.train_texts} training texts.",
+            f"Generated from the descriptions and at most {self.examples_per_class} examples per"
+            f" class, drawn from {self.train_texts} training texts.",
         ]
         if self.adapter_per_class:
             out.append(
@@ -186,8 +187,8 @@ def run(context: Context) -> dict[str, Scores]:
     out: dict[str, Scores] = {}
     with Progress(workdir, "user tasks", len(mine.tasks), "task") as bar:
         for number, task in enumerate(mine.tasks):
-            pick = draw(config, task.name, config.examples)
-            made = user_methods.adapters(of, mine, task.name, pick)
+            few_texts = conditions.of_examples(mine, task.name)
+            made = user_methods.adapters(of, few_texts, task.name)
             table = {**of.fixed, **made, "trained": own[number : number + 1]}
             cells = {
                 name: cell(

@@ -96,7 +96,7 @@ def test_random_rows_and_conditions_are_of_classes_that_the_task_has(mine):
 
 def test_the_rest_is_the_mean_of_the_others(mine):
     task = mine.task(THREE)
-    got = one_against_rest.conditions(mine, task, None)
+    got = one_against_rest.conditions(mine, task)
     raw = world.condition(mine, task, None).reshape(3, 2, -1)
     for c in range(3):
         others = np.stack([raw[k] for k in range(3) if k != c])
@@ -202,3 +202,26 @@ def test_an_adapter_of_three_classes_is_trained(mine, tmp_path):
 def test_rows_hold_labels_of_all_classes(mine):
     assert all(isinstance(rows, Rows) for rows in mine.rows.values())
     assert np.bincount(mine.rows[THREE, "test"].label).tolist() == [4, 4, 4]
+
+
+def test_examples_of_a_users_task_are_different_texts_and_all_where_there_are_few(mine):
+    """Four draws among four texts were three texts."""
+    for count in (1, 3, 4, 8, 20):
+        there = mine._replace(config=Config(**vars(mine.config) | {"examples": count}))
+        for name in (PAIRS, THREE):
+            own, every = conditions.examples(there, name), mine.rows[name, "train"]
+            for side, size in enumerate(np.bincount(every.label)):
+                found = own.index[own.label == side]
+                assert len(set(found.tolist())) == len(found) == min(count, size)
+                assert set(found.tolist()) <= set(every.index[every.label == side].tolist())
+            raw = conditions.canonical(there, [name])[0, 1]
+            mean = mine.embedding[own.index[own.label == 0]].mean(0)
+            np.testing.assert_allclose(raw, mean, atol=1e-6)
+
+
+def test_mutation_draws_that_repeat_are_seen(mine, monkeypatch):
+    same = lambda config, salt, k, n=0: np.zeros(k, int)  # noqa: E731
+    monkeypatch.setattr(conditions.np, "argsort", lambda x, kind: np.zeros(len(x), int))
+    monkeypatch.setattr(conditions, "draw", same)
+    with pytest.raises(AssertionError):
+        test_examples_of_a_users_task_are_different_texts_and_all_where_there_are_few(mine)
