@@ -102,7 +102,7 @@ def test_names_are_escaped(made):
 def test_what_was_not_measured_is_said_so(made):
     report = dict(made[0], unseen={}, steps={}, curves={}, audit={})
     text = html.render(report, {})
-    assert text.count("Not measured in this run") == 5
+    assert text.count("Not measured in this run") == 6
 
 
 def test_pca_matches_the_svd_of_the_points(made):
