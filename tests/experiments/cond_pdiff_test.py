@@ -183,7 +183,9 @@ def test_tasks_of_three_classes_and_of_pairs_go_the_same_way(finished, call, tmp
 
 def test_other_kinds_of_task_go_through_every_stage(call, tmp_path):
     """Three classes, pairs and forms in the zoo; a kind of task that it never saw."""
-    few = ("--steps=10", "--task_steps=3", "--zoo_steps=5", "--pdiff_ae_steps=3", "--samples=2")
+    few = ("--steps=10", "--task_steps=3", "--zoo_steps=5", "--pdiff_ae_steps=3", "--samples=2",
+           "--pdiff_sample_steps=5", "--ddpm_grid=5", "--step_tasks=1", "--more_steps=",
+           "--full_steps=0")  # fmt: skip
     done = call(tmp_path, "--tasks=toy+kinds", *few)
     assert done.returncode == 0, done.stderr[-3000:]
     report = figures(tmp_path)
