@@ -72,7 +72,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
         try:
             theirs = peers.peft(base, [adapter], settings.threads)
         except ValueError as error:  # a file that PEFT cannot have, or needs the base for
-            found[name] |= {"without_peft": str(error).partition(";")[0]}
+            found[name] |= {"without_peft": str(error).partition(": ")[2].partition(";")[0]}
             continue
         train, data = peers.trainer(theirs, encoder.head(base.params)), peers.batch(batch)
         found[name]["loss_difference"] = peers.agree(ours.train, lambda t=train, d=data: t(d))
