@@ -110,7 +110,7 @@ FORMS: dict[str, tuple[Label, ...]] = {  # kind of task -> its classes
     "halves_order": (
         Label(
             "in order",
-            "The second text goes on where the first stops.",
+            "The second text continues where the first stops.",
             ("First the beginning, then the rest.", "What is said first stands first."),
         ),
         Label(
