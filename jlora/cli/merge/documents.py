@@ -40,11 +40,21 @@ def read(path: Path) -> Json:
       The value; any kind.
 
     Raises:
-      ConfigError: not UTF-8, not YAML, or a key twice; the message names file and line.
+      ConfigError: not UTF-8, not YAML, several documents in one file, or a key twice; the message
+        is one line that names the file and the line in it.
     """
     try:
-        return yaml.load(path.read_bytes().decode("utf-8-sig"), _Strict)
+        documents = list(yaml.load_all(path.read_bytes().decode("utf-8-sig"), _Strict))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path}: not YAML: {where}{error.problem or error.context}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if len(documents) > 1:
+        raise ConfigError(
+            f"{path}: got {len(documents)} documents (separated by ---), expected one merge in a "
+            "file; run the merges of a file of mergekit-multi one after another"
+        )
+    return documents[0] if documents else None

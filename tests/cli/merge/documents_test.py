@@ -39,11 +39,22 @@ def test_a_byte_order_mark_is_left_aside(tmp_path):
     assert documents.read(tmp_path / "m.yaml") == {"a": "ä"}
 
 
-@pytest.mark.parametrize("data", [b"a: [", b"\xff\xfea", b"[" * 5000, b"a: !!python/object:x {}"])
+@pytest.mark.parametrize("data", [
+    b"a: [", b"\xff\xfea", b"[" * 5000, b"a: !!python/object:x {}", b"a: [1,\nb: {", b"a:\n\tb: 1"
+])  # fmt: skip
 def test_what_is_no_yaml_is_one_line(data, tmp_path, capsys):
     (tmp_path / "m.yaml").write_bytes(data)
     assert command.main(["--config", str(tmp_path / "m.yaml")]) == 2
-    assert "m.yaml: not YAML" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "m.yaml: not YAML" in message and message.count("\n") == 1
+
+
+def test_several_documents_are_several_merges(tmp_path):
+    (tmp_path / "m.yaml").write_text("name: one\n---\nmerge_method: linear\n")
+    with pytest.raises(ConfigError, match="got 2 documents .* expected one merge in a file"):
+        documents.read(tmp_path / "m.yaml")
+    (tmp_path / "m.yaml").write_text("---\na: 1\n...\n")
+    assert documents.read(tmp_path / "m.yaml") == {"a": 1}
 
 
 def test_json_of_bases_and_adapters_may_have_a_byte_order_mark(tmp_path):
