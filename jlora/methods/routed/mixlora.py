@@ -218,7 +218,7 @@ SYSTEM = System(
     symbol="MixLoRA",
     evidence="value and gradients against a loop over merged experts; FLOPs of both forms",
     rows=(58,),
-    missing="a claim",
+    claim="mixlora",
     examples=(
         MixLoRA(LoRA(rank=2), experts=3, router="up"),
         MixLoRA(LoRA(rank=2), experts=3, router="up", sparse=True),

@@ -51,7 +51,7 @@ def test_what_is_no_yaml_is_one_line(data, tmp_path, capsys):
 
 def test_several_documents_are_several_merges(tmp_path):
     (tmp_path / "m.yaml").write_text("name: one\n---\nmerge_method: linear\n")
-    with pytest.raises(ConfigError, match="got 2 documents .* expected one merge in a file"):
+    with pytest.raises(ConfigError, match=r"got 2 documents .* expected one merge in a file"):
         documents.read(tmp_path / "m.yaml")
     (tmp_path / "m.yaml").write_text("---\na: 1\n...\n")
     assert documents.read(tmp_path / "m.yaml") == {"a": 1}
