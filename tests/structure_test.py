@@ -27,6 +27,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "optimizers": {"contracts", "core", "numerics", "system"},
     "generation": {"numerics", "core", "algebra", "contracts", "system"},
     "pruning": {"numerics", "core", "system"},  # units of a model, and LoRA on both sides
+    "packing": {"core", "methods", "system"},  # jobs that are trained together
     "schedules": {"numerics", "core", "algebra", "contracts", "methods", "system"},
     "merging": {"numerics", "core", "algebra", "methods", "system"},  # merges give LoRA adapters
     "retrieval": {"numerics", "core", "algebra", "merging", "system"},

@@ -8,8 +8,8 @@ e           experts of it; the attention kernels have one LoRA, as in the paper
 Rows, training, tuning on validation rows and the control (the router shuffled) are those of
 `routed_text`; here the feed-forward kernels are adapted too, in the baseline as well. MixLoRA has
 8 experts of rank 2 there, 2 of them per token, and rank 8 at attention: 89,088 trained numbers per
-layer, against 89,856 of LoRA of rank 13 at all six kernels. One
-expert of rank 16 for all tokens shows what mixing adds.
+layer, against 89,856 of LoRA of rank 13 at all six kernels. One expert of rank 16 for all tokens
+shows what mixing adds.
 """
 
 import functools

@@ -1,0 +1,83 @@
+"""Plans of random jobs, and what `verify` sees in plans that somebody broke."""
+
+import numpy as np
+import pytest
+
+from jlora.packing import bins
+from jlora.packing.jobs import Job, Piece, blocks
+from jlora.packing.schedule import Plan, plan, verify, waste
+
+
+def jobs(seed, count=5):
+    rng = np.random.default_rng(seed)
+    made = []
+    for n, mean in enumerate(rng.uniform(4, 20, count)):
+        lengths = [rng.poisson(mean, rng.integers(2, 6)) for _ in range(int(rng.integers(1, 4)))]
+        batches = (tuple(int(t) for t in np.clip(batch, 1, 32)) for batch in lengths)
+        made.append(Job(f"job {n}", tuple(batches)))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_plans_hold(seed, stages):
+    held = jobs(seed)
+    made = plan(held, 64, 8, stages, pack=bins.first_fit)
+    verify(made, held, 64, 8, stages)
+    assert sum(len(s) for s in made.steps) == sum(len(j.batches) for j in held)
+    assert stages > 1 or all(made.microbatches)  # without a pipeline there are no bubbles
+
+
+def test_a_plan_wastes_less_than_jobs_on_their_own():
+    held = jobs(3)
+    got = waste(plan(held, 64, 8), held, 8)
+    tokens = sum(sum(b) for j in held for b in j.batches)
+    padded = sum(len(b) * max(b) for j in held for b in j.batches)
+    assert got.naive == pytest.approx(1 - tokens / padded)
+    assert 0 < got.plan < got.naive and got.bubbles == 0
+
+
+def test_neighbours_join_where_they_fit():
+    held = [Job("a", ((8,),)), Job("b", ((8,),)), Job("c", ((8,),)), Job("d", ((8,),))]
+    made = plan(held, 32, 8)
+    assert len(made.groups) == 2 and len(made.microbatches) == 1
+    assert made.steps == ((0, 1, 2, 3),)
+    assert len(plan(held, 16, 8).microbatches) == 2
+
+
+def test_a_pipeline_waits_for_weights():
+    held = [Job("a", ((8,), (8,), (8,)))]
+    assert plan(held, 8, 8, 1).microbatches == tuple((Piece(0, g, 0, 8),) for g in range(3))
+    waits = plan(held, 8, 8, 3)
+    assert [bool(m) for m in waits.microbatches] == [True, False, False, True, False, False, True]
+    assert waste(waits, held, 8).bubbles == 4
+    with pytest.raises(ValueError, match="stages: got 0"):
+        plan(held, 8, 8, 0)
+
+
+A, B = Piece(0, 0, 0, 8), Piece(0, 1, 0, 8)
+HELD = [Job("a", ((8,), (8,)))]
+GOOD = Plan(((A,), (B,)), ((0,), (0,)), ((0,),))
+
+
+@pytest.mark.parametrize(("broken", "stages", "said"), [
+    (GOOD._replace(microbatches=((A,),), steps=((0,),)), 1, "expected each of 2 once; missing"),
+    (GOOD._replace(microbatches=((A,), (A,))), 1, "expected each of 2 once"),
+    (GOOD._replace(microbatches=((A,), (B._replace(length=7),))), 1, "surplus"),
+    (GOOD._replace(microbatches=((A, B),), steps=((0,),)), 1, "over the capacity"),
+    (GOOD._replace(microbatches=((B,), (A,))), 1, "a: batch 1 starts at microbatch 0"),
+    (GOOD, 2, "expected 2 or later"),
+    (GOOD._replace(steps=((), (0,))), 1, "steps: expected"),
+])  # fmt: skip
+def test_broken_plans_are_seen(broken, stages, said):
+    verify(GOOD, HELD, 8, 8)
+    with pytest.raises(ValueError, match=said):
+        verify(broken, HELD, 8, 8, stages)
+
+
+def test_two_batches_of_one_job_in_one_microbatch_are_seen():
+    small = [Job("a", ((3,), (4,)))]
+    both = ((Piece(0, 0, 0, 3), Piece(0, 1, 0, 4)),)
+    assert blocks(both[0], 8) == 1
+    with pytest.raises(ValueError, match="two global batches of one job"):
+        verify(Plan(both, ((0,),), ((0,),)), small, 8, 8)
