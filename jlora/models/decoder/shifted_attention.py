@@ -102,13 +102,11 @@ class ShiftedAttention:
             raise ValueError(f"heads: got {heads}, expected an even number")
         if kv % 2:  # a key head would lie in both halves
             k, v = (jnp.repeat(x, heads // kv, axis=2) for x in (k, v))
-        halves = zip(*(jnp.split(x, 2, axis=2) for x in (q, k, v)), strict=True)
-        moves = (0, self.group // 2 if self.shift else 0)
-        mixed = [
-            self._half(*half, visible, move, scale, cap)
-            for half, move in zip(halves, moves, strict=True)
-        ]
-        return jnp.concatenate(mixed, axis=2)
+        (q0, q1), (k0, k1), (v0, v1) = (jnp.split(x, 2, axis=2) for x in (q, k, v))
+        move = self.group // 2 if self.shift else 0
+        still = self._half(q0, k0, v0, visible, 0, scale, cap)
+        moved = self._half(q1, k1, v1, visible, move, scale, cap)
+        return jnp.concatenate([still, moved], axis=2)
 
     def _half(
         self, q: Array, k: Array, v: Array, visible: Array, move: int, scale: float, cap: float
