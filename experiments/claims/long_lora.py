@@ -164,6 +164,21 @@ def flops(attend: decoder.Attend, tokens: int, config: decoder.DecoderConfig) ->
     return float(cost["flops"])
 
 
+@functools.cache
+def of_the_base() -> dict[str, float]:
+    """Perplexities before training, and the arithmetic of attention; the same for all seeds."""
+    found, more = world(), {}
+    for name, config in (("positions interpolated", found.config),
+                         ("positions as they were", base_l.load().config)):  # fmt: skip
+        more[f"base, {name}: perplexity"] = float(np.exp(measured(found.params, config).mean()))
+    long = found.config.max_positions
+    for name in ("LongLoRA", "full attention"):
+        attend = kinds(long)[name].attend
+        for length in (long, 2 * long):
+            more[f"{name}: flops of attention at {length}"] = flops(attend, length, found.config)
+    return more
+
+
 def run(seed: int, workdir: Any) -> Figures:
     """Loss per held-out document, one seed."""
     found = world()
@@ -173,14 +188,7 @@ def run(seed: int, workdir: Any) -> Figures:
     loss = {n: measured(trained(n, rates[n], seed)[0], found.config) for n in kinds(long)}
     more = {f"{name}: perplexity": float(np.exp(x.mean())) for name, x in loss.items()}
     more |= {f"{name}: rate": rate for name, rate in rates.items()}
-    for name, config in (("positions interpolated", found.config),
-                         ("positions as they were", base_l.load().config)):  # fmt: skip
-        value = measured(found.params, config).mean()
-        more[f"base, {name}: perplexity"] = float(np.exp(value))
-    for name in ("LongLoRA", "full attention"):
-        attend = kinds(long)[name].attend
-        for tokens_ in (long, 2 * long):
-            more[f"{name}: flops of attention at {tokens_}"] = flops(attend, tokens_, found.config)
+    more |= of_the_base()
     more["LoRA alone minus LongLoRA"] = float((loss["LoRA alone"] - loss["LongLoRA"]).mean())
     names = ("LongLoRA", "full attention", "groups that are not moved")
     return Figures(found.units, *(tuple(loss[n].tolist()) for n in names), more=more)

@@ -112,7 +112,8 @@ def trained(name: str, rate: float, seed: int) -> tuple[Any, np.ndarray]:
     """The parameters of all layers after uptraining, and the loss of each step."""
     found = world()
     shared, adapter = start_of(name)
-    state = optax.scale_by_adam().init((shared, None if adapter is None else adapter.trainable))
+    values: Any = shared, None if adapter is None else adapter.trainable
+    state = optax.scale_by_adam().init(values)
     step, losses, size = _step(found.config), [], found.rows.shape[1]
     for number in range(STEPS):
         draw = np.random.default_rng([seed, number])
@@ -144,6 +145,18 @@ def measured(params: Any) -> np.ndarray:
     return np.asarray([loss[found.owner == n].mean() for n in range(len(found.units))])
 
 
+@functools.cache
+def before_training() -> dict[str, float]:
+    """Perplexities of the original and of every start, the same for all seeds."""
+    found = world()
+    more = {"original: perplexity": float(np.exp(measured(found.params).mean()))}
+    for start in STARTS:
+        for name in ("tied", "relaxed"):
+            value = measured(whole_of(*start_of(name, start), found.config.layers)).mean()
+            more[f"{name}, {start}, before training: perplexity"] = float(np.exp(value))
+    return more
+
+
 def size(tree: Any) -> int:
     """Numbers in a tree."""
     return sum(x.size for x in jax.tree.leaves(tree))
@@ -157,12 +170,7 @@ def run(seed: int, workdir: Any) -> Figures:
     loss = {name: measured(trained(name, rate, seed)[0]) for name, rate in rates.items()}
     more = {f"{name}: perplexity": float(np.exp(x.mean())) for name, x in loss.items()}
     more |= {f"{name}: rate": rate for name, rate in rates.items()}
-    more["original: perplexity"] = float(np.exp(measured(found.params).mean()))
-    depth = found.config.layers
-    for start in STARTS:
-        for name in ("tied", "relaxed"):
-            value = measured(whole_of(*start_of(name, start), depth)).mean()
-            more[f"{name}, {start}, before training: perplexity"] = float(np.exp(value))
+    more |= before_training()
     shared, adapter = start_of("relaxed")
     more |= {"numbers of the original": float(size(found.params)), "tied": float(size(shared)),
              "relaxed": float(size(shared) + size(adapter.trainable))}  # fmt: skip
