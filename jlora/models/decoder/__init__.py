@@ -12,6 +12,7 @@ from jlora.models.decoder.gguf_file import (
 )
 from jlora.models.decoder.hf_config import config_from_hf, config_to_hf
 from jlora.models.decoder.model import Cache, Decoder, Output, empty_cache, forward, init, loss
+from jlora.models.decoder.shifted_attention import ShiftedAttention, interpolated
 
 __all__ = [
     "Attend",
@@ -22,6 +23,7 @@ __all__ = [
     "Output",
     "Rope",
     "Sampler",
+    "ShiftedAttention",
     "attend",
     "chat_template",
     "config_from_hf",
@@ -32,6 +34,7 @@ __all__ = [
     "gguf_config",
     "gguf_tokenizer",
     "init",
+    "interpolated",
     "load",
     "load_gguf",
     "loss",

@@ -1,0 +1,1 @@
+"""A small decoder trained from nothing on real text: base L of the claims."""
