@@ -185,5 +185,5 @@ SYSTEM = System(
         "tests/packing/step_test.py",
         "tests/experiments/tuning/run_test.py",
     ),
-    missing="a claim of its time",
+    claim="lorafusion",
 )
