@@ -46,6 +46,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora.core.checks import check_whole
@@ -103,7 +104,8 @@ def cosines(m: Float[Array, "d_in d_out"]) -> Float[Array, "d_in half"]:
     Returns:
       Its first d_out // 2 + 1 columns; the others are these, mirrored at 0 along both axes.
     """
-    return jnp.fft.rfft2(m).real
+    rows = Layout(major_to_minor=(0, 1))  # the only one in which XLA's CPU transforms
+    return with_layout_constraint(jnp.fft.rfft2(m), rows).real
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
