@@ -41,6 +41,8 @@ class Weight(Protocol):
     shape: tuple[int, ...]
     dtype: Dynamic
 
+    def __rmatmul__(self, x: Dynamic) -> jax.Array: ...
+
     def merged(self, method: Method, p: Arrays) -> jax.Array:
         """The merged matrix in the dtype that the model multiplies with.
 

@@ -108,7 +108,6 @@ def cosines(m: Float[Array, "d_in d_out"]) -> Float[Array, "d_in half"]:
     return with_layout_constraint(jnp.fft.rfft2(m), rows).real
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def transformed(
     c: Float[Array, "n"], rows: Int[Array, "n"], cols: Int[Array, "n"], shape: tuple[int, int]
 ) -> Float[Array, "d_in d_out"]:
@@ -123,6 +122,11 @@ def transformed(
     Returns:
       The sum over k of c[k] cos 2 pi (rows[k] i / d_in + cols[k] o / d_out) at [i, o].
     """
+    return _transformed(c, rows, cols, shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _transformed(c: Array, rows: Array, cols: Array, shape: tuple[int, int]) -> Dynamic:
     return _forward(c, rows, cols, shape)[0]
 
 
@@ -142,7 +146,7 @@ def _backward(shape: tuple[int, int], kept: tuple[Array, Array], g: Array) -> Dy
     return half.at[rows, cols].get(mode="promise_in_bounds"), None, None
 
 
-transformed.defvjp(_forward, _backward)
+_transformed.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
