@@ -194,7 +194,7 @@ class FourierFT(Method):
     def merge(self, w: Float[Array, "d_in d_out"], p: Arrays) -> jax.Array:
         """w plus all waves, [d_in, d_out]."""
         c = p["scale"] * p["c"] / math.prod(w.shape)
-        return w + transformed(c, p["rows"], p["cols"], w.shape).astype(w.dtype)
+        return w + transformed(c, p["rows"], p["cols"], (w.shape[0], w.shape[1])).astype(w.dtype)
 
     def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; the factors, or the merged weight."""
