@@ -39,6 +39,7 @@ RUNS: dict[str, tuple[str, ...]] = {  # name of a run: module and options
     "merge_core_svd": ("merge_core_svd",),
     "merge_ties": ("merge_ties",),
     "bank_similarity": ("bank_similarity",),
+    "initialisations": ("initialisations",),
 }
 
 
@@ -107,6 +108,25 @@ def _methods() -> list[Row]:
     return rows
 
 
+def _starts() -> list[Row]:
+    """Time and memory of each start of LoRA, where PEFT's runs without a GPU."""
+    run, rows = "initialisations", []
+    for name, text in STARTS.items():
+        rows += [
+            Row(run, f"{name}/ratio_vs_peft", f"{text}, PEFT / jlora", (">=", 1.0)),
+            Row(run, f"{name}/memory_vs_peft", "its memory / jlora's", (">=", 1.0)),
+        ]
+    return rows
+
+
+STARTS = {  # of benchmarks.initialisations
+    "pissa": "PiSSA, 24 sites of 1024²",
+    "pissa_4": "PiSSA, randomised",
+    "olora": "OLoRA",
+    "eva": "EVA",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+}
 METHODS = (
     "LoRA DoRA AdaLoRA LoHa LoKr HiRA DeLoRA GraLoRA MiSS BAT C3A HRA OFT BOFT RoAd IA3 VeRA VBLoRA"
     " UniLoRA RandLoRA FourierFT WaveFT SHiRA PEANuT DEFT LoRAXS LoLDU NOLA"
@@ -164,6 +184,7 @@ ROWS = [
     Row("merge_ties", "large/memory_vs_peft", "its memory / TIES's"),
     Row("bank_similarity", "ratio_vs_dense", "cosines of 512 adapters, dense torch / factored"),
     Row("bank_similarity", "memory_vs_dense", "the same, memory"),
+    *_starts(),
 ]
 
 

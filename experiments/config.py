@@ -31,7 +31,7 @@ STAGES = (
     "more_steps",
     "report",
 )
-TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "generation", "glue")
+TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "domains", "generation", "glue")
 KINDS = tuple(f"{name}+kinds" for name in KIND_PLANS)
 LAYOUT = 2  # of the stages' folders: raised when their files change, so that none is misread
 BASES = ("minilm", "tiny", "hf")

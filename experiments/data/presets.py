@@ -132,6 +132,16 @@ PRESETS: dict[str, TaskConfig] = {
             PairPlan("vader_amazon", 1),
         ),
     ),
+    # One task in four kinds of text: leave one out.
+    "domains": TaskConfig(
+        preset="domains",
+        pairs=(
+            PairPlan("rotten_tomatoes", 1),
+            PairPlan("vader_nyt", 1),
+            PairPlan("vader_amazon", 1),
+            PairPlan("vader_tweets", 1),
+        ),
+    ),
     "merging": TaskConfig(
         preset="merging",
         pairs=(

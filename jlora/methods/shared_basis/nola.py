@@ -15,9 +15,12 @@ s                      `scale`: alpha / r (the hyper-parameter)
     W' = W + s \, A B
 
 2 k numbers per site, whatever the rank and the size of the weight. The bases are uniform in
-±1/sqrt(k) and are drawn anew wherever they are needed, forward and backward, a few at a time inside
-a loop. With G the gradient of A, that of :math:`\alpha_i` is :math:`\langle G, A_i \rangle`: a rule
-of its own, since autodiff of the loop would store every basis.
+±1/sqrt(k), of 2^16 values, and are drawn anew wherever they are needed, forward and backward, a few
+at a time inside a loop; one call of the generator yields four numbers. Drawing all 2 k r (d_in +
+d_out) of them in a step is what it costs above LoRA's.
+
+With G the gradient of A, that of :math:`\alpha_i` is :math:`\langle G, A_i \rangle`: a rule of its
+own, since autodiff of the loop would store every basis.
 
 Init: alpha = beta = 0 and A_0 uniform in ±1/sqrt(d_in), hence the identity.
 
@@ -25,7 +28,7 @@ Koohpayegani et al., `NOLA: Compressing LoRA using Linear Combination of Random 
 <https://arxiv.org/abs/2310.02556>`_, 2023.
 
 Source: paper; A_0 as the official code has it (without it both gradients vanish at zero).
-Deviates: every layer of a stack draws bases of its own.
+Deviates: every layer of a stack draws bases of its own; numbers have 16 random bits.
 """
 
 import dataclasses
@@ -35,6 +38,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.random import threefry_2x32
 from jaxtyping import Float, PRNGKeyArray, UInt
 
 from jlora.core.checks import check_whole
@@ -106,11 +110,14 @@ def _grouped(weights: Array) -> Array:
 def _bases(
     seed: Array, number: Array, shape: tuple[int, int], size: int, dtype: jnp.dtype
 ) -> Array:
-    """[AT_ONCE, n, m], the group of bases of a number."""
+    """[AT_ONCE, n, m], the group of bases of a number: upper, then lower halves of random words."""
     key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), number)
-    bound = 1 / math.sqrt(size)
-    drawn = jax.random.uniform(key, (AT_ONCE, *shape), jnp.float32, -bound, bound)
-    return drawn.astype(dtype)  # the bits of a wider draw would be others
+    count, unit = AT_ONCE * math.prod(shape), 2.0**-15 / math.sqrt(size)
+    counter = jnp.arange(-(-count // 2), dtype=jnp.uint32)
+    words = threefry_2x32(jax.random.key_data(key), counter)
+    halves = jnp.concatenate([words >> 16, words & 0xFFFF])[:count]
+    drawn = halves.astype(jnp.int32).astype(jnp.float32) * unit + (0.5 - 2.0**15) * unit
+    return drawn.reshape(AT_ONCE, *shape).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,15 +19,18 @@ scale, as in the paper.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from jlora.core import compat
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
 from jlora.system import System
+from jlora.types import Dynamic
 
 
 def random_bases(sites: tuple[Site, ...], seed: int, inner: int, rank: int) -> Arrays:
@@ -54,6 +57,19 @@ def random_bases(sites: tuple[Site, ...], seed: int, inner: int, rank: int) -> A
     return {"basis_a": a, "basis_b": b}
 
 
+def bases(p: Arrays) -> tuple[jax.Array, jax.Array]:
+    """The parts of the bases that a site uses.
+
+    Args:
+      p: basis_a [max d_in, R], basis_b [r, max d_out], rows [d_in] and b [d_out].
+
+    Returns:
+      [d_in, R], rows of A, and [r, d_out], columns of B.
+    """
+    a = p["basis_a"].at[p["rows"]].get(mode="promise_in_bounds")
+    return a, p["basis_b"][:, : p["b"].shape[0]]
+
+
 def scaled_bases(p: Arrays) -> tuple[jax.Array, jax.Array]:
     """The parts of the bases that a site uses, times its vectors.
 
@@ -63,8 +79,7 @@ def scaled_bases(p: Arrays) -> tuple[jax.Array, jax.Array]:
     Returns:
       [d_in, R] = rows of A times d, and [r, d_out] = columns of B times b.
     """
-    a = p["basis_a"].at[p["rows"]].get(mode="promise_in_bounds")
-    b = p["basis_b"][:, : p["b"].shape[0]]
+    a, b = bases(p)
     return a * p["d"][None, :], b * p["b"][None, :]
 
 
@@ -96,6 +111,19 @@ class VeRA(Method):
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         """u [d_in, r] = rows of A times d, v [r, d_out] = columns of B times b."""
         return scaled_bases(p)
+
+    def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
+        """x [..., d_in] -> [..., d_out]; the vectors meet activations, the bases have no gradient.
+
+        Scaled bases would have one, two products as large as those of the forward pass.
+        """
+        if not isinstance(x, jax.Array):  # rows of a table, patches of a convolution
+            return super().apply(x, w, p, ctx)
+        y = x @ w
+        (a, b), lead = bases(p), tuple(range(x.ndim - 1))
+        d, gain = (jnp.expand_dims(p[name].astype(x.dtype), lead) for name in ("d", "b"))
+        inner = compat.matmul(x, a.astype(x.dtype)) * d
+        return y + (compat.matmul(inner, b.astype(x.dtype)) * gain).astype(y.dtype)
 
 
 SYSTEM = System(

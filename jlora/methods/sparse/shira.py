@@ -11,7 +11,9 @@ c                   `c` [n], trained
     y_o = (x W)_o + \\sum_{k: o_k = o} c_k x_{i_k}
 
 with n = r (d_in + d_out), as many numbers as LoRA of rank r; the delta has high rank, and adapters
-of other places hardly meet. Init: c = 0, hence the identity.
+of other places hardly meet. For a batch of tokens W' is formed, since that takes fewer operations
+(`jlora.methods.sparse.formed` counts them); for one token it is not. Init: c = 0,
+hence the identity.
 
 Bhardwaj et al., `Sparse High Rank Adapters <https://arxiv.org/abs/2406.13175>`_, 2024.
 
@@ -30,6 +32,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
+from jlora.methods.sparse import formed
 from jlora.system import System
 from jlora.types import Dynamic
 
@@ -116,6 +119,8 @@ class SHiRA(Method):
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)
+        if not formed.entries_are_cheaper(p["c"].size, formed.tokens(x), w.shape):
+            return formed.times_formed(self, x, w, p)
         y = x @ w
         delta = sparse_product(x, p["c"], p["rows"], p["cols"], y.shape[-1])
         return y + delta.astype(y.dtype)
@@ -129,4 +134,5 @@ SYSTEM = System(
     tests=("tests/io/peft/types_test.py",),
     claim="shira",
     examples=(SHiRA(rank=1),),
+    breaks={"L4": formed.WHY},
 )

@@ -14,9 +14,11 @@ of two neighbours, the second half differences, both over the root of two):
     \\Delta W = s \\, H_{in} C H_{out}^T, \\quad C_{i_k o_k} = c_k, \\qquad
     y = x W + s \\, \\big( (x H_{in}) \\, C \\big) H_{out}^T
 
-in d_in + d_out additions per row and no delta; odd sides are one longer and cut again. Without
-`wavelet`, H is the identity: entries of the weight itself. The places are drawn by `seed` alone,
-with torch's generator: files of PEFT do not hold them. Init: c = 0, hence the identity.
+in d_in + d_out additions per row and no delta, where the tokens are few; for a batch of them W' is
+formed, since that takes fewer operations (`jlora.methods.sparse.formed` counts them). Odd sides
+are one longer and cut again. Without `wavelet`, H is the identity: entries of the weight itself.
+The places are drawn by `seed` alone, with torch's generator: files of PEFT do not hold them.
+Init: c = 0, hence the identity.
 
 Bilican et al., `Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets
 <https://arxiv.org/abs/2505.12532>`_, 2025.
@@ -38,7 +40,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jlora.core.checks import check_whole
 from jlora.core.method import Method
 from jlora.core.site import Arrays, InitContext, Site
-from jlora.methods.sparse import fourierft
+from jlora.methods.sparse import formed, fourierft
 from jlora.methods.sparse.shira import scattered, sparse_product
 from jlora.system import System
 from jlora.types import Dynamic
@@ -138,6 +140,8 @@ class WaveFT(Method):
         """x [..., d_in] -> [..., d_out]; rows of a table and patches run on the merged weight."""
         if not isinstance(x, jax.Array):
             return x @ w.merged(self, p)
+        if not formed.entries_are_cheaper(self.count, formed.tokens(x), w.shape):
+            return formed.times_formed(self, x, w, p)
         y, c = x @ w, p["scale"] * p["c"]
         d_out, x = y.shape[-1], x.astype(c.dtype)
         x = analysis(x) if self.wavelet else x
@@ -155,4 +159,5 @@ SYSTEM = System(
     missing="the wavelet families other than Haar's",
     claim="waveft",
     examples=(WaveFT(count=15, scaling=3.0),),
+    breaks={"L4": formed.WHY},
 )

@@ -1,6 +1,7 @@
 """VeRA: the equation, and bases that come from the seed alone."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -72,3 +73,17 @@ def test_mutation_a_wrong_row_is_seen(bench, monkeypatch):
     monkeypatch.setattr(VeRA, "factors", shifted)
     with pytest.raises(AssertionError):
         check_value(bench)
+
+
+def products(bench, adapter, model):
+    """Shapes of all products of matrices in a gradient."""
+    loss = lambda t: model(bench.params, adapter.replace(trainable=t), bench.x).sum()  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(loss))(adapter.trainable))
+    return set(re.findall(r"f32\[([\d,]+)\](?:<[^>]*>)? = dot_general", text))
+
+
+def test_the_bases_have_no_gradient(bench):
+    adapter, of_bases = bench.noisy(VeRA(rank=6)), {"12,6", "6,12", "6,8", "8,6"}
+    assert not products(bench, adapter, jl.lift(bench.model)) & of_bases
+    merged = lambda params, adapter, x: bench.model(jl.merge(params, adapter), x)  # noqa: E731
+    assert products(bench, adapter, merged) & of_bases

@@ -1,9 +1,12 @@
 """FourierFT: a sum of cosines one by one, and numpy's inverse transform."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.methods.sparse.fourierft import FourierFT
+from jlora.methods.sparse import fourierft
+from jlora.methods.sparse.fourierft import FourierFT, transformed
 
 
 def delta(p):
@@ -22,6 +25,46 @@ def check_value(bench):
 
 def test_value(bench):
     check_value(bench)
+
+
+def check_one_token(bench):
+    """For one token the factors run, not the formed delta."""
+    adapter, x = bench.noisy(FourierFT(count=11, scaling=40.0)), bench.x[:1, :1]
+    want = np.asarray(x, np.float64) @ (bench.w + delta(bench.numbers(adapter)))
+    np.testing.assert_allclose(bench.forward(adapter, x), want, atol=2e-5)
+
+
+def test_value_of_one_token(bench):
+    check_one_token(bench)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (7, 5), (1, 4), (5, 1)])
+def test_the_transform_and_its_gradient(shape):
+    """Of even and odd sides, against numpy's; the map is symmetric."""
+    rng, size = np.random.default_rng(0), shape[0] * shape[1]
+    flat = rng.permutation(size)[: max(2, size // 2)]
+    rows, cols = flat // shape[1], flat % shape[1]
+    c, g = rng.normal(size=flat.size), rng.normal(size=shape)
+    table = np.zeros(shape)
+    table[rows, cols] = c
+    arrays = (jnp.asarray(t, jnp.int32) for t in (rows, cols))
+    with jax.disable_jit():
+        y, back = jax.vjp(lambda c, *i: transformed(c, *i, shape), jnp.float32(c), *arrays)
+    np.testing.assert_allclose(y, size * np.fft.ifft2(table).real, atol=1e-5)
+    want = size * np.fft.ifft2(g).real[rows, cols]
+    np.testing.assert_allclose(back(jnp.float32(g))[0], want, atol=1e-5)
+
+
+def test_both_forms_have_the_same_gradient(bench, monkeypatch):
+    adapter = bench.noisy(FourierFT(count=11, scaling=40.0))
+
+    def gradient():
+        loss = lambda t: jnp.sum(jnp.sin(bench.forward(adapter.replace(trainable=t))))  # noqa: E731
+        return jax.grad(loss)(adapter.trainable)["w"]["c"]
+
+    formed = gradient()
+    monkeypatch.setattr(fourierft.formed, "cheaper", lambda *a, **k: False)
+    np.testing.assert_allclose(formed, gradient(), atol=1e-6 * np.abs(formed).max() + 1e-6)
 
 
 def test_it_is_the_inverse_transform(bench):
@@ -56,6 +99,13 @@ def test_refusals(bench):
         bench.fresh(FourierFT(count=97))
 
 
+def test_mutation_a_shifted_transform_is_seen(bench, monkeypatch):
+    good = fourierft.cosines
+    monkeypatch.setattr(fourierft, "cosines", lambda m: jnp.roll(good(m), 1, axis=0))
+    with pytest.raises(AssertionError):
+        check_value(bench)
+
+
 def test_mutation_waves_the_other_way_are_seen(bench, monkeypatch):
     good = FourierFT.waves
 
@@ -64,4 +114,4 @@ def test_mutation_waves_the_other_way_are_seen(bench, monkeypatch):
 
     monkeypatch.setattr(FourierFT, "waves", mirrored)
     with pytest.raises(AssertionError):
-        check_value(bench)
+        check_one_token(bench)

@@ -23,6 +23,17 @@ def test_value(bench):
     check_value(bench)
 
 
+def check_one_token(bench):
+    """For one token the entries are multiplied one by one."""
+    adapter, x = bench.noisy(SHiRA(rank=1)), bench.x[:1, :1]
+    want = np.asarray(x, np.float64) @ (bench.w + delta(bench.numbers(adapter)))
+    np.testing.assert_allclose(bench.forward(adapter, x), want, atol=2e-5)
+
+
+def test_value_of_one_token(bench):
+    check_one_token(bench)
+
+
 def test_places_are_distinct_as_many_as_loras_numbers_and_of_the_key(bench):
     one, other = (bench.numbers(bench.fresh(SHiRA(rank=3), seed=s)) for s in (0, 1))
     places = set(zip(one["rows"], one["cols"], strict=True))
@@ -48,6 +59,15 @@ def test_mutation_a_row_too_far_is_seen(bench, monkeypatch):
     good = shira.sparse_product
     monkeypatch.setattr(
         shira, "sparse_product", lambda x, c, rows, cols, d: good(x, c, (rows + 1) % 12, cols, d)
+    )
+    with pytest.raises(AssertionError):
+        check_one_token(bench)
+
+
+def test_mutation_an_entry_written_too_far_is_seen(bench, monkeypatch):
+    good = shira.scattered
+    monkeypatch.setattr(
+        shira, "scattered", lambda w, c, rows, cols: good(w, c, (rows + 1) % 12, cols)
     )
     with pytest.raises(AssertionError):
         check_value(bench)

@@ -29,6 +29,19 @@ def test_value(bench, wavelet):
     check_value(bench, wavelet)
 
 
+def check_one_token(bench):
+    """For one token the coefficients are multiplied one by one."""
+    adapter, x = bench.noisy(WaveFT(count=13, scaling=3.0)), bench.x[:1, :1]
+    p, table = bench.numbers(adapter), np.zeros((12, 8))
+    table[p["rows"].astype(int), p["cols"].astype(int)] = p["c"]
+    want = np.asarray(x, np.float64) @ (bench.w + 3.0 * haar(12) @ table @ haar(8).T)
+    np.testing.assert_allclose(bench.forward(adapter, x), want, atol=2e-5)
+
+
+def test_value_of_one_token(bench):
+    check_one_token(bench)
+
+
 def test_limit_the_transform_inverts_and_keeps_lengths():
     rng = np.random.default_rng(0)
     for d in (6, 7):
@@ -61,5 +74,12 @@ def test_refusals(bench):
 def test_mutation_sums_for_differences_are_seen(bench, monkeypatch):
     good = waveft.analysis
     monkeypatch.setattr(waveft, "analysis", lambda x: jnp.roll(good(x), x.shape[-1] // 2, -1))
+    with pytest.raises(AssertionError):
+        check_one_token(bench)
+
+
+def test_mutation_a_transform_not_inverted_is_seen(bench, monkeypatch):
+    good = waveft.synthesis
+    monkeypatch.setattr(waveft, "synthesis", lambda x, d: jnp.roll(good(x, d), 1, -1))
     with pytest.raises(AssertionError):
         check_value(bench)
