@@ -210,7 +210,7 @@ def solution(
       learned: its three numbers are used.
       texts: statistics of training texts.
       examples: f of each.
-      labels: class of each, 0 to C - 1.
+      labels: class of each, 0 to C - 1; a class without an example has no score.
       used: 1 for an example, 0 for a row that must not count.
       heads: class vectors.
 
@@ -219,10 +219,13 @@ def solution(
     """
     classes = len(heads)
     member = jax.nn.one_hot(labels, classes, dtype=examples.dtype) * used[:, None]  # [n, C]
-    counts = jnp.maximum(jnp.sum(member, axis=0), 1.0)
-    centre = jnp.mean(numerics.matmul((member / counts[None]).T, examples), axis=0)
+    counts = jnp.sum(member, axis=0)
+    there = (counts > 0).astype(examples.dtype)  # classes with an example
+    number = jnp.maximum(jnp.sum(there), 2.0)
+    means = numerics.matmul((member / jnp.maximum(counts, 1.0)[None]).T, examples)
+    centre = jnp.sum(means, axis=0) / number
     x = (examples - centre[None]) * used[:, None]
-    targets = member - used[:, None] / classes  # Y
+    targets = member - used[:, None] * there[None] / number  # Y
     z = numerics.matmul(x, texts.basis)  # features along the axes of S
     metric = 1 / (texts.variances + jnp.exp(learned.log_shrinkage) * jnp.mean(texts.variances))
     gram = numerics.matmul(z * metric[None], z.T)  # X P X^T
@@ -232,7 +235,7 @@ def solution(
     q = jnp.asarray(contrasts(classes), x.dtype)
     weights = numerics.matmul(dual, q)
     along = metric[:, None] * numerics.matmul(z.T, weights)  # U^T W Q
-    spread = jnp.sum(texts.variances[:, None] * along**2) / (classes - 1)
+    spread = jnp.sum(texts.variances[:, None] * along**2) / (number - 1)
     terms = metric[:, None] * numerics.matmul(jnp.abs(z).T, jnp.abs(weights))
     # Classes with equal examples: what is left of the sum is rounding, and not a direction.
     apart = spread > ROUNDING**2 * jnp.sum(texts.variances[:, None] * terms**2)
