@@ -143,7 +143,7 @@ def rounds(
     """The generator before training and after each round of at most `ROUND` steps."""
     config = world.config
     plan = Plan(world.model, config.head_scale, config.episode_lr, steps, config.episode_tasks)
-    learned = initial(world)
+    learned: Any = initial(world)
     fitted = refreshed(world, names, Fitted(learned, empty(world).texts))
     yield fitted
     if not steps:
@@ -172,7 +172,10 @@ def _solver(plan: Plan) -> optax.GradientTransformation:
     low, warm = plan.rate / 10, max(1, plan.steps // 16)
     slow = optax.warmup_cosine_decay_schedule(low, plan.rate, warm, max(plan.steps, 2), low)
     which = Learned("factors", "numbers", "numbers", "numbers")  # pyright: ignore[reportArgumentType]
-    parts = {"factors": optax.adam(slow), "numbers": optax.adam(lambda n: FASTER * slow(n))}
+    parts: dict[Any, Any] = {
+        "factors": optax.adam(slow),
+        "numbers": optax.adam(lambda n: FASTER * slow(n)),
+    }
     return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(parts, which))
 
 
@@ -183,7 +186,7 @@ def step(plan: Plan) -> train_loop.Step:
     tuned = jl.lift(classifier(plan.model, plan.head_scale))
 
     def update(state: PyTree, data: Data, key: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
-        learned, moments = state
+        learned, moments = state  # Learned, and optax's
         key_task, key_rows = jax.random.split(key)
         tasks = jax.random.categorical(key_task, data.odds, shape=(plan.tasks,))
         keys = jax.random.split(key_rows, plan.tasks)
@@ -209,7 +212,7 @@ def step(plan: Plan) -> train_loop.Step:
         # optax raises Python floats to integer counters, which strict promotion would forbid.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = _solver(plan).update(slope, moments, learned)
-        learned = optax.apply_updates(learned, updates)
+        learned: Any = optax.apply_updates(learned, updates)
         numbers = {"loss": value, "gain": jnp.exp(learned.log_gain)}
         return (learned, moments), numbers
 
