@@ -5,8 +5,9 @@
 Stages, in order: `data` (base states of all texts), `zoo` (train adapters of many tasks), `codec`
 (adapters -> latents), `rivals` (what the same texts give without a generator), `denoiser` (a
 conditional flow, and the paper's DDPM), `sample`, `evaluate`, `more_steps` (generated adapters as a
-start of training), `report`. Each is kept in the workdir under a hash of its settings, skipped when
-it is there and resumed when it was killed. `--stage` runs some of them.
+start of training), `episodes` (a generator in closed form over a shared adapter), `report`. Each is
+kept in the workdir under a hash of its settings, skipped when it is there and resumed when it was
+killed. `--stage` runs some of them.
 
 With `--task_dir=DIR --stage=sample,evaluate` on a finished workdir, tasks of your own (2 to 20
 classes, single texts or pairs) get generated adapters from their descriptions and a few examples,
@@ -49,6 +50,7 @@ def stages() -> tuple[pipeline.Stage, ...]:
     from experiments.stages import (
         codec,
         denoiser,
+        episodes,
         evaluate,
         more_steps,
         report,
@@ -58,7 +60,9 @@ def stages() -> tuple[pipeline.Stage, ...]:
         zoo,
     )
 
-    order = (world, zoo, codec, rivals, denoiser, sample, evaluate, more_steps, report)
+    order = (
+        world, zoo, codec, rivals, denoiser, sample, evaluate, more_steps, episodes, report,
+    )  # fmt: skip
     return tuple(module.STAGE for module in order)
 
 

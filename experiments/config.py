@@ -29,6 +29,7 @@ STAGES = (
     "sample",
     "evaluate",
     "more_steps",
+    "episodes",
     "report",
 )
 TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "domains", "generation", "glue")
@@ -210,6 +211,18 @@ class Config:
         50,
         "steps of full fine-tuning of the adapted layers on held-out tasks (0: not measured)",
         range=">= 0",
+    )
+    # episodes
+    episode_steps: int = setting(
+        "episodes",
+        160,
+        "steps of training a shared adapter in episodes (0: closed form on the base alone)",
+        range=">= 0",
+    )
+    episode_tasks: int = setting("episodes", 2, "tasks per step", range=">= 1")
+    episode_rank: int = setting("episodes", 8, "rank of the shared adapter", range=">= 1")
+    episode_lr: float = setting(
+        "episodes", 2e-3, "peak learning rate of the shared adapter", range="> 0"
     )
     seed: int = setting("zoo", 0, "seed of everything trained or sampled", range="0 <= x < 2**31")
 

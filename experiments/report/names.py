@@ -75,6 +75,21 @@ METHODS = (  # in the order of all tables
         colour=PURPLE, rival=True, since=3,
     ),
     Method(
+        "episodic", "episodic discriminant of the K texts", "episodic",
+        "closed form over a shared adapter trained on the seen tasks; one ordinary adapter",
+        (HELD_OUT,), colour=VERMILION, rival=True, since=4,
+    ),
+    Method(
+        "episodic_mean", "nearest class mean, shared adapter", "shared, mean",
+        "of the embeddings of the same examples under that shared adapter", (HELD_OUT,),
+        colour=ORANGE, rival=True, since=4,
+    ),
+    Method(
+        "episodic_logreg", "logistic regression, shared adapter", "shared, logistic",
+        "on the embeddings of the same examples under that shared adapter", (HELD_OUT,),
+        colour=ORANGE, rival=True, since=4,
+    ),
+    Method(
         "ridge", "kernel ridge, condition to adapter", "ridge",
         "closed-form regression from condition to adapter",
         (HELD_OUT, USER), colour=GREEN, rival=True,

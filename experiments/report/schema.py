@@ -20,8 +20,8 @@ from experiments.report import names
 from jlora.io import FormatError
 from jlora.io.json_file import read_json
 
-VERSION = 3  # 3: rivals that see the same K texts, and the best of them per level
-READABLE = (2, 3)  # 2: a claim has a verdict of three, not a yes or no
+VERSION = 4  # 3: rivals that see the same K texts, the best of them per level; 4: episodic
+READABLE = (2, 3, 4)  # 2: a claim has a verdict of three, not a yes or no
 SEEN_KEYS = names.keys(names.SEEN)
 UNSEEN_KEYS = names.keys(names.HELD_OUT)
 USER_KEYS = ("base", "generated")  # a user's task may have no trained adapter at all
@@ -180,7 +180,7 @@ def validate(report: Any) -> None:
     for name, level in report["unseen"].items():
         if name not in LEVELS:
             raise ReportError(f"report.unseen.{name}: unknown level, expected one of {LEVELS}")
-        if report["version"] == VERSION:
+        if report["version"] >= 3:
             _need(level, ("best_rival",), f"report.unseen.{name}")
         _level(level, required(name, report["version"]), f"report.unseen.{name}")
     for sampler, points in report["steps"].items():

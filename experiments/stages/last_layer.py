@@ -95,6 +95,29 @@ def features(world: World, index: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _embedded(model: encoder.EncoderConfig, upper: PyTree, at: Activations) -> jax.Array:
+    norm = jax.tree.map(lambda x: x[-1], upper["layers"]["ffn"]["norm"])
+    out = cast(jax.Array, encoder.Norm(model).apply({"params": norm}, at.outer))
+    return encoder.mean_pool(out, at.mask)
+
+
+def embeddings(world: World, index: np.ndarray) -> np.ndarray:
+    """[n, d] what the base says of each text, of unit norm."""
+    parts = [
+        np.asarray(_embedded(world.model, world.upper, at))[:real]
+        for at, real in batches(world, index)
+    ]
+    return np.concatenate(parts)
+
+
+def pooled(
+    model: encoder.EncoderConfig, upper: PyTree, hidden: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """[n, m] mean of f over the tokens, as a function that can be lifted and differentiated."""
+    return _pooled(_activations(model, upper, hidden, mask))
+
+
 def answers(
     world: World, at: Activations, a: jax.Array, b: jax.Array, head: np.ndarray
 ) -> np.ndarray:

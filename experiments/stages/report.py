@@ -19,7 +19,7 @@ from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
 from experiments.report import more_steps as report_steps
-from experiments.stages import few_shot, more_steps, rivals, sample
+from experiments.stages import episodes, few_shot, more_steps, rivals, sample
 from experiments.stages.codec import VARIANTS
 from experiments.stages.world import World
 from experiments.workdir import REDO, Folder, read_json
@@ -65,7 +65,7 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
 
 def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     """Build, validate and write the report; returns it."""
-    world, encoded, others, found, more = (context.products[name] for name in STAGE.inputs)
+    world, encoded, others, found, more, own = (context.products[name] for name in STAGE.inputs)
     workdir, command = context.workdir, context.command
     times = Times(workdir).all()
     config = world.config
@@ -78,6 +78,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     for task in world.tasks:
         if task.name not in encoded.names:
             row = tasks[task.name]["accuracy"] | others.accuracy[task.name]
+            row |= own.accuracy[task.name]
             unseen.setdefault(task.level, {})[task.name] = row
     controls = {
         kind: [
@@ -121,7 +122,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         curves=curves(workdir, config),
         times=times,
         audit=extra,
-        notes=notes(config, audit, others) + classes_note(world),
+        notes=notes(config, audit, others) + episodes_note(own) + classes_note(world),
         more_steps=continued(world, found, more),
         seed=config.seed,
     )
@@ -168,6 +169,21 @@ def notes(config: Config, audit: Mapping[str, Any], others: rivals.Rivals) -> li
     ]
 
 
+def episodes_note(found: episodes.Found) -> list[str]:
+    """A sentence about the episodic discriminant, its training and its controls."""
+    text = f"Episodic discriminant: {found.steps} steps on the seen tasks"
+    if found.validation:
+        text += (
+            ", so many because they were best on the corpora left out of training (accuracy of"
+            f" each round: {', '.join(f'{100 * x:.1f} %' for x in found.validation)})"
+        )
+    if found.controls:
+        shown = {"shuffled": "labels of the examples shuffled", "random": "shared factors random"}
+        said = [f"{shown[key]} {100 * value:.1f} %" for key, value in found.controls.items()]
+        text += f". Controls: {', '.join(said)}"
+    return [f"{text}."]
+
+
 def classes_note(world: World) -> list[str]:
     """A sentence about chance where not all tasks have two classes."""
     if world.classes == FEWEST:
@@ -187,7 +203,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     name="report",
-    inputs=("data", "codec", "rivals", "evaluate", "more_steps"),
+    inputs=("data", "codec", "rivals", "evaluate", "more_steps", "episodes"),
     unit="page",
     read=read,
     describe=describe,

@@ -76,7 +76,7 @@ def test_every_stage_leaves_what_it_promises(finished):
 def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
     """1,102 lines of the checkpointer's INFO messages stood between the bars."""
     lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
-    stages = "data zoo codec rivals denoiser sample evaluate more_steps report".split()
+    stages = "data zoo codec rivals denoiser sample evaluate more_steps episodes report".split()
     for stage in stages:
         if stage != "report":
             assert any(f"{stage:>10}: 100%" in line for line in lines), stage
@@ -185,7 +185,7 @@ def test_other_kinds_of_task_go_through_every_stage(call, tmp_path):
     """Three classes, pairs and forms in the zoo; a kind of task that it never saw."""
     few = ("--steps=10", "--task_steps=3", "--zoo_steps=5", "--pdiff_ae_steps=3", "--samples=2",
            "--pdiff_sample_steps=5", "--ddpm_grid=5", "--step_tasks=1", "--more_steps=",
-           "--full_steps=0")  # fmt: skip
+           "--full_steps=0", "--episode_steps=0")  # fmt: skip
     done = call(tmp_path, "--tasks=toy+kinds", *few)
     assert done.returncode == 0, done.stderr[-3000:]
     report = figures(tmp_path)

@@ -83,8 +83,19 @@ def contrasts(classes: int) -> Float[np.ndarray, "C C-1"]:
     return q.astype(np.float32)
 
 
-def _site(adapter: Adapter, path: str) -> Site:
-    """The adapted site of that path. Raises ValueError where there is none."""
+def site_of(adapter: Adapter, path: str) -> Site:
+    """The adapted site of a path.
+
+    Args:
+      adapter: any.
+      path: of the site.
+
+    Returns:
+      The site.
+
+    Raises:
+      ValueError: there is none of that path.
+    """
     for site, _ in adapter.sites:
         if site.path == path:
             return site
@@ -123,7 +134,7 @@ def fit(
     config = config or DiscriminantConfig()
     soup.examples(conditions, tasks, bank)
     template = bank[0].replace(trainable=jax.tree.map(jnp.zeros_like, bank[0].trainable))
-    site = _site(template, config.site)
+    site = site_of(template, config.site)
     leaves, _ = template.arrays(site)
     if not {"a", "b", "scale"} <= set(leaves):
         raise ValueError(f"{site.path}: got leaves {sorted(leaves)}, expected a, b and scale")
@@ -182,7 +193,7 @@ def generate(key: PRNGKeyArray, state: Discriminant, condition: Float[Array, "E"
 
 def _written(template: Adapter, path: str, a: Array, b: Array) -> Adapter:
     """The template with the factors in the last matrix of a site."""
-    leaves, _ = template.arrays(_site(template, path))
+    leaves, _ = template.arrays(site_of(template, path))
     stack = leaves["scale"].shape
     last = tuple(n - 1 for n in stack)
     scale = leaves["scale"][last].astype(b.dtype)
