@@ -102,7 +102,7 @@ def fresh(world: World, sites: str, method: jl.LoRA, seed: int) -> jl.Adapter:
 @functools.lru_cache(maxsize=64)
 def _fresh(
     model: encoder.EncoderConfig, scale: float, sites: str, method: jl.LoRA, seed: int,
-    tree: jax.tree_util.PyTreeDef, *shapes: jax.ShapeDtypeStruct,
+    tree: Any, *shapes: jax.ShapeDtypeStruct,
 ) -> jl.Adapter:  # fmt: skip
     given = jax.tree.unflatten(tree, shapes)  # LoRA reads no weight
     return jl.init(jax.random.key(seed), classifier(model, scale), *given, methods={sites: method})
