@@ -17,8 +17,8 @@ import numpy as np
 
 import jlora as jl
 from experiments.data.task import FEWEST
-from experiments.stages import conditions, last_layer
-from experiments.stages.world import Rows, World, classifier
+from experiments.stages import conditions, last_layer, zoo_training
+from experiments.stages.world import Rows, World
 from jlora.generation.generators import discriminant
 
 PATH = "layers/ffn/down/kernel"
@@ -38,9 +38,7 @@ class Chosen(NamedTuple):
 def template(world: World, classes: int) -> jl.Adapter:
     """A fresh adapter of the feed-forward output matrices, of rank `classes`."""
     method = jl.LoRA(rank=classes, alpha=float(classes))
-    apply = classifier(world.model, world.config.head_scale)
-    rows = (world.hidden[:1], world.mask[:1], jnp.asarray(world.heads[:1]))
-    return jl.init(jax.random.key(0), apply, world.upper, *rows, methods={PATH: method})
+    return zoo_training.fresh(world, PATH, method, 0)
 
 
 def seen_features(world: World, names: Sequence[str]) -> np.ndarray:

@@ -82,9 +82,30 @@ def template(world: World, seed: int) -> jl.Adapter:
     """A fresh adapter of the task model; with `frozen_A` its `a` is the one all runs share."""
     config = world.config
     method = jl.LoRA(rank=config.rank, alpha=config.alpha, freeze_a=config.canonical == "frozen_A")
-    apply = classifier(world.model, config.head_scale)
-    rows = (world.hidden[:1], world.mask[:1], jnp.asarray(world.heads[:1]))
-    return jl.init(jax.random.key(seed), apply, world.upper, *rows, methods={config.sites: method})
+    return fresh(world, config.sites, method, seed)
+
+
+def fresh(world: World, sites: str, method: jl.LoRA, seed: int) -> jl.Adapter:
+    """A fresh LoRA adapter of the task model.
+
+    Args:
+      sites: regex of adapted paths. method: of all of them. seed: of its key.
+
+    Returns:
+      The same arrays for equal shapes and settings: the model is traced once for them.
+    """
+    given = (world.upper, world.hidden[:1], world.mask[:1], world.heads[:1])
+    shapes, tree = jax.tree.flatten(jax.eval_shape(lambda *arrays: arrays, *given))
+    return _fresh(world.model, world.config.head_scale, sites, method, seed, tree, *shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def _fresh(
+    model: encoder.EncoderConfig, scale: float, sites: str, method: jl.LoRA, seed: int,
+    tree: Any, *shapes: jax.ShapeDtypeStruct,
+) -> jl.Adapter:  # fmt: skip
+    given = jax.tree.unflatten(tree, shapes)  # LoRA reads no weight
+    return jl.init(jax.random.key(seed), classifier(model, scale), *given, methods={sites: method})
 
 
 def start_points(world: World, runs: Sequence[Run]) -> PyTree:

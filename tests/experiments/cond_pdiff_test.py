@@ -141,44 +141,50 @@ def test_an_unknown_value_is_one_clear_error(call, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_users_task_gets_an_adapter_from_its_description(finished, call, tmp_path):
-    copy = tmp_path / "copy"
+@pytest.fixture(scope="module")
+def users(finished, call, tmp_path_factory) -> tuple[Path, str]:
+    """The finished run with three tasks of a user: of two classes, of pairs, of three classes."""
+    copy = tmp_path_factory.mktemp("users") / "copy"
     shutil.copytree(finished, copy)
-    done = call(copy, f"--task_dir={USER}", "--stage=sample,evaluate")
+    for folder in (USER, KINDS):
+        shutil.copytree(folder, copy.with_name("tasks"), dirs_exist_ok=True)
+    done = call(copy, f"--task_dir={copy.with_name('tasks')}", "--stage=sample,evaluate")
     assert done.returncode == 0, done.stderr[-3000:]
-    scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
-    (name,) = scores
-    cells = scores[name]
+    return copy / "user", done.stdout
+
+
+def test_a_users_task_gets_an_adapter_from_its_description(users):
+    folder, shown = users
+    name = "birds_or_mushrooms"
+    cells = json.loads((folder / "scores.json").read_text(encoding="utf-8"))[name]
     assert set(user_tasks.ORDER) <= set(cells)
     assert all(cell["n"] == 16 for cell in cells.values())  # texts, not adapters
     assert cells["generated"]["adapters"] == 3
-    assert "16 test texts (8 birds, 8 mushrooms): chance is 50.0 %" in done.stdout
-    found = json.loads((copy / "user" / name / "cross_validation.json").read_text("utf-8"))
+    assert "16 test texts (8 birds, 8 mushrooms): chance is 50.0 %" in shown
+    found = json.loads((folder / name / "cross_validation.json").read_text("utf-8"))
     assert found["n"] <= 8 and set(found["figures"]) == {"generated", *names.rivals("user")}
-    first = done.stdout.splitlines()[0]
-    assert first.startswith(f"{name}: ") and "cross-validated on the" in first
+    (first,) = [line for line in shown.splitlines() if line.startswith(f"{name}: ")]
+    assert "cross-validated on the" in first
     assert ("is NOT the best" in first) == (found["best"] != "generated")
-    assert (copy / "user" / name / "discriminant" / "adapter_model.safetensors").is_file()
-    assert (copy / "user" / name / "peft" / "adapter_model.safetensors").is_file()
+    assert (folder / name / "discriminant" / "adapter_model.safetensors").is_file()
+    assert (folder / name / "peft" / "adapter_model.safetensors").is_file()
 
 
-def test_tasks_of_three_classes_and_of_pairs_go_the_same_way(finished, call, tmp_path):
+def test_tasks_of_three_classes_and_of_pairs_go_the_same_way(users):
     """The zoo has two classes: three get an adapter each, against the rest."""
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    done = call(copy, f"--task_dir={KINDS}", "--stage=sample,evaluate")
-    assert done.returncode == 0, done.stderr[-3000:]
-    scores = json.loads((copy / "user" / "scores.json").read_text(encoding="utf-8"))
-    assert set(scores) == {"answers_or_not", "workshop_notes"}
+    folder, shown = users
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    assert list(scores) == ["answers_or_not", "birds_or_mushrooms", "workshop_notes"]
+    assert shown.startswith("answers_or_not: ")
     pairs, three = scores["answers_or_not"], scores["workshop_notes"]
     assert {cell["n"] for cell in three.values()} == {12}
     assert (pairs["generated"]["adapters"], three["generated"]["adapters"]) == (3, 9)
     assert three["trained"]["adapters"] == three["discriminant"]["adapters"] == 1
-    assert "(4 bees, 4 bread, 4 bicycles): chance is 33.3 %" in done.stdout
-    assert done.stdout.count("The zoo has no task of 3 classes") == 1
-    folders = sorted(p.name for p in (copy / "user" / "workshop_notes" / "peft").iterdir())
+    assert "(4 bees, 4 bread, 4 bicycles): chance is 33.3 %" in shown
+    assert shown.count("The zoo has no task of 3 classes") == 1
+    folders = sorted(p.name for p in (folder / "workshop_notes" / "peft").iterdir())
     assert folders == ["0_bees", "1_bread", "2_bicycles"]
-    assert (copy / "user" / "answers_or_not" / "peft" / "adapter_model.safetensors").is_file()
+    assert (folder / "answers_or_not" / "peft" / "adapter_model.safetensors").is_file()
 
 
 def test_other_kinds_of_task_go_through_every_stage(call, tmp_path):

@@ -1,4 +1,6 @@
-"""What the tests of several stages share: the smallest world."""
+"""What the tests of several stages share: the smallest world, and processes without torch."""
+
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +13,18 @@ TINY = Config(
     base="tiny", tasks="toy", layers=1, max_length=8, train_texts=20, eval_rows=10, examples=2,
     zoo_steps=4, zoo_segment=4, zoo_batch=4, zoo_chunk=8, zoo_snapshots=2, references=2, latent=3,
 )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quick(quick, tmp_path_factory):
+    """That of all tests, without torch, which no experiment needs and TensorBoard's writer imports.
+
+    Each process would import it: two seconds of a core.
+    """
+    path = tmp_path_factory.mktemp("no_torch")
+    (path / "torch.py").write_text("raise ImportError('no torch for an experiment')\n")
+    others = quick.get("PYTHONPATH", "")
+    return quick | {"PYTHONPATH": os.pathsep.join([str(path), *filter(None, [others])])}
 
 
 @pytest.fixture(scope="session")
