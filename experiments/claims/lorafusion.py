@@ -6,9 +6,10 @@ q           seconds of processor time for all steps of all jobs, the least of `R
 ==========  ==============================================================================
 
 Alone, a step of a job is one batch of rows, padded to the longest of them and up to a multiple of
-the block. Packed, the same samples run in the microbatches of the plan (`jlora.packing`). Both
-compute the same gradients, which is checked: the adapters are equal in the end. Programs are
-compiled before time is taken, and the three ways take turns in an order that is drawn anew.
+the block. Packed, the same samples run in the microbatches of the plan (`jlora.packing`), some rows
+per step. Both compute the same gradients, which is checked: the adapters are equal in the end.
+Programs are compiled before time is taken, and the three ways take turns in an order that is drawn
+anew.
 
 The control is a packed run without a plan: every microbatch holds what one job has, samples in the
 order of the data. It has the same step and knows no lengths.
@@ -33,13 +34,13 @@ from experiments.pretraining import base_l
 from jlora.models import decoder
 from jlora.packing import bins, layout, segments, step
 from jlora.packing.jobs import Job, Microbatch, Piece, blocks, pieces_of
-from jlora.packing.schedule import Plan, plan, verify, waste
+from jlora.packing.schedule import Plan, plan, rows, verify, waste
 
 JOBS = {  # corpus: rank
     "rotten_tomatoes": 4, "reuters_r8": 8, "brown": 8, "spam": 16, "vader_tweets": 4,
     "20newsgroups": 16,
 }  # fmt: skip
-CAPACITY, BLOCK, BATCH, BATCHES, RATE = 512, 16, 8, 4, 1e-3
+CAPACITY, ROWS, BLOCK, BATCH, BATCHES, RATE = 160, 6, 16, 8, 4, 1e-3
 MIXES, REPEATS, LEAST = 4, 3, 1.3
 SITES = r"layers/(attention|ffn)/.*kernel"
 
@@ -50,7 +51,7 @@ class Mix(NamedTuple):
     texts: tuple[tuple[np.ndarray, ...], ...]  # tokens, by job and sample
     jobs: tuple[Job, ...]
     plan: Plan
-    control: tuple[Microbatch, ...]
+    control: Plan
     params: Any
     bank: jl.Adapter
     config: decoder.DecoderConfig
@@ -62,7 +63,7 @@ class Mix(NamedTuple):
 
 @functools.cache
 def encoded(name: str) -> tuple[np.ndarray, ...]:
-    """All texts of a corpus as tokens of base L, at most one microbatch each."""
+    """All texts of a corpus as tokens of base L, cut to one row each."""
     tokenizer = base_l.load().tokenizer
     parts = tokenizer.encode_batch(corpora.load(name, progress=False).texts)
     return tuple(np.asarray(p.ids[:CAPACITY], np.int32) for p in parts if len(p.ids) > 1)
@@ -96,19 +97,24 @@ def mix(seed: int, number: int) -> Mix:
                base.config)  # fmt: skip
 
 
-def in_order(jobs: tuple[Job, ...]) -> tuple[Microbatch, ...]:
+def in_order(jobs: tuple[Job, ...]) -> Plan:
     """Microbatches of one job each, samples as they come: the control."""
     out: list[Microbatch] = []
+    steps: list[tuple[int, ...]] = []
     for batch in range(BATCHES):
         for job in range(len(jobs)):
             held: list[Piece] = []
             for piece in pieces_of(jobs, (job,), batch):
                 if blocks([*held, piece], BLOCK) * BLOCK > CAPACITY:
                     out.append(tuple(held))
+                    steps.append(())
                     held = []
                 held.append(piece)
             out.append(tuple(held))
-    return tuple(out)
+            steps.append((job,))
+    made = Plan(tuple(out), tuple(steps), tuple((n,) for n in range(len(jobs))))
+    verify(made, jobs, CAPACITY, BLOCK)
+    return made
 
 
 SOLVER = optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
@@ -141,22 +147,27 @@ def packed_step(config: decoder.DecoderConfig) -> Callable[..., Any]:
     return jax.jit(advance)
 
 
-def run_packed(data: Mix, order: tuple[Microbatch, ...]) -> Any:
-    """All steps of all jobs in microbatches; the trained numbers, by job in front."""
+def run_packed(data: Mix, order: Plan) -> Any:
+    """All steps of all jobs in packed rows; the trained numbers, by job in front."""
     run = packed_step(data.config)
     state = step.start(data.bank.trainable, SOLVER)
-    left = {(j, b): BATCH for j in range(len(data.jobs)) for b in range(BATCHES)}
-    for microbatch in order:
-        row = layout.row(microbatch, data.tokens, CAPACITY, BLOCK)
-        counts, done = np.ones(len(data.jobs)), np.zeros(len(data.jobs), bool)
-        for p in microbatch:
-            counts[p.job] = sum(n - 1 for n in data.jobs[p.job].batches[p.batch])
-            left[p.job, p.batch] -= 1
-            done[p.job] |= not left[p.job, p.batch]
-        weights = (row.positions > 0) / np.repeat(counts[row.jobs], BLOCK)
-        inputs = tuple(t[None] for t in (*row, weights.astype(np.float32)))
+    for some in rows(order, ROWS):
+        done = np.zeros(len(data.jobs), bool)
+        done[list(some.steps)] = True
+        parts = [row_of(data, microbatch) for microbatch in some.microbatches]
+        inputs = tuple(np.stack(t) for t in zip(*parts, strict=True))
         state = run(state, data.bank, data.params, inputs, done)
     return jax.block_until_ready(state.trainable)
+
+
+def row_of(data: Mix, microbatch: Microbatch) -> tuple[np.ndarray, ...]:
+    """ids, positions, segments, jobs and weights of a microbatch: a mean over each batch."""
+    row = layout.row(microbatch, data.tokens, CAPACITY, BLOCK)
+    counts = np.ones(len(data.jobs))
+    for p in microbatch:
+        counts[p.job] = sum(n - 1 for n in data.jobs[p.job].batches[p.batch])
+    weights = (row.positions > 0) / np.repeat(counts[row.jobs], BLOCK)
+    return (*row, weights.astype(np.float32))
 
 
 @functools.cache
@@ -202,7 +213,7 @@ def measure(seed: int, number: int) -> dict[str, float]:
     """Seconds of the three ways on one draw, and by how much their results differ."""
     data = mix(seed, number)
     ways: dict[str, Callable[[], Any]] = {
-        "packed": lambda: run_packed(data, data.plan.microbatches),
+        "packed": lambda: run_packed(data, data.plan),
         "alone": lambda: run_alone(data),
         "in order": lambda: run_packed(data, data.control),
     }

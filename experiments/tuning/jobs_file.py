@@ -1,8 +1,9 @@
 """The file of many fine-tunings: what they share, and what each of them has of its own.
 
     base: smollm2                # or a checkpoint directory of Hugging Face
-    capacity: 512                # tokens per microbatch, a multiple of block
-    block: 32                    # a job's part of a microbatch is padded to whole blocks
+    capacity: 256                # tokens of a row, at least those of the longest example
+    rows: 4                      # per step
+    block: 16                    # a job's part of a row is padded to whole blocks
     lr: 2.0e-4                   # settings that all jobs share
     jobs:
       - {name: math, data: math.jsonl, rank: 16, lr: 1.0e-4}
@@ -32,7 +33,7 @@ SHARED = (
     "base", "base_name", "dtype", "quantize", "quantize_block", "long", "targets", "weight_decay",
     "clip", "remat",
 )  # fmt: skip
-CAPACITY, BLOCK, SAVE_EVERY = 512, 32, 50
+CAPACITY, ROWS, BLOCK, SAVE_EVERY = 256, 4, 16, 50
 
 
 class Task(NamedTuple):
@@ -46,9 +47,10 @@ class Jobs(NamedTuple):
     """The whole file."""
 
     tasks: tuple[Task, ...]
-    capacity: int  # tokens per microbatch
+    capacity: int  # tokens of a row
+    rows: int  # per step
     block: int  # tokens per block
-    save_every: int  # microbatches between checkpoints
+    save_every: int  # steps between checkpoints
 
 
 def read(path: str | Path) -> Jobs:
@@ -70,7 +72,7 @@ def read(path: str | Path) -> Jobs:
         raise ValueError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("jobs"), list) or not raw["jobs"]:
         raise ValueError(f"{source}: jobs: expected a list of at least one job")
-    own = {"capacity": CAPACITY, "block": BLOCK, "save_every": SAVE_EVERY}
+    own = {"capacity": CAPACITY, "rows": ROWS, "block": BLOCK, "save_every": SAVE_EVERY}
     numbers = {name: raw.get(name, default) for name, default in own.items()}
     for name, value in numbers.items():
         if type(value) is not int or value < 1:

@@ -1,8 +1,8 @@
 r"""Many fine-tunings of one base in packed steps: plan, train, write an adapter per job.
 
 The samples of each global batch of each job are known beforehand, so the plan of
-`jlora.packing.schedule` covers the whole run. A microbatch is one row of `capacity` tokens in which
-every block has the adapter of its job; a job steps where the plan says that its batch is complete.
+`jlora.packing.schedule` covers the whole run. A step takes some rows of `capacity` tokens in which
+every block has the adapter of its job; a job moves where the plan says that its batch is complete.
 The gradient of a batch is the mean over its learned tokens, as `experiments.finetune` has it.
 """
 
@@ -46,6 +46,7 @@ class Work(NamedTuple):
     documents: tuple[tuple[chat.Document, ...], ...]  # of each job
     order: tuple[tuple[tuple[int, ...], ...], ...]  # documents by job, global batch and sample
     plan: planner.Plan
+    steps: tuple[planner.Rows, ...]  # the plan, some microbatches at a time
     waste: planner.Waste
     key: str  # of the settings and of what they read
 
@@ -53,7 +54,7 @@ class Work(NamedTuple):
 class Run(NamedTuple):
     """All that changes during a run."""
 
-    number: Any  # int32 []: microbatches done
+    number: Any  # int32 []: steps done
     packed: step.State
     value: Any  # float32 [N]: loss of the global batch of each job, as far as it is done
     losses: Any  # float32 [N, steps]: of each step done
@@ -87,8 +88,8 @@ def prepare(jobs: Jobs, cache: Path | None = None) -> Work:
     planner.verify(made, planned, jobs.capacity, jobs.block)
     contents = [base.contents, *(digest(Path(t.settings.data)) for t in jobs.tasks)]
     return Work(
-        jobs, base, tuple(documents), tuple(order), made, planner.waste(made, planned, jobs.block),
-        _key(jobs, contents),
+        jobs, base, tuple(documents), tuple(order), made, planner.rows(made, jobs.rows),
+        planner.waste(made, planned, jobs.block), _key(jobs, contents),
     )  # fmt: skip
 
 
@@ -103,7 +104,8 @@ def _order(size: int, batch: int, steps: int, seed: int) -> tuple[tuple[int, ...
 
 def _key(jobs: Jobs, contents: list[str]) -> str:
     held = [[t.name, dataclasses.asdict(t.settings) | {"data": "", "base": ""}] for t in jobs.tasks]
-    blob = json.dumps([held, jobs.capacity, jobs.block, contents], sort_keys=True)
+    sizes = [jobs.capacity, jobs.rows, jobs.block]
+    blob = json.dumps([held, sizes, contents], sort_keys=True)
     return hashlib.sha256(blob.encode()).hexdigest()[:10]
 
 
@@ -116,8 +118,8 @@ def describe(work: Work) -> list[str]:
             f"  {task.name}: {len(held)} examples, {len(batches)} steps of {s.batch}, rank {s.rank}"
         )
     groups = ["+".join(work.jobs.tasks[m].name for m in g) for g in work.plan.groups]
-    w, count = work.waste, len(work.plan.microbatches)
-    out.append(f"{count} microbatches of {work.jobs.capacity} tokens; groups: {', '.join(groups)}")
+    w, size = work.waste, f"{work.jobs.rows} rows of {work.jobs.capacity} tokens"
+    out.append(f"{len(work.steps)} packed steps of {size}; groups: {', '.join(groups)}")
     out.append(f"padding {w.plan:.1%} (each job alone, padded to its longest: {w.naive:.1%})")
     return out
 
@@ -144,14 +146,18 @@ def solver(task: Task) -> optax.GradientTransformation:
     return optax.chain(*clip, optax.scale_by_adam(), decay, optax.scale(-1.0))
 
 
-def inputs(work: Work, microbatch: Microbatch) -> tuple[np.ndarray, ...]:
-    """ids, positions, segments [1, C], jobs [1, C / M], weights [1, C] of one microbatch.
+def inputs(work: Work, rows: planner.Rows) -> tuple[np.ndarray, ...]:
+    """ids, positions, segments [R, C], jobs [R, C / M], weights [R, C] of one step.
 
     Args:
       work: of the run.
-      microbatch: of its plan.
+      rows: of one step.
     """
+    parts = [_row(work, microbatch) for microbatch in rows.microbatches]
+    return tuple(np.stack(t) for t in zip(*parts, strict=True))
 
+
+def _row(work: Work, microbatch: Microbatch) -> tuple[np.ndarray, ...]:
     def document(piece: Piece) -> chat.Document:
         return work.documents[piece.job][work.order[piece.job][piece.batch][piece.sample]]
 
@@ -165,7 +171,7 @@ def inputs(work: Work, microbatch: Microbatch) -> tuple[np.ndarray, ...]:
         counts[job] = sum(int(d.learned[1:].sum()) for d in held)
     scale = np.repeat(1 / counts[row.jobs], work.jobs.block)
     weights = (weights * scale).astype(np.float32)
-    return tuple(t[None] for t in (*row, weights))
+    return (*row, weights)
 
 
 def make_step(work: Work, bank: Any) -> Any:
@@ -217,7 +223,7 @@ def run(work: Work, workdir: Path) -> dict[str, Any]:
       FloatingPointError: a loss that is not finite, naming job and step; the last good checkpoint
         is kept.
     """
-    tasks, plan = work.jobs.tasks, work.plan
+    tasks = work.jobs.tasks
     params = bases.prepare(work.base.read(), tasks[0].settings)
     fresh = adapters_of(work, params)
     bank = jl.stack(fresh)
@@ -232,15 +238,15 @@ def run(work: Work, workdir: Path) -> dict[str, Any]:
     advance = jax.jit(make_step(work, bank), donate_argnums=(1,))
     rates = [schedule(t.settings, len(b)) for t, b in zip(tasks, work.order, strict=True)]
     counts = np.asarray(state.counts).tolist()
-    with Progress(workdir, "train", len(plan.microbatches), "microbatch") as bar:
+    with Progress(workdir, "train", len(work.steps), "step") as bar:
         bar.step(int(state.number))
-        for number in range(int(state.number), len(plan.microbatches)):
+        for number in range(int(state.number), len(work.steps)):
             done = np.zeros(n, bool)
-            done[list(plan.steps[number])] = True
+            done[list(work.steps[number].steps)] = True
             rate = np.array([r(c) for r, c in zip(rates, counts, strict=True)], np.float32)
-            row = inputs(work, plan.microbatches[number])
+            row = inputs(work, work.steps[number])
             state = advance(params, state, row, done, rate)
-            for job in plan.steps[number]:
+            for job in work.steps[number].steps:
                 value = float(state.losses[job, counts[job]])
                 if not math.isfinite(value):
                     raise FloatingPointError(
@@ -251,7 +257,7 @@ def run(work: Work, workdir: Path) -> dict[str, Any]:
                 counts[job] += 1
                 bar.curve(counts[job], {f"loss/{tasks[job].name}": value})
             bar.step(1)
-            if (number + 1) % work.jobs.save_every == 0 or number + 1 == len(plan.microbatches):
+            if (number + 1) % work.jobs.save_every == 0 or number + 1 == len(work.steps):
                 save_tree(folder / f"step-{number + 1:06d}", state)
                 for old in checkpoints(folder)[:-KEPT]:
                     shutil.rmtree(old)

@@ -38,6 +38,13 @@ class Plan(NamedTuple):
     groups: grouping.Groups  # of indices of jobs
 
 
+class Rows(NamedTuple):
+    """Microbatches that run as the rows of one step."""
+
+    microbatches: tuple[Microbatch, ...]  # as many as there are rows; () is an empty row
+    steps: tuple[int, ...]  # jobs whose global batch is complete after them
+
+
 class Waste(NamedTuple):
     """What a plan computes for nothing."""
 
@@ -150,6 +157,40 @@ def verify(made: Plan, jobs: Sequence[Job], capacity: int, block: int, stages: i
             )
     if made.steps != _steps(jobs, made.microbatches):
         raise ValueError("plan: steps: expected each job's step at the end of its global batch")
+
+
+def rows(made: Plan, count: int) -> tuple[Rows, ...]:
+    """A plan in steps of several microbatches: tokens of one row attend to that row alone.
+
+    Attention of one row of C tokens takes C^2 products, of n rows of C / n tokens one n-th of it.
+
+    Args:
+      made: a plan for one stage.
+      count: rows per step, at least 1.
+
+    Returns:
+      All microbatches in their order; a step ends early where the next one would hold a second
+      global batch of a job, and is filled up with empty rows.
+
+    Raises:
+      ValueError: fewer than one row.
+    """
+    if count < 1:
+        raise ValueError(f"rows: got {count}, expected at least 1")
+    out: list[Rows] = []
+    held: list[Microbatch] = []
+    done: set[int] = set()
+    current: dict[int, int] = {}  # global batch of each job in the step
+    for microbatch, steps in zip(made.microbatches, made.steps, strict=True):
+        clash = any(current.get(p.job, p.batch) != p.batch for p in microbatch)
+        if clash or len(held) == count:
+            out.append(Rows((*held, *[()] * (count - len(held))), tuple(sorted(done))))
+            held, done, current = [], set(), {}
+        held.append(microbatch)
+        done |= set(steps)
+        current |= {p.job: p.batch for p in microbatch}
+    out.append(Rows((*held, *[()] * (count - len(held))), tuple(sorted(done))))
+    return tuple(out)
 
 
 def waste(made: Plan, jobs: Sequence[Job], block: int) -> Waste:

@@ -15,7 +15,7 @@ gradient is that of its own tokens, whatever the others are. Ranks may differ: `
 with zeros, whose gradients are zero.
 
 Reference: LoRAFusion, Zhu et al. 2025, arXiv:2510.00206 (FusedMultiLoRA).
-Deviates: a gather of factors and batched products in the place of a kernel; the scale is
+Deviates: a choice of factors and batched products in the place of a kernel; the scale is
 alpha / rank, where a comment of the official code says so and its code multiplies by alpha.
 """
 
@@ -76,12 +76,20 @@ class Segments(Wrapper):
                 f'Segments: got ctx["jobs"] {jobs.shape} for tokens {x.shape[:-1]}, expected one '
                 f"job per {self.block} tokens"
             )
-        a, b, scale = (p[PREFIX + name][jobs].astype(jnp.float32) for name in ("a", "b", "scale"))
+        a, b, scale = (_picked(p[PREFIX + name], jobs) for name in ("a", "b", "scale"))
         y = x @ w
         parts = x.astype(jnp.float32).reshape(*jobs.shape, self.block, x.shape[-1])
         thin = jnp.einsum("...mi,...ir->...mr", parts, a) * scale[..., None, None]
         delta = jnp.einsum("...mr,...ro->...mo", thin, b)
         return y + delta.reshape(*tokens, b.shape[-1]).astype(y.dtype)
+
+
+def _picked(bank: Array, jobs: Array) -> Array:
+    """The arrays of each block's job, float32: a product, so that its gradient is one too."""
+    chosen = jax.nn.one_hot(jobs, bank.shape[0], dtype=jnp.float32)
+    flat = bank.astype(jnp.float32).reshape(bank.shape[0], -1)
+    picked = jnp.matmul(chosen, flat, precision=jax.lax.Precision.HIGHEST)
+    return picked.reshape(*jobs.shape, *bank.shape[1:])
 
 
 def packed(bank: Adapter, block: int) -> Adapter:

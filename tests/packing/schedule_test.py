@@ -5,7 +5,7 @@ import pytest
 
 from jlora.packing import bins
 from jlora.packing.jobs import Job, Piece, blocks
-from jlora.packing.schedule import Plan, plan, verify, waste
+from jlora.packing.schedule import Plan, plan, rows, verify, waste
 
 
 def jobs(seed, count=5):
@@ -81,3 +81,27 @@ def test_two_batches_of_one_job_in_one_microbatch_are_seen():
     assert blocks(both[0], 8) == 1
     with pytest.raises(ValueError, match="two global batches of one job"):
         verify(Plan(both, ((0,),), ((0,),)), small, 8, 8)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_keep_the_order_and_hold_one_batch_of_a_job(seed, count):
+    held = jobs(seed)
+    made = plan(held, 32, 8, pack=bins.first_fit)
+    got = rows(made, count)
+    assert all(len(r.microbatches) == count for r in got)
+    assert tuple(m for r in got for m in r.microbatches if m) == made.microbatches
+    assert sum(len(r.steps) for r in got) == sum(len(j.batches) for j in held)
+    for r in got:
+        present = {(p.job, p.batch) for m in r.microbatches for p in m}
+        assert len(present) == len({job for job, _ in present})
+    if count == 1:
+        assert tuple(r.steps for r in got) == made.steps
+    else:
+        assert len(got) < len(made.microbatches)
+
+
+def test_a_second_batch_starts_a_new_step():
+    assert [r.microbatches for r in rows(GOOD, 2)] == [((A,), ()), ((B,), ())]
+    with pytest.raises(ValueError, match="rows: got 0"):
+        rows(GOOD, 0)

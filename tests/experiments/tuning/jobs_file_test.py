@@ -24,7 +24,7 @@ def write(folder, text):
 
 def test_a_job_overrides_what_is_shared(tmp_path):
     got = jobs_file.read(write(tmp_path, GOOD))
-    assert (got.capacity, got.block, got.save_every) == (64, 8, jobs_file.SAVE_EVERY)
+    assert (got.capacity, got.block, got.rows) == (64, 8, jobs_file.ROWS)
     a, b = (t.settings for t in got.tasks)
     assert [t.name for t in got.tasks] == ["a", "b"]
     assert (a.rank, a.lr, a.base) == (4, 1.0, str(tmp_path / "model"))

@@ -14,7 +14,9 @@ from experiments.tuning import jobs_file, run
 from jlora.models import decoder
 from tests.experiments.finetuning.conftest import CONFIG, chat, letters
 
-HEAD = "base: model\ncapacity: 64\nblock: 8\nsave_every: 2\nlr: 2.0e-2\nwarmup: 0.0\njobs:\n"
+HEAD = (
+    "base: model\ncapacity: 64\nrows: 2\nblock: 8\nsave_every: 2\nlr: 2.0e-2\nwarmup: 0.0\njobs:\n"
+)
 JOBS = {
     "short": "{name: short, data: short.jsonl, rank: 1, batch: 3, epochs: 2}",
     "long": "{name: long, data: long.jsonl, rank: 4, lr: 5.0e-3, batch: 2}",
@@ -63,7 +65,10 @@ def test_the_plan_is_that_of_the_data(together):
     assert work.waste.plan < work.waste.naive and work.waste.bubbles == 0
     assert any(len({p.job for p in m}) > 1 for m in work.plan.microbatches)
     said = "\n".join(run.describe(work))
-    assert "short: 4 examples, 3 steps of 3, rank 1" in said and "microbatches of 64" in said
+    assert (
+        "short: 4 examples, 3 steps of 3, rank 1" in said
+        and "packed steps of 2 rows of 64 tokens" in said
+    )
 
 
 def test_the_first_loss_is_the_mean_over_learned_tokens(folder, together):
