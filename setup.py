@@ -91,6 +91,7 @@ setup(
         "gguf": ["gguf>=0.17"],
         "glue": ["datasets>=4.0"],
         "serve": SERVE,
+        "ray": [*SERVE, "ray[serve]>=2.40"],
         "docs": DOCS,
         "stacks": STACKS,
         "stacks-easydel": EASYDEL,

@@ -173,9 +173,18 @@ def engine_of(args: argparse.Namespace, base: Base) -> tuple[Engine, shelf.Shelf
     return Engine(base.config, base.params, sites, fetch, count, limits), files
 
 
-def _serve(args: argparse.Namespace) -> int:
-    import uvicorn
+def service_of(args: argparse.Namespace) -> Dynamic:
+    """The whole service of the flags: `jlora.serving.server.app` makes an application of it.
 
+    Args:
+      args: of `parser`.
+
+    Returns:
+      A `jlora.serving.server.Service`, whose worker starts with the application.
+
+    Raises:
+      ValueError: as `read_base` and `engine_of`, or an adapter that has the name of the base.
+    """
     from jlora.serving import server
     from jlora.serving.worker import Worker
 
@@ -188,8 +197,16 @@ def _serve(args: argparse.Namespace) -> int:
     name = args.name or args.base.resolve().name
     if name in shelf.listed(files):
         raise ValueError(f"name: got {name!r}, which is an adapter; choose another by --name")
-    worker = Worker(engine, files)
-    service = server.Service(worker, base.tokenizer, name, base.ends, bounds)
+    return server.Service(Worker(engine, files), base.tokenizer, name, base.ends, bounds)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from jlora.serving import server
+
+    service = service_of(args)
+    worker = service.worker
     config = uvicorn.Config(
         server.app(service), log_config=None, access_log=False,
         timeout_graceful_shutdown=int(args.drain) or 1,
@@ -200,8 +217,8 @@ def _serve(args: argparse.Namespace) -> int:
     host, port = sock.getsockname()[:2]
     signal.signal(signal.SIGTERM, _quiet)  # uvicorn drains at it, then raises it once more
     signal.signal(signal.SIGINT, _quiet)
-    print(f"serving {name} and {len(shelf.listed(files))} adapters on http://{host}:{port}/v1",
-          flush=True)  # fmt: skip
+    count = len(shelf.listed(worker.shelf))
+    print(f"serving {service.base} and {count} adapters on http://{host}:{port}/v1", flush=True)
     uvicorn.Server(config).run(sockets=[sock])
     print(f"ended: {worker.state.measures.tokens} tokens generated", flush=True)
     return 1 if worker.failed else 0
