@@ -141,6 +141,7 @@ def chosen(
     kept, out = episode_training.parted(world, names)
     if not (out and steps):
         states = list(episode_training.rounds(world, names, steps, folder / "work_all", bar))
+        bar.step(steps)  # those of the choice, which is not made
         return states[-1], steps, []
     validation, part = [], 0
     for state in episode_training.rounds(world, kept, steps, folder / "work_kept", bar):
@@ -148,6 +149,7 @@ def chosen(
         validation.append(float(np.mean([_validated(of, name) for name in out])))
     part = min(int(np.argmax(validation)) * episode_training.ROUND, steps)
     states = list(episode_training.rounds(world, names, part, folder / "work_all", bar))
+    bar.step(steps - part)  # those that are not taken
     return states[-1], part, validation
 
 
