@@ -229,10 +229,10 @@ def measure(seed: int, number: int) -> dict[str, float]:
             begin = time.process_time()
             ways[name]()
             seconds[name].append(time.process_time() - begin)
-    lost = waste(data.plan, data.jobs, BLOCK)
+    lost = waste(rows(data.plan, ROWS), data.jobs, CAPACITY)
     greedy = plan(data.jobs, CAPACITY, BLOCK, pack=bins.first_fit)
     return {name: min(s) for name, s in seconds.items()} | {
-        "padding, packed": lost.plan, "padding, alone": lost.naive,
+        "padding, packed": lost.packed, "padding, alone": lost.alone,
         "microbatches": len(data.plan.microbatches),
         "microbatches by first fit": len(greedy.microbatches),
         "largest difference": max(float(a) for a, _ in pairs),

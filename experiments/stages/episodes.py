@@ -143,7 +143,7 @@ def chosen(
         states = list(episode_training.rounds(world, names, steps, folder / "work_all", bar))
         bar.step(steps)  # those of the choice, which is not made
         return states[-1], steps, []
-    validation, part = [], 0
+    validation: list[float] = []
     for state in episode_training.rounds(world, kept, steps, folder / "work_kept", bar):
         of = adapted(world, state)
         validation.append(float(np.mean([_validated(of, name) for name in out])))

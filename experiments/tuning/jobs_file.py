@@ -21,10 +21,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from experiments.config import wrong
 from experiments.finetuning.settings import Settings, check
+from jlora.cli.merge import documents
 
 OF_JOB = (
     "data", "rank", "alpha", "lr", "schedule", "warmup", "batch", "epochs", "steps", "seed",
@@ -60,16 +59,15 @@ def read(path: str | Path) -> Jobs:
       path: of the YAML file.
 
     Raises:
-      ValueError: no such file, no YAML, unknown or missing keys, a value out of range, names that
-        are equal or no plain names of folders: one line with file, job, got and expected.
+      ValueError: no such file, no YAML, a key twice, unknown or missing keys, a value out of range,
+        names that are equal or no plain names of folders: one line with file, job, got and
+        expected.
     """
     source = Path(path)
     try:
-        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: cannot be read as UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+        raw = documents.read(source)
+    except OSError as error:
+        raise ValueError(f"{source}: cannot be read ({error})") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("jobs"), list) or not raw["jobs"]:
         raise ValueError(f"{source}: jobs: expected a list of at least one job")
     own = {"capacity": CAPACITY, "rows": ROWS, "block": BLOCK, "save_every": SAVE_EVERY}
@@ -109,7 +107,7 @@ def _settings(where: str, source: Path, given: dict[str, Any]) -> Settings:
         if kind is float and type(value) is int:
             values[name] = value = float(value)
         if type(value) is not kind:
-            raise ValueError(f"{where}: {wrong(name, value, f'a {kind.__name__}')}")
+            raise ValueError(f"{where}: {wrong(name, value, kind.__name__)}")
     for name in ("data", "base"):
         if name in values and not (name == "base" and values[name] == "smollm2"):
             values[name] = str(source.parent / values[name])

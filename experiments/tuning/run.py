@@ -78,18 +78,19 @@ def prepare(jobs: Jobs, cache: Path | None = None) -> Work:
         s = task.settings
         held = [chat.document(base.tokenizer, r) for r in records.read(s.data)]
         held, _ = packing.fit(held, jobs.capacity, s.long)
-        steps = s.steps or math.ceil(s.epochs * len(held) / s.batch)
-        chosen = _order(len(held), s.batch, steps, s.seed)
+        count = s.steps or math.ceil(s.epochs * len(held) / s.batch)
+        chosen = _order(len(held), s.batch, count, s.seed)
         documents.append(tuple(held))
         order.append(chosen)
         lengths = tuple(tuple(len(held[i].ids) for i in batch) for batch in chosen)
         planned.append(Job(task.name, lengths))
     made = planner.plan(planned, jobs.capacity, jobs.block)
     planner.verify(made, planned, jobs.capacity, jobs.block)
+    steps = planner.rows(made, jobs.rows)
     contents = [base.contents, *(digest(Path(t.settings.data)) for t in jobs.tasks)]
     return Work(
-        jobs, base, tuple(documents), tuple(order), made, planner.rows(made, jobs.rows),
-        planner.waste(made, planned, jobs.block), _key(jobs, contents),
+        jobs, base, tuple(documents), tuple(order), made, steps,
+        planner.waste(steps, planned, jobs.capacity), _key(jobs, contents),
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def describe(work: Work) -> list[str]:
     groups = ["+".join(work.jobs.tasks[m].name for m in g) for g in work.plan.groups]
     w, size = work.waste, f"{work.jobs.rows} rows of {work.jobs.capacity} tokens"
     out.append(f"{len(work.steps)} packed steps of {size}; groups: {', '.join(groups)}")
-    out.append(f"padding {w.plan:.1%} (each job alone, padded to its longest: {w.naive:.1%})")
+    out.append(f"padding {w.packed:.1%} (each job alone, padded to its longest: {w.alone:.1%})")
     return out
 
 

@@ -46,11 +46,11 @@ class Rows(NamedTuple):
 
 
 class Waste(NamedTuple):
-    """What a plan computes for nothing."""
+    """What is computed for nothing."""
 
-    plan: float  # share of the computed tokens that are padding to whole blocks
-    naive: float  # the same, each job alone and its samples padded to the longest of the batch
-    bubbles: int  # empty microbatches
+    packed: float  # share of the computed tokens, those of whole rows, that are of no sample
+    alone: float  # the same, each job alone and its samples padded to the longest of the batch
+    empty: int  # rows that hold nothing: bubbles, and those that fill up a step
 
 
 def plan(
@@ -193,23 +193,23 @@ def rows(made: Plan, count: int) -> tuple[Rows, ...]:
     return tuple(out)
 
 
-def waste(made: Plan, jobs: Sequence[Job], block: int) -> Waste:
+def waste(steps: Sequence[Rows], jobs: Sequence[Job], capacity: int) -> Waste:
     """Padding of a plan, and of running each job alone.
 
     Args:
-      made: the plan.
-      jobs: what it is for.
-      block: tokens per block.
+      steps: of `rows`.
+      jobs: what the plan is for.
+      capacity: tokens of a row, all of which are computed.
 
     Returns:
       Shares of computed tokens that are no tokens of any sample.
     """
     batches = [b for job in jobs for b in job.batches]
     tokens = sum(sum(b) for b in batches)
-    packed = sum(blocks(m, block) for m in made.microbatches) * block
+    held = [m for step in steps for m in step.microbatches]
     padded = sum(len(b) * max(b) for b in batches)
-    empty = sum(not m for m in made.microbatches)
-    return Waste(1 - tokens / packed, 1 - tokens / padded, empty)
+    empty = sum(not m for m in held)
+    return Waste(1 - tokens / (len(held) * capacity), 1 - tokens / padded, empty)
 
 
 SYSTEM = System(

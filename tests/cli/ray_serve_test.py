@@ -37,7 +37,7 @@ def test_a_number_of_replicas_is_one(value):
 
 
 needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not part of the test extra: 300 MB"
+    importlib.util.find_spec("ray") is None, reason="ray is not part of the test extra: 240 MB"
 )
 
 

@@ -49,11 +49,11 @@ def test_it_is_better_than_the_greedy_rule_where_that_is_wrong():
 def test_the_greedy_rule_takes_the_longest_first():
     held = [Piece(0, 0, 0, 2), Piece(0, 0, 1, 7), Piece(1, 0, 0, 4)]
     made = bins.first_fit(held, 12, 4)
-    assert made == [(held[1], held[2]), (held[0],)] or made == [tuple(sorted(held))]
-    assert blocks(held, 4) == 3 + 1 and len(made) == 2  # 9 tokens of job 0 are three blocks
+    assert made == [(held[1], held[2]), (held[0],)]  # together they are four blocks, as 9 is three
+    assert blocks(held, 4) == 3 + 1
 
 
-def test_without_time_it_is_the_greedy_rule():
-    held = pieces(1, 40, 3)
-    assert bins.milp(held, 24, 4, seconds=0.0)
-    assert len(bins.milp(held, 24, 4, seconds=0.0)) <= len(bins.first_fit(held, 24, 4))
+def test_without_time_it_is_the_greedy_rule(monkeypatch):
+    held = [Piece(0, 0, i, n) for i, n in enumerate((4, 4, 5, 5, 3, 3, 3, 3))]
+    monkeypatch.setattr(bins, "_solve", lambda *a, **k: None)  # no solution within the limit
+    assert bins.milp(held, 10, 1) == bins.first_fit(held, 10, 1)

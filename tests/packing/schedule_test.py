@@ -28,13 +28,17 @@ def test_plans_hold(seed, stages):
     assert stages > 1 or all(made.microbatches)  # without a pipeline there are no bubbles
 
 
-def test_a_plan_wastes_less_than_jobs_on_their_own():
+def test_waste_counts_whole_rows():
     held = jobs(3)
-    got = waste(plan(held, 64, 8), held, 8)
+    made = plan(held, 64, 8)
+    got = waste(rows(made, 4), held, 64)
     tokens = sum(sum(b) for j in held for b in j.batches)
     padded = sum(len(b) * max(b) for j in held for b in j.batches)
-    assert got.naive == pytest.approx(1 - tokens / padded)
-    assert 0 < got.plan < got.naive and got.bubbles == 0
+    assert got.alone == pytest.approx(1 - tokens / padded)
+    steps = len(rows(made, 4))
+    assert got.packed == pytest.approx(1 - tokens / (4 * 64 * steps))
+    assert got.empty == 4 * steps - len(made.microbatches) > 0
+    assert waste(rows(made, 1), held, 64).packed < got.packed  # empty rows are computed too
 
 
 def test_neighbours_join_where_they_fit():
@@ -50,7 +54,7 @@ def test_a_pipeline_waits_for_weights():
     assert plan(held, 8, 8, 1).microbatches == tuple((Piece(0, g, 0, 8),) for g in range(3))
     waits = plan(held, 8, 8, 3)
     assert [bool(m) for m in waits.microbatches] == [True, False, False, True, False, False, True]
-    assert waste(waits, held, 8).bubbles == 4
+    assert waste(rows(waits, 1), held, 8).empty == 4
     with pytest.raises(ValueError, match="stages: got 0"):
         plan(held, 8, 8, 0)
 

@@ -62,7 +62,8 @@ def test_the_plan_is_that_of_the_data(together):
     assert [len(b) for b in work.order] == [3, 2, 3]  # two epochs of 4 by 3, one of 3 by 2, 3 steps
     short = sum(work.order[0], ())
     assert sorted(short[:4]) == sorted(short[4:8]) == [0, 1, 2, 3]  # the last step is filled up
-    assert work.waste.plan < work.waste.naive and work.waste.bubbles == 0
+    tokens = sum(len(work.documents[n][i].ids) for n in range(3) for b in work.order[n] for i in b)
+    assert work.waste.packed == pytest.approx(1 - tokens / (len(work.steps) * 2 * 64))
     assert any(len({p.job for p in m}) > 1 for m in work.plan.microbatches)
     said = "\n".join(run.describe(work))
     assert (
