@@ -20,13 +20,16 @@ The shared kernels start as
 
 Then both are trained. At full rank the model is the original one, at r = 0 a recursive transformer
 with tied layers. The model itself is not changed: `looped` gives it parameters of all L layers, of
-which K are stored, and a cache holds keys and values of every depth.
+which K are stored, and a cache holds keys and values of every depth. `by_depth` gives the adapter
+as a bank of L / K adapters of the block, one per run of it, for early exits
+(`jlora.pruning.early_exit`) and rows of different depth (`jlora.models.decoder.depth_batching`).
 
 Reference: Bae et al. 2024, arXiv:2410.20672, of which the abstract and summaries were read; a later
     code base of the same first author for the indices of *stepwise* and the means of *average*.
 Deviates: leaves that `own` names (norms and biases) stay per layer, so that full rank is exact.
 """
 
+import dataclasses
 import re
 from typing import Literal
 
@@ -154,6 +157,37 @@ def relaxed(adapter: Adapter, params: Tree, shared: Tree) -> Adapter:
     return adapter.replace(trainable=trainable)
 
 
+def by_depth(adapter: Adapter, blocks: int) -> Adapter:
+    """The adapter of all layers as a bank of adapters of the shared block, one per run of it.
+
+    Args:
+      adapter: of the looped model; each of its arrays has the L layers on its first axis.
+      blocks: K, a divisor of L.
+
+    Returns:
+      A bank of L / K, whose entry j holds the factors of layers j K to (j + 1) K - 1.
+
+    Raises:
+      ValueError: a site that is not a stack, arrays without the axis of layers, or a number of
+        blocks that does not divide them.
+    """
+    sites = []
+    for site, method in adapter.sites:
+        own, shared = adapter.arrays(site)
+        depth = site.shape[0]
+        if site.kinds[0] != "s" or shared or any(t.shape[:1] != (depth,) for t in own.values()):
+            raise ValueError(
+                f"{site.path}: got axes {site.kinds!r}, expected a stack with arrays of each layer"
+            )
+        if blocks < 1 or depth % blocks:
+            raise ValueError(f"blocks: got {blocks}, expected a divisor of {depth} layers")
+        sites.append((dataclasses.replace(site, shape=(blocks, *site.shape[1:])), method))
+    cut = jax.tree.map(
+        lambda t: t.reshape(-1, blocks, *t.shape[1:]), (adapter.trainable, adapter.frozen)
+    )
+    return Adapter(*cut, tuple(sites))
+
+
 SYSTEM = System(
     name="Relaxed Recursive Transformers",
     paper="Bae 2024, 2410.20672",
@@ -161,5 +195,5 @@ SYSTEM = System(
     evidence="full rank is the original model; errors are the tails of singular values, by numpy",
     rows=(19,),
     claim="relaxed_recursive",
-    missing="early exit, depth-wise batching",
+    missing="compared with a model of as many parameters that is trained alone",
 )

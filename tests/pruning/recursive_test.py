@@ -1,5 +1,6 @@
 """Tied layers with LoRA per depth: exact at full rank, tails of singular values below it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 
 import jlora as jl
 from jlora.models import decoder
-from jlora.pruning.recursive import STARTS, looped, relaxed, tied
+from jlora.models.decoder import loops
+from jlora.pruning.recursive import STARTS, by_depth, looped, relaxed, tied
 
 CONFIG = decoder.DecoderConfig(
     "llama", vocab=20, layers=6, width=8, heads=2, kv_heads=1, head_width=4, ffn=12,
@@ -87,6 +89,23 @@ def test_full_rank_is_the_original_model_and_rank_one_is_not(params):
     assert np.abs(narrow[1] - want).max() > 0.05
 
 
+def test_a_bank_by_depth_is_the_adapter_run_by_run(params):
+    shared = tied(params, 2)
+    adapter = adapter_of(params, shared, 2)
+    bank, run = by_depth(adapter, 2), jax.jit(functools.partial(loops.exits, config=CONFIG))
+    merged = jl.merge(looped(shared, 6), adapter)
+    after = run(shared, bank, IDS)
+    np.testing.assert_allclose(after[-1], jax.jit(RUN)(merged, IDS).logits, atol=1e-5)
+    config = dataclasses.replace(CONFIG, layers=4)
+    short = jax.jit(functools.partial(decoder.forward, config=config))
+    first = {**merged, "layers": jax.tree.map(lambda t: t[:4], merged["layers"])}
+    np.testing.assert_allclose(after[1], short(first, IDS).logits, atol=1e-5)
+    turned = jax.tree.map(lambda t: t[::-1], bank)
+    assert np.abs(run(shared, turned, IDS)[0] - after[0]).max() > 1e-2, "mutation: other depths"
+    name, own = next(iter(adapter.trainable.items()))
+    np.testing.assert_array_equal(bank[1].trainable[name]["a"], own["a"][2:4])
+
+
 def test_the_average_leaves_least_and_the_starts_are_the_named_layers(params):
     left = {}
     for start in STARTS:
@@ -120,6 +139,7 @@ def test_norms_stay_per_layer_and_a_shared_kernel_learns_from_every_loop(params)
         (lambda p: tied(p, 2, "upper"), "start: got 'upper'"),
         (lambda p: tied(p, 2, stack="blocks/.*"), "stack: got 0 leaves"),
         (lambda p: looped(tied(p, 2), 5), "expected a divisor of 5"),
+        (lambda p: by_depth(adapter_of(p, tied(p, 2), 1), 4), "blocks: got 4"),
         (lambda p: adapter_of(p, tied(p, 2), 9), "rank: got 9, expected at most 4"),
     ],
 )
