@@ -66,6 +66,8 @@ def plan(settings: Settings, cache: Path | None = None) -> Plan:
         examples = records.read(settings.eval_data)[: settings.samples]
         prompts = tuple(chat.prompt(base.tokenizer, record) for record in examples)
     steps = settings.steps or math.ceil(settings.epochs * len(rows.ids) / settings.batch)
+    prepare = functools.partial(bases.prepare, settings=settings)
+    adapters.check(jax.eval_shape(prepare, dense), base.config, settings)
     longest = max((len(ids) for ids, _ in prompts), default=0)
     if longest + settings.sample_tokens > base.config.max_positions:
         raise ValueError(

@@ -35,7 +35,9 @@ class Settings:
         "data", "error", "what becomes of an example longer than a row", ("error", "drop")
     )
     pack: bool = setting("data", True, "several examples per row; false: one")
-    method: str = setting("adapter", "LoRA", "any class of jlora.methods")
+    method: str = setting(
+        "adapter", "LoRA", "any class of jlora.methods; of a wrapper 'Decomposed(LoKr)'"
+    )
     rank: int = setting("adapter", 8, "rank; 0: the method has none, or its default", range=">= 0")
     alpha: float = setting(
         "adapter", 16.0, "alpha; 0: the method has none, or its default", range=">= 0"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 
 import jax
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 import jlora as jl
+from experiments.finetuning import adapter as adapters
 from experiments.finetuning import run, train
 from experiments.finetuning.settings import check
 from experiments.workdir import StageError
+from jlora import methods
 from jlora.io import safetensors_file
 from jlora.models import decoder
 
@@ -68,8 +71,6 @@ def test_peft_has_the_same_logits(finished, tiny):
 
 
 def test_an_adapter_to_continue_from_must_be_of_this_base(finished, settings):
-    from experiments.finetuning import adapter as adapters
-
     _, workdir, plan = finished
     params = plan.base.read()
     like = adapters.fresh(jax.random.key(9), params, plan.base.config, settings)
@@ -111,6 +112,75 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert int(again.step) == 4 and again.trainable["a"].tolist() == [4, 4]
     with pytest.raises(StageError, match=r"step-000004: .*a: expected shape \(3,\)"):
         train.resume(tmp_path, state._replace(trainable={"a": jnp.zeros(3)}), place)
+
+
+@pytest.mark.parametrize(
+    ("change", "want"),
+    [
+        ({}, jl.LoRA(2, alpha=4.0)),
+        ({"method": "decomposed(lora)"}, methods.Decomposed(jl.LoRA(2, alpha=4.0))),
+        (
+            {"method": "Decomposed(LoHa)", "method_args": '{"Decomposed": {"by": "in"}}'},
+            methods.Decomposed(methods.LoHa(2, alpha=4.0), by="in"),
+        ),
+        (
+            {"method": "Decomposed(Residual(LoRA))", "method_args": '{"dropout": 0.5}'},
+            methods.Decomposed(methods.Residual(jl.LoRA(2, alpha=4.0, dropout=0.5))),
+        ),
+    ],
+)
+def test_a_method_is_named_with_its_wrappers(settings, change, want):
+    assert adapters.method(dataclasses.replace(settings, **change)) == want
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "LoRR"}, r"got 'LoRR', expected one of ALLoRA, .*LoRA.*; or a METHOD of them "
+         r"in Decomposed\(METHOD\), .*Residual\(METHOD\)"),
+        ({"method": "Residual"}, "got 'Residual', expected one of ALLoRA"),
+        ({"method": "LoRA(LoRA)"}, r"got 'LoRA\(LoRA\)'"),
+        ({"method": "Residual(LoRA"}, r"got 'Residual\(LoRA'"),
+        ({"method": "Residual(LoRA)", "method_args": '{"Residual": {"by": "in"}}'},
+         r"expected Residual: a JSON object of \[\]"),
+        ({"method": "Decomposed(LoRA)", "method_args": '{"by": "in"}'},
+         r"expected LoRA: a JSON object of \['dropout', .*'Decomposed'\]"),
+        ({"method": "Residual(IA3)", "rank": 0, "alpha": 0.0},
+         "Residual: expected a method with factors"),
+        ({"method": "HRA"}, "alpha: got 4.0, expected 0: HRA has"),
+    ],
+)  # fmt: skip
+def test_a_method_that_is_none_is_refused(settings, change, said):
+    with pytest.raises(ValueError, match=said):
+        adapters.method(dataclasses.replace(settings, **change))
+
+
+def test_what_a_step_cannot_train_is_refused_before_it_starts(settings):
+    for name in ("TokenMask", "MixLoRA"):
+        s = dataclasses.replace(settings, method=f"{name}(LoRA)")
+        with pytest.raises(ValueError, match=rf"method: {name}\(.*: {name}: "):
+            run.plan(s)
+
+
+def test_a_frozen_copy_is_a_buffer_of_its_own(settings):
+    """Trained arrays are donated to the step, which reads the frozen ones too."""
+    s = dataclasses.replace(settings, method="Residual(LoRA)", targets=".*query/kernel")
+    config, params = decoder.load(s.base)
+    leaves = jax.tree.leaves(adapters.fresh(jax.random.key(0), params, config, s))
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves) == 5
+
+
+def test_the_memory_of_a_wrapped_method_is_stated(settings):
+    plain, wrapped = (
+        run.dry(run.plan(dataclasses.replace(settings, method=name, max_length=12, batch=2)))
+        for name in ("LoRA", "Decomposed(LoRA)")
+    )
+    count = [
+        int(re.search(r"([\d,]+) trained", x[0])[1].replace(",", "")) for x in (plain, wrapped)
+    ]
+    outputs = 2 * (32 + 2 * 16 + 16 + 2 * 32 + 16)  # a length per column, of two layers
+    assert count[1] - count[0] == outputs
+    assert "memory per device" in wrapped[2]
 
 
 @pytest.mark.parametrize(
