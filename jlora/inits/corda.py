@@ -103,6 +103,7 @@ def of_adapter(
     return filled(adapter, params, rule, name="CorDA", statistics=statistics)
 
 
+@jax.jit  # else its loop is compiled anew in every call
 def damped(c: Float[Array, "d d"]) -> tuple[Array, Array]:
     """A second moment with so much added to its diagonal that it can be inverted, and its inverse.
 

@@ -1,5 +1,7 @@
 """A function of a stack and a transposed head, with data, for all initialisations."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,28 @@ class World:
 @pytest.fixture(scope="session")
 def world():
     return World()
+
+
+class Compilations(logging.Handler):
+    """The names of the programs that XLA compiled while it listens to JAX's log."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def emit(self, record):
+        said = record.getMessage()
+        if said.startswith("Finished XLA compilation of"):
+            self.names.append(said.split()[4])
+
+
+@pytest.fixture
+def compilations():
+    """Programs that are compiled during a test."""
+    listener, log = Compilations(), logging.getLogger("jax")
+    log.addHandler(listener)
+    try:
+        with jax.log_compiles():
+            yield listener.names
+    finally:
+        log.removeHandler(listener)

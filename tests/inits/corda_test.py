@@ -38,6 +38,16 @@ def test_value(world):
     check_value(world, started(world), slice(0, 2))
 
 
+def test_a_second_call_compiles_nothing(world, compilations):
+    started(world)
+    compilations.clear()
+    again = started(world)
+    assert not compilations
+    jnp.zeros((3, 5, 7)) + jnp.ones((3, 5, 1))  # a shape that nothing else here has
+    assert compilations, "mutation: what is compiled is seen"
+    world.unchanged(again)
+
+
 def test_the_least_used_directions(world):
     check_value(world, started(world, mode="kpm"), slice(-2, None))
 

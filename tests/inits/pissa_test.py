@@ -42,6 +42,16 @@ def adapter():
     return adapter_of(PiSSA(rank=3, alpha=6.0))
 
 
+def test_a_second_randomised_start_compiles_nothing(adapter, compilations):
+    key, params = jax.random.key(4), drawn(1)
+    compilations.clear()
+    of_adapter(KEY, adapter, drawn(0), niter=2)
+    first = list(compilations)
+    compilations.clear()
+    of_adapter(key, adapter, params, niter=2)
+    assert first and not compilations
+
+
 def check_value(adapter, params):
     got = of_adapter(KEY, adapter, params)
     for path, w in params.items():

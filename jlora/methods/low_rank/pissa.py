@@ -19,6 +19,7 @@ Deviates: frozen leaves instead of an edited base; exporters fold them into the 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -35,6 +36,7 @@ from jlora.system import System
 from jlora.types import Dynamic
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "niter"))  # else its loop is compiled anew
 def randomized_svd(
     key: PRNGKeyArray, w: Float[Array, "m n"], rank: int, niter: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
