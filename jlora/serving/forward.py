@@ -92,7 +92,7 @@ def step(
     config: decoder.DecoderConfig,
     data: Float[Array, "P W"],
     params: Tree,
-    bank: Adapter,
+    bank: Adapter | None,
     batch: Batch,
 ) -> Step:
     """Logits of the next tokens, and the pool with the keys and values of those given.
@@ -101,14 +101,14 @@ def step(
       config: the architecture.
       data: the pool; its memory is used for the new one.
       params: weights of the base.
-      bank: components of the adapters of the batch.
+      bank: components of the adapters of the batch; None: the base alone, for all rows.
       batch: the rows.
 
     Returns:
       Pool and logits.
     """
     run = functools.partial(decoder.forward, config=config)
-    tuned: Callable[..., Dynamic] = lift(run)
+    tuned: Callable[..., Dynamic] = run if bank is None else lift(run)
     b, t = batch.ids.shape
     page = (2, config.layers, config.kv_heads, config.head_width)
     old = data[batch.table].reshape(b, -1, *page).astype(config.dtype)
@@ -117,10 +117,8 @@ def step(
     def one(adapter: Array, ids: Array, start: Array, last: Array, old: Array) -> Dynamic:
         positions = start + jnp.arange(t, dtype=jnp.int32)
         cache = decoder.Cache(old[0][:, None], old[1][:, None])
-        out = tuned(
-            params, components.for_row(bank, adapter), ids[None], positions[None], None, cache,
-            last[None],
-        )  # fmt: skip
+        own = () if bank is None else (components.for_row(bank, adapter),)
+        out = tuned(params, *own, ids[None], positions[None], None, cache, last[None])
         new = jnp.stack([out.cache.key[:, 0], out.cache.value[:, 0]])
         new = jax.lax.dynamic_slice_in_dim(new, start, t, axis=2)
         return out.logits[0, 0], jnp.moveaxis(new, 2, 0).reshape(t, -1)
