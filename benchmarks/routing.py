@@ -20,6 +20,7 @@ gates) as ``grad_ratio_vs_loop`` and ``grad_ratio_vs_torch_loop`` (PEFT's expert
 import functools
 import operator
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,9 +120,11 @@ def peft_layer(given: Case) -> Callable[[], torch.Tensor]:
     experts, width, rank = given.a.shape
     module = torch.nn.Sequential(torch.nn.Linear(width, given.w.shape[1], bias=False))
     names = [f"e{k}" for k in range(experts)]
-    for name in names:
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
-        inject_adapter_in_model(config, module, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is more than one adapter
+        for name in names:
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
+            inject_adapter_in_model(config, module, adapter_name=name)
     layer: Any = module[0]
     layer.set_adapter(names)
     with torch.no_grad():
