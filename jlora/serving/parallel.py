@@ -34,7 +34,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.core.adapter import Adapter
@@ -90,6 +90,25 @@ class Layout:
           The same numbers.
         """
         return jax.lax.with_sharding_constraint(data, self.sharding(None, self.axis))
+
+
+def over(devices: int) -> Layout:
+    """A layout over the first devices there are.
+
+    Args:
+      devices: D.
+
+    Returns:
+      The layout.
+
+    Raises:
+      ValueError: there are fewer, or D does not divide 16.
+    """
+    known = jax.devices()
+    if devices > len(known):
+        raise ValueError(f"devices: got {devices}, expected at most {len(known)}, those there are")
+    kind = (AxisType.Auto,)
+    return Layout(jax.make_mesh((devices,), ("tensor",), axis_types=kind, devices=known[:devices]))
 
 
 def place(layout: Layout, config: DecoderConfig, params: Tree) -> Tree:

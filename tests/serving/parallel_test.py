@@ -32,8 +32,7 @@ def world():
     sites = forward.adaptable(CONFIG, params, TARGETS)
     draw, size = np.random.default_rng(0), components.size(sites)
     flat = {n: (0.2 * draw.normal(size=(r, size))).astype("f4") for n, r in RANKS.items()}
-    mesh = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))
-    return params, sites, flat, parallel.Layout(mesh)
+    return params, sites, flat, parallel.over(8)
 
 
 def inputs(world, layout):
@@ -155,7 +154,7 @@ def test_refusals(world):
     odd = {"layers": {"ffn": {"up": {"kernel": jnp.ones((2, 24, 30))}}}}
     with pytest.raises(ValueError, match=r"layers/ffn/up/kernel: got \(2, 24, 30\)"):
         parallel.place(layout, CONFIG, odd)
-    three = jax.make_mesh((3,), ("tensor",), devices=jax.devices()[:3],
-                          axis_types=(AxisType.Auto,))  # fmt: skip
     with pytest.raises(ValueError, match="got 3 devices, expected a divisor of 16"):
-        parallel.Layout(three)
+        parallel.over(3)
+    with pytest.raises(ValueError, match="devices: got 9, expected at most 8"):
+        parallel.over(9)
