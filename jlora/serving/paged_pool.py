@@ -285,6 +285,7 @@ SYSTEM = Server(
         "tests/serving/shelf_test.py",
         "tests/serving/engine_test.py",
         "tests/serving/parallel_test.py",
+        "tests/serving/endurance_test.py",
         "tests/serving/server_test.py",
         "tests/cli/serve_test.py",
     ),
