@@ -33,6 +33,8 @@ RUNS: dict[str, tuple[str, ...]] = {  # name of a run: module and options
     "many_adapters": ("many_adapters",),
     "many_adapters_plain": ("many_adapters", "--plain-malloc"),
     "mixed_batch": ("mixed_batch",),
+    "serving": ("serving",),
+    "routing": ("routing",),
     "merge_export": ("merge_export",),
     "trace_time": ("trace_time",),
     "flops": ("flops",),
@@ -119,6 +121,26 @@ def _starts() -> list[Row]:
     return rows
 
 
+def _routing() -> list[Row]:
+    """Per number of experts and tokens, the fastest back-end against loops."""
+    rows = []
+    for size in ("8x1024", "28x1024", "8x8", "28x8"):
+        rows += [
+            Row("routing", f"{size}/ratio_vs_loop", f"loop / routing, {size}", (">=", 1.0)),
+            Row("routing", f"{size}/ratio_vs_torch_loop", "torch's loop by indices", (">=", 1.0)),
+            Row("routing", f"{size}/ratio_vs_peft", "PEFT's X-LoRA layer", (">=", 1.0)),
+            Row("routing", f"{size}/default_over_best", "the default back-end / the fastest"),
+            Row("routing", f"{size}/grad_ratio_vs_loop", "loop, with gradients", (">=", 1.0)),
+            Row(
+                "routing",
+                f"{size}/grad_ratio_vs_torch_loop",
+                "torch's loop, with gradients",
+                (">=", 1.0),
+            ),
+        ]
+    return rows
+
+
 STARTS = {  # of benchmarks.initialisations
     "pissa": "PiSSA, 24 sites of 1024²",
     "pissa_4": "PiSSA, randomised",
@@ -140,6 +162,14 @@ MIXED = (
     ("overhead_ratio_at_best", "PEFT's overhead / that of one adapter for all rows", None),
     ("recompiles", "compilations when adapters are swapped", ("<=", 0)),
 )
+SERVING = (
+    ("throughput_vs_swap", "one adapter at a time / mixed, Zipf over 200", (">=", 2.0)),
+    ("throughput_vs_padded", "all of the largest rank / mixed ranks", (">=", 1.0)),
+    ("overhead_vs_base", "32 adapters of ranks 4 to 64 / base alone", ("<=", 1.15)),
+    ("overhead_of_small", "32 adapters of rank 4 / base alone", ("<=", 1.15)),
+    ("overhead_at_best", "one adapter of rank 16 / base alone", None),
+    ("logits_difference", "logits, served - merged, largest", ("<=", 1e-3)),
+)
 
 
 ROWS = [
@@ -151,6 +181,8 @@ ROWS = [
     *_methods(),
     *_adapters(),
     *(Row("mixed_batch", *row) for row in MIXED),
+    *(Row("serving", *row) for row in SERVING),
+    *_routing(),
     *_adapters("_plain", ", plain malloc"),
     Row("merge_export", "ratio_vs_peft", "merge_and_unload / merge, in place", (">=", 1.0)),
     Row("merge_export", "ratio_vs_peft_new", "merge_and_unload / merge into new weights"),

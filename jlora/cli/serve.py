@@ -22,7 +22,7 @@ from typing import NamedTuple
 from jlora.io.json_file import read_json
 from jlora.io.presets import llama
 from jlora.models import decoder
-from jlora.serving import forward, pages, schedule, shelf
+from jlora.serving import forward, pages, parallel, schedule, shelf
 from jlora.serving.paged_pool import pages_of_component
 from jlora.serving.state import Engine
 from jlora.types import Dynamic, Tree
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--targets", default=r"layers/.*kernel", help=targets)
     p.add_argument("--max_rank", type=int, default=64, help="of an adapter")
     p.add_argument("--memory", type=int, default=512, help="MiB of pages, for adapters and caches")
+    p.add_argument("--devices", type=int, default=1, help="that base and pages are split over")
     p.add_argument("--rows", type=int, default=8, help="requests that run at once")
     p.add_argument("--max_adapters", type=int, default=8, help="different ones that run at once")
     p.add_argument("--queue", type=int, default=256, help="requests that wait at most")
@@ -150,13 +151,13 @@ def engine_of(args: argparse.Namespace, base: Base) -> tuple[Engine, shelf.Shelf
       The engine and the shelf.
 
     Raises:
-      ValueError: no folder, no such weights, a limit below 1, or too little memory for one adapter
-        of the largest rank.
+      ValueError: no folder, no such weights, a limit below 1, too little memory for one adapter of
+        the largest rank, or devices that are not there or do not divide the base's heads.
     """
     if not args.adapters.is_dir():
         raise ValueError(f"adapters: got {args.adapters}, expected a folder of PEFT directories")
-    for name in ("max_rank", "memory", "rows", "max_adapters", "queue", "max_tokens", "max_body",
-                 "patience", "timeout", "drain"):  # fmt: skip
+    for name in ("max_rank", "memory", "devices", "rows", "max_adapters", "queue", "max_tokens",
+                 "max_body", "patience", "timeout", "drain"):  # fmt: skip
         if getattr(args, name) <= 0:
             raise ValueError(f"{name}: got {getattr(args, name)}, expected above 0")
     sites = forward.adaptable(base.config, base.params, args.targets)
@@ -170,7 +171,11 @@ def engine_of(args: argparse.Namespace, base: Base) -> tuple[Engine, shelf.Shelf
     limits = schedule.Limits(args.rows, args.max_adapters, args.queue, args.patience)
     files = shelf.Shelf(args.adapters, sites, llama(), args.max_rank)
     fetch = functools.partial(shelf.read, files)
-    return Engine(base.config, base.params, sites, fetch, count, limits), files
+    layout, params = None, base.params
+    if args.devices > 1:
+        layout = parallel.over(args.devices)
+        params = parallel.place(layout, base.config, params)
+    return Engine(base.config, params, sites, fetch, count, limits, layout), files
 
 
 def service_of(args: argparse.Namespace) -> Dynamic:

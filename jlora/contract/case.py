@@ -180,7 +180,11 @@ class Case:
         self.method, self.lift, self.merge = method, lift, merge
         self.jit = functools.partial(jax.jit, compiler_options=dict(options))
         self.x, self.target = draw(0, 4, 5, 8), draw(1, 4, 5, 8)
-        self.ctx = {"tokens": draw(2, 4, 5) > 0, "hidden": draw(3, 4, 5, 6)}
+        self.ctx = {
+            "tokens": draw(2, 4, 5) > 0,
+            "hidden": draw(3, 4, 5, 6),
+            "user": draw(4, 4, 5, 3),
+        }
         layers = {name: draw(10 + k, 2, *s) for k, (name, s) in enumerate(SHAPES.items())}
         self.pattern = PATTERN
         if type(method).vectors:

@@ -31,6 +31,7 @@ from jlora.methods.routed.flylora import FlyLoRA as FlyLoRA
 from jlora.methods.routed.lora_mixer import LoRAMixer as LoRAMixer
 from jlora.methods.routed.meteora import MeteoRA as MeteoRA
 from jlora.methods.routed.mixlora import MixLoRA as MixLoRA
+from jlora.methods.routed.reclora import RecLoRA as RecLoRA
 from jlora.methods.routed.smora import SMoRA as SMoRA
 from jlora.methods.routed.xlora import XLoRA as XLoRA
 from jlora.methods.selective.beft import BEFT as BEFT

@@ -21,6 +21,7 @@ Reference: Sheng et al. 2023, arXiv:2311.03285 (S-LoRA); Yu et al. 2022, Orca (O
 Deviates: prompts run one at a time, each before the step of the batch.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -28,9 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.adapter import Adapter
+from jlora.core.site import Site
 from jlora.serving import components, forward, metrics, pages, schedule
 from jlora.serving.forward import Batch
 from jlora.serving.paged_pool import gather, in_pages, in_use, pages_of_component
+from jlora.serving.parallel import Layout, split
 from jlora.serving.state import Engine, Event, Row, State, Work
 
 TOKENS = 16  # smallest bucket of tokens
@@ -181,17 +184,31 @@ def _load(engine: Engine, state: State, request: schedule.Request) -> State:
     size = pages.bucket(len(rows), TOKENS)
     where = jnp.asarray(pages.padded(own, size, engine.pages))
     rows = jnp.asarray(np.pad(rows, ((0, size - len(rows)), (0, 0))))
-    data = _write(state.data, where, rows)
+    data = _write(state.data, where, rows, engine.layout)
     return state._replace(table=pages.pin(table, name), data=data, active=None, bank=None)
 
 
-_write = jax.jit(pages.write, donate_argnums=0)
-_gather = jax.jit(gather, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _write(data: jax.Array, where: jax.Array, rows: jax.Array, layout: Layout | None) -> jax.Array:
+    data = pages.write(data, where, rows)
+    return data if layout is None else layout.pages(data)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _gather(
+    data: jax.Array,
+    where: jax.Array,
+    owner: jax.Array,
+    sites: tuple[Site, ...],
+    layout: Layout | None = None,
+) -> Adapter:
+    bank = gather(data, where, owner, sites)
+    return bank if layout is None else split(layout, bank)
 
 
 def _bank(engine: Engine, state: State, names: tuple[str, ...]) -> Adapter:
     where, owner = in_use(state.table, names, _per(engine))
-    return _gather(state.data, jnp.asarray(where), jnp.asarray(owner), engine.sites)
+    return _gather(state.data, jnp.asarray(where), jnp.asarray(owner), engine.sites, engine.layout)
 
 
 def _prompt(engine: Engine, state: State, row: Row) -> tuple[State, int]:
@@ -237,7 +254,7 @@ def _ints(values: object) -> jax.Array:
 
 
 def _run(engine: Engine, state: State, bank: Adapter, batch: Batch) -> tuple[State, forward.Step]:
-    out = forward.step(engine.config, state.data, engine.params, bank, batch)
+    out = forward.step(engine.config, state.data, engine.params, bank, batch, engine.layout)
     measures = state.measures._replace(steps=state.measures.steps + 1)
     best = np.asarray(out.best)  # waits for the step
     return state._replace(data=out.data, measures=measures), out._replace(best=best)

@@ -3,7 +3,7 @@ r"""A decoder whose keys and values lie in the pages of adapters, for rows of di
 =====  ====================================================================================
 b, t   rows of a batch, and new tokens of a row: 1 where answers grow, a prompt's at its start
 S      tokens of a row that the program sees, a power of 2
-L      layers; a page is [2, L, kv_heads, head_width], keys first
+L      layers; a page is [kv_heads, 2, L, head_width], keys before values
 =====  ====================================================================================
 
 .. math::
@@ -34,6 +34,7 @@ from jlora.core.sites import sites
 from jlora.models import decoder
 from jlora.models.layers import MASKED
 from jlora.serving import components
+from jlora.serving.parallel import Layout
 from jlora.types import Dynamic, Tree
 
 
@@ -87,13 +88,14 @@ def adaptable(config: decoder.DecoderConfig, params: Tree, pattern: str) -> tupl
     return tuple(s for s, _ in table.select({pattern: components.Components()}))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
 def step(
     config: decoder.DecoderConfig,
     data: Float[Array, "P W"],
     params: Tree,
-    bank: Adapter,
+    bank: Adapter | None,
     batch: Batch,
+    layout: Layout | None = None,
 ) -> Step:
     """Logits of the next tokens, and the pool with the keys and values of those given.
 
@@ -101,34 +103,34 @@ def step(
       config: the architecture.
       data: the pool; its memory is used for the new one.
       params: weights of the base.
-      bank: components of the adapters of the batch.
+      bank: components of the adapters of the batch; None: the base alone, for all rows.
       batch: the rows.
+      layout: of pool, weights and bank on several devices; None: one device.
 
     Returns:
       Pool and logits.
     """
     run = functools.partial(decoder.forward, config=config)
-    tuned: Callable[..., Dynamic] = lift(run)
+    tuned: Callable[..., Dynamic] = run if bank is None else lift(run)
     b, t = batch.ids.shape
-    page = (2, config.layers, config.kv_heads, config.head_width)
+    page = (config.kv_heads, 2, config.layers, config.head_width)
     old = data[batch.table].reshape(b, -1, *page).astype(config.dtype)
-    old = jnp.moveaxis(old, 1, 3)  # [b, 2, L, S, kv, width]
+    old = jnp.transpose(old, (0, 3, 4, 1, 2, 5))  # [b, 2, L, S, kv, width]
 
     def one(adapter: Array, ids: Array, start: Array, last: Array, old: Array) -> Dynamic:
         positions = start + jnp.arange(t, dtype=jnp.int32)
         cache = decoder.Cache(old[0][:, None], old[1][:, None])
-        out = tuned(
-            params, components.for_row(bank, adapter), ids[None], positions[None], None, cache,
-            last[None],
-        )  # fmt: skip
+        own = () if bank is None else (components.for_row(bank, adapter),)
+        out = tuned(params, *own, ids[None], positions[None], None, cache, last[None])
         new = jnp.stack([out.cache.key[:, 0], out.cache.value[:, 0]])
         new = jax.lax.dynamic_slice_in_dim(new, start, t, axis=2)
-        return out.logits[0, 0], jnp.moveaxis(new, 2, 0).reshape(t, -1)
+        return out.logits[0, 0], jnp.transpose(new, (2, 3, 0, 1, 4)).reshape(t, -1)
 
     logits, new = jax.vmap(one)(batch.adapter, batch.ids, batch.start, batch.last, old)
     data = data.at[batch.write.reshape(-1)].set(
         new.reshape(b * t, -1).astype(data.dtype), mode="drop"
     )
+    data = data if layout is None else layout.pages(data)
     return Step(data, logits, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 

@@ -274,8 +274,9 @@ SYSTEM = Server(
     name="S-LoRA",
     paper="Sheng 2023, 2311.03285",
     symbol="PagedPool",
-    evidence="rows of mixed ranks and a decoder's logits against merged weights; pages, eviction, "
-    "scheduling and the served protocol",
+    evidence="rows of mixed ranks and a decoder's logits against merged weights, on one device and "
+    "split over eight, where adapters send thin tensors only; pages, eviction, scheduling and the "
+    "served protocol",
     rows=(83,),
     tests=(
         "tests/serving/pages_test.py",
@@ -283,11 +284,12 @@ SYSTEM = Server(
         "tests/serving/schedule_test.py",
         "tests/serving/shelf_test.py",
         "tests/serving/engine_test.py",
+        "tests/serving/parallel_test.py",
+        "tests/serving/endurance_test.py",
         "tests/serving/server_test.py",
         "tests/cli/serve_test.py",
     ),
     claim="s_lora",
-    missing="tensor parallelism",
     start=start,
     load=load,
     unload=unload,

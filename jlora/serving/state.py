@@ -15,6 +15,7 @@ from jlora.core.site import Site
 from jlora.models.decoder import DecoderConfig
 from jlora.serving import forward, metrics, pages, schedule
 from jlora.serving.forward import Sampling
+from jlora.serving.parallel import Layout
 from jlora.types import Tree
 
 LIMITS = schedule.Limits()
@@ -32,6 +33,7 @@ class Engine:
     fetch: Fetch  # components of an adapter; raises KeyError or ValueError for one it cannot give
     pages: int  # P, page 0 included
     limits: schedule.Limits = LIMITS
+    layout: Layout | None = None  # of `params` on several devices (`parallel.place`); None: one
 
 
 class Work(NamedTuple):
@@ -87,4 +89,5 @@ def start(engine: Engine, now: float) -> State:
       Its state; nothing is compiled yet.
     """
     data = pages.empty_pool(engine.pages, forward.width(engine.config), engine.config.dtype)
+    data = data if engine.layout is None else engine.layout.pages(data)
     return State(data, pages.empty_table(engine.pages), metrics.Measures(now))

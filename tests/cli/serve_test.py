@@ -46,6 +46,8 @@ def words(checkpoint, llama, **flags):
         ({"rows": 0}, "rows: got 0, expected above 0"),
         ({"max_rank": 10_000}, "memory: got 1 MiB"),
         ({"targets": "nothing"}, "nothing"),
+        ({"devices": 9}, "devices: got 9, expected at most 8"),
+        ({"devices": 8}, "kv_heads: got 2, expected a multiple of 8"),
         ({"name": "small"}, "name: got 'small', which is an adapter"),
     ],
 )
@@ -64,11 +66,13 @@ def test_a_tokenizer_of_another_model(base, llama, tmp_path, capsys):
 
 
 def test_the_flags_become_an_engine(base, llama):
-    args = serve.parser().parse_args(words(base, llama, rows=5)[1:])
+    args = serve.parser().parse_args(words(base, llama, rows=5, devices=2)[1:])
     found = serve.read_base(base, "float32")
     engine, files = serve.engine_of(args, found)
     assert found.ends == (0,) and engine.limits.rows == 5 and files.most == 16
     assert engine.pages == 2**20 // (32 * 4), "pages of 32 numbers"
+    query = engine.params["layers"]["attention"]["query"]["kernel"]
+    assert engine.layout is not None and len(query.sharding.device_set) == 2
 
 
 def test_an_installation_without_the_extra_lists_its_systems():
