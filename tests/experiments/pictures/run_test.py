@@ -1,4 +1,4 @@
-"""Training from pictures to a checked directory: resumes with the same bits, says how good it is."""
+"""Training from pictures to a checked directory: the same bits when resumed, and a card."""
 
 import dataclasses
 import json
@@ -31,22 +31,28 @@ def drawn(styles, cache=None):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled():
-    """One compiled step for all runs, a classifier with a few channels."""
+def states():
+    """One compiled step for all runs, whose states are kept; a classifier with a few channels."""
     with pytest.MonkeyPatch.context() as patch:
         found = data.gathered(drawn(S.chosen), S.chosen)
-        step = train.make(S, train.architecture(S, found))
+        compiled, kept = train.make(S, train.architecture(S, found)), []
+
+        def step(state, *given):
+            state, report = compiled(state, *given)
+            kept.append(jax.device_get(state))
+            return state, report
+
         patch.setattr(train, "make", lambda settings, config: step)
         patch.setattr(sources, "pictures", drawn)
         patch.setattr(classifier, "CHANNELS", (8,))
-        yield
+        yield kept
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(folder, card) of a run that was not killed."""
+def whole(tmp_path_factory, states):
+    """(folder, card, states) of a run that was not killed."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run.run(S, folder)
+    return folder, run.run(S, folder), states[: S.steps]
 
 
 def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path, monkeypatch):
@@ -67,7 +73,7 @@ def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path, monkeypatch):
 
 
 def test_the_directory_is_what_the_card_says(whole, tmp_path):
-    folder, card = whole
+    folder, card, _ = whole
     read = base_d.load(folder / "model")
     assert read.card == json.loads(json.dumps(card))
     assert read.names["styles"] == ["google", "mnist"] and read.config.styles == 2
@@ -88,19 +94,14 @@ def test_the_directory_is_what_the_card_says(whole, tmp_path):
 
 
 def test_the_averaged_weights_are_written(whole):
-    folder = whole[0]
-    found = run.pictures(S, folder / f"train-{S.key()}", None)
-    config = train.architecture(S, found)
-    state = train.initial(S, config)
-    step, kept = train.make(S, config), []
-    for number in range(S.steps):
-        state, _ = step(state, *train.batch(found, train.rows(found, S, number)))
-        kept.append(jax.device_get(state.params))
+    folder, _, states = whole
+    assert [int(state.step) for state in states] == [1, 2, 3, 4]
+    kept = [state.params for state in states]
     weights = 0.5 ** np.arange(S.steps, 0, -1)
     mean = jax.tree.map(
         lambda *x: sum(w * y for w, y in zip(weights, x, strict=True)) / weights.sum(), *kept
     )
-    got = ema.averaged(state.optimizer)
+    got = ema.averaged(states[-1].optimizer)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, mean)
     written = dit.load(folder / "model")[1]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-3), written, mean)
