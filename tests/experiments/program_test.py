@@ -7,9 +7,10 @@ from absl import app, flags
 
 from experiments import program
 
-NAMES = ("cond_pdiff", "finetune", "pretrain", "variants")
+NAMES = ("cond_pdiff", "finetune", "pretrain", "pretrain_pictures", "variants")
 WORKDIRS = {"cond_pdiff": "runs/cond_pdiff", "finetune": "runs/finetune",
-            "pretrain": "runs/base_l", "variants": "runs/variants"}  # fmt: skip
+            "pretrain": "runs/base_l", "pretrain_pictures": "runs/base_d",
+            "variants": "runs/variants"}  # fmt: skip
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_each_program_has_its_own_flags_while_it_runs(table):
         assert ended.value.code in (None, 0)
         words, workdir, own = seen[0]
         assert words == [name, "rest"] and workdir == WORKDIRS[name]
-        assert ("dry_run" in own) == (name in ("finetune", "pretrain")) and "cache" in own
+        assert ("dry_run" in own) == (name not in ("cond_pdiff", "variants")) and "cache" in own
         assert set(flags.FLAGS) == table
 
 

@@ -1,0 +1,125 @@
+"""A run from its settings to a model directory with its quality card.
+
+``<workdir>/train-<key>`` holds the pictures, the classifier and Orbax checkpoints;
+``<workdir>/model`` the result. A killed run resumes at its newest checkpoint, and one whose
+`--steps` were raised goes on along the longer schedule.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.finetuning import mesh
+from experiments.finetuning import train as loop
+from experiments.pictures import card, classifier, data, sources, train
+from experiments.pictures.settings import Settings
+from experiments.progress import Progress
+from experiments.workdir import read_json, write_json
+from jlora.generation.diffusion import ema
+
+SECONDS = "seconds.json"  # of all processes that trained this run
+WORDS = 1_700  # about as many words as the default styles have
+
+
+def pictures(settings: Settings, folder: Path, cache: Path | None) -> data.Pictures:
+    """The pictures of a run; read from its folder where they are.
+
+    Args:
+      settings: of the run.
+      folder: of the run.
+      cache: of downloads.
+
+    Raises:
+      AssetError: a package cannot be had.
+      ValueError: a style without pictures to train on or to measure by.
+    """
+    found = data.load(folder)
+    if found is None:
+        found = data.gathered(sources.pictures(settings.chosen, cache), settings.chosen)
+        data.save(folder, found)
+    return found
+
+
+def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[str, Any]:
+    """Trains, measures, writes ``<workdir>/model`` and returns its card.
+
+    Args:
+      settings: of the run.
+      workdir: of all that is written.
+      cache: of downloads.
+
+    Raises:
+      StageError: a damaged checkpoint.
+      FloatingPointError: a step that is not finite; the last good checkpoint is kept.
+    """
+    folder = workdir / f"train-{settings.key()}"
+    saved = folder / "checkpoints"
+    saved.mkdir(parents=True, exist_ok=True)
+    found = pictures(settings, folder, cache)
+    config = train.architecture(settings, found)
+    one = NamedSharding(mesh.mesh(1, 1), PartitionSpec())
+    resumed = bool(loop.checkpoints(saved))
+    before = read_json(folder / SECONDS, dict, "delete it")["seconds"] if resumed else 0.0
+    # the loop knows the state of a fine-tuning run: it reads `step` alone
+    state: Any = loop.resume(saved, cast(Any, train.initial(settings, config)), one)
+    step, start = train.make(settings, config), time.perf_counter()
+
+    def advance(state: Any, number: int) -> Any:
+        given = train.batch(found, train.rows(found, settings, number))
+        return step(state, *jax.device_put(given, one))
+
+    def keep(state: Any) -> None:
+        seconds = before + time.perf_counter() - start
+        write_json(folder / SECONDS, {"seconds": round(seconds, 1)})
+        loop.save(saved, state)
+
+    with Progress(workdir, "train", settings.steps, "step") as bar:
+        bar.step(int(state.step))
+        state = loop.train(state, advance, settings.steps, keep, saved, settings.save_every, bar)
+    seconds = read_json(folder / SECONDS, dict, "delete it")["seconds"]
+    judge = classifier.train(found, settings, folder, workdir)
+    params = jax.device_get(ema.averaged(state.optimizer))
+    return card.write(workdir / "model", settings, params, judge, found, seconds, int(state.step))
+
+
+def dry(settings: Settings) -> list[str]:
+    """What a run takes, without reading a picture.
+
+    Args:
+      settings: of the run.
+    """
+    config = settings.config(WORDS)
+    shapes = jax.eval_shape(lambda: train.initial(settings, config))
+    size = sum(x.size for x in jax.tree.leaves(shapes.params))
+    tables = shapes.params["style"]["embedding"].size + shapes.params["word"]["embedding"].size
+    tokens = (sources.SIDE // settings.patch) ** 2
+    work = 6 * (size - tables) * tokens * settings.batch * settings.steps
+    return [
+        f"parameters: {size:,} ({size * 2 / 1e6:.2f} MB in float16), with {WORDS:,} words",
+        f"steps: {settings.steps} of {settings.batch} pictures of {tokens} patches",
+        f"arithmetic: about {work / 1e12:.1f} TFLOP",
+    ]
+
+
+def lines(card: dict[str, Any], workdir: Path) -> list[str]:
+    """The card in a few lines.
+
+    Args:
+      card: of `run`.
+      workdir: of the run.
+    """
+    quality = card["quality"]
+    table = [
+        f"{name:>26}: style {x['style']:.1%}, label {x['label']:.1%}"
+        for name, x in quality["accuracy"].items()
+    ]
+    far = ", ".join(f"{name} {x}" for name, x in quality["frechet"].items())
+    return [
+        "\nsaid by the classifier:", *table, f"Fréchet distance to held-out pictures: {far}", "",
+        f"Model: {workdir / 'model'}",
+    ]  # fmt: skip
