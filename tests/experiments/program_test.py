@@ -7,9 +7,10 @@ from absl import app, flags
 
 from experiments import program
 
-NAMES = ("cond_pdiff", "finetune", "pretrain", "variants")
+NAMES = ("cond_pdiff", "finetune", "pretrain", "pretrain_generator", "variants")
 WORKDIRS = {"cond_pdiff": "runs/cond_pdiff", "finetune": "runs/finetune",
-            "pretrain": "runs/base_l", "variants": "runs/variants"}  # fmt: skip
+            "pretrain": "runs/base_l", "pretrain_generator": "runs/minilm_generator",
+            "variants": "runs/variants"}  # fmt: skip
 
 
 @pytest.fixture
