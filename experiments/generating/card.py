@@ -23,6 +23,7 @@ LABELS = {
     "shuffled": "control: labels of the examples shuffled",
     "logreg_full": "logistic regression on all training texts",
 }
+NO_LORA = "- LoRA trained on the examples was not measured for this card."
 RIVALS = ("nearest_mean", "knn", "logreg", "lora_k")  # what one can do without the generator
 SAID = ("tasks", "data_seed", "train_texts", "examples", "episode_steps", "episode_tasks",
         "episode_rank", "episode_lr", "seed")  # fmt: skip
@@ -83,13 +84,18 @@ def levels(accuracy: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _ordered(card: dict[str, Any]) -> dict[str, Any]:
+    """Levels in the order of every report; the card's file has them by name."""
+    return {level: card["levels"][level] for level in names.LEVELS if level in card["levels"]}
+
+
 def table(card: dict[str, Any]) -> list[str]:
     """The figures, Markdown.
 
     Args:
       card: of `make`.
     """
-    every = card["levels"]
+    every = _ordered(card)
     heads = [f"{names.level(level)} ({found['tasks']})" for level, found in every.items()]
     if not every:
         return ["No held-out task."]
@@ -109,6 +115,26 @@ def table(card: dict[str, Any]) -> list[str]:
             cells.append(text)
         lines.append(f"| {LABELS[key]} | {' | '.join(cells)} |")
     return lines
+
+
+def verdicts(card: dict[str, Any]) -> list[str]:
+    """For each level, whether the generated adapter is ahead of its best rival.
+
+    Args:
+      card: of `make`.
+    """
+    out = []
+    for level, found in _ordered(card).items():
+        key = min(found["leads"], key=lambda k: found["leads"][k]["mean"])
+        lead, rival = found["leads"][key], LABELS[key]
+        if lead["low"] > 0:
+            said = f"the generated adapter is ahead of every rival, of {rival} by the least"
+        elif lead["high"] < 0:
+            said = f"the generated adapter is **behind** {rival}"
+        else:
+            said = f"the generated adapter is not distinguishable from {rival}"
+        out.append(f"- {names.level(level)}: {said} ({100 * lead['mean']:+.1f} points).")
+    return out
 
 
 def page(card: dict[str, Any]) -> str:
@@ -134,7 +160,7 @@ def page(card: dict[str, Any]) -> str:
         f"Held-out tasks, {s['examples']} texts of each class, mean over tasks and draws of the"
         " texts; in brackets the lead of the generated adapter over a rival with its 95 %"
         " interval (bootstrap over tasks). All is measured on the files as they are.", "",
-        *table(card), "",
+        *table(card), "", *verdicts(card), "",
         "## Limits", "",
         f"- Texts are cut at {card['max_length']} tokens, as in training. Tasks were of two"
         " classes; more are solved by the same equation and were not measured.",
@@ -142,7 +168,9 @@ def page(card: dict[str, Any]) -> str:
         " corpora, so that the intervals are somewhat too narrow.",
         "- Where a lead has an interval that contains 0, the simpler method is as good: `jlora"
         " generate` compares them on your own examples and says which to use.",
-        f"- It is of one base: `{'config.json'}` has the sha256 of its weights.", "",
+        "- It is of one base: `config.json` has the sha256 of its weights.",
+        *([] if card["lora"] else [NO_LORA]),
+        "",
         f"## The {len(seen)} training tasks", "",
         *(f"- {words} ({' / '.join(classes)})" for words, classes in seen.values()), "",
         "| file | sha256 |", "|---|---|",

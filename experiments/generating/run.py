@@ -85,7 +85,8 @@ def _rounds(world: World, folder: Path, workdir: Path) -> tuple[Fitted, dict[str
             if not some or validation[-1] > max([-1.0, *validation[:-1]]):
                 best, taken = state, min(number * episode_training.ROUND, steps)
     assert best is not None, "there is a state before the first round"
-    corpora = sorted({world.task(name).corpus for name in out})
+    there = {world.task(name).corpus for name in kept}  # a task of two corpora may be left out
+    corpora = sorted({world.task(name).corpus for name in out} - there)
     about = {"tasks": kept, "left_out": corpora, "steps": taken, "validation": validation}
     return best, about
 
