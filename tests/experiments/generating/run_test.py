@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -139,16 +141,22 @@ def test_files_that_are_not_those_of_the_card_are_refused(tiny_generator, tmp_pa
         checkpoint.read(moved)
 
 
-def test_the_best_round_on_the_corpora_left_out_is_kept(built, tmp_path, monkeypatch):
-    scores = iter([0.5, 0.9, 0.9, 0.7])
+def test_the_best_round_on_the_corpora_left_out_is_kept(tmp_path, monkeypatch):
+    scores = iter([x for x in (0.5, 0.9, 0.9, 0.7) for _ in "yz"])
     monkeypatch.setattr(episode_training, "ROUND", 2)
     monkeypatch.setattr(episode_training, "rounds", lambda *given: iter("abcd"))
-    monkeypatch.setattr(episode_training, "parted", lambda *given: (["x"], [built.tasks[0].name]))
+    monkeypatch.setattr(episode_training, "parted", lambda *given: (["x"], ["y", "z"]))
     monkeypatch.setattr(episodes, "adapted", lambda *given: None)
     monkeypatch.setattr(episodes, "validated", lambda *given: next(scores))
-    steps = built._replace(config=dataclasses.replace(CONFIG, episode_steps=6))
+    tasks = {"x": "news", "y": "news", "z": "films"}  # y has classes of both
+    steps: Any = SimpleNamespace(
+        config=dataclasses.replace(CONFIG, episode_steps=6),
+        names=lambda level: list(tasks),
+        task=lambda name: SimpleNamespace(corpus=tasks[name]),
+    )
     state, about = run._rounds(steps, tmp_path, tmp_path)
     assert state == "b" and about["steps"] == 2 and about["tasks"] == ["x"]
+    assert about["left_out"] == ["films"]
     assert about["validation"] == [0.5, 0.9, 0.9, 0.7]
     monkeypatch.setattr(episode_training, "rounds", lambda *given: iter("abcd"))
     monkeypatch.setattr(episode_training, "parted", lambda *given: (["x"], []))

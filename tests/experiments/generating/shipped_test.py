@@ -38,7 +38,7 @@ def test_an_adapter_of_ones_own_task_on_the_real_base(tmp_path, capsys):
     about = json.loads((out / "generated.json").read_text())
     assert about["base"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert about["examples_per_class"] == [8, 8]
-    assert about["test"]["generated"]["mean"] >= 0.9, "birds and mushrooms are easy"
+    assert about["test"]["generated"]["low"] > 0.5, "above chance, with its interval"
     config = json.loads((out / "peft" / "adapter_config.json").read_text())
     assert "encoder.layer.5.output.dense" in config["target_modules"]
     assert pytest.approx(1.0, abs=1e-5) == config["lora_alpha"] / config["r"]
