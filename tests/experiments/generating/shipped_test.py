@@ -29,6 +29,7 @@ def test_its_files_are_those_of_the_card_and_small():
     assert not set(about["seen"]) & set(about["accuracy"])
 
 
+@pytest.mark.slow
 def test_an_adapter_of_ones_own_task_on_the_real_base(tmp_path, capsys):
     fetch(ASSETS["minilm"], progress=False)
     out = tmp_path / "adapter"
