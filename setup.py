@@ -85,7 +85,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jlora", "jlora.*", "experiments", "experiments.*"]),
-    package_data={"experiments.pretraining": ["base_l/*"]},  # a trained decoder of 6 MB
+    package_data={
+        "experiments.pretraining": ["base_l/*"],  # a trained decoder of 6 MB
+        "experiments.generating": ["minilm/*"],  # a trained generator of 3 MB
+    },
     entry_points={"console_scripts": ["jlora = jlora.cli.main:main"]},
     install_requires=CORE,
     extras_require={

@@ -65,11 +65,22 @@ def adapted(world: World, fitted: Fitted) -> Adapted:
 _solve = jax.jit(episodic.solution)
 
 
+def factors(
+    fitted: Fitted, features: np.ndarray, labels: np.ndarray, head: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """(a [m, C], b [C, d]) of examples, scale included.
+
+    Args:
+      fitted: the generator. features: [n, m] under its shared adapter. labels: [n].
+      head: class vectors [C, d] of the task.
+    """
+    given = fitted.learned, fitted.texts, jnp.asarray(features), jnp.asarray(labels)
+    return _solve(*given, jnp.ones(len(labels)), jnp.asarray(head))
+
+
 def solved(of: Adapted, head: np.ndarray, few: Rows) -> tuple[jax.Array, jax.Array]:
     """(a [m, C], b [C, d]) of labelled texts, scale included."""
-    features = jnp.asarray(last_layer.features(of.world, few.index))
-    given = of.fitted.learned, of.fitted.texts, features, jnp.asarray(few.label)
-    return _solve(*given, jnp.ones(len(few.label)), jnp.asarray(head))
+    return factors(of.fitted, last_layer.features(of.world, few.index), few.label, head)
 
 
 def adapter(of: Adapted, base: World, head: np.ndarray, few: Rows) -> jl.Adapter:
@@ -146,14 +157,15 @@ def chosen(
     validation: list[float] = []
     for state in episode_training.rounds(world, kept, steps, folder / "work_kept", bar):
         of = adapted(world, state)
-        validation.append(float(np.mean([_validated(of, name) for name in out])))
+        validation.append(float(np.mean([validated(of, name) for name in out])))
     part = min(int(np.argmax(validation)) * episode_training.ROUND, steps)
     states = list(episode_training.rounds(world, names, part, folder / "work_all", bar))
     bar.step(steps - part)  # those that are not taken
     return states[-1], part, validation
 
 
-def _validated(of: Adapted, name: str) -> float:
+def validated(of: Adapted, name: str) -> float:
+    """Accuracy on a task's validation texts by the generated adapter of its examples."""
     few, rows = conditions.examples(of.world, name), of.world.rows[name, "validation"]
     head = of.world.head_of(name)[: of.world.task(name).classes]
     return float(right(of, head, few, rows).mean())

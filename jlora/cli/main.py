@@ -8,6 +8,7 @@ COMMANDS = {
     "merge": ("jlora.cli.merge.main", "merge adapters in files, by a configuration"),
     "convert": ("jlora.cli.convert", "an adapter from one file format to another"),
     "inspect": ("jlora.cli.inspect", "what an adapter or a bank holds, as a table or a plot"),
+    "generate": ("jlora.cli.generate", "an adapter for a task of your own, without training"),
     "finetune": ("jlora.cli.finetune", "fine-tune a language model with any adapter"),
     "serve": ("jlora.cli.serve", "serve adapters over one language model, by OpenAI's protocol"),
     "systems": ("jlora.cli.systems", "every system with its state"),

@@ -7,9 +7,12 @@ from absl import app, flags
 
 from experiments import program
 
-NAMES = ("cond_pdiff", "finetune", "pretrain", "pretrain_pictures", "variants")
+NAMES = (
+    "cond_pdiff", "finetune", "pretrain", "pretrain_generator", "pretrain_pictures", "variants"
+)  # fmt: skip
 WORKDIRS = {"cond_pdiff": "runs/cond_pdiff", "finetune": "runs/finetune",
-            "pretrain": "runs/base_l", "pretrain_pictures": "runs/base_d",
+            "pretrain": "runs/base_l", "pretrain_generator": "runs/minilm_generator",
+            "pretrain_pictures": "runs/base_d",
             "variants": "runs/variants"}  # fmt: skip
 
 

@@ -1,0 +1,179 @@
+"""The card of a generator: what it was trained on, how good it is, where it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.generating.measure import KEYS, Figures
+from experiments.report import bootstrap, names
+from experiments.stages.world import World
+
+if TYPE_CHECKING:
+    from experiments.generating.run import Trained
+
+LABELS = {
+    "generated": "**generated adapter**",
+    "nearest_mean": "nearest class mean of the base's embeddings",
+    "knn": "k nearest neighbours of the base's embeddings",
+    "logreg": "logistic regression on the base's embeddings",
+    "lora_k": "LoRA trained on the examples (some tasks, one draw)",
+    "shared_logreg": "logistic regression on embeddings under the shared adapter",
+    "shuffled": "control: labels of the examples shuffled",
+    "logreg_full": "logistic regression on all training texts",
+}
+NO_LORA = "- LoRA trained on the examples was not measured for this card."
+RIVALS = ("nearest_mean", "knn", "logreg", "lora_k")  # what one can do without the generator
+SAID = ("tasks", "data_seed", "train_texts", "examples", "episode_steps", "episode_tasks",
+        "episode_rank", "episode_lr", "seed")  # fmt: skip
+
+
+def make(world: World, trained: Trained, figures: Figures) -> dict[str, Any]:
+    """Everything the page says but the sha256 of the files.
+
+    Args:
+      world: of all tasks.
+      trained: the run.
+      figures: of `measure`.
+    """
+    config = world.config
+    seen = [world.task(name) for name in trained.tasks]
+    accuracy = {
+        name: {"level": world.task(name).level, **methods}
+        for name, methods in figures.accuracy.items()
+    }
+    return {
+        "settings": {name: getattr(config, name) for name in SAID},
+        "base": config.base,
+        "layers": config.layers,
+        "max_length": config.max_length,
+        "steps": trained.steps,
+        "left_out": trained.left_out,
+        "validation": [round(x, 4) for x in trained.validation],
+        "seen": {task.name: [task.description, list(task.class_names)] for task in seen},
+        "corpora": sorted({corpus for task in seen for side in task.members for corpus, _ in side}),
+        "lora": None if figures.lora is None else figures.lora._asdict(),
+        "accuracy": accuracy,
+        "levels": levels(accuracy),
+    }
+
+
+def levels(accuracy: dict[str, Any]) -> dict[str, Any]:
+    """{level: tasks, mean of each method, generated minus each rival on the same tasks}.
+
+    Args:
+      accuracy: task -> its level and each method's accuracies, one per draw.
+    """
+    out: dict[str, Any] = {}
+    for level in dict.fromkeys(row["level"] for row in accuracy.values()):
+        rows = [row for row in accuracy.values() if row["level"] == level]
+        means, leads = {}, {}
+        for key in KEYS:
+            own = [row for row in rows if key in row]
+            if not own:
+                continue
+            values = [float(np.mean(row[key])) for row in own]
+            means[key] = {"mean": round(float(np.mean(values)), 4), "tasks": len(own)}
+            if key in RIVALS:
+                # LoRA saw the first draw alone: it is compared with what that draw generates.
+                base = [float(np.mean(row["generated"][: len(row[key])])) for row in own]
+                pair = bootstrap.paired(base, values)
+                leads[key] = {k: round(float(pair[k]), 4) for k in ("mean", "low", "high")}
+        out[level] = {"tasks": len(rows), "means": means, "leads": leads}
+    return out
+
+
+def _ordered(card: dict[str, Any]) -> dict[str, Any]:
+    """Levels in the order of every report; the card's file has them by name."""
+    return {level: card["levels"][level] for level in names.LEVELS if level in card["levels"]}
+
+
+def table(card: dict[str, Any]) -> list[str]:
+    """The figures, Markdown.
+
+    Args:
+      card: of `make`.
+    """
+    every = _ordered(card)
+    heads = [f"{names.level(level)} ({found['tasks']})" for level, found in every.items()]
+    if not every:
+        return ["No held-out task."]
+    lines = [f"| test accuracy, % | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    there = [key for key in KEYS if any(key in found["means"] for found in every.values())]
+    for key in there:
+        cells = []
+        for found in every.values():
+            mean = found["means"].get(key)
+            lead = found["leads"].get(key)
+            text = "–" if mean is None else f"{100 * mean['mean']:.1f}"
+            if mean is not None and mean["tasks"] < found["tasks"]:
+                text += f" (of {mean['tasks']})"
+            if lead is not None:
+                low, high = 100 * lead["low"], 100 * lead["high"]
+                text += f"; {100 * lead['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            cells.append(text)
+        lines.append(f"| {LABELS[key]} | {' | '.join(cells)} |")
+    return lines
+
+
+def verdicts(card: dict[str, Any]) -> list[str]:
+    """For each level, whether the generated adapter is ahead of its best rival.
+
+    Args:
+      card: of `make`.
+    """
+    out = []
+    for level, found in _ordered(card).items():
+        key = min(found["leads"], key=lambda k: found["leads"][k]["mean"])
+        lead, rival = found["leads"][key], LABELS[key]
+        if lead["low"] > 0:
+            said = f"the generated adapter is ahead of every rival, of {rival} by the least"
+        elif lead["high"] < 0:
+            said = f"the generated adapter is **behind** {rival}"
+        else:
+            said = f"the generated adapter is not distinguishable from {rival}"
+        out.append(f"- {names.level(level)}: {said} ({100 * lead['mean']:+.1f} points).")
+    return out
+
+
+def page(card: dict[str, Any]) -> str:
+    """The model card, Markdown.
+
+    Args:
+      card: of `make`, with its files.
+    """
+    s, seen = card["settings"], card["seen"]
+    curve = ", ".join(f"{100 * x:.1f}" for x in card["validation"])
+    lines = [
+        f"# A generator of adapters for {card['base']}", "",
+        "Labelled texts in, one LoRA adapter out, without training: a shared adapter of the last"
+        f" {card['layers']} layers, rank {s['episode_rank']}, and on top of it the regularised"
+        " discriminant of the texts as more ranks of the last matrix"
+        " (`jlora.generation.generators.episodic`). `jlora generate` reads it.", "",
+        "Trained by `python -m experiments.pretrain_generator"
+        " --flagfile=experiments/flags/minilm_generator.flags`:"
+        f" {card['steps']} steps of {s['episode_tasks']} tasks in episodes, one seed ({s['seed']})."
+        f" Seen tasks of other corpora ({', '.join(card['left_out']) or 'none'}) were left out and"
+        f" chose the number of steps: accuracy on some of them, before training and after each"
+        f" round, in %: {curve or '–'}.", "",
+        f"Held-out tasks, {s['examples']} texts of each class, mean over tasks and draws of the"
+        " texts; in brackets the lead of the generated adapter over a rival with its 95 %"
+        " interval (bootstrap over tasks). All is measured on the files as they are.", "",
+        *table(card), "", *verdicts(card), "",
+        "## Limits", "",
+        f"- Texts are cut at {card['max_length']} tokens, as in training. Tasks were of two"
+        " classes; more are solved by the same equation and were not measured.",
+        f"- English texts of {', '.join(card['corpora'])}. One seed; the tasks share labels and"
+        " corpora, so that the intervals are somewhat too narrow.",
+        "- Where a lead has an interval that contains 0, the simpler method is as good: `jlora"
+        " generate` compares them on your own examples and says which to use.",
+        "- It is of one base: `config.json` has the sha256 of its weights.",
+        *([] if card["lora"] else [NO_LORA]),
+        "",
+        f"## The {len(seen)} training tasks", "",
+        *(f"- {words} ({' / '.join(classes)})" for words, classes in seen.values()), "",
+        "| file | sha256 |", "|---|---|",
+        *(f"| {name} | {sha} |" for name, sha in sorted(card["files"].items())),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
