@@ -29,7 +29,7 @@ def test_its_loss_is_that_of_the_card_and_below_that_of_simpler_models(base):
     start = np.array([0])
     loss = card.row_losses(base.params, ids, start, base.config, settings["context"]).mean()
     assert loss == pytest.approx(snippet["loss"], abs=1e-3)
-    assert loss < snippet["unigram_loss"]
+    assert loss < snippet["ngram_loss"] < snippet["unigram_loss"]
     fresh = {**base.params, "layers": zeros(base.params["layers"])}
     worse = card.row_losses(fresh, ids, start, base.config, settings["context"]).mean()
     assert worse > loss + 0.1, "mutation: without its layers"
