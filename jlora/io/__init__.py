@@ -13,7 +13,7 @@ from jlora.io.peft.replication import replicate_layers
 from jlora.io.peft.table import Table
 from jlora.io.presets import bert, llama, vit, vit4
 from jlora.io.slices import sliced
-from jlora.io.stacks import easydel, gemma, keras_hub, tunix
+from jlora.io.stacks import easydel, gemma, keras_hub, maxtext, tunix
 
 __all__ = [
     "FormatError",
@@ -33,6 +33,7 @@ __all__ = [
     "load_lora_leaves",
     "load_peft",
     "lora_leaves",
+    "maxtext",
     "peft_extras",
     "replicate_layers",
     "restore_adapter",

@@ -8,6 +8,7 @@ map                parameters                                            torch m
 `tunix`            ``google-tunix``: llama3, qwen2, qwen3, gemma3; NNX   ``LlamaForCausalLM``, ...
 `keras_hub`        KerasHub's Llama and Gemma backbones, JAX backend     ``LlamaForCausalLM``, ...
 `easydel`          EasyDeL: transformers' own names, NNX                 any of its causal models
+`maxtext`          MaxText: Qwen 3 (dense), scanned layers or not, NNX   ``Qwen3ForCausalLM``
 =================  ====================================================  =========================
 
 Paths are those of the parameters: the tree under ``params`` of Linen, the state of
@@ -174,5 +175,61 @@ def easydel(prefix: str = "", layer_offset: int = 0) -> NameMap:
         "model/embed_tokens/embedding": ("model.embed_tokens", "io"),
         "model/norm/kernel": ("model.norm[weight]", "o"),
         "lm_head/kernel": ("lm_head", "io"),
+    }
+    return NameMap(rules, prefix, layer_offset)
+
+
+MAXTEXT = {  # per layer; "{s}" is where scanned layers lie (`param_scan_axis` 1)
+    "self_attention/(query|key|value)/kernel": ("self_attn.{part}_proj", "i{s}oo"),
+    "self_attention/out/kernel": ("self_attn.o_proj", "i{s}io"),
+    "mlp/wi_0/kernel": ("mlp.gate_proj", "i{s}o"),
+    "mlp/wi_1/kernel": ("mlp.up_proj", "i{s}o"),
+    "mlp/wo/kernel": ("mlp.down_proj", "i{s}o"),
+}
+MAXTEXT_NORMS = {
+    "self_attention/query_norm": "self_attn.q_norm",
+    "self_attention/key_norm": "self_attn.k_norm",
+    "pre_self_attention_layer_norm": "input_layernorm",
+    "post_self_attention_layer_norm": "post_attention_layernorm",
+}
+MAXTEXT_NOT = "queries hold 1/sqrt(head size) as well, which no name says"
+
+
+def maxtext(
+    model: str = "qwen3", scan_layers: bool = True, prefix: str = "", layer_offset: int = 0
+) -> NameMap:
+    """MaxText: its dense Qwen 3, whose weights are transformers' in another layout.
+
+    Of most other models they are not: MaxText puts 1/sqrt(head size) into the query's kernel where
+    the queries have no norm (Llama, Mistral, Mixtral, Gemma 2), and Llama 3.1 pairs neighbouring
+    features of a head in its rotary positions. A name map moves and renames, so these are errors.
+
+    Args:
+      model: ``decoder_block`` of MaxText's config.
+      scan_layers: of MaxText's config (its default).
+      prefix: put before every module name; "" for a causal model.
+      layer_offset: as in `NameMap`.
+
+    Returns:
+      The name map.
+
+    Raises:
+      ValueError: a model that names alone do not convert.
+    """
+    if model != "qwen3":
+        raise ValueError(f"maxtext: got model {model!r}, expected 'qwen3'; of others {MAXTEXT_NOT}")
+    layer, axis = ("decoder/layers/", "s") if scan_layers else (r"decoder/layers_(?P<i>\d+)/", "")
+    rules: Rules = {}
+    for path, (module, kinds) in MAXTEXT.items():
+        kinds = kinds.replace("{s}", axis)
+        for name in ("query", "key", "value"):
+            own = path.replace("(query|key|value)", name)
+            rules[layer + own] = (f"{LAYER}.{module.replace('{part}', name[0])}", kinds)
+    for path, module in MAXTEXT_NORMS.items():
+        rules[f"{layer}{path}/scale"] = (f"{LAYER}.{module}[weight]", "o" + axis)
+    rules |= {
+        "token_embedder/embedding": ("model.embed_tokens", "io"),
+        "decoder/decoder_norm/scale": ("model.norm[weight]", "o"),
+        "decoder/logits_dense/kernel": ("lm_head", "io"),
     }
     return NameMap(rules, prefix, layer_offset)

@@ -160,6 +160,48 @@ def _easydel():
     return _nnx(model, call)
 
 
+def _maxtext(scan_layers: bool = True) -> Callable[[], tuple[Callable, Any]]:
+    def build():
+        import os
+
+        os.environ["DECOUPLE_GCLOUD"] = "TRUE"
+        import jax
+        import jax.numpy as jnp
+        import maxtext
+        from flax import nnx
+        from maxtext.common.common_types import MODEL_MODE_TRAIN
+        from maxtext.configs import pyconfig
+        from maxtext.utils import maxtext_utils, model_creation_utils
+
+        base = Path(maxtext.__file__).parent / "configs" / "decoupled_base_test.yml"
+        config = pyconfig.initialize([
+            "", str(base), "run_name=t", "log_config=false", "skip_jax_distributed_system=true",
+            "decoder_block=qwen3", "use_qk_norm=true", "mlp_activations=['silu','linear']",
+            "base_emb_dim=16", "base_num_query_heads=4", "base_num_kv_heads=2", "head_dim=6",
+            "base_mlp_dim=20", "base_num_decoder_layers=2", "vocab_size=32", "max_target_length=8",
+            "normalization_layer_epsilon=1e-6", "rope_max_timescale=1000000",
+            "per_device_batch_size=1", "dtype=float32", "weight_dtype=float32",
+            f"scan_layers={str(scan_layers).lower()}",
+        ])  # fmt: skip
+        mesh = maxtext_utils.get_mesh_from_config(config)
+        with mesh:
+            model = model_creation_utils.from_config(config, mesh=mesh, rngs=nnx.Rngs(0))
+        graph, state, rest = nnx.split(model, nnx.Param, ...)
+
+        def fn(params, ids):
+            places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+            fresh = jax.tree.map(lambda leaf: leaf, rest)  # the model counts its draws in it
+            with mesh:
+                return nnx.merge(graph, params, fresh)(
+                    ids, places, decoder_segment_ids=jnp.ones_like(ids), enable_dropout=False,
+                    model_mode=MODEL_MODE_TRAIN,
+                )  # fmt: skip
+
+        return fn, state
+
+    return build
+
+
 def _llama(**more):
     return {"model_type": "llama", **SIZES, "rms_norm_eps": 1e-6, **more}
 
@@ -186,6 +228,12 @@ STACKS = {
         ("keras", "keras-hub"), "keras_hub", _llama(model_type="gemma"), _keras("gemma")
     ),
     "easydel-llama": Stack(("easydel", "flax"), "easydel", _llama(), _easydel),
+    "maxtext-qwen3": Stack(
+        ("maxtext", "flax"), "maxtext", _llama(model_type="qwen3", **_FAR), _maxtext()
+    ),
+    "maxtext-qwen3-unscanned": Stack(
+        ("maxtext", "flax"), "maxtext", _llama(model_type="qwen3", **_FAR), _maxtext(False)
+    ),
 }  # fmt: skip
 
 
@@ -213,7 +261,10 @@ WITH_LORA = {  # the packages' own
 }
 
 
-OPTIONS = {"keras-gemma": {"post_norms": False}}  # of the name map
+OPTIONS = {  # of the name map
+    "keras-gemma": {"post_norms": False},
+    "maxtext-qwen3-unscanned": {"scan_layers": False},
+}
 
 
 def filled(params: Any) -> Any:

@@ -14,7 +14,8 @@
             - {value: 0.5}
     parameters: {rank: 16}             # options of the method; numbers may be as above
     names: llama                       # site names of Orbax checkpoints: bert, llama, vit, vit4,
-                                       # gemma, tunix, keras_hub, easydel; or {pattern: template}
+                                       # gemma, tunix, keras_hub, easydel,
+                                       # maxtext; or {pattern: template}
     prefix: ""                         # of module names, in front of those of the base
     missing: error                     # or zero: adapters without a site add nothing there
     seed: 0                            # of randomised methods
@@ -65,6 +66,7 @@ PLAIN = NameMap({r"(.+)/(?:kernel|embedding)": r"\1"})  # sites that are called 
 NAMES = {
     **{"bert": io.bert, "llama": io.llama, "vit": io.vit, "vit4": io.vit4},
     **{"gemma": io.gemma, "tunix": io.tunix, "keras_hub": io.keras_hub, "easydel": io.easydel},
+    "maxtext": io.maxtext,
 }
 
 
