@@ -229,7 +229,11 @@ def read(
     if kind == "orbax":
         return io.restore_adapter(path), {}
     if kind == "leaves":
-        return leaves.read(path, names, alpha), {}
+        if isinstance(like, Adapter):
+            shapes = {s.path: jax.ShapeDtypeStruct(s.shape, s.dtype) for s, _ in like.sites}
+        else:
+            shapes = like or {}
+        return leaves.read(path, names, alpha, shapes), {}
     if like is not None:
         where: Dynamic = [s for s, _ in like.sites] if isinstance(like, Adapter) else like
     elif base is not None:

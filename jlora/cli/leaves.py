@@ -8,7 +8,9 @@ Deviates: nothing.
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -16,6 +18,7 @@ from jlora import io
 from jlora.core.adapter import Adapter
 from jlora.core.lift import flatten
 from jlora.io import FormatError, NameMap, safetensors_file
+from jlora.io.lora_leaves import QWIX, is_leaf
 
 
 def is_tree(folder: Path) -> bool:
@@ -30,13 +33,20 @@ def is_tree(folder: Path) -> bool:
     return (folder / "_METADATA").is_file() and not (folder / "meta").is_dir()
 
 
-def read(path: Path, names: NameMap, alpha: float | None) -> Adapter:
+def read(
+    path: Path,
+    names: NameMap,
+    alpha: float | None,
+    shapes: Mapping[str, jax.ShapeDtypeStruct] = MappingProxyType({}),
+) -> Adapter:
     """The adapter in the LoRA leaves of a tree.
 
     Args:
       path: an Orbax checkpoint, or a safetensors file.
       names: the name map of the package.
       alpha: of qwix's rule; None for other packages, and for files of `write`, which have it.
+      shapes: of the model's weights by path, which a file of flattened LoRA leaves alone lacks
+        (MaxText's); {}: the tree has the weights, or they are not needed.
 
     Returns:
       The adapter.
@@ -45,10 +55,11 @@ def read(path: Path, names: NameMap, alpha: float | None) -> Adapter:
       FormatError: what `load_lora_leaves` refuses, with the path.
     """
     arrays, said = _arrays(path)
-    if alpha is None and said.get("package") == "qwix":
+    if alpha is None and said.get("package") in QWIX:
         alpha = float(said["alpha"])
+    base = {name: shape for name, shape in shapes.items() if not is_leaf(name)}
     try:
-        return io.load_lora_leaves(arrays, names, alpha=alpha)
+        return io.load_lora_leaves(base | arrays, names, alpha=alpha)
     except ValueError as error:
         raise FormatError(path, str(error)) from error
 
@@ -59,7 +70,8 @@ def write(path: Path, adapter: Adapter, package: str) -> None:
     Args:
       path: the file.
       adapter: the adapter.
-      package: "qwix", "gemma", "flax" or "keras"; with rank and alpha in the file's metadata.
+      package: "qwix", "maxtext", "gemma", "flax" or "keras"; with rank and alpha in the
+        metadata of the file.
 
     Raises:
       FormatError: what `lora_leaves` refuses, with the path.

@@ -4,7 +4,8 @@ r"""LoRA as JAX packages keep it: two more leaves for a weight, in the tree of t
 package   leaves of the weight ``m/w``        scale
 ========  ==================================  =================================================
 qwix      ``m/w_lora_a``, ``m/w_lora_b``      :math:`\alpha / r`, of the ``LoraRule`` alone: the
-                                              parameters do not have it (Tunix, MaxText)
+                                              parameters do not have it (Tunix; MaxText, which
+                                              is called "maxtext" on the way back)
 gemma     ``m/_LoRAEinsum_0/lora/a``, ``b``   1
 flax      ``m/lora/lora_a``, ``lora_b``       1 (``nnx.LoRALinear``; ``m/lora_a`` of ``nnx.LoRA``)
 keras     ``m/lora_kernel_a``, ``..._b``      1 (``backbone.enable_lora``)
@@ -22,7 +23,10 @@ axes of the outputs. Two packages' factors are not those of the matrix d_in x d_
 
   which is a LoRA of rank N r.
 
-Both are exact. `lora_leaves` goes the other way: parts with first factors of their own get one of
+MaxText multiplies by flattened kernels, so its qwix leaves have one axis of inputs and one of
+outputs, whatever the weight has, and scanned layers at axis 1: [d_in, L, r] and [r, L, d_out].
+
+All are exact. `lora_leaves` goes the other way: parts with first factors of their own get one of
 the joined rank, and as a package has one rank for all sites, smaller ranks are padded with zeros.
 
 Reference: the packages' parameters: qwix 0.1.8, gemma 3.3.0, flax 0.12.8, keras 3.15.1.
@@ -57,7 +61,8 @@ FORMS = (  # (package, pattern of a leaf, the weights it may be of)
     ("keras", r"(.+)/lora_(kernel|embeddings)_([ab])", (r"\1/\2",)),
     ("qwix", r"(.+)_lora_([ab])", (r"\1",)),
 )
-PACKAGES = ("qwix", "gemma", "flax", "keras")
+PACKAGES = ("qwix", "maxtext", "gemma", "flax", "keras")
+QWIX = ("qwix", "maxtext")
 
 
 class Factors(NamedTuple):
@@ -79,7 +84,8 @@ def load_lora_leaves(params: Tree, names: NameMap, *, alpha: float | None = None
     """The LoRA that parameters of a JAX package hold.
 
     Args:
-      params: the parameters with their LoRA leaves, or these alone; a pytree, or arrays by path.
+      params: the parameters with their LoRA leaves, or these alone where the package has not
+        flattened them; a pytree, or arrays by path.
       names: of the package (`jl.io.tunix`, ...): what each axis of a weight is.
       alpha: of qwix's `LoraRule`; None for packages whose scale is 1, and only for these.
 
@@ -105,7 +111,8 @@ def load_lora_leaves(params: Tree, names: NameMap, *, alpha: float | None = None
     for path in sorted(found):
         kinds = names.kinds(path) or "io"
         try:
-            a, b = _unflattened(kinds, leaves.get(path), *(found[path].leaves[k] for k in "ab"))
+            a, b = _stack_first(kinds, *(found[path].leaves[k] for k in "ab"))
+            a, b = _unflattened(kinds, leaves.get(path), a, b)
             site, a, b = _canonical(path, kinds, a, b)
         except ValueError as error:
             raise FormatError(path, str(error)) from error
@@ -123,7 +130,7 @@ def lora_leaves(adapter: Adapter, package: str) -> PackageLoRA:
 
     Args:
       adapter: one adapter of LoRA sites that are called as the package calls its weights.
-      package: "qwix", "gemma", "flax" or "keras".
+      package: "qwix" (Tunix), "maxtext", "gemma", "flax" or "keras".
 
     Returns:
       The leaves, the one rank and the alpha that the package has to be given. Weights of the
@@ -145,7 +152,7 @@ def lora_leaves(adapter: Adapter, package: str) -> PackageLoRA:
         rows[site.path] += (np.asarray(own["scale"], np.float32),)
     rank = max(a.shape[-1] for a, _, _ in rows.values())
     scales = {float(s) for *_, scale in rows.values() for s in scale.reshape(-1)}
-    common = scales.pop() if package == "qwix" and len(scales) == 1 else 1.0
+    common = scales.pop() if package in QWIX and len(scales) == 1 else 1.0
     leaves: Arrays = {}
     for site, _ in adapter.sites:
         a, b, scale = rows[site.path]
@@ -199,25 +206,36 @@ def _pairs(leaves: Mapping[str, np.ndarray], names: NameMap) -> dict[str, Factor
     return found
 
 
+def _stack_first(kinds: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of scanned layers that lie at axis 1 (MaxText), with the layers first."""
+    scanned = kinds[1:2] == "s" and kinds.count("s") == 1 and a.ndim == b.ndim == 3
+    if not scanned or a.shape[1] != b.shape[1] or a.shape[2] != b.shape[0]:
+        return a, b
+    return np.moveaxis(a, 1, 0), np.moveaxis(b, 1, 0)
+
+
 def _unflattened(
     kinds: str, weight: np.ndarray | None, a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The factors with the axes of the weight, where the package has flattened them."""
-    if (
-        weight is None
-        or "s" in kinds
-        or np.ndim(weight) != len(kinds)
-        or a.ndim != 2
-        or b.ndim != 2
-    ):
+    n = kinds.count("s")
+    if len(kinds) == n + 2 or not a.ndim == b.ndim == n + 2 or a.shape[:n] != b.shape[:n]:
+        return a, b
+    if weight is None:
+        raise ValueError(
+            f"lora_a {a.shape} and lora_b {b.shape} are flattened; expected its weight, "
+            f"axes {kinds!r}, among the parameters (`--like` of `jlora convert`)"
+        )
+    if len(weight.shape) != len(kinds):
         return a, b
     inputs, outputs = (
         tuple(n for n, kind in zip(weight.shape, kinds, strict=True) if kind == wanted)
         for wanted in "io"
     )
-    if (len(a), b.shape[1]) != (np.prod(inputs), np.prod(outputs)):
+    if (a.shape[-2], b.shape[-1]) != (np.prod(inputs), np.prod(outputs)):
         return a, b
-    return a.reshape(*inputs, a.shape[1]), b.reshape(len(b), *outputs)
+    a = a.reshape(*a.shape[:n], *inputs, a.shape[-1])
+    return a, b.reshape(*b.shape[: n + 1], *outputs)
 
 
 def _canonical(
@@ -270,6 +288,10 @@ def _leaves(
     for size, kind in zip(site.shape, site.kinds, strict=True):
         sizes[kind].append(size)
     rank, outputs = a.shape[-1], sizes["o"]
+    if package == "maxtext":
+        if len(site.stack) > 1:
+            raise ValueError(f"{site.path}: got stack axes {site.stack}, expected one at most")
+        return np.moveaxis(a, 0, -2), np.moveaxis(b, -2, 0)
     if package == "keras" and len(outputs) > 1:
         heads, width = int(np.prod(outputs[:-1])), outputs[-1]
         second = b[: rank // heads, :width] if rank % heads == 0 else b[:0]
@@ -310,7 +332,7 @@ def _leaf(path: str, package: str, factor: str) -> str:
     name = path.removesuffix("/value")
     end = path.removeprefix(name)  # of an NNX state
     module, _, leaf = name.rpartition("/")
-    if package == "qwix":
+    if package in QWIX:
         return f"{name}_lora_{factor}{end}"
     if package == "gemma":
         inner = {"w": "_LoRAEinsum_0/", "kernel": ""}.get(leaf, f"_LoRAEinsum_{leaf}/")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jlora as jl
 from jlora.cli import convert, files, inspect
@@ -111,6 +111,31 @@ def test_the_lora_of_a_jax_package_and_back(tmp_path, capsys):
     capsys.readouterr()
     run(tmp_path / "tunix", tmp_path / "x", "--to", "peft", "--names", "tunix", status=2)
     assert "that of qwix's LoraRule" in capsys.readouterr().err
+
+
+def test_flattened_leaves_of_maxtext_and_back(tmp_path, capsys):
+    """Scanned layers at axis 1, heads flattened: read with the shapes of the weights."""
+    rng = np.random.default_rng(0)
+    folder = "decoder/layers/self_attention/query/kernel"
+    base = {folder: np.zeros((6, 3, 2, 4), "f4")}  # [features, layers, heads, head size]
+    a, b = (rng.normal(size=s).astype("f4") for s in ((6, 3, 2), (2, 3, 8)))
+    save_file({f"{folder}_lora_a": a, f"{folder}_lora_b": b}, tmp_path / "lora.safetensors")
+    save_file(base, tmp_path / "base.safetensors")
+    source, like = tmp_path / "lora.safetensors", ("--like", tmp_path / "base.safetensors")
+    options = ("--names", "maxtext", "--alpha", 4)
+    run(source, tmp_path / "x", "--to", "peft", *options, status=2)
+    assert "are flattened" in capsys.readouterr().err
+    run(source, tmp_path / "peft", "--to", "peft", *options, *like)
+    got = load_file(tmp_path / "peft" / WEIGHTS)
+    for layer in range(3):
+        start = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
+        np.testing.assert_array_equal(got[start + "A.weight"], a[:, layer].T)
+        np.testing.assert_array_equal(got[start + "B.weight"], b[:, layer].T)
+    run(tmp_path / "peft", tmp_path / "back.safetensors", "--to", "leaves", "--names", "maxtext",
+        "--package", "maxtext", *like)  # fmt: skip
+    back = load_file(tmp_path / "back.safetensors")
+    np.testing.assert_array_equal(back[f"{folder}_lora_a"], a)
+    np.testing.assert_array_equal(back[f"{folder}_lora_b"], b)
 
 
 def test_configuration_is_carried_over_and_can_be_given(tmp_path):

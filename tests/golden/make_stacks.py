@@ -160,7 +160,7 @@ def _easydel():
     return _nnx(model, call)
 
 
-def _maxtext(scan_layers: bool = True) -> Callable[[], tuple[Callable, Any]]:
+def _maxtext(scan_layers: bool = True, lora: bool = False) -> Callable[[], tuple[Callable, Any]]:
     def build():
         import os
 
@@ -171,7 +171,7 @@ def _maxtext(scan_layers: bool = True) -> Callable[[], tuple[Callable, Any]]:
         from flax import nnx
         from maxtext.common.common_types import MODEL_MODE_TRAIN
         from maxtext.configs import pyconfig
-        from maxtext.utils import maxtext_utils, model_creation_utils
+        from maxtext.utils import lora_utils, maxtext_utils, model_creation_utils
 
         base = Path(maxtext.__file__).parent / "configs" / "decoupled_base_test.yml"
         config = pyconfig.initialize([
@@ -181,11 +181,13 @@ def _maxtext(scan_layers: bool = True) -> Callable[[], tuple[Callable, Any]]:
             "base_mlp_dim=20", "base_num_decoder_layers=2", "vocab_size=32", "max_target_length=8",
             "normalization_layer_epsilon=1e-6", "rope_max_timescale=1000000",
             "per_device_batch_size=1", "dtype=float32", "weight_dtype=float32",
-            f"scan_layers={str(scan_layers).lower()}",
+            f"scan_layers={str(scan_layers).lower()}", f"lora.enable_lora={str(lora).lower()}",
+            f"lora.lora_rank={RANK}", f"lora.lora_alpha={ALPHA}",
         ])  # fmt: skip
         mesh = maxtext_utils.get_mesh_from_config(config)
         with mesh:
             model = model_creation_utils.from_config(config, mesh=mesh, rngs=nnx.Rngs(0))
+            model = lora_utils.apply_lora_to_model(model, mesh, config)
         graph, state, rest = nnx.split(model, nnx.Param, ...)
 
         def fn(params, ids):
@@ -258,6 +260,8 @@ WITH_LORA = {  # the packages' own
     "gemma": lambda: _gemma(_gemma_lora),
     "keras-llama": _keras("llama", RANK),
     "keras-gemma": _keras("gemma", RANK),
+    "maxtext-qwen3": _maxtext(lora=True),
+    "maxtext-qwen3-unscanned": _maxtext(False, lora=True),
 }
 
 
@@ -295,7 +299,8 @@ def main_lora(wanted: list[str]) -> None:
         tree = {k: [str(v.dtype), *v.shape] for k, v in sorted(flatten(params)[0].items())
                 if "lora" in k.lower()}  # fmt: skip
         logits = np.asarray(fn(params, jnp.asarray(IDS)), np.float64).round(6).tolist()
-        packages = (*STACKS[name].packages, *(("qwix",) if name.startswith("tunix") else ()))
+        by_qwix = name.startswith(("tunix", "maxtext"))
+        packages = (*STACKS[name].packages, *(("qwix",) if by_qwix else ()))
         versions = {p: importlib.metadata.version(p) for p in packages}
         LORA.mkdir(exist_ok=True)
         rows = {"versions": versions, "tree": tree, "logits": logits}
