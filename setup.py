@@ -52,6 +52,26 @@ STACKS = [
 ]
 # It pins other releases than those accept, and imports torch and pillow without requiring them.
 EASYDEL = ["easydel>=0.3", "pillow", "torch==2.13.0"]
+# It declares nothing that it imports, and needs Python 3.12.
+MAXTEXT = [
+    "aqtp",
+    "drjax",
+    "grain",
+    "huggingface-hub",
+    "jinja2",
+    "maxtext>=0.2.5; python_version >= '3.12'",
+    "ml-collections",
+    "omegaconf",
+    "pathwaysutils",
+    "pillow",
+    "pydantic",
+    "qwix>=0.1.8",
+    "sentencepiece",
+    "sympy",
+    "tiktoken",
+    "tokamax",
+    "transformers>=5.0",
+]
 # torch is pinned: the tests compare with it on the CPU, nothing else may import it.
 TEST = [
     "datasets>=4.0",
@@ -100,6 +120,7 @@ setup(
         "docs": DOCS,
         "stacks": STACKS,
         "stacks-easydel": EASYDEL,
+        "stacks-maxtext": MAXTEXT,
         "test": EXPERIMENTS + SERVE + DOCS + TEST,
     },
 )

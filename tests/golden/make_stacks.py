@@ -1,7 +1,8 @@
 """Golden trees of JAX packages with language models: paths, shapes, dtypes, and logits.
 
 Run by a developer where the package is installed (`pip install -e '.[stacks]'`, and for EasyDeL
-`pip install -e '.[stacks-easydel]' pytest` in an environment of its own), from the root:
+`pip install -e '.[stacks-easydel]' pytest` in an environment of its own, for MaxText the same with
+``stacks-maxtext`` and Python 3.12), from the root:
 
     python tests/golden/make_stacks.py tunix-llama3 gemma ...
 
