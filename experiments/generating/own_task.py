@@ -50,7 +50,7 @@ BATCH = 64  # texts per call of the base
 ROUNDING = 1e-5  # features that differ by less, relative to the largest, are the same in float32
 
 
-class Made(NamedTuple):
+class TaskAdapter(NamedTuple):
     """The adapter of one task, and how it compares."""
 
     task: Task  # names and descriptions of the classes
@@ -122,7 +122,7 @@ def world_of(found: Checkpoint, base: Base, task: Task, k: int) -> World:
     )  # fmt: skip
 
 
-def make(found: Checkpoint, world: World) -> Made:
+def make(found: Checkpoint, world: World) -> TaskAdapter:
     """The adapter of a world's one task, and its rivals.
 
     Args:
@@ -154,7 +154,7 @@ def make(found: Checkpoint, world: World) -> Made:
     adapters = {"generated": 1}
     test = {key: user_tasks.cell(found[None], adapters.get(key, 0)) for key, found in hits.items()}
     counts = np.bincount(few.label, minlength=task.classes).tolist()
-    return Made(task, adapter, head, counts, _validated(found, of, world, features), test)
+    return TaskAdapter(task, adapter, head, counts, _validated(found, of, world, features), test)
 
 
 def _widened(found: Checkpoint, world: World) -> episode_training.Fitted:
@@ -180,18 +180,18 @@ def _validated(
     answers = measure.answers(of.world, few, head)
     for part in parts:
         kept, hidden = (cross_validation.taken(few, where) for where in part)
-        made = episodes.factors(of.fitted, features[part.kept], kept.label, head)
-        scores["generated"][part.hidden] = answers(*made)[part.hidden]
+        result = episodes.factors(of.fitted, features[part.kept], kept.label, head)
+        scores["generated"][part.hidden] = answers(*result)[part.hidden]
         for key, classify in rivals.classifiers(found.frozen).items():
             scores[key][part.hidden] = rivals.right(world, classify, kept, hidden)
     return cross_validation.verdict(scores, seed=world.config.seed)
 
 
-def save(made: Made, world: World, target: Path) -> None:
+def save(result: TaskAdapter, world: World, target: Path) -> None:
     """Writes the folder of one task whole: temporary folder and rename.
 
     Args:
-      made: the adapter.
+      result: the adapter.
       world: of it.
       target: replaced if it is there.
     """
@@ -200,38 +200,38 @@ def save(made: Made, world: World, target: Path) -> None:
     temp.mkdir(parents=True)
     config = world.config
     hub = HUB.get(config.base, config.base.removeprefix("hf:"))
-    jl.io.save_peft(temp / "peft", made.adapter, jl.io.bert(layer_offset=world.below), hub)
-    jl.io.save_adapter(temp / "orbax", jax.tree.map(np.asarray, made.adapter))
-    save_file({"head": np.ascontiguousarray(made.head, np.float32)}, temp / "head.safetensors")
+    jl.io.save_peft(temp / "peft", result.adapter, jl.io.bert(layer_offset=world.below), hub)
+    jl.io.save_adapter(temp / "orbax", jax.tree.map(np.asarray, result.adapter))
+    save_file({"head": np.ascontiguousarray(result.head, np.float32)}, temp / "head.safetensors")
     about = {
-        "description": made.task.description, "classes": list(made.task.class_names),
+        "description": result.task.description, "classes": list(result.task.class_names),
         "base": hub, "head_scale": config.head_scale, "max_length": config.max_length,
-        "first_layer": world.below, "examples_per_class": made.examples, "test": made.test,
-        "cross_validation": cross_validation.as_json(made.verdict),
+        "first_layer": world.below, "examples_per_class": result.examples, "test": result.test,
+        "cross_validation": cross_validation.as_json(result.verdict),
     }  # fmt: skip
     write_json(temp / "generated.json", about)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temp, target)
 
 
-def lines(made: Made) -> list[str]:
+def lines(result: TaskAdapter) -> list[str]:
     """The result for the terminal: which to use, then a row per method.
 
     Args:
-      made: of one task.
+      result: of one task.
     """
-    each = made.examples
+    each = result.examples
     span = f"{min(each)}" if min(each) == max(each) else f"{min(each)} to {max(each)}"
-    count = made.test["generated"]["n"]
+    count = result.test["generated"]["n"]
     out = [
-        f"{made.task.name}: {cross_validation.sentence(made.verdict)}.",
+        f"{result.task.name}: {cross_validation.sentence(result.verdict)}.",
         f"  {len(each)} classes, {span} examples of each; {count} test texts.",
         f"  {'method':28s} cross-validated   test accuracy   95 % interval",
     ]
-    figures = made.verdict.figures if made.verdict else {}
+    figures = result.verdict.figures if result.verdict else {}
     for key in ORDER:
         own = f"{100 * figures[key]['mean']:6.1f} %" if key in figures else f"{'–':>8s}"
-        cell = made.test[key]
+        cell = result.test[key]
         out.append(
             f"  {names.method(key).label:28s} {own:>15s} {100 * cell['mean']:13.1f} %"
             f"   {100 * cell['low']:4.1f} to {100 * cell['high']:5.1f} %"
@@ -270,7 +270,7 @@ def run(
     shown: list[str] = []
     for task, target in zip(tasks, targets, strict=True):
         world = world_of(found, base, task, k or found.config.examples)
-        made = make(found, world)
-        save(made, world, target)
-        shown += [*lines(made), f"  Adapter: {target}"]
+        result = make(found, world)
+        save(result, world, target)
+        shown += [*lines(result), f"  Adapter: {target}"]
     return shown
