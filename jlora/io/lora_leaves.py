@@ -29,7 +29,8 @@ outputs, whatever the weight has, and scanned layers at axis 1: [d_in, L, r] and
 All are exact. `lora_leaves` goes the other way: parts with first factors of their own get one of
 the joined rank, and as a package has one rank for all sites, smaller ranks are padded with zeros.
 
-Reference: the packages' parameters: qwix 0.1.8, gemma 3.3.0, flax 0.12.8, keras 3.15.1.
+Reference: the packages' parameters: qwix 0.1.8, gemma 3.3.0, flax 0.12.8, keras 3.15.1,
+    maxtext 0.2.5.
 Deviates: nothing.
 """
 

@@ -180,7 +180,10 @@ def easydel(prefix: str = "", layer_offset: int = 0) -> NameMap:
 
 
 MAXTEXT = {  # per layer; "{s}" is where scanned layers lie (`param_scan_axis` 1)
-    "self_attention/(query|key|value)/kernel": ("self_attn.{part}_proj", "i{s}oo"),
+    "self_attention/(?P<part>[qkv])(?:uery|ey|alue)/kernel": (
+        r"self_attn.\g<part>_proj",
+        "i{s}oo",
+    ),
     "self_attention/out/kernel": ("self_attn.o_proj", "i{s}io"),
     "mlp/wi_0/kernel": ("mlp.gate_proj", "i{s}o"),
     "mlp/wi_1/kernel": ("mlp.up_proj", "i{s}o"),
@@ -192,7 +195,6 @@ MAXTEXT_NORMS = {
     "pre_self_attention_layer_norm": "input_layernorm",
     "post_self_attention_layer_norm": "post_attention_layernorm",
 }
-MAXTEXT_NOT = "queries hold 1/sqrt(head size) as well, which no name says"
 
 
 def maxtext(
@@ -217,14 +219,15 @@ def maxtext(
       ValueError: a model that names alone do not convert.
     """
     if model != "qwen3":
-        raise ValueError(f"maxtext: got model {model!r}, expected 'qwen3'; of others {MAXTEXT_NOT}")
+        raise ValueError(
+            f"maxtext: got model {model!r}, expected 'qwen3'; others keep 1/sqrt(head size) in "
+            "their queries, which renaming does not undo"
+        )
     layer, axis = ("decoder/layers/", "s") if scan_layers else (r"decoder/layers_(?P<i>\d+)/", "")
-    rules: Rules = {}
-    for path, (module, kinds) in MAXTEXT.items():
-        kinds = kinds.replace("{s}", axis)
-        for name in ("query", "key", "value"):
-            own = path.replace("(query|key|value)", name)
-            rules[layer + own] = (f"{LAYER}.{module.replace('{part}', name[0])}", kinds)
+    rules: Rules = {
+        layer + path: (f"{LAYER}.{module}", kinds.replace("{s}", axis))
+        for path, (module, kinds) in MAXTEXT.items()
+    }
     for path, module in MAXTEXT_NORMS.items():
         rules[f"{layer}{path}/scale"] = (f"{LAYER}.{module}[weight]", "o" + axis)
     rules |= {

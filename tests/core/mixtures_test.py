@@ -3,9 +3,9 @@
 They group rows by expert (`ragged_dot`), each device its part of the experts (`shard_map`). The
 forms by hand are in `views_test.py` and `shards_test.py`. Neither package goes with the other, nor
 with the tests' own: `pip install -e '.[stacks-easydel]' pytest`, or `'.[stacks-maxtext]' pytest`
-with Python 3.12, each in an environment of its own. EasyDeL's experts on more than one device and
-MaxText's need operations that XLA has not for the CPU; there the mesh splits the data and the
-columns.
+with Python 3.12, each in an environment of its own (and `pytest-timeout pytest-xdist hypothesis`).
+Experts split over devices run on no CPU: EasyDeL needs a `ragged_all_to_all`, which XLA lacks
+there, and MaxText's own `ragged_dot` fails. Here the mesh splits the data, the columns or fsdp.
 """
 
 from pathlib import Path
