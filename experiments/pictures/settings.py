@@ -19,7 +19,7 @@ class Settings:
     """All settings; `key` hashes those that a checkpoint depends on."""
 
     styles: str = setting(
-        "data", "google,twitter,openmoji,mnist,fashion", f"of {', '.join(STYLES)}"
+        "data", "google,twitter,mnist,fashion", f"of {', '.join(STYLES)}"
     )
     width: int = setting("model", 160, "of the tokens", range=">= 1")
     depth: int = setting("model", 6, "blocks", range=">= 1")
