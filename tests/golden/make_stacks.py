@@ -141,7 +141,11 @@ def _keras(kind: str, rank: int = 0) -> Callable[[], tuple[Callable, Any]]:
     return build
 
 
-def _easydel():
+def _easydel(rank: int = 0) -> Callable[[], tuple[Callable, Any]]:
+    return lambda: _easydel_llama(rank)
+
+
+def _easydel_llama(rank: int) -> tuple[Callable, Any]:
     import easydel
     import jax.numpy as jnp
     from flax import nnx
@@ -153,6 +157,9 @@ def _easydel():
     model = easydel.LlamaForCausalLM(
         config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
+
+    if rank:
+        model = model.apply_lora_to_layers(rank, ".*_proj", verbose=False, rngs=nnx.Rngs(1))
 
     def call(model, ids):
         with config.mesh:
@@ -230,7 +237,7 @@ STACKS = {
     "keras-gemma": Stack(
         ("keras", "keras-hub"), "keras_hub", _llama(model_type="gemma"), _keras("gemma")
     ),
-    "easydel-llama": Stack(("easydel", "flax"), "easydel", _llama(), _easydel),
+    "easydel-llama": Stack(("easydel", "flax"), "easydel", _llama(), _easydel()),
     "maxtext-qwen3": Stack(
         ("maxtext", "flax"), "maxtext", _llama(model_type="qwen3", **_FAR), _maxtext()
     ),
@@ -261,6 +268,7 @@ WITH_LORA = {  # the packages' own
     "gemma": lambda: _gemma(_gemma_lora),
     "keras-llama": _keras("llama", RANK),
     "keras-gemma": _keras("gemma", RANK),
+    "easydel-llama": _easydel(RANK),
     "maxtext-qwen3": _maxtext(lora=True),
     "maxtext-qwen3-unscanned": _maxtext(False, lora=True),
 }
@@ -281,7 +289,8 @@ def filled(params: Any) -> Any:
     def fill(path, leaf):
         if not jax.numpy.issubdtype(leaf.dtype, np.floating):
             return leaf
-        return jax.numpy.asarray(weight(path_string(path), tuple(leaf.shape)), leaf.dtype)
+        name = path_string(path).replace("/base_module/", "/")  # of a wrapper: as without it
+        return jax.numpy.asarray(weight(name, tuple(leaf.shape)), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, params)
 
