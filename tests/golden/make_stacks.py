@@ -122,6 +122,14 @@ def _keras(kind: str, rank: int = 0) -> Callable[[], tuple[Callable, Any]]:
                  "num_key_value_heads": 2}  # fmt: skip
         if kind == "llama":
             net = keras_hub.models.LlamaBackbone(**sizes, intermediate_dim=20)
+        elif kind == "qwen":
+            net = keras_hub.models.QwenBackbone(
+                **sizes, intermediate_dim=20, tie_word_embeddings=False
+            )
+        elif kind == "qwen3":
+            net = keras_hub.models.Qwen3Backbone(
+                **sizes, head_dim=6, intermediate_dim=20, tie_word_embeddings=False
+            )
         else:
             net = keras_hub.models.GemmaBackbone(**sizes, head_dim=6, intermediate_dim=40)
         if rank:
@@ -237,6 +245,13 @@ STACKS = {
     "keras-gemma": Stack(
         ("keras", "keras-hub"), "keras_hub", _llama(model_type="gemma"), _keras("gemma")
     ),
+    "keras-qwen": Stack(
+        ("keras", "keras-hub"), "keras_hub", _llama(model_type="qwen2", head_dim=4),
+        _keras("qwen"),
+    ),
+    "keras-qwen3": Stack(
+        ("keras", "keras-hub"), "keras_hub", _llama(model_type="qwen3"), _keras("qwen3")
+    ),
     "easydel-llama": Stack(("easydel", "flax"), "easydel", _llama(), _easydel()),
     "maxtext-qwen3": Stack(
         ("maxtext", "flax"), "maxtext", _llama(model_type="qwen3", **_FAR), _maxtext()
@@ -268,6 +283,8 @@ WITH_LORA = {  # the packages' own
     "gemma": lambda: _gemma(_gemma_lora),
     "keras-llama": _keras("llama", RANK),
     "keras-gemma": _keras("gemma", RANK),
+    "keras-qwen": _keras("qwen", RANK),
+    "keras-qwen3": _keras("qwen3", RANK),
     "easydel-llama": _easydel(RANK),
     "maxtext-qwen3": _maxtext(lora=True),
     "maxtext-qwen3-unscanned": _maxtext(False, lora=True),
