@@ -2,15 +2,16 @@
 
     python -m experiments.variants --flagfile=experiments/flags/variants_full.flags
 
-Trains adapters of the attention kernels of MiniLM's last layer on four text tasks for which frozen
-features do not suffice, and writes report.json, report.md and variants.svg into the workdir: best
-and spread of each variant over learning rates, ranks and seeds, with tags on four axes. Finished
-cells (a variant, a rank, a seed) are kept; the same command resumes with the missing ones.
+Trains adapters of attention kernels: of MiniLM's last layer on four text tasks for which frozen
+features do not suffice, and of base L on four kinds of text that it continues. Variants are
+methods, optimizers, initialisations, schedules and mixtures of experts. Writes report.json,
+report.md and a plot per base into the workdir: best and spread of each variant over learning rates,
+ranks and seeds, with tags on four axes. Finished cells (a base, a variant, a rank, a seed) are
+kept; the same command resumes with the missing ones.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import sys
 from importlib.metadata import version
@@ -29,6 +30,7 @@ def define_flags() -> None:
     """Define the flags of this program."""
     flags.DEFINE_string("workdir", "runs/variants", "everything the study writes")
     flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
+    flags.DEFINE_list("bases", ["minilm", "base_l"], "base models with their tasks")
     flags.DEFINE_list("variants", [], "their names; none: all")
     flags.DEFINE_list("ranks", ["2", "4", "8"], "ranks of LoRA that set the budgets")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "of starts, random bases and drawn rows")
@@ -36,19 +38,20 @@ def define_flags() -> None:
     flags.DEFINE_list("factors", rates, "learning rates, by a variant's middle one")
     flags.DEFINE_integer("steps", 60, "optimizer steps of a run")
     flags.DEFINE_integer("batch", 8, "rows of a step")
-    flags.DEFINE_bool("toy", False, "a random encoder and made-up sentences; no download")
+    flags.DEFINE_bool("toy", False, "tiny random models and made-up rows; no download")
 
 
 def main(argv: list[str]) -> None:
     """Entry point: every expected failure is one clear line and exit code 2."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    from experiments.variant_study import cells, report  # --help should not wait for JAX
+    from experiments.variant_study import bench, cells, report  # --help should not wait for JAX
     from experiments.variant_study.methods import VARIANTS
 
     workdir = Path(FLAGS.workdir)
     try:
         plan = cells.Plan(
+            tuple(FLAGS.bases),
             tuple(FLAGS.variants) or tuple(VARIANTS),
             tuple(int(x) for x in FLAGS.ranks),
             tuple(int(x) for x in FLAGS.seeds),
@@ -58,12 +61,15 @@ def main(argv: list[str]) -> None:
         )
         plan.check()
         workdir.mkdir(parents=True, exist_ok=True)
-        world = cells.world(workdir, Path(FLAGS.cache) if FLAGS.cache else None, toy=FLAGS.toy)
-        made = cells.sweep(world, plan, workdir)
-        found = report.summarise(made, world.names("seen"))
+        cache = Path(FLAGS.cache) if FLAGS.cache else None
+        made, tasks = [], {}
+        for name in plan.bases:
+            one = bench.load(name, workdir, cache, FLAGS.toy)
+            made += cells.sweep(one, plan, workdir)
+            tasks[name] = one.names
+        found = report.summarise(made, tasks)
         found["command"] = shlex.join(["python", "-m", "experiments.variants", *sys.argv[1:]])
         found["plan"] = plan._asdict() | {"jax": version("jax")}
-        found["config"] = dataclasses.asdict(world.config)
         report.write(found, made, workdir)
     except (StageError, AssetError) as error:
         _fail(str(error))

@@ -1,11 +1,11 @@
-r"""What the study measures: cells of (variant, rank, seed), each at every learning rate.
+r"""What the study measures: cells of (base, variant, rank, seed), each at every learning rate.
 
-A cell trains rates x tasks lanes in one vmapped run (`experiments.claims.text_methods.train`); all
-seeds of a variant and rank share its compilation. A cell is a file in the stage's folder, written
-whole, so a killed study resumes with the missing ones.
+A cell trains rates x tasks lanes in one vmapped run; all seeds of a variant and rank share its
+compilation. Where a task has a start of its own (an initialisation from data), its rates are the
+lanes of one run. A cell is a file in the stage's folder, written whole, so a killed study resumes
+with the missing ones.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -13,20 +13,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from experiments.claims import text_methods as lib
-from experiments.merging import cells as merging_cells
+import jlora as jl
 from experiments.progress import Progress
-from experiments.stages.world import World, build
-from experiments.variant_study.methods import VARIANTS, Variant
+from experiments.variant_study import bench as benches
+from experiments.variant_study import schedules, starts, training
+from experiments.variant_study.bench import Bench
+from experiments.variant_study.methods import ATTENTION, VARIANTS, Variant
+from experiments.variant_study.training import Run, Schedule
 from experiments.workdir import REDO, Folder, read_json, write_json
+from jlora.types import Tree
+
+PLAIN = Schedule()
 
 
 class Plan(NamedTuple):
     """What is swept."""
 
+    bases: tuple[str, ...]  # names of benches
     variants: tuple[str, ...]  # names in VARIANTS
     ranks: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -36,14 +42,19 @@ class Plan(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for a plan that cannot be run or says nothing."""
-        for name in self.variants:
-            if name not in VARIANTS:
-                raise ValueError(f"--variants: got {name!r}, expected some of {sorted(VARIANTS)}")
-        for name in ("variants", "ranks", "seeds", "factors"):
+        known = {"variants": VARIANTS, "bases": benches.known()}
+        for flag, names in known.items():
+            for name in getattr(self, flag):
+                if name not in names:
+                    raise ValueError(f"--{flag}: got {name!r}, expected some of {sorted(names)}")
+        for name in ("bases", "variants", "ranks", "seeds", "factors"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name}: got {list(values)}, expected different values, at "
                                  "least one")  # fmt: skip
+        if len(self.factors) < 2:
+            raise ValueError(f"--factors: got {list(self.factors)}, expected 2 or more: a spread "
+                             "over learning rates needs them")  # fmt: skip
         for name in ("ranks", "factors"):
             if not min(getattr(self, name)) > 0:
                 raise ValueError(f"--{name}: got {min(getattr(self, name))}, expected > 0")
@@ -55,6 +66,7 @@ class Plan(NamedTuple):
 class Cell(NamedTuple):
     """One variant, rank and seed; lists by learning rate, inner ones by task."""
 
+    base: str
     variant: str
     rank: int
     seed: int
@@ -65,85 +77,81 @@ class Cell(NamedTuple):
     loss: list[list[float]]  # training loss at the end
 
 
-def world(workdir: Path, cache: Path | None, *, toy: bool) -> World:
-    """The base model and tasks of the study.
+class Group(NamedTuple):
+    """Lanes that share a start."""
 
-    Args:
-      workdir: where the states of the texts are kept.
-      cache: of downloads; None: the default.
-      toy: a random encoder and made-up sentences.
-    """
-    config = lib.CONFIG
-    if toy:
-        config = dataclasses.replace(config, base="tiny", tasks="toy", layers=1, max_length=8,
-                                     train_texts=20, eval_rows=20, examples=4)  # fmt: skip
-    return build(config, workdir, cache)
+    base: Tree  # parameters
+    adapter: jl.Adapter
+    tasks: np.ndarray  # their numbers
 
 
-def tasks(world: World) -> lib.Tasks:
-    """The seen tasks of a world, as the harness of the claims takes them."""
-    names = tuple(world.names("seen"))
-
-    def split(name: str) -> tuple[Any, Any]:
-        rows = [world.rows[n, name] for n in names]
-        most = max(len(r.index) for r in rows)
-        if name != "train":  # rows are judged in equal groups; those that fill none are left out
-            most = max(most // lib.ROWS, 1) * lib.ROWS
-        index = np.stack([np.resize(r.index, most) for r in rows])
-        label = np.stack([np.resize(r.label, most) for r in rows])
-        return jnp.asarray(index, jnp.int32), jnp.asarray(label, jnp.int32)
-
-    heads = jnp.asarray(np.stack([world.head_of(n) for n in names]))
-    apply = merging_cells.text_classifier(world.model, world.config.head_scale)
-    return lib.Tasks(apply, world.upper, names, *split("train"), heads, world.hidden, world.mask,
-                     split("validation"), split("test"))  # fmt: skip
+def groups(bench: Bench, variant: Variant, rank: int, seed: int) -> list[Group]:
+    """All tasks at once, or one after the other where each has a start of its own."""
+    every = np.arange(len(bench.names))
+    if variant.start is None:
+        inputs, _ = bench.pick(bench.data, "train", 0, np.zeros(1, np.int32))
+        made = jl.init(jax.random.key(seed), bench.apply, bench.base, *inputs,
+                       methods={ATTENTION: variant.method(rank)})  # fmt: skip
+        if variant.change:
+            made = variant.change(made, seed)
+        return [Group(bench.base, made, every)]
+    methods = {ATTENTION: variant.method(rank)}
+    made = [variant.start(starts.data(bench, int(t), seed), methods) for t in every]
+    return [Group(bench.base, m, every[t : t + 1]) for t, m in enumerate(made)]
 
 
-def measure(found: lib.Tasks, variant: Variant, rank: int, seed: int, plan: Plan) -> Cell:
-    """Trains and judges one cell."""
-    recipe, count = _recipe(variant.name, rank, plan.steps, plan.batch), len(found.names)
-    adapter = lib.fresh(found, recipe, seed)
-    rates = [recipe.rate * f for f in sorted(plan.factors)]
-    at = np.tile(np.arange(count), len(rates))
-    made = lib.train(found, recipe, adapter, np.repeat(rates, count), at, seed)
-    trained = adapter.replace(trainable=made.trainable)
-
-    def grid(x: np.ndarray) -> list[list[float]]:
-        return x.reshape(len(rates), count).tolist()
-
-    right = [lib.judge(found, trained, rows, at).mean(1) for rows in (found.validation, found.test)]
-    return Cell(variant.name, rank, seed, lib.size(adapter), rates, *map(grid, right),
-                grid(made.loss))  # fmt: skip
+def how(variant: Variant, rank: int, steps: int, batch: int, adapter: jl.Adapter) -> Run:
+    """How the lanes of a variant are trained; one object for equal arguments."""
+    return _how(variant.name, rank, steps, batch, schedules.matrices(adapter))
 
 
 @functools.cache
-def _recipe(name: str, rank: int, steps: int, batch: int) -> lib.Recipe:
-    """One object per variant and rank: what is compiled for it is compiled once."""
-    return VARIANTS[name].recipe(rank, steps, batch)
+def _how(name: str, rank: int, steps: int, batch: int, matrices: int) -> Run:
+    variant = VARIANTS[name]
+    schedule = variant.schedule(rank, steps, matrices) if variant.schedule else PLAIN
+    return Run(variant.solver, schedule, steps, batch)
+
+
+def measure(bench: Bench, variant: Variant, rank: int, seed: int, plan: Plan) -> Cell:
+    """Trains and judges one cell."""
+    rates = [variant.rate * f for f in sorted(plan.factors)]
+    parts: dict[str, list[np.ndarray]] = {"validation": [], "test": [], "loss": []}
+    size = 0
+    for base, adapter, tasks in groups(bench, variant, rank, seed):
+        run = how(variant, rank, plan.steps, plan.batch, adapter)
+        at = np.tile(tasks, len(rates))
+        lanes = training.train(bench, run, base, adapter, np.repeat(rates, len(tasks)), at, seed)
+        size = sum(x.size for x in jax.tree.leaves(adapter.trainable))
+        parts["loss"].append(lanes.loss.reshape(len(rates), -1))
+        for split in ("validation", "test"):
+            right = training.judge(bench, run, base, adapter, lanes, split, at)
+            parts[split].append(right.reshape(len(rates), -1))
+    grids = {name: np.concatenate(found, axis=1).tolist() for name, found in parts.items()}
+    return Cell(bench.name, variant.name, rank, seed, size, rates, **grids)
 
 
 def sweep(
-    world: World, plan: Plan, workdir: Path, make: Callable[..., Cell] = measure
+    bench: Bench, plan: Plan, workdir: Path, make: Callable[..., Cell] = measure
 ) -> list[Cell]:
-    """All cells; finished ones are read back.
+    """All cells of a base; finished ones are read back.
 
     Args:
-      world: base model and tasks.
+      bench: base model and tasks.
       plan: what is swept.
       workdir: where cells are kept, under a hash of what they depend on.
       make: measures one cell.
     """
-    settings = {"world": world.config.key("data"), "steps": plan.steps, "batch": plan.batch,
+    settings = {"bench": [bench.name, bench.key], "steps": plan.steps, "batch": plan.batch,
                 "factors": sorted(plan.factors)}  # fmt: skip
     blob = json.dumps(settings, sort_keys=True)
     folder = Folder(workdir, "cells", hashlib.sha256(blob.encode()).hexdigest()[:10]).open()
     todo = [(VARIANTS[v], r, s) for v in plan.variants for r in plan.ranks for s in plan.seeds]
-    out, found = [], tasks(world)
-    with Progress(workdir, "variants", len(todo), "cell") as bar:
+    out = []
+    with Progress(workdir, f"variants on {bench.name}", len(todo), "cell") as bar:
         for variant, rank, seed in todo:
-            file = folder / f"{variant.name}-{rank}-{seed}.json"
+            file = folder / f"{variant.name.replace(' ', '_')}-{rank}-{seed}.json"
             if not file.is_file():
-                write_json(file, make(found, variant, rank, seed, plan)._asdict())
+                write_json(file, make(bench, variant, rank, seed, plan)._asdict())
             out.append(read(file))
             bar.step(1, accuracy=float(np.max(np.mean(out[-1].test, axis=1))))
     return out

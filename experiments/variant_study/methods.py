@@ -1,12 +1,12 @@
 r"""The variants of the study: what each trains for a rank, and its tags.
 
-A variant maps the rank r of the study to a recipe of about as many trained numbers as LoRA of that
-rank has, where its form allows (methods on shared bases have fewer, by design). The middle of its
-grid of learning rates is that of its claim file.
+A variant maps the rank r of the study to about as many trained numbers as LoRA of that rank has,
+where its form allows (methods on shared bases have fewer, by design). The middle of its grid of
+learning rates is that of its claim file, where it has one on these tasks.
 
-Tags are four axes after "A Unified Study of LoRA Variants" (2026, 2601.22708): rank (the form of
-the delta), optimisation, initialisation, mixture of experts. They are computed from the room that
-the records of its systems are in, so a variant cannot be tagged by hand.
+Tags are four axes after He et al. 2026 (2601.22708): rank (the form of the delta), optimisation,
+initialisation, mixture of experts. They are computed from the room that the records of its systems
+are in, so a variant cannot be tagged by hand.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import optax
 
 import jlora as jl
-from experiments.claims.text_methods import Recipe
-from jlora import methods, registry
-from jlora.optimizers.lora_plus import lora_plus
+from experiments.variant_study import schedules, starts
+from experiments.variant_study.training import Schedule
+from jlora import methods, optimizers, registry
 from jlora.types import Dynamic
 
 # one pattern, so that what a method shares, it shares over all four kernels
@@ -32,6 +32,7 @@ AXES = {  # the start of a module's name -> the axis; the first that fits
     "jlora.penalties": "optimisation",
     "jlora.routing": "mixture of experts",
 }
+Solver = Callable[[Dynamic], optax.GradientTransformation]  # of a schedule of rates
 
 
 class Variant(NamedTuple):
@@ -41,13 +42,10 @@ class Variant(NamedTuple):
     systems: tuple[str, ...]  # names of records
     method: Callable[[int], Dynamic]  # rank of the study -> method of an attention kernel
     rate: float  # the middle of the grid of learning rates
-    solver: Callable[[Dynamic], optax.GradientTransformation] = optax.adam
-
-    def recipe(self, rank: int, steps: int, batch: int) -> Recipe:
-        """The recipe at a rank of the study."""
-        sites = {ATTENTION: self.method(rank)}
-        return Recipe(f"{self.name}, rank {rank}", sites, self.rate, self.solver, steps=steps,
-                      batch=batch)  # fmt: skip
+    solver: Solver = optax.adam
+    start: starts.Start | None = None  # from data or weights, instead of `jl.init`
+    schedule: Callable[[int, int, int], Schedule] | None = None  # (rank, steps, matrices)
+    change: Callable[[jl.Adapter, int], jl.Adapter] | None = None  # (fresh adapter, seed)
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -68,9 +66,20 @@ class Variant(NamedTuple):
         return tuple(dict.fromkeys(found))
 
 
+def _lora(rank: int) -> jl.LoRA:
+    """LoRA at scale 1."""
+    return jl.LoRA(rank=rank, alpha=float(rank))
+
+
 def _plus(rate: Dynamic) -> optax.GradientTransformation:
     """LoRA+ on Adam."""
-    return optax.chain(optax.adam(rate), lora_plus(16.0))
+    return optax.chain(optax.adam(rate), optimizers.lora_plus(16.0))
+
+
+def _on_gradients(rule: Callable[[], optax.GradientTransformation], adam: bool = True) -> Solver:
+    """A change of gradients before Adam, or before the learning rate alone."""
+    middle = [optax.scale_by_adam()] if adam else []
+    return lambda rate: optax.chain(rule(), *middle, optax.scale_by_learning_rate(rate))
 
 
 def _one(name: str, method: Callable[[int], Dynamic], rate: float) -> Variant:
@@ -78,15 +87,25 @@ def _one(name: str, method: Callable[[int], Dynamic], rate: float) -> Variant:
     return Variant(name, (name,), method, rate)
 
 
+def _solved(name: str, rate: float, solver: Solver) -> Variant:
+    """LoRA by another optimizer."""
+    return Variant(name, (name,), _lora, rate, solver)
+
+
+def _started(
+    name: str, rate: float, start: starts.Start, method: Callable[[int], Dynamic] = _lora
+) -> Variant:
+    """LoRA from another start."""
+    return Variant(name, (name,), method, rate, start=start)
+
+
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
-        _one("LoRA", lambda r: jl.LoRA(rank=r, alpha=float(r)), 8e-3),
-        Variant("LoRA+", ("LoRA+",), lambda r: jl.LoRA(rank=r, alpha=float(r)), 1e-3, _plus),
+        _one("LoRA", _lora, 8e-3),
         _one("PiSSA", lambda r: methods.PiSSA(rank=r, alpha=float(r)), 1e-3),
         _one("DoRA", lambda r: methods.DoRA(rank=r, alpha=float(r)), 8e-3),
         _one("DeLoRA", lambda r: methods.DeLoRA(rank=r), 8e-3),
-        _one("AdaLoRA", lambda r: methods.AdaLoRA(rank=r, alpha=float(r)), 1e-2),
         _one("KaSA", lambda r: methods.KaSA(rank=r, alpha=float(r)), 8e-3),
         _one("HiRA", lambda r: methods.HiRA(rank=r), 3e-2),
         _one("LoHa", lambda r: methods.LoHa(rank=-(-r // 2), alpha=float(-(-r // 2))), 1e-2),
@@ -108,5 +127,30 @@ VARIANTS: dict[str, Variant] = {
         _one("FourierFT", lambda r: methods.FourierFT(count=256 * r), 1e-1),
         _one("SHiRA", lambda r: methods.SHiRA(rank=r), 3e-3),
         _one("IA3", lambda r: methods.IA3(), 3e-2),
+        # optimizers
+        _solved("LoRA+", 1e-3, _plus),
+        _solved("LoRA-FA", 8e-3, _on_gradients(optimizers.lora_fa)),
+        _solved("Riemannian preconditioning", 1e-3, _on_gradients(optimizers.riemannian)),
+        _solved("LoRA-Pro", 1e-3, _on_gradients(optimizers.lora_pro)),
+        _solved(
+            "AltLoRA+", 1e-2, _on_gradients(lambda: optimizers.alt_lora(adaptive=True), adam=False)
+        ),
+        # initialisations
+        _started("OLoRA", 1e-3, starts.olora),
+        _started("EVA", 8e-3, starts.eva),
+        _started("CorDA", 1e-3, starts.corda),
+        _started("LoRA-GA", 3e-3, starts.lora_ga),
+        _started("NLoRA", 1e-3, starts.nlora),
+        _started("LoRA-SB", 3e-3, starts.lora_sb, lambda r: _lora(4 * r)),
+        # schedules
+        Variant(
+            "AdaLoRA", ("AdaLoRA", "AdaLoRA allocation"),
+            lambda r: methods.AdaLoRA(rank=r + r // 2, alpha=float(r + r // 2)), 8e-3,
+            schedule=schedules.adalora,
+        ),
+        Variant("DyLoRA", ("DyLoRA",), _lora, 8e-3, schedule=schedules.dylora),
+        Variant("SoRA", ("SoRA",), _lora, 8e-3, schedules.proximal, change=schedules.gated),
+        # mixtures of experts
+        _one("Experts", lambda r: methods.Experts(4, 2, -(-r // 4), alpha=float(-(-r // 4))), 8e-3),
     )
-}
+}  # fmt: skip

@@ -1,4 +1,4 @@
-r"""The study's figures: best and spread of every variant, as JSON, Markdown and a plot.
+r"""The study's figures: best and spread of every variant, as JSON, Markdown and a plot per base.
 
 =========  ==============================================================================
 v, k, s    variant, rank, seed
@@ -13,9 +13,10 @@ accuracy over seeds and tasks; figures are test accuracies there. Spreads are ra
           \mathrm{spread}^\eta_v = \max_\eta \bar x(\eta, k^*) - \min_\eta \bar x(\eta, k^*)
 
 likewise over ranks (each at its own best rate), and the standard deviation over seeds at the best.
+The two checks are those of `jlora.analysis.sensitivity`, with intervals over tasks; all bases
+together have the tasks of each.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,26 +30,34 @@ from experiments.report.plots import STYLE
 from experiments.variant_study.cells import Cell
 from experiments.variant_study.methods import VARIANTS
 from experiments.workdir import write_json
+from jlora.analysis import sensitivity
 
 WITHIN = 0.01  # of the best variant: what "tuned LoRA is as good" means
+SPREAD = ("the spread over learning rates (median of variants) exceeds that over variants at their "
+          "best")  # fmt: skip
+TUNED = f"tuned LoRA is within {100 * WITHIN:g} point of the best variant"
 
 
-def summarise(cells: Sequence[Cell], tasks: Sequence[str]) -> dict[str, Any]:
-    """The table and the two checks of the study.
+def summarise(cells: Sequence[Cell], tasks: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The table of each base and the two checks of the study, of each base and of all together.
 
     Args:
-      cells: all that were measured; every variant has the same ranks and seeds.
-      tasks: names, in the order of the cells' inner lists.
+      cells: all that were measured; every variant has the same ranks and seeds on a base.
+      tasks: base -> names, in the order of the cells' inner lists.
     """
-    groups: dict[str, dict[int, list[Cell]]] = {}
-    for c in cells:
-        groups.setdefault(c.variant, {}).setdefault(c.rank, []).append(c)
-    rows = {name: _row(name, ranks) for name, ranks in groups.items()}
-    if "LoRA" in rows:
-        for row in rows.values():
-            row["minus LoRA"] = bootstrap.paired(row["per task"], rows["LoRA"]["per task"])
-    best = {name: row["best"] for name, row in rows.items()}
-    return {"tasks": list(tasks), "variants": rows, "checks": _checks(rows, best)}
+    bases, seen = {}, []
+    for base, names in tasks.items():
+        groups: dict[str, dict[int, list[Cell]]] = {}
+        for c in cells:
+            if c.base == base:
+                groups.setdefault(c.variant, {}).setdefault(c.rank, []).append(c)
+        rows = {name: _row(name, ranks) for name, ranks in groups.items()}
+        if "LoRA" in rows:
+            for row in rows.values():
+                row["minus LoRA"] = bootstrap.paired(row["per task"], rows["LoRA"]["per task"])
+        seen.append(_per_task(rows, groups))
+        bases[base] = {"tasks": list(names), "variants": rows, "checks": _checks([seen[-1]])}
+    return {"bases": bases, "checks": _checks(seen)}
 
 
 def _row(name: str, ranks: Mapping[int, Sequence[Cell]]) -> dict[str, Any]:
@@ -76,40 +85,74 @@ def _row(name: str, ranks: Mapping[int, Sequence[Cell]]) -> dict[str, Any]:
     }
 
 
-def _checks(rows: Mapping[str, Any], best: Mapping[str, float]) -> list[dict[str, Any]]:
-    rate = statistics.median(row["spread over rates"] for row in rows.values())
-    spread = max(best.values()) - min(best.values())
+def _per_task(
+    rows: Mapping[str, Any], groups: Mapping[str, Mapping[int, Sequence[Cell]]]
+) -> dict[str, np.ndarray]:
+    """What the checks of a base compare, each [tasks]."""
+    chosen = [groups[name][row["rank"]] for name, row in rows.items()]
+    validation, test = (
+        np.asarray([[getattr(c, split) for c in cs] for cs in chosen])
+        for split in ("validation", "test")
+    )
+    found = sensitivity.spreads(validation, test)
+    out = {"over rates": found.over_rates, "over variants": found.methods}
+    if "LoRA" in rows:
+        out["behind the best"] = sensitivity.behind(validation, found, list(rows).index("LoRA"))
+    return out
+
+
+def _checks(bases: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Both checks over the tasks of some bases."""
+    every = {name: np.concatenate([b[name] for b in bases])
+             for name in bases[0] if all(name in b for b in bases)}  # fmt: skip
+    gap = bootstrap.paired(every["over rates"], every["over variants"])
     checks = [{
-        "statement": "the spread over learning rates (median of variants) exceeds that over "
-        "variants at their best",
-        "figures": {"over rates": rate, "over variants": spread},
-        "holds": rate > spread,
+        "statement": SPREAD,
+        "figures": {k: float(every[k].mean()) for k in ("over rates", "over variants")},
+        "interval": gap,
+        "verdict": _verdict(gap["low"] > 0, gap["high"] < 0),
     }]  # fmt: skip
-    if "LoRA" in best:
-        behind = max(best.values()) - best["LoRA"]
+    if "behind the best" in every:
+        gap = bootstrap.mean(every["behind the best"])
         checks.append({
-            "statement": f"tuned LoRA is within {100 * WITHIN:g} point of the best variant",
-            "figures": {"behind the best": behind},
-            "holds": behind <= WITHIN,
+            "statement": TUNED,
+            "figures": {"behind the best": gap["mean"]},
+            "interval": gap,
+            "verdict": _verdict(gap["high"] <= WITHIN, gap["low"] > WITHIN),
         })  # fmt: skip
     return checks
 
 
+def _verdict(holds: bool, fails: bool) -> str:
+    """By the whole interval."""
+    return "holds" if holds else "does not hold" if fails else "undecided"
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """The report as Markdown, best variant first."""
-    rows = sorted(found["variants"].items(), key=lambda pair: -pair[1]["best"])
     lines = [
         "# Variants of LoRA on real tasks, tuned alike",
         "",
-        f"Written by `{found['command']}`. Tasks: {', '.join(found['tasks'])}. Test accuracy in %; "
-        "rate and rank by validation rows; in brackets a 95 % interval over tasks.",
-        "",
+        f"Written by `{found['command']}`. Test accuracy in %, of next tokens where texts are "
+        "continued; rate and rank by validation rows; in brackets a 95 % interval over tasks.",
+    ]
+    for base, own in found["bases"].items():
+        lines += ["", f"## {base}: {', '.join(own['tasks'])}", "", *_table(own["variants"]), "",
+                  f"![Best accuracy and spread over learning rates](variants_{base}.svg)", "",
+                  *_said(own["checks"])]  # fmt: skip
+    if len(found["bases"]) > 1:
+        lines += ["", "## All tasks", "", *_said(found["checks"])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(variants: Mapping[str, Any]) -> list[str]:
+    lines = [
         "| variant | axis | trained | best | minus LoRA | over rates | over ranks | over seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in rows:
+    for name, row in sorted(variants.items(), key=lambda pair: -pair[1]["best"]):
         d = row.get("minus LoRA")
-        gap = f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]" if d else ""
+        gap = f"{100 * d['mean']:+.1f} {_interval(d)}" if d else ""
         end = " (rate at an end of its grid)" if row["rate at an end of the grid"] else ""
         spreads = (row[f"spread over {x}"] for x in ("rates", "ranks"))
         lines.append(
@@ -118,17 +161,26 @@ def markdown(found: Mapping[str, Any]) -> str:
             f"| {' | '.join(f'{100 * x:.1f}' for x in spreads)} "
             f"| ±{100 * row['deviation over seeds']:.1f} |"
         )
-    lines += ["", "![Best accuracy and spread over learning rates](variants.svg)", ""]
-    for check in found["checks"]:
+    return lines
+
+
+def _said(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for check in checks:
         figures = ", ".join(f"{k} {100 * v:.1f}" for k, v in check["figures"].items())
-        word = "holds" if check["holds"] else "**does not hold**"
-        lines.append(f"- {word}: {check['statement']} ({figures} points).")
-    return "\n".join(lines) + "\n"
+        word = check["verdict"] if check["verdict"] == "holds" else f"**{check['verdict']}**"
+        lines.append(f"- {word}: {check['statement']} ({figures} points; "
+                     f"{_interval(check['interval'])}).")  # fmt: skip
+    return lines
 
 
-def plot(found: Mapping[str, Any], file: Path) -> None:
+def _interval(d: Mapping[str, Any]) -> str:
+    return f"[{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+
+
+def plot(variants: Mapping[str, Any], file: Path) -> None:
     """Best of every variant with its range over learning rates, best last (on top)."""
-    rows = sorted(found["variants"].items(), key=lambda pair: pair[1]["best"])
+    rows = sorted(variants.items(), key=lambda pair: pair[1]["best"])
     style: Any = STYLE | {"svg.hashsalt": "variants"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(7, 1.2 + 0.28 * len(rows)), layout="constrained")
@@ -145,7 +197,8 @@ def plot(found: Mapping[str, Any], file: Path) -> None:
 
 
 def write(found: Mapping[str, Any], cells: Sequence[Cell], workdir: Path) -> None:
-    """report.json, report.md and variants.svg into the workdir."""
+    """report.json, report.md and a plot per base into the workdir."""
     write_json(workdir / "report.json", {**found, "cells": [c._asdict() for c in cells]})
     (workdir / "report.md").write_text(markdown(found), encoding="utf-8")
-    plot(found, workdir / "variants.svg")
+    for base, own in found["bases"].items():
+        plot(own["variants"], workdir / f"variants_{base}.svg")

@@ -14,9 +14,9 @@ recognised.
 Rank, alpha and everything else is read from the files and never has to be typed in. Sites keep the
 names of the torch modules unless ``--names`` maps the paths of a JAX model to them: then ``--like``
 is an Orbax adapter of that model or a tree of its parameters (for its sites), or the source is one.
-Leaves are the LoRA that a JAX package keeps among its parameters (qwix, gemma, flax, keras); qwix
-has its alpha in its rule alone, so it has to be given. A kohya file writes the
-dots of module names as underscores, so reading one needs the base (``--base``) or ``--like``. A
+Leaves are the LoRA that a JAX package keeps among its parameters (qwix, gemma, flax, easydel,
+keras); qwix has its alpha in its rule alone, so it has to be given. A kohya file writes the dots of
+module names as underscores, so reading one needs the base (``--base``) or ``--like``. A
 GGUF file has llama.cpp's names and order of heads, so that ``--base`` (the directory of the model,
 or its GGUF file) is required in both directions.
 """

@@ -70,8 +70,8 @@ def write(path: Path, adapter: Adapter, package: str) -> None:
     Args:
       path: the file.
       adapter: the adapter.
-      package: "qwix", "maxtext", "gemma", "flax" or "keras"; with rank and alpha in the
-        metadata of the file.
+      package: "qwix", "maxtext", "gemma", "flax", "easydel" or "keras"; with rank and alpha in
+        the metadata of the file.
 
     Raises:
       FormatError: what `lora_leaves` refuses, with the path.

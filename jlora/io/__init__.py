@@ -11,6 +11,7 @@ from jlora.io.orbax import restore_adapter, save_adapter
 from jlora.io.peft.directory import load_peft, peft_extras, save_peft
 from jlora.io.peft.replication import replicate_layers
 from jlora.io.peft.table import Table
+from jlora.io.peft.wrapped import invoked
 from jlora.io.presets import bert, llama, vit, vit4
 from jlora.io.slices import sliced
 from jlora.io.stacks import easydel, gemma, keras_hub, maxtext, tunix
@@ -25,6 +26,7 @@ __all__ = [
     "easydel",
     "gemma",
     "gguf_base",
+    "invoked",
     "keras_hub",
     "llama",
     "load_diffusers",

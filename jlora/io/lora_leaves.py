@@ -7,7 +7,8 @@ qwix      ``m/w_lora_a``, ``m/w_lora_b``      :math:`\alpha / r`, of the ``LoraR
                                               parameters do not have it (Tunix; MaxText, which
                                               is called "maxtext" on the way back)
 gemma     ``m/_LoRAEinsum_0/lora/a``, ``b``   1
-flax      ``m/lora/lora_a``, ``lora_b``       1 (``nnx.LoRALinear``; ``m/lora_a`` of ``nnx.LoRA``)
+flax      ``m/lora/lora_a``, ``lora_b``       1 (``nnx.LoRALinear``; ``m/lora_a`` of ``nnx.LoRA``,
+                                              which is EasyDeL's: "easydel" on the way back)
 keras     ``m/lora_kernel_a``, ``..._b``      1 (``backbone.enable_lora``)
 ========  ==================================  =================================================
 
@@ -30,7 +31,7 @@ All are exact. `lora_leaves` goes the other way: parts with first factors of the
 the joined rank, and as a package has one rank for all sites, smaller ranks are padded with zeros.
 
 Reference: the packages' parameters: qwix 0.1.8, gemma 3.3.0, flax 0.12.8, keras 3.15.1,
-    maxtext 0.2.5.
+    maxtext 0.2.5, easydel 0.3.0.
 Deviates: nothing.
 """
 
@@ -62,7 +63,7 @@ FORMS = (  # (package, pattern of a leaf, the weights it may be of)
     ("keras", r"(.+)/lora_(kernel|embeddings)_([ab])", (r"\1/\2",)),
     ("qwix", r"(.+)_lora_([ab])", (r"\1",)),
 )
-PACKAGES = ("qwix", "maxtext", "gemma", "flax", "keras")
+PACKAGES = ("qwix", "maxtext", "gemma", "flax", "easydel", "keras")
 QWIX = ("qwix", "maxtext")
 
 
@@ -131,7 +132,7 @@ def lora_leaves(adapter: Adapter, package: str) -> PackageLoRA:
 
     Args:
       adapter: one adapter of LoRA sites that are called as the package calls its weights.
-      package: "qwix" (Tunix), "maxtext", "gemma", "flax" or "keras".
+      package: "qwix" (Tunix), "maxtext", "gemma", "flax", "easydel" or "keras".
 
     Returns:
       The leaves, the one rank and the alpha that the package has to be given. Weights of the
@@ -342,6 +343,6 @@ def _leaf(path: str, package: str, factor: str) -> str:
         raise ValueError(f"{path}: {package} calls its weights kernel, got {leaf!r}")
     if package == "keras":
         return f"{module}/lora_{leaf}_{factor}"
-    if module.endswith("/base_module"):
+    if package == "easydel" or module.endswith("/base_module"):
         return f"{module.removesuffix('/base_module')}/lora_{factor}{end}"
     return f"{module}/lora/lora_{factor}{end}"

@@ -6,7 +6,7 @@ map                parameters                                            torch m
 `gemma`            google-deepmind ``gemma``, Flax Linen                 ``Gemma2ForCausalLM``,
                                                                          ``Gemma3ForCausalLM``
 `tunix`            ``google-tunix``: llama3, qwen2, qwen3, gemma3; NNX   ``LlamaForCausalLM``, ...
-`keras_hub`        KerasHub's Llama and Gemma backbones, JAX backend     ``LlamaForCausalLM``, ...
+`keras_hub`        KerasHub's Llama, Qwen and Gemma backbones, JAX      ``LlamaForCausalLM``, ...
 `easydel`          EasyDeL: transformers' own names, NNX                 any of its causal models
 `maxtext`          MaxText: Qwen 3 (dense), scanned layers or not, NNX   ``Qwen3ForCausalLM``
 =================  ====================================================  =========================
@@ -108,7 +108,7 @@ def tunix(prefix: str = "", layer_offset: int = 0) -> NameMap:
 
 
 def keras_hub(prefix: str = "", post_norms: bool = True, layer_offset: int = 0) -> NameMap:
-    """KerasHub: the backbones of Llama (and Mistral, Qwen) and of Gemma.
+    """KerasHub: the backbones of Llama, Qwen 2 and 3 (and Mistral) and of Gemma.
 
     Args:
       prefix: put before every module name; "" for a causal model.
@@ -133,6 +133,18 @@ def keras_hub(prefix: str = "", post_norms: bool = True, layer_offset: int = 0) 
             f"{llama}self_attention/{name}/kernel": (f"{LAYER}.self_attn.{short}_proj", "ioo")
             for name, short in head.items()
         },
+        **{  # Qwen 2 has biases, Qwen 3 norms
+            f"{llama}self_attention/{name}/bias": (f"{LAYER}.self_attn.{short}_proj[bias]", "oo")
+            for name, short in head.items()
+        },
+        **_vectors(
+            llama + "self_attention/",
+            "scale",
+            {
+                "query_dense_layernorm": "self_attn.q_norm",
+                "key_dense_layernorm": "self_attn.k_norm",
+            },
+        ),
         llama + "self_attention/attention_output/kernel": (f"{LAYER}.self_attn.o_proj", "iio"),
         **{
             f"{llama}feedforward_{name}_dense/kernel": (f"{LAYER}.mlp.{short}_proj", "io")

@@ -22,11 +22,13 @@ def test_it_reports(quick, tmp_path):
     done = call(quick, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert list(report["variants"]) == ["LoRA", "VeRA"] and len(report["cells"]) == 4
+    assert list(report["bases"]) == ["base_l"] and len(report["cells"]) == 4
+    assert list(report["bases"]["base_l"]["variants"]) == ["EVA", "LoRA"]
     assert all(len(c["test"]) == 2 for c in report["cells"])
-    assert "| VeRA | rank |" in done.stdout and (tmp_path / "variants.svg").is_file()
+    assert "| EVA | initialisation |" in done.stdout
+    assert (tmp_path / "variants_base_l.svg").is_file()
     files = {f.name: f for f in tmp_path.glob("cells-*/*.json")}
-    assert sorted(files) == ["LoRA-2-0.json", "LoRA-2-1.json", "VeRA-2-0.json", "VeRA-2-1.json"]
+    assert sorted(files) == ["EVA-2-0.json", "EVA-2-1.json", "LoRA-2-0.json", "LoRA-2-1.json"]
 
 
 @pytest.mark.slow

@@ -122,6 +122,14 @@ def _keras(kind: str, rank: int = 0) -> Callable[[], tuple[Callable, Any]]:
                  "num_key_value_heads": 2}  # fmt: skip
         if kind == "llama":
             net = keras_hub.models.LlamaBackbone(**sizes, intermediate_dim=20)
+        elif kind == "qwen":
+            net = keras_hub.models.QwenBackbone(
+                **sizes, intermediate_dim=20, tie_word_embeddings=False
+            )
+        elif kind == "qwen3":
+            net = keras_hub.models.Qwen3Backbone(
+                **sizes, head_dim=6, intermediate_dim=20, tie_word_embeddings=False
+            )
         else:
             net = keras_hub.models.GemmaBackbone(**sizes, head_dim=6, intermediate_dim=40)
         if rank:
@@ -141,7 +149,11 @@ def _keras(kind: str, rank: int = 0) -> Callable[[], tuple[Callable, Any]]:
     return build
 
 
-def _easydel():
+def _easydel(rank: int = 0) -> Callable[[], tuple[Callable, Any]]:
+    return lambda: _easydel_llama(rank)
+
+
+def _easydel_llama(rank: int) -> tuple[Callable, Any]:
     import easydel
     import jax.numpy as jnp
     from flax import nnx
@@ -153,6 +165,9 @@ def _easydel():
     model = easydel.LlamaForCausalLM(
         config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)
     )
+
+    if rank:
+        model = model.apply_lora_to_layers(rank, ".*_proj", verbose=False, rngs=nnx.Rngs(1))
 
     def call(model, ids):
         with config.mesh:
@@ -230,7 +245,14 @@ STACKS = {
     "keras-gemma": Stack(
         ("keras", "keras-hub"), "keras_hub", _llama(model_type="gemma"), _keras("gemma")
     ),
-    "easydel-llama": Stack(("easydel", "flax"), "easydel", _llama(), _easydel),
+    "keras-qwen": Stack(
+        ("keras", "keras-hub"), "keras_hub", _llama(model_type="qwen2", head_dim=4),
+        _keras("qwen"),
+    ),
+    "keras-qwen3": Stack(
+        ("keras", "keras-hub"), "keras_hub", _llama(model_type="qwen3"), _keras("qwen3")
+    ),
+    "easydel-llama": Stack(("easydel", "flax"), "easydel", _llama(), _easydel()),
     "maxtext-qwen3": Stack(
         ("maxtext", "flax"), "maxtext", _llama(model_type="qwen3", **_FAR), _maxtext()
     ),
@@ -261,6 +283,9 @@ WITH_LORA = {  # the packages' own
     "gemma": lambda: _gemma(_gemma_lora),
     "keras-llama": _keras("llama", RANK),
     "keras-gemma": _keras("gemma", RANK),
+    "keras-qwen": _keras("qwen", RANK),
+    "keras-qwen3": _keras("qwen3", RANK),
+    "easydel-llama": _easydel(RANK),
     "maxtext-qwen3": _maxtext(lora=True),
     "maxtext-qwen3-unscanned": _maxtext(False, lora=True),
 }
@@ -281,7 +306,8 @@ def filled(params: Any) -> Any:
     def fill(path, leaf):
         if not jax.numpy.issubdtype(leaf.dtype, np.floating):
             return leaf
-        return jax.numpy.asarray(weight(path_string(path), tuple(leaf.shape)), leaf.dtype)
+        name = path_string(path).replace("/base_module/", "/")  # of a wrapper: as without it
+        return jax.numpy.asarray(weight(name, tuple(leaf.shape)), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, params)
 

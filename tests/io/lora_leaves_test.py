@@ -36,9 +36,8 @@ def read(name):
 
 
 def package(name):
-    return {"tunix": "qwix", "maxtext": "maxtext", "keras": "keras", "gemma": "gemma"}[
-        name.partition("-")[0]
-    ]
+    first = name.partition("-")[0]
+    return "qwix" if first == "tunix" else first
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

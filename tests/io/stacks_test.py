@@ -72,7 +72,7 @@ def twin(data, leaves, names):
         w = jnp.asarray(sliced(path, index))
         given[f"{module}.weight"] = np.asarray(fold(w, site.kinds)).T
     for name, (path, index) in names.vectors(sites.values()).items():
-        given[name] = sliced(path, index)
+        given[name] = sliced(path, index).reshape(-1)  # Keras: heads x features
     wanted = set(dict(model.named_parameters()))
     assert set(given) == wanted, (sorted(wanted - set(given)), sorted(set(given) - wanted))
     model.load_state_dict({k: torch.tensor(v) for k, v in given.items()}, strict=False)

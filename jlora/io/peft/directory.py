@@ -29,7 +29,7 @@ from jlora.io.model_sites import model_sites
 from jlora.io.names import NameMap
 from jlora.io.peft import config as peft_config
 from jlora.io.peft import parameters as peft_parameters
-from jlora.io.peft import replication
+from jlora.io.peft import replication, wrapped
 from jlora.io.peft import tokens as peft_tokens
 from jlora.io.peft import vectors as peft_vectors
 from jlora.io.peft.among import regrown, related
@@ -74,15 +74,15 @@ def save_peft(
       path: the directory; created if missing, its two files replaced.
       adapter: one adapter, no bank; all sites of one method that PEFT knows, and alongside LoRA and
         DoRA tables of which some rows are trained (`TrainableTokens`). Biases (`BitFit`) and norms
-        (`LNTuning`) may be trained next to a method with `bias` and `modules_to_save`.
+        (`LNTuning`) may be trained next to a method with `bias` and `modules_to_save`. `TokenMask`
+        and starts (`Residual`, `PiSSA`) around LoRA are what `jlora.io.peft.wrapped` says.
       names: from site paths to torch modules.
       base_model_name: ``base_model_name_or_path`` of the config; None: PEFT asks for the base.
       task_type: such as ``"CAUSAL_LM"``; None: a plain `PeftModel`.
       extras: weights of the base model to go with it, by torch name: ``modules_to_save``
         (``{"classifier.weight": [out, in], ...}``) and biases of adapted modules; None: none.
       params: the base parameters; required where PEFT scales biases as well (IA3), to see that
-        there
-        are none; None elsewhere.
+        there are none, and for a start, to see that PEFT makes the same one; None elsewhere.
       layer_replication: what the layers were expanded by with `replicate_layers`; None: they were
         not.
 
@@ -91,8 +91,8 @@ def save_peft(
       ValueError: a site has no name, or the adapter is a bank.
     """
     one_adapter(adapter, "save_peft")
-    adapter = sliced(adapter, names)
     folder = Path(path)
+    adapter, said = wrapped.split(folder, sliced(adapter, names), params)
     rows_alone = peft_tokens.alone(folder, adapter, names)
     beft = any(isinstance(method, BEFT) for _, method in adapter.sites)
     adapter, rows, token_ids = peft_tokens.split(adapter, names)
@@ -134,6 +134,7 @@ def save_peft(
             raise FormatError(folder, f"PEFT's {table.type} has no {replication.FIELD}")
         replication.check_sites(folder, (site for site, _ in adapter.sites), layer_replication)
         config[replication.FIELD] = [list(pair) for pair in layer_replication]
+    config.update(said)
     if token_ids is not None:
         if peft_tokens.FIELD not in config:
             raise FormatError(folder, f"PEFT's {table.type} has no {peft_tokens.FIELD}")
@@ -207,6 +208,9 @@ def load_peft(
             model.site(one.site.path)
         tensors, slices = peft_parameters.taken(folder / WEIGHTS, config, table, tensors, bare)
         config = {**config, peft_parameters.FIELD: None}
+    invocation: list[int] | None = None
+    if table.method is LoRA:
+        config, invocation = wrapped.taken(folder / CONFIG, config)
     reader = peft_config.Reader(folder / CONFIG, config, table)
     per_module, shared, rest = by_module(tensors, table)
     try:
@@ -252,6 +256,8 @@ def load_peft(
     if layer_replication is not None:
         replication.check_sites(folder, (sites[where] for where in slices), layer_replication)
     adapter = join(folder / WEIGHTS, table, sites, slices, shared)
+    if invocation is not None:
+        adapter = wrapped.masked(folder / CONFIG, adapter, invocation)
     if extras == "adapt" and rest:
         more = peft_vectors.of_extras(folder / WEIGHTS, rest, vectors, sites)
         adapter = peft_vectors.together(adapter, more)

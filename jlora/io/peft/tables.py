@@ -88,9 +88,17 @@ def table_of(method: Method) -> Table:
     for table in TABLES:
         if table.writes and type(method) is table.method:
             return table
-    way = ", or write jl.inits.fold(adapter)" if isinstance(method, Residual | PiSSA) else ""
+    if isinstance(method, Residual | PiSSA):
+        way = "give its weights as params, or write jl.inits.fold(adapter)"
+    elif method.merges:
+        way = ("jl.merging.to_lora(adapter, params) makes LoRA of it and says the error, "
+               "jl.merge bakes it into the weights")  # fmt: skip
+    else:
+        way = (
+            "its delta depends on the activation, so no LoRA is equal; jl.io.save_adapter keeps it"
+        )
+    known = sorted({table.method.__name__ for table in TABLES if table.writes})
     raise ValueError(
-        f"PEFT's files have no place for {type(method).__name__}; it can be written for "
-        f"{sorted({t.method.__name__ for t in TABLES if t.writes})} (or give the method a `peft` "
-        f"table{way})"
+        f"PEFT's files have no place for {type(method).__name__} ({way}); these can be written, "
+        f"and methods with a `peft` table: {known}"
     )

@@ -13,7 +13,7 @@ delta depends on more than x, so there is no merged weight.
 Greenewald et al., `Activated LoRA <https://arxiv.org/abs/2504.12397>`_, 2025.
 
 Source: abstract of the paper, and its variant in PEFT 0.21, for which tokens are active.
-Deviates: the mask is an input, any mask; finding the invocation tokens is the caller's.
+Deviates: the mask is an input, any mask; `jl.io.invoked` finds the invocation tokens.
 """
 
 import dataclasses
@@ -31,9 +31,14 @@ from jlora.types import Dynamic
 
 @dataclasses.dataclass(frozen=True)
 class TokenMask(Wrapper):
-    """`method`, where `ctx[name]` says so."""
+    """`method`, where `ctx[name]` says so.
+
+    `invocation` is for whoever makes the mask and for files: the token sequence from which on an
+    Activated LoRA acts; () for other masks. The function does not depend on it.
+    """
 
     name: str = "tokens"
+    invocation: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
     def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out]; reports of the wrapped method are passed on.

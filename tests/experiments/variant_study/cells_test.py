@@ -8,22 +8,21 @@ import pytest
 from experiments.variant_study import cells
 from experiments.variant_study.cells import Cell, Plan
 
-PLAN = Plan(("LoRA", "VeRA"), (2,), (0, 1), (1.0,), 4, 4)
+PLAN = Plan(("minilm",), ("LoRA", "VeRA"), (2,), (0, 1), (1.0, 3.0), 4, 4)
 
 
 @pytest.fixture
-def study(monkeypatch, tmp_path):
+def study(tmp_path):
     """(run, what was measured): a sweep whose cells cost nothing."""
     made = []
 
-    def make(found, variant, rank, seed, plan):
+    def make(bench, variant, rank, seed, plan):
         made.append((variant.name, rank, seed))
-        return Cell(variant.name, rank, seed, 7, [0.1], [[0.5]], [[0.25 + seed]], [[1.0]])
+        return Cell(bench.name, variant.name, rank, seed, 7, [0.1], [[0.5]], [[0.25 + seed]],
+                    [[1.0]])  # fmt: skip
 
-    config = types.SimpleNamespace(key=lambda stage: "0123")
-    monkeypatch.setattr(cells, "tasks", lambda world: None)
-    world: Any = types.SimpleNamespace(config=config)
-    return (lambda plan=PLAN: cells.sweep(world, plan, tmp_path, make)), made, tmp_path
+    bench: Any = types.SimpleNamespace(name="minilm", key="0123")
+    return (lambda plan=PLAN: cells.sweep(bench, plan, tmp_path, make)), made, tmp_path
 
 
 def test_only_missing_cells_are_measured(study):
