@@ -98,12 +98,15 @@ def reading(
 def seen(
     read: Reading, features: Float[Array, "n L m"], share: float
 ) -> tuple[Float[Array, "n d"], Float[Array, "n D"]]:
-    """(the embedding as the last layer's features say it, x) of texts.
+    """Texts as a discriminant sees them.
 
     Args:
       read: of the base.
       features: f of each text.
       share: omega.
+
+    Returns:
+      (the embedding as the last layer's features say it, in lengths l, without its mean; x).
     """
     standard = (features - read.mean[None]) / read.size[None, :, None]
     embedding = numerics.matmul(standard[:, -1], read.readout)
