@@ -1,11 +1,11 @@
-"""Train a generator of adapters: one that tasks share, and what a closed form needs of texts.
+"""Make a generator of adapters: what a closed form needs to know of a base and of many tasks.
 
     python -m experiments.pretrain_generator --flagfile=experiments/flags/minilm_generator.flags
 
-It trains on the seen tasks of `--tasks` and is measured on the held-out ones, against what a user
-could do with the same examples. The result is a folder (float16 safetensors, config.json, a card)
-that `jlora generate` reads. Kill it whenever you like: the same command resumes. Of the settings
-below, those of `data`, `zoo` (for LoRA trained on the examples) and `episodes` are read.
+It reads the seen tasks of `--tasks` and is measured on the held-out ones, against what a user could
+do with the same examples. The result is a folder (safetensors, config.json, a card) that
+`jlora generate` reads. Kill it whenever you like: the same command resumes. Of the settings below,
+those of `data` and of `zoo` (for LoRA trained on the examples) are read.
 """
 
 from __future__ import annotations

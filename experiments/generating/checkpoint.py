@@ -1,16 +1,11 @@
-r"""A trained generator as files: one safetensors file of 3 MB and the settings that it needs.
+r"""A generator as files: one safetensors file of 10 MB and the settings that it needs.
 
-=========  =====================================================================================
-theta      factors of the shared adapter, float16
-S          covariance of training texts within their classes, [m, m]
-d          its standard deviations, :math:`d_i = \sqrt{S_{ii}}`, float32
-c          the upper triangle of :math:`S_{ij} / (d_i d_j)` by rows, m (m + 1) / 2, float16
-mu         mean of training texts, float32 [m]
-numbers    logarithms of shrinkage, ridge and gain, float32 [3]
-=========  =====================================================================================
-
-S is symmetric and its variances differ by orders of magnitude: correlations keep their precision in
-float16, and half of them is enough. Its axes are computed again when it is read.
+==================  ============================================================================
+reading/mean        what `jlora.generation.generators.layer_reading` knows of the base: means, sizes
+reading/...         and lengths as float32, the matrices ``readout`` and ``turn`` as float16
+known/rows          what `class_memory` knows of the seen classes: their rows and axes as float16,
+known/...           the rest as float32; absent where nothing is remembered
+==================  ============================================================================
 
 The base is not among the files. ``config.json`` holds the sha256 of its weights, and a generator is
 never used on other ones: it would answer without an error, and wrongly.
@@ -20,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +26,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from experiments.config import Config
-from experiments.stages.episode_training import Fitted
+from experiments.stages.layered import Fitted
 from experiments.stages.rivals import Frozen
 from experiments.workdir import StageError, digest, read_json, write_json
-from jlora.generation.generators.episodic import Learned, Statistics
+from jlora.generation.generators.class_memory import Memory
+from jlora.generation.generators.layer_reading import Reading
 
 SHIPPED = Path(__file__).parent / "minilm"
 WEIGHTS, CONFIG, CARD, PAGE = "generator.safetensors", "config.json", "card.json", "README.md"
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files; 1 had a shared adapter
 SETTINGS = (  # what the base, the head and the adapter depend on
-    *("base", "max_length", "layers", "head", "head_scale", "data_seed", "examples"),
-    "episode_rank",
-)
+    "base", "max_length", "layers", "head", "head_scale", "data_seed", "examples",
+)  # fmt: skip
+HALF = ("readout", "turn", "rows", "axes")  # tensors that are written as float16
 REMEDY = "give the folder that experiments.pretrain_generator writes, or install the package again"
 
 
@@ -51,7 +48,7 @@ class Checkpoint:
 
     config: Config  # of which SETTINGS are meant
     base_sha256: str  # `fingerprint` of the base's parameters
-    fitted: Fitted  # shared adapter, shrinkage, ridge, gain and statistics
+    fitted: Fitted  # how the base is read, and the classes that are remembered
     frozen: Frozen  # what seen tasks chose for the rivals
 
 
@@ -79,36 +76,34 @@ def write(folder: Path, found: Checkpoint) -> None:
       folder: exists; the caller renames it when it is whole.
       found: the generator.
     """
-    save_file(_tensors(found.fitted), folder / WEIGHTS)
+    save(folder / WEIGHTS, found.fitted)
     settings = dataclasses.asdict(found.config)
     about = {
         "format": FORMAT,
         "base_sha256": found.base_sha256,
         "settings": {name: settings[name] for name in SETTINGS},
         "rivals": found.frozen._asdict(),
-        "sites": {path: sorted(leaves) for path, leaves in found.fitted.learned.shared.items()},
     }
     write_json(folder / CONFIG, about)
 
 
-def _tensors(fitted: Fitted) -> dict[str, np.ndarray]:
-    out = {
-        f"shared/{path}/{name}": np.asarray(leaf, np.float16)
-        for path, leaves in fitted.learned.shared.items()
-        for name, leaf in leaves.items()
+def save(path: Path, fitted: Fitted) -> None:
+    """Writes the weights: temporary file and rename.
+
+    Args:
+      path: of the file.
+      fitted: the generator.
+    """
+    parts = {"reading": fitted.reading, "known": fitted.known}
+    tensors = {
+        f"{part}/{name}": np.asarray(value, np.float16 if name in HALF else np.float32)
+        for part, own in parts.items()
+        if own is not None
+        for name, value in own._asdict().items()
     }
-    basis, variances, mean = (np.asarray(x, np.float64) for x in fitted.texts)
-    covariance = (basis * variances) @ basis.T
-    deviations = np.sqrt(np.maximum(np.diag(covariance), np.finfo(np.float32).tiny))
-    rows = np.triu_indices(len(mean))
-    correlations = (covariance / np.outer(deviations, deviations))[rows]
-    numbers = fitted.learned.log_shrinkage, fitted.learned.log_ridge, fitted.learned.log_gain
-    return out | {
-        "texts/correlations": correlations.astype(np.float16),
-        "texts/deviations": deviations.astype(np.float32),
-        "texts/mean": mean.astype(np.float32),
-        "numbers": np.asarray([float(x) for x in numbers], np.float32),
-    }
+    temp = path.with_name(path.name + ".tmp")
+    save_file(tensors, temp)
+    os.replace(temp, path)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -133,13 +128,12 @@ def read(folder: Path) -> Checkpoint:
     if about.get("format") != FORMAT:
         raise StageError(f"{path}: format: got {about.get('format')!r}, expected {FORMAT}")
     try:
-        settings, sites = {name: about["settings"][name] for name in SETTINGS}, about["sites"]
-        config, frozen = Config(**settings), Frozen(**about["rivals"])
-        names = {f"shared/{p}/{leaf}": (p, leaf) for p, own in sites.items() for leaf in own}
+        config = Config(**{name: about["settings"][name] for name in SETTINGS})
+        frozen = Frozen(**about["rivals"])
         base = str(about["base_sha256"])
     except (KeyError, TypeError, AttributeError) as error:
         raise StageError(f"{path}: got no {error}, expected the settings of a generator") from None
-    return Checkpoint(config, base, _fitted(folder / WEIGHTS, names), frozen)
+    return Checkpoint(config, base, restore(folder / WEIGHTS), frozen)
 
 
 def _compare(folder: Path, files: Any) -> None:
@@ -152,32 +146,59 @@ def _compare(folder: Path, files: Any) -> None:
             raise StageError(f"{path}: sha256: got {got}, expected {files.get(name)}; {REMEDY}")
 
 
-def _fitted(path: Path, names: dict[str, tuple[str, str]]) -> Fitted:
+def restore(path: Path) -> Fitted:
+    """Reads and checks the weights.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The generator, float32.
+
+    Raises:
+      StageError: as `read`.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StageError(f"{path}: got {error}, expected a safetensors file; {REMEDY}") from None
-    own = {"texts/correlations", "texts/deviations", "texts/mean", "numbers"}
-    if set(tensors) != own | set(names):
-        odd = sorted(set(tensors) ^ (own | set(names)))
+    parts: dict[str, Any] = {"reading": Reading, "known": Memory}
+    if not any(name.startswith("known/") for name in tensors):
+        del parts["known"]
+    names = {f"{part}/{name}" for part, kind in parts.items() for name in kind._fields}
+    if set(tensors) != names:
+        odd = sorted(set(tensors) ^ names)
         raise StageError(f"{path}: got other tensors than expected: {', '.join(odd[:4])}")
     for name, value in tensors.items():
         if not np.isfinite(value).all():
             raise StageError(f"{path}: {name}: got NaN or infinity, expected finite numbers")
-    deviations, mean, numbers = (tensors[n] for n in ("texts/deviations", "texts/mean", "numbers"))
-    m = mean.size
-    shapes = {"texts/deviations": (m,), "texts/mean": (m,), "numbers": (3,),
-              "texts/correlations": (m * (m + 1) // 2,)}  # fmt: skip
-    for name, shape in shapes.items():
+    for name, shape in _shapes(tensors).items():
         if tensors[name].shape != shape:
             raise StageError(f"{path}: {name}: got shape {tensors[name].shape}, expected {shape}")
-    half = np.zeros((m, m))
-    half[np.triu_indices(m)] = tensors["texts/correlations"]
-    whole = (half + np.triu(half, 1).T) * np.outer(deviations, deviations)
-    variances, basis = np.linalg.eigh(whole)
-    arrays = basis, np.maximum(variances, 0.0), mean
-    shared: dict[str, dict[str, jax.Array]] = {}
-    for name, (site, leaf) in names.items():
-        shared.setdefault(site, {})[leaf] = jnp.asarray(tensors[name], jnp.float32)
-    learned = Learned(shared, *(jnp.float32(x) for x in numbers))
-    return Fitted(learned, Statistics(*(jnp.asarray(x, jnp.float32) for x in arrays)))
+    own = {
+        part: kind(*(jnp.asarray(tensors[f"{part}/{name}"], jnp.float32) for name in kind._fields))
+        for part, kind in parts.items()
+    }
+    return Fitted(own["reading"], own.get("known"))
+
+
+def _shapes(tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """What must go with `reading/mean`, `reading/middle` and `known/places`."""
+    layers, m, d = *_sizes(tensors["reading/mean"], 2), *_sizes(tensors["reading/middle"], 1)
+    out: dict[str, tuple[int, ...]] = {
+        "reading/mean": (layers, m), "reading/size": (layers,), "reading/readout": (m, d),
+        "reading/middle": (d,), "reading/length": (), "reading/turn": (layers, d, d),
+    }  # fmt: skip
+    if "known/places" in tensors:
+        count, axes = _sizes(tensors["known/places"], 2)
+        out |= {
+            "known/rows": (count, d + layers * m), "known/places": (count, axes),
+            "known/counts": (count,), "known/axes": (d, axes), "known/centre": (d,),
+            "known/spread": (), "known/calibration": (3,),
+        }  # fmt: skip
+    return out
+
+
+def _sizes(tensor: np.ndarray, number: int) -> tuple[int, ...]:
+    """The first sizes of a tensor, -1 for those it has not."""
+    return (*tensor.shape, *(-1,) * number)[:number]

@@ -7,7 +7,7 @@ it costs a thousand times what the others do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,27 +15,19 @@ import jax
 import numpy as np
 
 from experiments.progress import Progress
-from experiments.stages import (
-    episodes,
-    few_shot,
-    last_layer,
-    rivals,
-    zoo_training,
-)
+from experiments.stages import few_shot, layered, rivals, zoo_training
 from experiments.stages.codec import Encoded
-from experiments.stages.episode_training import Fitted
-from experiments.stages.episodes import Adapted
 from experiments.stages.few_shot import Chosen, Set
+from experiments.stages.layered import Fitted
 from experiments.stages.rivals import Frozen
 from experiments.stages.world import Rows, World
 from experiments.workdir import read_json, write_json
-from jlora.generation.baselines import logistic
 from jlora.generation.tokens import site_tokens
 
 DRAWS = 3  # of the examples
 LORA = 2  # tasks of a level
 FEW = ("nearest_mean", "knn", "logreg")  # on the base's embeddings
-KEYS = ("generated", *FEW, "lora_k", "shared_logreg", "shuffled", "logreg_full")
+KEYS = ("generated", *FEW, "lora_k", "forgetful", "shuffled", "logreg_full")
 
 Accuracy = dict[str, dict[str, list[float]]]  # task -> method -> of each draw
 
@@ -121,17 +113,16 @@ def _closed(
     world: World, fitted: Fitted, frozen: Frozen, few: dict[str, list[Rows]], workdir: Path
 ) -> Accuracy:
     """Of all methods that no step of training is needed for."""
-    of = episodes.adapted(world, fitted)
     out: Accuracy = {}
     with Progress(workdir, "measure", len(few), "task") as bar:
         for name, draws in few.items():
-            out[name] = _task(of, world, frozen, name, draws)
+            out[name] = _task(world, fitted, frozen, name, draws)
             bar.step(1)
     return out
 
 
 def _task(
-    of: Adapted, world: World, frozen: Frozen, name: str, few: Sequence[Rows]
+    world: World, fitted: Fitted, frozen: Frozen, name: str, few: Sequence[Rows]
 ) -> dict[str, list[float]]:
     """{method: accuracy of each draw} of one task."""
     rows = world.rows[name, "test"]
@@ -142,59 +133,23 @@ def _task(
         out.setdefault(key, []).append(float(hits.mean()))
 
     index = np.concatenate([each.index for each in few])
-    shared, asked = read(of.world, index), answers(of.world, rows, head)
-    queries = read(of.world, rows.index).embeddings
+    features, asked = layered.read(world, index).features, layered.right(world, rows, head)
     stops = np.cumsum([len(each.index) for each in few])
+    forgetful = fitted._replace(known=None)
     for k, (each, stop) in enumerate(zip(few, stops, strict=True)):
-        own = slice(stop - len(each.index), stop)
+        own = features[stop - len(each.index) : stop]
         rng = np.random.default_rng([world.config.data_seed, k, *name.encode()])
-        for key, label in (("generated", each.label), ("shuffled", rng.permutation(each.label))):
-            note(key, asked(*episodes.factors(of.fitted, shared.features[own], label, head)))
-        x = shared.embeddings[own]
-        found = logistic.scores(x, each.label, queries, frozen.penalty).argmax(1)
-        note("shared_logreg", found == rows.label)
+        ways = {
+            "generated": (fitted, each.label),
+            "forgetful": (forgetful, each.label),
+            "shuffled": (fitted, rng.permutation(each.label)),
+        }
+        for key, (generator, label) in ways.items():
+            note(key, asked(*layered.factors(world, generator, own, label, head)))
         for key, classify in rivals.classifiers(frozen).items():
             note(key, rivals.right(world, classify, each, rows))
     note("logreg_full", rivals.full(world, frozen, name, rows))
     return out
-
-
-class Read(NamedTuple):
-    """What the last layer says of n texts."""
-
-    features: np.ndarray  # [n, m]
-    embeddings: np.ndarray  # [n, d]
-
-
-def read(world: World, index: np.ndarray) -> Read:
-    """Features and embeddings of texts in one pass.
-
-    Args:
-      world: base and texts.
-      index: rows of the texts, [n].
-    """
-    parts = [
-        [x[:real] for x in last_layer.read_out(world, at)]
-        for at, real in last_layer.batches(world, index)
-    ]
-    return Read(*(np.concatenate(each) for each in zip(*parts, strict=True)))
-
-
-def answers(world: World, rows: Rows, head: np.ndarray) -> Callable[..., np.ndarray]:
-    """(a, b) -> which rows are right, bool [n]; the base runs once for all factors.
-
-    Args:
-      world: of the shared adapter, if there is one.
-      rows: labelled texts.
-      head: class vectors [C, d].
-    """
-    parts = list(last_layer.batches(world, rows.index))
-
-    def right(a: jax.Array, b: jax.Array) -> np.ndarray:
-        found = [last_layer.answers(world, at, a, b, head)[:real] for at, real in parts]
-        return np.concatenate(found) == rows.label
-
-    return right
 
 
 def _lora(

@@ -1,4 +1,4 @@
-"""An adapter for one's own task from a trained generator: nothing is trained.
+"""An adapter for one's own task from a generator: nothing is trained.
 
 The task is a folder as `experiments.data.user` reads it. At most K of its training texts of each
 class are examples; its test texts are only asked for. What the same examples give without a
@@ -34,8 +34,7 @@ from experiments.report import names
 from experiments.stages import (
     base_model,
     cross_validation,
-    episode_training,
-    episodes,
+    layered,
     rivals,
     user_tasks,
 )
@@ -135,41 +134,28 @@ def make(found: Checkpoint, world: World) -> TaskAdapter:
     """
     (task,) = world.tasks
     few, rows = world.rows[task.name, "train"], world.rows[task.name, "test"]
-    of, head = episodes.adapted(world, _widened(found, world)), world.heads[0]
-    features = measure.read(of.world, few.index).features
-    if np.ptp(features, axis=0).max() <= ROUNDING * np.abs(features).max():
+    head = world.heads[0]
+    features = layered.read(world, few.index).features
+    spread = np.ptp(features, axis=0).max(-1)  # of each layer
+    if (spread <= ROUNDING * np.abs(features).max((0, 2))).all():
         raise ValueError(
             f"{task.name}: the examples of all classes are the same to the base, expected texts"
             f" that differ in their first {world.config.max_length} tokens"
         )
-    a, b = episodes.factors(of.fitted, features, few.label, head)
+    a, b = layered.factors(world, found.fitted, features, few.label, head)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(f"{task.name}: got an adapter with NaN or infinity, expected numbers")
-    template = episode_training.template(world)
-    shared, path = of.fitted.learned.shared, episode_training.PATH
-    adapter = episodes.episodic.appended(template, shared, path, a, b)
-    hits = {"generated": measure.answers(of.world, rows, head)(a, b)}
+    adapter = layered.adapter(world, a, b)
+    hits = {"generated": layered.right(world, rows, head)(a, b)}
     for key, classify in rivals.classifiers(found.frozen).items():
         hits[key] = rivals.right(world, classify, few, rows)
     adapters = {"generated": 1}
     test = {key: user_tasks.cell(found[None], adapters.get(key, 0)) for key, found in hits.items()}
     counts = np.bincount(few.label, minlength=task.classes).tolist()
-    return TaskAdapter(task, adapter, head, counts, _validated(found, of, world, features), test)
+    return TaskAdapter(task, adapter, head, counts, _validated(found, world, features), test)
 
 
-def _widened(found: Checkpoint, world: World) -> episode_training.Fitted:
-    """The generator with ranks for the classes of this task."""
-    shared = found.fitted.learned.shared
-    rank = shared[episode_training.PATH]["a"].shape[-1]
-    own = episode_training.template(world, rank - world.config.episode_rank)
-    wide = episode_training.resized(own.replace(trainable=shared), episode_training.template(world))
-    learned = dataclasses.replace(found.fitted.learned, shared=wide.trainable)
-    return found.fitted._replace(learned=learned)
-
-
-def _validated(
-    found: Checkpoint, of: episodes.Adapted, world: World, features: np.ndarray
-) -> Verdict | None:
+def _validated(found: Checkpoint, world: World, features: np.ndarray) -> Verdict | None:
     """Every method on each fold of the examples."""
     (task,), head = world.tasks, world.heads[0]
     few = world.rows[task.name, "train"]
@@ -177,10 +163,10 @@ def _validated(
     if not parts:
         return None
     scores = {key: np.zeros(len(few.label)) for key in ORDER}
-    answers = measure.answers(of.world, few, head)
+    answers = layered.right(world, few, head)
     for part in parts:
         kept, hidden = (cross_validation.taken(few, where) for where in part)
-        result = episodes.factors(of.fitted, features[part.kept], kept.label, head)
+        result = layered.factors(world, found.fitted, features[part.kept], kept.label, head)
         scores["generated"][part.hidden] = answers(*result)[part.hidden]
         for key, classify in rivals.classifiers(found.frozen).items():
             scores[key][part.hidden] = rivals.right(world, classify, kept, hidden)

@@ -10,10 +10,9 @@ from experiments.config import Config
 from experiments.generating import run
 from experiments.stages import few_shot, zoo_training
 
-CONFIG = Config(  # no step of training: `episodes_test` trains
-    base="tiny", tasks="toy", layers=1, max_length=8, train_texts=20, eval_rows=10, examples=2,
-    zoo_steps=4, zoo_batch=4, zoo_chunk=4, rank=2, alpha=2.0, canonical="none", episode_steps=0,
-    episode_rank=2,
+CONFIG = Config(
+    base="tiny", tasks="toy", layers=2, max_length=8, train_texts=20, eval_rows=10, examples=2,
+    zoo_steps=4, zoo_batch=4, zoo_chunk=4, rank=2, alpha=2.0, canonical="none",
 )  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from safetensors.numpy import load_file
 import jlora as jl
 from experiments.data import user
 from experiments.generating import checkpoint, own_task
-from experiments.stages import base_model, cross_validation, episode_training, rivals
+from experiments.stages import base_model, cross_validation, layered, rivals
 from experiments.stages import world as world_lib
 from experiments.workdir import digest, write_json
 from jlora.cli.main import main
-from jlora.generation.generators import episodic
+from jlora.generation.generators import layer_reading
 from tests.experiments.generating.conftest import CONFIG
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -29,15 +29,16 @@ BIRDS = FIXTURES / "user_task" / "birds_or_mushrooms"
 
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory):
-    """A generator that was not trained, with a card: `run_test` makes one from texts."""
+    """A generator of random features, with a card: `run_test` makes one from texts."""
     folder = tmp_path_factory.mktemp("generator")
     base = base_model.load(CONFIG, None)
     nothing: Any = None
     found = checkpoint.Checkpoint(CONFIG, checkpoint.fingerprint(base.params), nothing, nothing)
-    world = own_task.world_of(found, base, user.tasks(BIRDS)[0], 2)
-    rows = np.random.default_rng(0).normal(size=(80, base.config.ffn)).astype(np.float32)
-    texts = episodic.statistics(rows, np.arange(80) % 2)
-    fitted = episode_training.Fitted(episode_training.initial(world), texts)
+    rng, depth, d = np.random.default_rng(0), CONFIG.layers, base.config.width
+    rows = rng.normal(size=(80, depth, base.config.ffn))
+    derivative = np.broadcast_to(np.eye(d), (depth, d, d))
+    reading = layer_reading.reading(rows, rng.normal(size=(80, d)), derivative)
+    fitted = layered.Fitted(reading, None)
     checkpoint.write(
         folder, dataclasses.replace(found, fitted=fitted, frozen=rivals.Frozen(1, 1.0, 1.0))
     )
@@ -130,8 +131,8 @@ def test_three_classes_and_pairs_of_texts_in_one_folder(generator, tmp_path, cap
         folder = tmp_path / "both" / name
         assert load_file(folder / "head.safetensors")["head"].shape[0] == classes
         orbax = jl.io.restore_adapter(folder / "orbax")
-        factor = orbax.trainable[episode_training.PATH]["a"]
-        assert factor.shape[-1] == CONFIG.episode_rank + classes
+        factor = orbax.trainable[layered.SITE]["a"]
+        assert factor.shape[-1] == classes
     assert main(words) == 2 and "is there; expected a new folder" in capsys.readouterr().err
     (tmp_path / "both" / "workshop_notes" / "generated.json").unlink()
     assert main([*words, "--overwrite"]) == 2

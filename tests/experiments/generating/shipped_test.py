@@ -3,13 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments.data.assets import fetch
 from experiments.data.pinned import ASSETS
 from experiments.generating import card, checkpoint
-from experiments.stages.episode_training import PATH
 from jlora.cli.main import main
 
 BIRDS = Path(__file__).parents[1] / "fixtures" / "user_task" / "birds_or_mushrooms"
@@ -19,13 +17,13 @@ def test_its_files_are_those_of_the_card_and_small():
     folder = checkpoint.SHIPPED
     about = json.loads((folder / checkpoint.CARD).read_text())
     found = checkpoint.read(folder)  # compares the sha256 of every file
-    assert (folder / checkpoint.WEIGHTS).stat().st_size < 3_200_000
+    assert (folder / checkpoint.WEIGHTS).stat().st_size < 6_000_000
     assert (folder / checkpoint.PAGE).read_text() == card.page(about)
     assert set(about["files"]) == {checkpoint.WEIGHTS, checkpoint.CONFIG}
     assert card.levels(about["accuracy"]) == about["levels"]
-    shared = found.fitted.learned.shared
-    assert found.config.base == "minilm" and shared[PATH]["a"].shape[:2] == (3, 1536)
-    assert all(np.any(leaves["b"]) for leaves in shared.values()), "it was trained"
+    reading, known = found.fitted
+    assert found.config.base == "minilm" and reading.mean.shape == (3, 1536)
+    assert known is not None and len(known.rows) == about["remembered"] >= 40
     assert not set(about["seen"]) & set(about["accuracy"])
 
 
