@@ -14,6 +14,7 @@ Shapes: ``ids`` int32 ``[b, t]``, ``mask`` bool ``[b, t]``, ``labels`` int32 ``[
 are those of MiniLM-L6 (a pinned package), or with ``quick`` random ones of a tiny shape.
 """
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +50,12 @@ class Base(NamedTuple):
     folder: Path
 
 
+@functools.cache
 def base(quick: bool) -> Base:
     """MiniLM-L6 from the pinned package, or a tiny random encoder."""
     if quick:
         ids = jnp.zeros((1, 2), jnp.int32)
-        params = encoder.Encoder(TINY).init(jax.random.key(0), ids, ids == 0)["params"]
+        params = jax.jit(encoder.Encoder(TINY).init)(jax.random.key(0), ids, ids == 0)["params"]
         folder = Path(tempfile.mkdtemp())
         encoder.save(folder, TINY, params)
         return Base(TINY, params, folder)

@@ -38,7 +38,13 @@ class Pair:
             port = s.getsockname()[1]
         flags = "--xla_force_host_platform_device_count=2"
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
+        env = {
+            **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths,
+            # what the first pair compiled, those after it read
+            "JAX_COMPILATION_CACHE_DIR": str(Path(out).parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }  # fmt: skip
         self.logs = [Path(f"{out}.{k}.log") for k in range(2)]
         self.processes = []
         for k, log in enumerate(self.logs):
