@@ -18,9 +18,7 @@ from jlora.models.dit import DiTConfig
 class Settings:
     """All settings; `key` hashes those that a checkpoint depends on."""
 
-    styles: str = setting(
-        "data", "google,twitter,mnist,fashion", f"of {', '.join(STYLES)}"
-    )
+    styles: str = setting("data", "google,twitter,mnist,fashion", f"of {', '.join(STYLES)}")
     width: int = setting("model", 160, "of the tokens", range=">= 1")
     depth: int = setting("model", 6, "blocks", range=">= 1")
     heads: int = setting("model", 5, "of attention", range=">= 1")
