@@ -1,6 +1,6 @@
 r"""Skills in parameter space: a new goal from three skills and a few demonstrations of it.
 
-1. The base is cloned from all experts together, and is not told which of them acts.
+1. The base is cloned from all experts together, without a sign of which of them acts.
 2. Each skill is a LoRA adapter on it, cloned from one expert; the last one, from the few
    demonstrations of the new goal.
 3. What composes the skills, `jlora.compose.psec` in the weights or the same mixture of their
