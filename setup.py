@@ -116,6 +116,7 @@ setup(
         "gguf": ["gguf>=0.17"],
         "glue": ["datasets>=4.0"],
         "serve": SERVE,
+        "simulator": ["gymnasium[mujoco]==1.4.0", "mujoco==4.0.0"],
         "ray": [*SERVE, "ray[serve]>=2.40"],
         "docs": DOCS,
         "stacks": STACKS,

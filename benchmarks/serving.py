@@ -17,6 +17,7 @@ time is work and no waiting.
   decide between two tokens that are equally likely);
 - ``overhead_vs_base``: one token for 32 rows with 32 different adapters / the same step of the
   decoder without adapters, medians of pairs whose order is drawn anew each time;
+  the form of the components is the one that `jlora.serving.mix` chooses;
 - ``overhead_of_small``: the same where all 32 adapters have the smallest rank;
 - ``overhead_at_best``: the same with ONE adapter of the mean rank in all rows;
 - ``logits_difference``: the largest between a row of that step and its own merged weights.
@@ -35,8 +36,8 @@ import jlora as jl
 from benchmarks import timing
 from experiments.pretraining import base_l
 from jlora.models import decoder
-from jlora.serving import components, engine, forward, pages, schedule
-from jlora.serving.paged_pool import gather, in_pages, in_use, pages_of_component
+from jlora.serving import components, engine, forward, mix, pages, schedule
+from jlora.serving.paged_pool import gather, in_pages, in_use, pages_of_component, ranks_of
 from jlora.serving.state import Engine, Work, start
 
 RANKS = (4, 8, 16, 32, 64)  # equally many adapters of each
@@ -122,7 +123,7 @@ def play(known: World, works: Sequence[Work], most: int = 8, pad: int = 0) -> li
     return [tokens[k] for k in range(len(works))]
 
 
-_gather = jax.jit(gather, static_argnums=3)
+_gather = jax.jit(gather, static_argnums=(3, 4))
 
 
 def token_step(known: World, rows: int, names: Sequence[str]) -> Step:
@@ -137,17 +138,17 @@ def token_step(known: World, rows: int, names: Sequence[str]) -> Step:
         content = in_pages(known.flat[name], width)
         table, own = pages.put(table, name, len(content))
         data[own] = content
-    order, seen, write = sorted({*names}), [], []
+    seen, write = [], []
     for _ in range(rows):
         table, own = pages.allocate(table, size)
         data[own[:-1]] = draw.normal(size=(size - 1, width))
         seen.append([*own[:-1], 0])
         write.append([own[-1]])
-    where, owner = in_use(table, order, per)
-    bank = _gather(data, jnp.asarray(where), jnp.asarray(owner), known.sites) if names else None
-    numbers = [order.index(n) for n in names] or [components.BASE] * rows
+    plan = mix.plan(names or [None] * rows, ranks_of(table, per))
+    where, owner = map(jnp.asarray, in_use(table, plan.names, per, plan.own))
+    bank = _gather(data, where, owner, known.sites, plan.own) if names else None
     ids = draw.integers(1, known.config.vocab, (rows, 1))
-    arrays = (numbers, ids, [size - 1] * rows, [0] * rows, seen, write)
+    arrays = (plan.numbers, ids, [size - 1] * rows, [0] * rows, seen, write)
     batch = forward.Batch(*(jnp.asarray(np.asarray(t, np.int32)) for t in arrays))
     pool = [jnp.asarray(data)]
 

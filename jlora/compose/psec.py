@@ -176,7 +176,7 @@ SYSTEM = Composition(
     symbol="compose",
     evidence="merged weights row by row; parameters compose what outputs cannot; mutation check",
     rows=(49,),
-    missing="a diffusion policy in a simulator",
+    claim="psec",
     prepare=compose,
     denoise=denoise,
 )

@@ -17,15 +17,22 @@ back-end     cost a token                        good for
 ``ragged`` cannot be vmapped over x alone (JAX's `ragged_dot` lacks that rule): flatten the tokens
 or take another back-end there.
 
+On a mesh with explicit axes, where JAX has no rule for the gather and the sort, ``gather`` and
+``ragged`` run on every device on its own tokens. Tokens may be split along any of their axes and b
+along d_out; a split d_in, r or axis of experts is refused, for those sums cross devices.
+
 Reference: the sparse-dispatch literature; `jax.lax.ragged_dot`.
 Deviates: nothing; all three drop no token.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jlora.core import compat
 from jlora.routing.router import dense_weights
 from jlora.system import System
 from jlora.types import Dynamic
@@ -55,7 +62,8 @@ def dispatch(
       [..., d_out], in the dtype of x.
 
     Raises:
-      ValueError: an unknown back-end, or one that needs tokens as an array and x is not one.
+      ValueError: an unknown back-end, one that needs tokens as an array and x is not one, or
+        factors that are split where the back-end cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
@@ -64,10 +72,39 @@ def dispatch(
         return _dense(x, a, b, ids, weights)
     if not isinstance(x, jax.Array):
         raise ValueError(f"backend {backend!r} needs tokens [..., d_in], got {type(x).__name__}")
+    run = functools.partial(_flat, {"gather": _gather, "ragged": _ragged}[backend])
+    if compat.explicit(x):
+        return _on_mesh(run, backend, x, a, b, ids, weights)
+    return run(x, a, b, ids, weights)
+
+
+def _flat(run: Dynamic, x: Array, a: Array, b: Array, ids: Array, weights: Array) -> jax.Array:
     lead, k = x.shape[:-1], ids.shape[-1]
-    run = {"gather": _gather, "ragged": _ragged}[backend]
     y = run(x.reshape(-1, x.shape[-1]), a, b, ids.reshape(-1, k), weights.reshape(-1, k))
     return y.reshape(*lead, -1)
+
+
+def _on_mesh(run: Dynamic, backend: str, *args: Array) -> jax.Array:
+    """Every device with its own tokens, all experts, and its columns of b."""
+    spec, mesh = jax.sharding.PartitionSpec, jax.typeof(args[0]).sharding.mesh
+    of = [(*s, *[None] * (t.ndim - len(s))) for t in args for s in [jax.typeof(t).sharding.spec]]
+    (*lead, d_in), first, (*second, d_out) = of[:3]
+    for name, entries in (("x: d_in", (d_in,)), ("a", first), ("b: experts, r", second)):
+        if any(entries):
+            raise ValueError(f"backend {backend!r}: {name}: got split along {entries}, expected "
+                             "whole on an explicit mesh")  # fmt: skip
+    tokens = spec(*lead, None)
+    ids, weights = (jax.sharding.reshard(t, tokens) for t in args[3:])
+    inside = (tokens, spec(), spec(None, None, d_out), tokens, tokens)
+    names = frozenset(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == jax.sharding.AxisType.Explicit
+    )
+    local = jax.shard_map(
+        run, mesh=mesh, in_specs=inside, out_specs=spec(*lead, d_out), axis_names=names
+    )
+    return local(*args[:3], ids, weights)
 
 
 def mixed(

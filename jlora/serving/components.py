@@ -16,10 +16,15 @@ whatever the number of rows that use it, and an adapter of rank 4 next to one of
 components and not 64. What other adapters give is set to zero before V, so it changes nothing,
 even where it is not finite.
 
+That is one of the forms, for rows that share adapters. Where every component belongs to one row
+only (`own`), the sum is evaluated block by block, each with its row (`jlora.serving.diagonal`);
+`jlora.serving.mix` chooses.
+
 Reference: Sheng et al. 2023, arXiv:2311.03285 (S-LoRA): batches of different ranks without padding.
-Deviates: the paper's kernels gather the components of each row; here every row meets those of the
-    whole batch and a mask keeps its own. That is more arithmetic, no more memory traffic, and two
-    dense products, which is what XLA is good at.
+Deviates: the paper's kernels gather the components of each row from their pages; here they are
+    gathered once per change of a batch. In the shared form every row meets the components of the
+    whole batch and a mask keeps its own: more arithmetic, no more memory traffic, two dense
+    products.
 """
 
 import dataclasses
@@ -36,6 +41,7 @@ from jlora.core.adapter import Adapter
 from jlora.core.bank import one_adapter
 from jlora.core.method import Method
 from jlora.core.site import Arrays, Site
+from jlora.serving import diagonal
 from jlora.types import Dynamic
 
 GROUP = "components"  # group of sites that share nothing but whose components are whose
@@ -49,12 +55,18 @@ class Components(Method):
     Not for `jl.init`: it stands for adapters that there are.
     """
 
+    own: bool = False  # every component is of one row, in blocks of `diagonal.BLOCK`
+
     def factors(self, p: Arrays) -> tuple[jax.Array, jax.Array]:
         u, v = (t.astype(jnp.float32) for t in (p["u"], p["v"]))
         return jnp.where(_mine(p, 2), u.T, jnp.zeros((), u.dtype)), v
 
     def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         y = x @ w
+        if self.own and isinstance(x, jax.Array):
+            u, v = p["u"].astype(x.dtype), p["v"].astype(x.dtype)
+            h = diagonal.inward(x, u, p["owner"], p["row"])
+            return y + diagonal.outward(h, v, p["owner"], p["row"]).astype(y.dtype)
         h = compat.matmul(x, p["u"].T.astype(x.dtype), thin=True)
         h = jnp.where(_mine(p, h.ndim), h, jnp.zeros((), h.dtype))
         return y + compat.matmul(h, p["v"].astype(h.dtype), thin=True).astype(y.dtype)
@@ -132,13 +144,17 @@ def _places(sites: Sequence[Site]):
         at += n * (s.d_in + s.d_out)
 
 
-def bank(flat: Float[Array, "T N"], sites: Sequence[Site], owner: Int[Array, "T"]) -> Adapter:
+def bank(
+    flat: Float[Array, "T N"], sites: Sequence[Site], owner: Int[Array, "T"], own: bool = False
+) -> Adapter:
     """Components as an adapter for `lift`; `for_row` says whose row it is.
 
     Args:
       flat: the components of all adapters of a batch.
       sites: as for `components`.
       owner: of each component.
+      own: whether n is a row and not an adapter: no two rows of a batch have the same number,
+        other than `BASE`, and a block of `diagonal.BLOCK` components has one owner.
 
     Returns:
       An adapter of method `Components`, for rows of the base.
@@ -149,7 +165,7 @@ def bank(flat: Float[Array, "T N"], sites: Sequence[Site], owner: Int[Array, "T"
         v = flat[:, middle:end].reshape(-1, *s.stack, s.d_out)
         behind = len(s.stack)
         frozen[path] = {"u": jnp.moveaxis(u, 0, behind), "v": jnp.moveaxis(v, 0, behind)}
-    grouped = tuple((dataclasses.replace(s, group=GROUP), Components()) for s in sites)
+    grouped = tuple((dataclasses.replace(s, group=GROUP), Components(own)) for s in sites)
     return Adapter({s.path: {} for s in sites}, frozen, grouped)
 
 

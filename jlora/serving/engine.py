@@ -10,8 +10,8 @@ A step of the engine (S-LoRA's loop):
 
 .. math:: \ell_{row} = f(\mathrm{merge}(W, p_{n(row)}), i_{row})
 
-Shapes are buckets: `Limits.rows` rows, powers of 2 for tokens and for components of the adapters in
-the batch, so that mixes of ranks and lengths share a few programs.
+Shapes are buckets: `Limits.rows` rows, powers of 2 for tokens, `mix.size` for components of the
+adapters in the batch, so that mixes of ranks and lengths share a few programs.
 
 `step` is a function of a state, but the memory of the state's pool is used for the next one: a
 state that was given to `step` is not to be used again.
@@ -30,9 +30,9 @@ import numpy as np
 
 from jlora.core.adapter import Adapter
 from jlora.core.site import Site
-from jlora.serving import components, forward, metrics, pages, schedule
+from jlora.serving import components, forward, metrics, mix, pages, schedule
 from jlora.serving.forward import Batch
-from jlora.serving.paged_pool import gather, in_pages, in_use, pages_of_component
+from jlora.serving.paged_pool import gather, in_pages, in_use, pages_of_component, ranks_of
 from jlora.serving.parallel import Layout, split
 from jlora.serving.state import Engine, Event, Row, State, Work
 
@@ -194,21 +194,22 @@ def _write(data: jax.Array, where: jax.Array, rows: jax.Array, layout: Layout | 
     return data if layout is None else layout.pages(data)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _gather(
     data: jax.Array,
     where: jax.Array,
     owner: jax.Array,
     sites: tuple[Site, ...],
     layout: Layout | None = None,
+    own: bool = False,
 ) -> Adapter:
-    bank = gather(data, where, owner, sites)
+    bank = gather(data, where, owner, sites, own)
     return bank if layout is None else split(layout, bank)
 
 
-def _bank(engine: Engine, state: State, names: tuple[str, ...]) -> Adapter:
-    where, owner = in_use(state.table, names, _per(engine))
-    return _gather(state.data, jnp.asarray(where), jnp.asarray(owner), engine.sites, engine.layout)
+def _bank(engine: Engine, state: State, names: tuple[str, ...], own: bool = False) -> Adapter:
+    where, owner = map(jnp.asarray, in_use(state.table, names, _per(engine), own))
+    return _gather(state.data, where, owner, engine.sites, engine.layout, own)
 
 
 def _prompt(engine: Engine, state: State, row: Row) -> tuple[State, int]:
@@ -230,20 +231,20 @@ def _prompt(engine: Engine, state: State, row: Row) -> tuple[State, int]:
 
 def _grow(engine: Engine, state: State, rows: tuple[Row, ...]) -> tuple[State, list[int]]:
     """One more token for every row."""
-    names = tuple(sorted({r.work.adapter for r in rows if r.work.adapter is not None}))
-    if state.bank is None or state.active != names:
-        state = state._replace(active=names, bank=_bank(engine, state, names))
     count = engine.limits.rows
+    wanted = [r.work.adapter for r in rows] + [None] * (count - len(rows))
+    plan = mix.plan(wanted, ranks_of(state.table, _per(engine)))
+    active = plan.names, plan.own
+    if state.bank is None or state.active != active:
+        state = state._replace(active=active, bank=_bank(engine, state, *active))
     known = [len(r.work.ids) + len(r.new) - 1 for r in rows]  # tokens in the pages
     size = pages.bucket(max(known) + 1, TOKENS)
     table, write = np.zeros((count, size)), np.full((count, 1), engine.pages)
-    numbers, ids, begin = np.full(count, components.BASE), np.zeros((count, 1)), np.zeros(count)
+    ids, begin = np.zeros((count, 1)), np.zeros(count)
     for k, (row, n) in enumerate(zip(rows, known, strict=True)):
         table[k, :n], write[k, 0] = row.pages[:n], row.pages[n]
         ids[k, 0], begin[k] = row.new[-1], n
-        if row.work.adapter is not None:
-            numbers[k] = names.index(row.work.adapter)
-    arrays = (numbers, ids, begin, np.zeros(count), table, write)
+    arrays = (plan.numbers, ids, begin, np.zeros(count), table, write)
     assert state.bank is not None
     state, out = _run(engine, state, state.bank, Batch(*map(_ints, arrays)))
     return state, [_token(row, out, k) for k, row in enumerate(rows)]

@@ -3,14 +3,16 @@ r"""Adapters of mixed ranks in one pool of pages, for any model of rows.
 =====  ====================================================================================
 R      the largest rank that may be loaded
 C      adapters that may be loaded, :math:`C R m` pages in all
-T      components of the adapters that a batch uses, up to a power of 2
+T      components of the adapters that a batch uses, up to the size of a bucket
 =====  ====================================================================================
 
 .. math:: y_{row} = f(\mathrm{merge}(W, p_{n(row)}), x_{row})
 
 A batch reads the components of its own adapters from their pages (`jlora.serving.pages`) and runs
-all rows with them at once (`jlora.serving.components`). Its program depends on T alone: loading,
-unloading and other mixes of rows compile nothing while T stays in its bucket. For a decoder whose
+all rows with them at once, each row with all (`jlora.serving.components`) or with its own
+(`jlora.serving.diagonal`), whichever counts less (`jlora.serving.mix`). Its program depends on T
+and on that form alone: loading, unloading and other mixes of rows compile nothing while T stays in
+its bucket. For a decoder whose
 cache lies in the same pages see `jlora.serving.engine`.
 
 A pool is a value: `load` and `unload` return another one, and batches that run on the old one are
@@ -35,10 +37,9 @@ from jlora.core.bank import one_adapter
 from jlora.core.lift import lift
 from jlora.core.method import rank_of
 from jlora.core.site import Site
-from jlora.serving import components, pages
+from jlora.serving import components, mix, pages
 from jlora.types import Dynamic, Tree
 
-LEAST = 16  # smallest bucket of components
 WIDTH = 64  # of a page, where no cache shares the pool
 
 
@@ -124,7 +125,7 @@ def load(pool: PagedPool, name: str, adapter: Adapter) -> PagedPool:
         raise ValueError(f"{name}: {error}") from error
     rows = in_pages(flat, WIDTH)
     table, own = pages.put(pool.table, name, len(rows))
-    size = pages.bucket(len(rows), LEAST)
+    size = pages.bucket(len(rows), mix.LEAST)
     where = pages.padded(own, size, len(table.free))
     rows = np.pad(rows, ((0, size - len(rows)), (0, 0)))
     return dataclasses.replace(
@@ -166,22 +167,25 @@ def unload(pool: PagedPool, name: str) -> PagedPool:
 
 
 def in_use(
-    table: pages.Table, names: Sequence[str], per: int, least: int = LEAST
+    table: pages.Table, names: Sequence[str], per: int, own: bool = False, least: int = mix.LEAST
 ) -> tuple[Int[np.ndarray, "T m"], Int[np.ndarray, "T"]]:
     """Where the components of some adapters lie, and whose they are.
 
     Args:
       table: that holds the adapters.
-      names: of the adapters; adapter n is the n-th.
+      names: of the adapters; adapter n is the n-th. A name that comes twice has two copies.
       per: m.
+      own: whether every adapter fills whole blocks, with components of zeros.
       least: the smallest T.
 
     Returns:
       Pages per component, and the owner of each; the rest up to a bucket's size is nobody's.
     """
     held = [table.held[name].pages.reshape(-1, per) for name in names]
+    if own:
+        held = [np.pad(h, ((0, mix.blocks(len(h)) - len(h)), (0, 0))) for h in held]
     count = sum(map(len, held))
-    where = np.zeros((pages.bucket(count, least), per), np.int32)
+    where = np.zeros((mix.size(count, least), per), np.int32)
     owner = np.full(len(where), components.NOBODY, np.int32)
     if held:
         where[:count] = np.concatenate(held)
@@ -207,12 +211,13 @@ def run(pool: PagedPool, names: Sequence[str | None], xs: Dynamic) -> Answers:
     sizes = {t.shape[0] for t in jax.tree.leaves(xs)}
     if sizes != {len(names)}:
         raise ValueError(f"names: got {len(names)}, expected one per row of {sorted(sizes)}")
-    active = sorted({n for n in names if n is not None and n in pool.table.held})
-    where, owner = in_use(pool.table, active, pages_of_component(pool.sites, WIDTH))
-    known = np.asarray([n is None or n in active for n in names])
-    rows = np.asarray([active.index(n) if n in active else components.BASE for n in names], "i4")
-    arrays = (jnp.asarray(t) for t in (where, owner, rows, known))
-    outputs = _answer(pool.model, pool.sites, pool.params, pool.data, *arrays, xs)
+    per = pages_of_component(pool.sites, WIDTH)
+    known = np.asarray([n is None or n in pool.table.held for n in names])
+    there = [n if k else None for n, k in zip(names, known, strict=True)]
+    plan = mix.plan(there, ranks_of(pool.table, per))
+    where, owner = in_use(pool.table, plan.names, per, plan.own)
+    arrays = (jnp.asarray(t) for t in (where, owner, plan.numbers, known))
+    outputs = _answer(pool.model, pool.sites, plan.own, pool.params, pool.data, *arrays, xs)
     loaded = sorted(pool.table.held)
     errors = {
         row: KeyError(f"{names[row]}: not loaded; there are {loaded}")
@@ -221,11 +226,25 @@ def run(pool: PagedPool, names: Sequence[str | None], xs: Dynamic) -> Answers:
     return Answers(outputs, errors)
 
 
+def ranks_of(table: pages.Table, per: int) -> dict[str, int]:
+    """How many components every adapter in the pool has.
+
+    Args:
+      table: that holds them.
+      per: m.
+
+    Returns:
+      By name.
+    """
+    return {name: len(held.pages) // per for name, held in table.held.items()}
+
+
 def gather(
     data: Float[Array, "P W"],
     where: Int[Array, "T m"],
     owner: Int[Array, "T"],
     sites: tuple[Site, ...],
+    own: bool = False,
 ) -> Adapter:
     """The components of a batch out of their pages.
 
@@ -234,18 +253,20 @@ def gather(
       where: of each component, of `in_use`.
       owner: of each component.
       sites: that adapters may have.
+      own: whether every component is of one row (`components.bank`).
 
     Returns:
       An adapter of `components.bank`.
     """
     flat = data[where].reshape(len(where), -1)[:, : components.size(sites)]
-    return components.bank(flat, sites, owner)
+    return components.bank(flat, sites, owner, own)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _answer(
     model: Dynamic,
     sites: tuple[Site, ...],
+    own: bool,
     params: Tree,
     data: Array,
     where: Array,
@@ -255,7 +276,7 @@ def _answer(
     xs: Dynamic,
 ) -> Dynamic:
     """The outputs of all rows; NaN where the adapter of a row is not known."""
-    tuned, bank = lift(model), gather(data, where, owner, sites)
+    tuned, bank = lift(model), gather(data, where, owner, sites, own)
 
     def one(row: Array, known: Array, x: Dynamic) -> Dynamic:
         outputs = tuned(params, components.for_row(bank, row), x)
@@ -281,6 +302,8 @@ SYSTEM = Server(
     tests=(
         "tests/serving/pages_test.py",
         "tests/serving/components_test.py",
+        "tests/serving/diagonal_test.py",
+        "tests/serving/mix_test.py",
         "tests/serving/schedule_test.py",
         "tests/serving/shelf_test.py",
         "tests/serving/engine_test.py",

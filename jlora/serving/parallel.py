@@ -18,7 +18,8 @@ T / D components,
     h = [o = n] \odot \operatorname{reduce\,scatter}_j \left(x_j U_j\right)
 
 so that the sum over devices is the base's own. What adapters add to the communication has T
-numbers per token, whatever the width of the model, and nothing of an adapter is held twice. Keys
+numbers per token, whatever the width of the model, and nothing of an adapter is held twice; where
+rows have components of their own (`jlora.serving.diagonal`), T numbers for all rows together. Keys
 and values are split by heads, and with them the pages of the pool, which have heads first.
 
 Reference: Sheng et al. 2023, arXiv:2311.03285 (S-LoRA), section on tensor parallelism.
@@ -29,7 +30,7 @@ Deviates: the paper splits the second factor of a row-split site by columns, aft
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -41,7 +42,8 @@ from jlora.core.adapter import Adapter
 from jlora.core.lift import path_string
 from jlora.core.site import Arrays
 from jlora.models.decoder import DecoderConfig
-from jlora.serving.components import GROUP, Components
+from jlora.serving import diagonal
+from jlora.serving.components import Components
 from jlora.types import Dynamic, Tree
 
 COLUMNS = ("query/kernel", "key/kernel", "value/kernel", "gate/kernel", "up/kernel")
@@ -173,17 +175,16 @@ def split(layout: Layout, bank: Adapter) -> Adapter:
         frozen[path] = dict(arrays)
         for name, t in arrays.items():
             entries: list[str | None] = [None] * t.ndim
-            if path == GROUP and name == "owner":
-                entries = [layout.axis]
-            elif direction(path):  # u and v end in [T, d]: one of them is split by T, one by d
+            if direction(path):  # u and v end in [T, d]: one of them is split by T, one by d
                 by_component = (name == "u") == (direction(path) == "column")
                 entries[-2 if by_component else -1] = layout.axis
             frozen[path][name] = jax.lax.with_sharding_constraint(t, layout.sharding(*entries))
-    sites = tuple((site, Split(layout, direction(site.path))) for site, _ in bank.sites)
+    own = all(isinstance(method, Components) and method.own for _, method in bank.sites)
+    sites = tuple((s, Split(own, layout=layout, way=direction(s.path))) for s, _ in bank.sites)
     return bank.replace(frozen=frozen, sites=sites)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Split(Components):
     """`Components` at a site whose weight is split; p is the same."""
 
@@ -197,12 +198,13 @@ class Split(Components):
         whole, last = PartitionSpec(), PartitionSpec(*lead, axis)
         first, second = PartitionSpec(axis, None), PartitionSpec(None, axis)
         column = self.way == "column"
+        products = (diagonal.inward, diagonal.outward) if self.own else (_inward, _outward)
         run = jax.shard_map(
-            functools.partial(_column if column else _row, axis=axis),
+            functools.partial(_column if column else _row, *products, axis=axis),
             mesh=self.layout.mesh,
             in_specs=(
                 *((whole, second, first, second) if column else (last, first, second, first)),
-                *(PartitionSpec(axis), whole),
+                *(whole, whole),
             ),
             out_specs=last if column else whole,
         )
@@ -210,18 +212,38 @@ class Split(Components):
         return run(x, w.dense().astype(x.dtype), u, v, p["owner"], p["row"])
 
 
-def _column(x: Array, w: Array, u: Array, v: Array, owner: Array, row: Array, axis: str) -> Array:
+Product = Callable[[Array, Array, Array, Array], Array]  # of h or x, a factor, owner and row
+
+
+def _column(
+    inward: Product, outward: Product,
+    x: Array, w: Array, u: Array, v: Array, owner: Array, row: Array, *, axis: str,
+) -> Array:  # fmt: skip
     """One device of a column-split site: w [d_in, d_out / D], u [T / D, d_in], v [T, d_out / D]."""
-    h = _own(x @ u.T, owner, row)
-    return x @ w + jax.lax.all_gather(h, axis, axis=h.ndim - 1, tiled=True) @ v
+    h = inward(x, u, _part(owner, len(u), axis), row)
+    h = jax.lax.all_gather(h, axis, axis=h.ndim - 1, tiled=True)
+    return x @ w + outward(h, v, owner, row)
 
 
-def _row(x: Array, w: Array, u: Array, v: Array, owner: Array, row: Array, axis: str) -> Array:
+def _row(
+    inward: Product, outward: Product,
+    x: Array, w: Array, u: Array, v: Array, owner: Array, row: Array, *, axis: str,
+) -> Array:  # fmt: skip
     """One device of a row-split site: w [d_in / D, d_out], u [T, d_in / D], v [T / D, d_out]."""
-    h = jax.lax.psum_scatter(x @ u.T, axis, scatter_dimension=x.ndim - 1, tiled=True)
-    return jax.lax.psum(x @ w + _own(h, owner, row) @ v, axis)
+    h = inward(x, u, owner, row)
+    h = jax.lax.psum_scatter(h, axis, scatter_dimension=h.ndim - 1, tiled=True)
+    return jax.lax.psum(x @ w + outward(h, v, _part(owner, len(v), axis), row), axis)
 
 
-def _own(h: Array, owner: Array, row: Array) -> Array:
+def _part(owner: Array, count: int, axis: str) -> Array:
+    """The owners of the components that this device has; all devices know all owners."""
+    return jax.lax.dynamic_slice_in_dim(owner, jax.lax.axis_index(axis) * count, count)
+
+
+def _inward(x: Array, u: Array, owner: Array, row: Array) -> Array:
+    return x @ u.T
+
+
+def _outward(h: Array, v: Array, owner: Array, row: Array) -> Array:
     mine = (owner == row).reshape(*[1] * (h.ndim - 1), -1)
-    return jnp.where(mine, h, jnp.zeros((), h.dtype))
+    return jnp.where(mine, h, jnp.zeros((), h.dtype)) @ v

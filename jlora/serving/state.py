@@ -73,7 +73,7 @@ class State(NamedTuple):
     queue: schedule.Queue = schedule.Queue()
     works: Mapping[int, Work] = {}  # of requests that wait
     rows: tuple[Row, ...] = ()  # that run
-    active: tuple[str, ...] | None = None  # adapters that `bank` holds; None: no bank yet
+    active: tuple[tuple[str, ...], bool] | None = None  # of `bank`: `Mix.names`, `Mix.own`; None: -
     bank: Adapter | None = None  # their components, gathered once per change of the batch
     number: int = 0  # of the next request
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.serving import components, engine, forward, pages, schedule
+from jlora.serving import components, engine, forward, mix, pages, schedule
 from jlora.serving.engine import cancel, step, submit
 from jlora.serving.forward import Batch, Sampling
 from jlora.serving.paged_pool import in_pages, in_use, pages_of_component
@@ -110,6 +110,12 @@ def test_logits_of_a_mixed_batch_equal_those_of_merged_weights(llama, oracle):
     arrays = ([0, components.BASE, 1], out.best[:, None], last + 1, [0] * 3, seen, new)
     out = forward.step(CONFIG, out.data, params, bank, Batch(*map(engine._ints, arrays)))
     np.testing.assert_allclose(out.logits, [w[1][1] for w in want], atol=1e-4)
+
+
+def test_rows_with_components_of_their_own_answer_the_same(llama, oracle, monkeypatch):
+    monkeypatch.setattr(mix, "GAIN", 0.0)
+    names = ("small", None, "middle", "small", "middle")
+    check_answers(llama, oracle, [Work((3 + k, 5), 2, name) for k, name in enumerate(names)])
 
 
 def test_other_mixes_of_ranks_and_lengths_compile_nothing(llama):

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jlora.models import decoder
-from jlora.serving import components, engine, forward, pages, parallel, schedule
+from jlora.serving import components, engine, forward, mix, pages, parallel, schedule
 from jlora.serving.paged_pool import in_pages, in_use, pages_of_component
 from jlora.serving.state import Engine, Work, start
 
@@ -35,7 +35,7 @@ def world():
     return params, sites, flat, parallel.over(8)
 
 
-def inputs(world, layout):
+def inputs(world, layout, each=False):
     """A pool with both adapters, the weights, their bank, and a batch of three prompts."""
     params, sites, flat, _ = world
     table, data = pages.empty_table(COUNT), np.zeros((COUNT, WIDTH), np.float32)
@@ -51,8 +51,8 @@ def inputs(world, layout):
     data = jnp.asarray(data)
     if layout is not None:
         data, params = layout.pages(data), parallel.place(layout, CONFIG, params)
-    where, owner = in_use(table, NAMES, pages_of_component(sites, WIDTH))
-    bank = engine._gather(data, jnp.asarray(where), jnp.asarray(owner), sites, layout)
+    where, owner = map(jnp.asarray, in_use(table, NAMES, pages_of_component(sites, WIDTH), each))
+    bank = engine._gather(data, where, owner, sites, layout, each)
     return data, params, bank, forward.Batch(*map(engine._ints, arrays))
 
 
@@ -88,13 +88,15 @@ def sent(program):
     return {kind: sorted(sizes) for kind, sizes in found.items()}
 
 
-def test_adapters_send_thin_tensors_and_leave_what_the_base_sends(world):
+@pytest.mark.parametrize("own", [False, True])
+def test_adapters_send_thin_tensors_and_leave_what_the_base_sends(world, own):
     layout = world[3]
-    data, params, bank, batch = inputs(world, layout)
+    data, params, bank, batch = inputs(world, layout, own)
     lower = forward.step.lower
     base = sent(lower(CONFIG, data, params, None, batch, layout).compile())
     with_adapters = sent(lower(CONFIG, data, params, bank, batch, layout).compile())
     tokens, components_ = batch.ids.size, 16
+    tokens //= len(batch.ids) if own else 1  # a component meets the tokens of its row only
     more = {}
     for kind, sizes in with_adapters.items():
         rest = list(sizes)
@@ -125,15 +127,17 @@ def answers(world, layout):
     return tokens
 
 
-def test_the_engine_answers_as_on_one_device(world):
-    assert answers(world, world[3]) == answers(world, None)
+def test_the_engine_answers_as_on_one_device(world, monkeypatch):
+    want = answers(world, None)
+    monkeypatch.setattr(mix, "GAIN", 0.0)  # rows with components of their own
+    assert answers(world, world[3]) == want
 
 
 def test_mutation_a_device_that_keeps_its_thin_tensor_to_itself(world, whole, monkeypatch):
-    def alone(x, w, u, v, owner, row, axis):
-        h = parallel._own(x @ u.T, owner, row)
-        at = jax.lax.axis_index(axis) * h.shape[-1]
-        return x @ w + h @ jax.lax.dynamic_slice_in_dim(v, at, h.shape[-1])
+    def alone(inward, outward, x, w, u, v, owner, row, *, axis):
+        at, own = jax.lax.axis_index(axis) * len(u), parallel._part(owner, len(u), axis)
+        v = jax.lax.dynamic_slice_in_dim(v, at, len(u))
+        return x @ w + outward(inward(x, u, own, row), v, own, row)
 
     monkeypatch.setattr(parallel, "_column", alone)
     layout = dataclasses.replace(world[3], mesh=jax.make_mesh(

@@ -1,0 +1,1 @@
+"""Skills of a diffusion policy as adapters, cloned from experts in a simulator."""
