@@ -61,13 +61,17 @@ def tiny_base() -> base_d.BaseD:
     names = {"styles": ["google"], "labels": ["disc", "square"], "vocabulary": vocabulary,
              "longest_name": 2}  # fmt: skip
     config = dit.DiTConfig(1, len(vocabulary) + 2, 8, 3, 16, 2, 2, 16, 4)
-    fresh, tree = jax.tree.flatten(dit.init(jax.random.key(0), config))
-    keys = jax.random.split(jax.random.key(1), len(fresh))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, fresh, strict=True)]
+    random = np.random.default_rng(0)
+
+    def drawn(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(0.3 * random.normal(size=shape.shape), jnp.float32)
+
+    key, picture = jax.random.key(0), jnp.zeros((1, sources.SIDE, sources.SIDE, 3))
     network = classifier.Classifier(1, 2)
-    shape = jnp.zeros((1, sources.SIDE, sources.SIDE, 3))
-    judge: Any = jax.jit(network.init)(jax.random.key(2), shape)["params"]
-    return base_d.BaseD(config, jax.tree.unflatten(tree, moved), judge, names, {})
+    judge: Any = jax.eval_shape(lambda: network.init(key, picture))["params"]
+    params = jax.eval_shape(lambda: dit.init(key, config))
+    both = jax.tree.map(drawn, (params, judge))
+    return base_d.BaseD(config, *both, names, {})
 
 
 def shapes(style: str) -> list[Picture]:

@@ -54,12 +54,15 @@ class Settings:
     zoo_segment: int = setting("zoo", 20, "steps between checkpoints", range=">= 1")
     drop: float = setting("zoo", 0.1, "share of pictures without condition", range="0 <= x < 1")
     # generate
+    seen_measured: int = setting(
+        "generate", 8, "seen styles that are measured (held-out ones all are)", range=">= 1"
+    )
     shots: int = setting("generate", 8, "pictures that a condition is made of", range=">= 1")
     draws: int = setting("generate", 4, "conditions per adapter that is learned from", range=">= 1")
     basis: int = setting("generate", 24, "rank of the common basis of all adapters", range=">= 1")
     components: int = setting("generate", 64, "latent numbers per token (flow)", range=">= 1")
     flow_steps: int = setting("generate", 600, "training steps of the flow", range=">= 1")
-    width: int = setting("generate", 96, "of the flow's network", range=">= 4")
+    width: int = setting("generate", 96, "of the flow's network", range=">= 1")
     depth: int = setting("generate", 3, "its blocks", range=">= 1")
     pdiff_ae_steps: int = setting(
         "generate", 300, "training steps of the paper's autoencoder", range=">= 1"
