@@ -225,8 +225,8 @@ def read(context: Context, prepared: Prepared, done: Done) -> Written:
 
     forms = {n: zoo.template if n in ("pdiff", "few") else common
              for n in (*generators.METHODS, "shuffled", "few")}  # fmt: skip
-    counts = dict.fromkeys((*generators.DRAWN, "shuffled"), settings.samples_each)
-    counts["few"] = len(settings.few)
+    counts: dict[str, int] = {"few": len(settings.few)}
+    counts |= dict.fromkeys((*generators.DRAWN, "shuffled"), settings.samples_each)
     trainable = {
         name: load_tree(done.path / name, shapes(form, len(names), counts.get(name, 1)))
         for name, form in forms.items()

@@ -113,7 +113,7 @@ def claims(found: dict[str, Any], drawings: Drawings) -> list[dict[str, Any]]:
             "holds": d["high"] < 0,
         })  # fmt: skip
     seen = [s for s in drawings.styles if drawings.level[s] == "seen"]
-    for name in ("pdiff", "flow"):
+    for name in ("pdiff", "flow") if len(seen) > 1 else ():
         mine, soup = (
             np.asarray([np.mean(drawings.figures[s][m]["frechet"]) for s in seen])
             for m in (name, SOUP)

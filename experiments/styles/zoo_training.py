@@ -88,8 +88,9 @@ def _fresh(config: dit.DiTConfig, words: int, sites: str, method: jl.LoRA, seed:
     params = jax.eval_shape(lambda: dit.init(jax.random.key(0), config))
     side = 8 * config.patch  # paths and shapes of kernels are the same for all sizes
     picture = jax.ShapeDtypeStruct((side, side, config.channels), jnp.float32)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    condition = dit.Condition(number, jax.ShapeDtypeStruct((words,), jnp.int32))
+    number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    name: Any = jax.ShapeDtypeStruct((words,), jnp.int32)
+    condition = dit.Condition(number, name)
     time, null = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.bool_)
     return jl.init(
         jax.random.key(seed), velocity(config), params, picture, time, condition, null,
