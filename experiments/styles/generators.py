@@ -96,7 +96,7 @@ def pdiff_config(settings: Settings) -> pdiff.PdiffConfig:
     """Hyper-parameters of Cond P-Diff."""
     return pdiff.PdiffConfig(
         settings.pdiff_ae_steps, settings.pdiff_ae_width, settings.pdiff_steps,
-        settings.pdiff_width,
+        settings.pdiff_width, settings.pdiff_levels,
     )  # fmt: skip
 
 

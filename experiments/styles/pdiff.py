@@ -47,7 +47,8 @@ class PdiffConfig:
     ae_steps: int = 1500  # of the autoencoder's training
     ae_width: int = 16  # its inner decoder channels; the paper's 256
     steps: int = 1500  # of the DDPM's training
-    width: int = 16  # first width of the U-Net, doubled three times; the paper's 64
+    width: int = 16  # first width of the U-Net, doubled level by level; the paper's 64
+    levels: int = 4  # blocks of the autoencoder, and widths of the U-Net; at least 2
     batch: int = 32  # adapters per step
     sample_steps: int = 100  # ancestral steps; the paper's 1000
 
@@ -65,8 +66,8 @@ class Pdiff(NamedTuple):
 
 
 def network(config: PdiffConfig) -> unet1d.UNet1d:
-    """The U-Net with widths w, 2 w, 4 w, 8 w."""
-    return unet1d.UNet1d(channels=tuple(config.width * 2**i for i in range(4)))
+    """The U-Net with widths w, 2 w, 4 w, ..."""
+    return unet1d.UNet1d(channels=tuple(config.width * 2**i for i in range(config.levels)))
 
 
 def flat(adapter: jl.Adapter) -> Array:
@@ -97,9 +98,9 @@ def fit(key: Array, conditions: Array, theta: Array, config: PdiffConfig) -> Pdi
     mean, size = theta.mean(0), theta.std(0)
     size = jnp.where(size > 1e-8, size, jnp.ones_like(size))
     w = ((theta - mean[None]) / size[None])[:, None]  # [n, 1, K]
-    wide = config.ae_width
+    inner = (config.ae_width,) * (config.levels - 2)
     ae = conv.ConvAEConfig(
-        dec_channels=(4, wide, wide, 8), steps=config.ae_steps, batch=16,
+        (4,) * config.levels, (4, *inner, 8), steps=config.ae_steps, batch=16,
         chunk=min(100, config.ae_steps),
     )  # fmt: skip
     codec, _ = conv.fit(k_ae, w, ae)

@@ -74,6 +74,9 @@ class Settings:
     pdiff_width: int = setting(
         "generate", 8, "first width of its U-Net (the paper: 64)", range=">= 1"
     )
+    pdiff_levels: int = setting(
+        "generate", 4, "blocks of its autoencoder, and widths of its U-Net", range=">= 2"
+    )
     samples_each: int = setting("generate", 2, "generated adapters per style", range=">= 1")
     few_steps: str = setting(
         "generate", "10,20,40", "steps tried for LoRA trained on the condition's pictures"

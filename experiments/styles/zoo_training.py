@@ -111,14 +111,14 @@ def template(world: World, rank: int = 0) -> jl.Adapter:
     return _fresh(world.base.config, words, re.compile(s.sites).pattern, kind, s.seed)
 
 
-def pool(runs: Sequence[Run], drawn: Sequence[Drawn]) -> Pool:
+def pool(runs: Sequence[Run], drawn: Sequence[Drawn], most: int) -> Pool:
     """The pictures of some runs as one array each.
 
     Args:
       runs: their names.
       drawn: pictures of each.
+      most: rows of each, so that few pictures need no compilation of their own.
     """
-    most = max(len(d.label) for d in drawn)
 
     def filled(x: np.ndarray) -> np.ndarray:
         return np.pad(x, ((0, most - len(x)), *[(0, 0)] * (x.ndim - 1)))
@@ -221,7 +221,7 @@ def train(
         done = int(kept[-1].name[5:])
         state = jax.tree.map(jnp.asarray, load_tree(kept[-1], state))
         bar.step(done * len(runs))
-    given, base = pool(runs, drawn), world.base
+    given, base = pool(runs, drawn, world.settings.pictures), world.base
     while done < plan.steps:
         length = min(world.settings.zoo_segment, plan.steps - done)
         state = segment(
