@@ -57,8 +57,8 @@ TRANSFORMS = (
 )
 UNSEEN = (Values("google", "halftone", (), (), (3.0, 5.0)),
           Values("google", "stripes", (), (), (4.0, 8.0)))  # fmt: skip
-SEEN_ARTISTS = ("openmoji", "fluent_modern")
-UNSEEN_ARTISTS = ("outline", "fluent", "fluent_contrast")
+SEEN_ARTISTS = ("openmoji", "outline")  # of one project
+UNSEEN_ARTISTS = ("fluent", "fluent_modern", "fluent_contrast")  # of another
 PRESETS = ("smoke", "quick", "full")
 
 
