@@ -216,7 +216,9 @@ def train(
       FloatingPointError: a loss that is not finite, naming the run.
     """
     state, done = initial(world, plan, len(runs)), 0
-    kept = sorted(folder.glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))
+    # a save that was killed leaves a folder whose name goes on after the number
+    whole = [p for p in folder.glob("step_*") if p.name[5:].isdigit()]
+    kept = sorted(whole, key=lambda p: int(p.name[5:]))
     if kept:
         done = int(kept[-1].name[5:])
         state = jax.tree.map(jnp.asarray, load_tree(kept[-1], state))
