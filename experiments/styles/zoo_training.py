@@ -186,9 +186,8 @@ def segment(
     return jax.lax.scan(body, state, start + jnp.arange(length, dtype=jnp.int32))[0]
 
 
-def initial(world: World, plan: Recipe, runs: int) -> TrainState:
-    """The state of so many runs before the first step."""
-    one = template(world).trainable
+def initial(one: PyTree, plan: Recipe, runs: int) -> TrainState:
+    """The state of so many runs before the first step, all of which start from one trainable."""
     wide = jax.tree.map(lambda x: jnp.broadcast_to(x, (runs, *x.shape)), one)
     empty = jax.tree.map(lambda x: jnp.zeros((runs, len(plan.marks), *x.shape)), one)
     moments = jax.vmap(optimizer(plan.rate, plan.steps).init)(wide)
@@ -215,7 +214,7 @@ def train(
     Raises:
       FloatingPointError: a loss that is not finite, naming the run.
     """
-    state, done = initial(world, plan, len(runs)), 0
+    state, done = initial(template(world).trainable, plan, len(runs)), 0
     # a save that was killed leaves a folder whose name goes on after the number
     whole = [p for p in folder.glob("step_*") if p.name[5:].isdigit()]
     kept = sorted(whole, key=lambda p: int(p.name[5:]))
@@ -246,7 +245,8 @@ def train(
 
 def empty(world: World, plan: Recipe, runs: int) -> dict[str, Any]:
     """Shapes of what `train` returns."""
-    state = jax.eval_shape(lambda: initial(world, plan, runs))
+    one = template(world).trainable  # outside of the trace: it is kept for later calls
+    state = jax.eval_shape(lambda: initial(one, plan, runs))
     return {"snapshots": state.snapshots, "loss": state.loss}
 
 
