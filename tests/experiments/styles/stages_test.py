@@ -150,7 +150,8 @@ def test_generators_are_fitted_on_seen_styles_alone(context, whole):
     given = generators.examples(world, bad, features)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(given.bank.trainable))
     assert len(given.tasks) == 4 * 2 * 2 and given.theta.shape[0] == 4 * 2
-    np.testing.assert_allclose(given.conditions.mean(0), 0, atol=1e-4)
+    size = 1 + np.abs(given.centre)  # some features hardly vary around a large number
+    np.testing.assert_allclose(given.conditions.mean(0) / size, 0, atol=1e-5)
 
 
 def test_the_mean_adapter_is_the_mean_of_deltas(context, whole):
