@@ -8,11 +8,12 @@ from absl import app, flags
 from experiments import program
 
 NAMES = (
-    "cond_pdiff", "finetune", "pretrain", "pretrain_generator", "pretrain_pictures", "variants"
+    *("cond_pdiff", "finetune", "pretrain", "pretrain_generator", "pretrain_pictures"),
+    *("style_pdiff", "variants"),
 )  # fmt: skip
 WORKDIRS = {"cond_pdiff": "runs/cond_pdiff", "finetune": "runs/finetune",
             "pretrain": "runs/base_l", "pretrain_generator": "runs/minilm_generator",
-            "pretrain_pictures": "runs/base_d",
+            "pretrain_pictures": "runs/base_d", "style_pdiff": "runs/style_pdiff",
             "variants": "runs/variants"}  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def test_each_program_has_its_own_flags_while_it_runs(table):
         words, workdir, own = seen[0]
         assert words == [name, "rest"] and workdir == WORKDIRS[name]
         assert ("dry_run" in own) == (
-            name not in ("cond_pdiff", "pretrain_generator", "variants")
+            name not in ("cond_pdiff", "pretrain_generator", "style_pdiff", "variants")
         ) and "cache" in own
         assert set(flags.FLAGS) == table
 

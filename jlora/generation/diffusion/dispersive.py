@@ -185,5 +185,5 @@ SYSTEM = System(
     symbol="dispersive_loss",
     evidence="formulas by numpy; landmarks; mutation check",
     rows=(2,),
-    missing="a claim on a diffusion base",
+    claim="dispersive",
 )
