@@ -128,7 +128,7 @@ def test_moved_pictures_are_the_picture_on_white():
 
 
 def test_what_a_run_takes_and_what_cannot_work():
-    assert "parameters: 2,929,584 (5.86 MB in float16)" in run.dry(settings.Settings())[0]
+    assert "parameters: 2,929,424 (5.86 MB in float16)" in run.dry(settings.Settings())[0]
     for wrong, said in (
         ({"styles": "google,photos"}, "styles: got 'photos'"),
         ({"styles": "mnist,mnist"}, "styles: got 'mnist,mnist'"),
