@@ -167,7 +167,7 @@ def page(card: dict[str, Any]) -> str:
         *([] if card["lora"] else [NO_LORA]),
         "",
         f"## The {len(seen)} training tasks", "",
-        *(f"- {words} ({' / '.join(classes)})" for words, classes in seen.values()), "",
+        *(f"- {words} ({' / '.join(classes)})" for _, (words, classes) in sorted(seen.items())), "",
         "| file | sha256 |", "|---|---|",
         *(f"| {name} | {sha} |" for name, sha in sorted(card["files"].items())),
     ]  # fmt: skip
