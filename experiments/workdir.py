@@ -101,6 +101,15 @@ def _save_alone(path: Path, host: dict[str, np.ndarray]) -> None:
     os.replace(temp, path)
 
 
+def steps_kept(folder: Path) -> list[Path]:
+    """The checkpoints ``step_<n>`` of a folder by their number, which need not be there.
+
+    A save that was killed leaves a folder whose name goes on after the number: it is none of them.
+    """
+    whole = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
+    return sorted(whole, key=lambda path: int(path.name[5:]))
+
+
 def load_tree(path: Path, like: PyTree) -> PyTree:
     """Read a PyTree of numpy arrays with the structure, shapes and dtypes of `like`.
 

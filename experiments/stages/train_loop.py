@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.progress import Progress
-from experiments.workdir import load_tree, save_tree
+from experiments.workdir import load_tree, save_tree, steps_kept
 
 PyTree = Any
 Step = Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, dict[str, jax.Array]]]
@@ -52,7 +52,7 @@ def train(
     naming the step when the metric "loss" is not finite.
     """
     done, curves = 0, {}
-    kept = sorted(folder.glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))
+    kept = steps_kept(folder)
     if kept:
         done = int(kept[-1].name[5:])
         with np.load(folder / f"curves_{done}.npz") as old:

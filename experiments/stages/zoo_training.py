@@ -25,7 +25,7 @@ import jlora as jl
 from experiments.config import Config
 from experiments.progress import Progress
 from experiments.stages.world import World, classifier
-from experiments.workdir import load_tree, save_tree
+from experiments.workdir import load_tree, save_tree, steps_kept
 from jlora.models import encoder
 
 PyTree = Any
@@ -242,8 +242,7 @@ def train(
         jnp.zeros(len(runs), jnp.float32),
     )
     done = 0
-    kept = sorted(folder.glob("step_*"), key=lambda p: int(p.name[5:])) if folder.is_dir() else []
-    kept = [p for p in kept if p.name[5:].isdigit()]
+    kept = steps_kept(folder)
     if kept:
         done = int(kept[-1].name[5:])
         state = jax.tree.map(jnp.asarray, load_tree(kept[-1], state))

@@ -32,7 +32,7 @@ from experiments.pictures.train import bind
 from experiments.progress import Progress
 from experiments.stages.zoo_training import optimizer
 from experiments.styles.pictures import Drawn, World
-from experiments.workdir import load_tree, save_tree
+from experiments.workdir import load_tree, save_tree, steps_kept
 from jlora.generation.diffusion.loss import Objective, diffusion_loss
 from jlora.generation.diffusion.paths import rectified_flow
 from jlora.models import dit
@@ -215,9 +215,7 @@ def train(
       FloatingPointError: a loss that is not finite, naming the run.
     """
     state, done = initial(template(world).trainable, plan, len(runs)), 0
-    # a save that was killed leaves a folder whose name goes on after the number
-    whole = [p for p in folder.glob("step_*") if p.name[5:].isdigit()]
-    kept = sorted(whole, key=lambda p: int(p.name[5:]))
+    kept = steps_kept(folder)
     if kept:
         done = int(kept[-1].name[5:])
         state = jax.tree.map(jnp.asarray, load_tree(kept[-1], state))

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import cond_pdiff, pipeline, workdir
 from experiments.config import Config
-from experiments.workdir import Stage, StageError, load_tree, save_tree
+from experiments.workdir import Stage, StageError, load_tree, save_tree, steps_kept
 
 
 class Pair(NamedTuple):
@@ -29,6 +29,14 @@ def test_trees_come_back_bitwise(tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     chex.assert_trees_all_equal_shapes_and_dtypes(back, tree)
     chex.assert_trees_all_equal(back, tree)
+
+
+def test_a_killed_save_is_no_checkpoint(tmp_path):
+    """Orbax writes next to the place, under a longer name, which may end in digits."""
+    assert steps_kept(tmp_path / "nowhere") == []
+    for name in ("step_20", "step_9", "step_30.orbax-checkpoint-tmp-17", "step_30.tmp", "steps"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in steps_kept(tmp_path)] == ["step_9", "step_20"]
 
 
 def test_missing_damaged_or_foreign_trees_are_one_clear_error(tmp_path):
