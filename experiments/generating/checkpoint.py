@@ -1,4 +1,4 @@
-r"""A generator as files: one safetensors file of 10 MB and the settings that it needs.
+r"""A generator as files: one safetensors file of 3 MB and the settings that it needs.
 
 ==================  ============================================================================
 reading/mean        what `jlora.generation.generators.layer_reading` knows of the base: means, sizes
@@ -44,7 +44,7 @@ REMEDY = "give the folder that experiments.pretrain_generator writes, or install
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A trained generator."""
+    """A generator."""
 
     config: Config  # of which SETTINGS are meant
     base_sha256: str  # `fingerprint` of the base's parameters

@@ -56,7 +56,7 @@ def train(world: World, workdir: Path) -> Trained:
 
 
 def _folder(world: World, workdir: Path) -> Path:
-    folder = workdir / f"generator-{world.config.key('data')}"
+    folder = workdir / f"generator-{world.config.key('zoo')}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -111,11 +111,6 @@ def embeddings(world: World, index: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def read_out(world: World, at: Activations) -> tuple[np.ndarray, np.ndarray]:
-    """(`features` [n, m], `embeddings` [n, d]) of a batch, padding included."""
-    return np.asarray(_pooled(at)), np.asarray(_embedded(world.model, world.upper, at))
-
-
 def pooled(
     model: encoder.EncoderConfig, upper: PyTree, hidden: jax.Array, mask: jax.Array
 ) -> jax.Array:
