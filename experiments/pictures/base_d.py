@@ -14,6 +14,8 @@ from experiments.pictures import classifier
 from experiments.workdir import StageError, digest, read_json
 from jlora.models import dit
 
+FOLDER = Path(__file__).parent / "base_d"  # of the package, where it ships the model
+
 
 @dataclasses.dataclass(frozen=True)
 class BaseD:
@@ -26,14 +28,16 @@ class BaseD:
     card: dict[str, Any]
 
 
-def load(folder: Path) -> BaseD:
+def load(folder: Path = FOLDER, weights: str | None = None) -> BaseD:
     """Reads the model.
 
     Args:
       folder: as `experiments.pretrain_pictures` writes it.
+      weights: sha256 that ``model.safetensors`` must have, for what was measured on one model;
+        None: that of the card.
 
     Raises:
-      StageError: a file is missing or is not the one of the card.
+      StageError: a file is missing, is not the one of the card, or other weights are expected.
       ValueError: weights that do not fit the architecture.
     """
     card = read_json(folder / cards.NAME, dict, "train the model again")
@@ -42,6 +46,9 @@ def load(folder: Path) -> BaseD:
         got = digest(path) if path.is_file() else "nothing"
         if got != expected:
             raise StageError(f"{path}: sha256: got {got}, expected {expected}")
+    if weights not in (None, card["files"]["model.safetensors"]):
+        got = card["files"]["model.safetensors"]
+        raise StageError(f"{folder}: sha256 of the weights: got {got}, expected {weights}")
     config, params = dit.load(folder)
     judge = classifier.load(folder / "classifier.safetensors")
     names = read_json(folder / cards.NAMES, dict, "train the model again")

@@ -84,7 +84,16 @@ def velocity(config: dit.DiTConfig) -> Callable[..., jax.Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _fresh(config: dit.DiTConfig, words: int, sites: str, method: jl.LoRA, seed: int) -> jl.Adapter:
+def fresh(config: dit.DiTConfig, words: int, sites: str, method: jl.LoRA, seed: int) -> jl.Adapter:
+    """An adapter of a base, before training.
+
+    Args:
+      config: the base's architecture.
+      words: of the longest name.
+      sites: regex of adapted kernels.
+      method: at all of them.
+      seed: of A.
+    """
     params = jax.eval_shape(lambda: dit.init(jax.random.key(0), config))
     side = 8 * config.patch  # paths and shapes of kernels are the same for all sizes
     picture = jax.ShapeDtypeStruct((side, side, config.channels), jnp.float32)
@@ -108,7 +117,7 @@ def template(world: World, rank: int = 0) -> jl.Adapter:
     s = world.settings
     kind = jl.LoRA(rank=rank, alpha=rank, freeze_a=True) if rank else jl.LoRA(s.rank, s.alpha)
     words = world.base.names["longest_name"]
-    return _fresh(world.base.config, words, re.compile(s.sites).pattern, kind, s.seed)
+    return fresh(world.base.config, words, re.compile(s.sites).pattern, kind, s.seed)
 
 
 def pool(runs: Sequence[Run], drawn: Sequence[Drawn], most: int) -> Pool:

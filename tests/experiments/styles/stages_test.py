@@ -237,7 +237,7 @@ def test_the_report_is_whole_and_a_second_run_reads_it(context, whole, folder):
     assert "kernel ridge" in "\n".join(report.lines(whole.products["report"], folder))
     again = Context(SMALL, folder)
     stages = (pictures, zoo, generate, evaluate, sample, report)
-    zoo_training._fresh.cache_clear()  # as in a new process
+    zoo_training.fresh.cache_clear()  # as in a new process
     for module in stages:
         again = again.add(module.STAGE.name, module.STAGE.run(again))
     assert json.loads((folder / "report.json").read_text()) == kept

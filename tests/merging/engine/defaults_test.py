@@ -13,7 +13,7 @@ from jlora.merging.elementwise.della import della_linear, della_rule
 from jlora.merging.elementwise.magnitude import magnitude_rule
 from jlora.merging.elementwise.sce import sce_rule
 from jlora.merging.exact.karcher import karcher
-from jlora.merging.exact.lcm_arithmetic import boundary, lcm_arithmetic
+from jlora.merging.exact.lcm_arithmetic import lcm_arithmetic
 from jlora.merging.learned.adamerging import adamerging
 from jlora.merging.learned.do_merging import do_merging
 from jlora.merging.learned.lorahub import lorahub, lorahub_gradient
@@ -51,7 +51,6 @@ DEFAULTS = [
     (lorahub, {"budget": 40, "space": "factors", "bound": 1.5, "l1": 0.05, "sigma": 0.5}),
     (lorahub_gradient, {"space": "deltas", "bound": 1.5, "l1": 0.05}),
     (lcm_arithmetic, {"style": 0.8, "strength": 1.0}),
-    (boundary, {"sigma": 0.5, "scale": 10.0}),
     (lora_fair, {"similarity": "cos", "penalty": 0.01}),
     (pruned_rank, {"gamma": 0.99}),
     (bases, {"eta": 1.0}),

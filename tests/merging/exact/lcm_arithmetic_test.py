@@ -1,4 +1,4 @@
-"""LCM-LoRA's arithmetic: the sum by dense matrices, the boundary, fewer steps of a styled model."""
+"""LCM-LoRA's arithmetic: the sum by dense matrices, fewer steps of a styled model."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from jlora.merging.exact.lcm_arithmetic import boundary, lcm_arithmetic
+from jlora.merging.exact.lcm_arithmetic import lcm_arithmetic
 
 
 def leaf(*shape, seed=0):
@@ -47,15 +47,6 @@ def test_limits_and_defaults():
     np.testing.assert_allclose(both["a"], expected, atol=1e-5)
     with pytest.raises(ValueError, match="style: got 2, expected one for each of 1 styles"):
         lcm_arithmetic(STYLE, FAST, style=(1.0, 2.0))
-
-
-def test_boundary_by_numpy_is_the_identity_at_zero():
-    skip, out = boundary(jnp.zeros(()))
-    assert float(skip) == 1.0 and float(out) == 0.0
-    t = np.linspace(0.01, 3, 7)
-    skip, out = boundary(jnp.asarray(t, jnp.float32))
-    np.testing.assert_allclose(skip, 0.25 / ((10 * t) ** 2 + 0.25), rtol=1e-5)
-    np.testing.assert_allclose(out, 10 * t / np.sqrt((10 * t) ** 2 + 0.25), rtol=1e-5)
 
 
 def world(seed=0):
