@@ -135,6 +135,68 @@ def joined(
     return grid.reshape(h, w, c)
 
 
+class Begun(NamedTuple):
+    """What the blocks read: of one picture, before the first of them."""
+
+    tokens: Float[Array, "T d"]
+    condition: Float[Array, "d"]  # c
+    words: Float[Array, "n1 d"]  # `empty`, then the name
+    seen: Bool[Array, "n1"]
+
+
+def begin(
+    params: Tree,
+    picture: Float[Array, "h w c"],
+    time: Float[Array, ""],
+    condition: Condition,
+    null: Bool[Array, ""] | bool,
+    config: DiTConfig,
+) -> Begun:
+    """Everything before the blocks. Args and Raises are those of `forward`.
+
+    Returns:
+      Tokens and conditions.
+    """
+    if picture.ndim != 3 or picture.shape[2] != config.channels:
+        raise ValueError(f"picture: got shape {picture.shape}, expected [h, w, {config.channels}]")
+    tokens = cut(picture, config.patch)
+    grid = picture.shape[0] // config.patch, picture.shape[1] // config.patch
+    x = dense(tokens, params["patch"]) + places(*grid, config.width)
+
+    style = jnp.where(null, 0, condition.style)
+    inner = jax.nn.silu(dense(waves(1000.0 * time, config.width), params["time"]["up"]))
+    c = dense(inner, params["time"]["down"]) + params["style"]["embedding"][style]
+    words = params["word"]["embedding"][condition.words]
+    words = jnp.concatenate([params["empty"][None], words])
+    seen = jnp.concatenate([jnp.ones(1, bool), (condition.words > 0) & ~jnp.asarray(null)])
+    return Begun(x, c, words, seen)
+
+
+def end(
+    params: Tree,
+    tokens: Float[Array, "T d"],
+    condition: Float[Array, "d"],
+    shape: tuple[int, ...],
+    config: DiTConfig,
+) -> Float[Array, "h w c"]:
+    """Everything after the blocks.
+
+    Args:
+      params: of the model.
+      tokens: of the last block.
+      condition: c.
+      shape: of the picture.
+      config: the architecture.
+
+    Returns:
+      The velocity.
+    """
+    both = dense(jax.nn.silu(condition), params["last"]["modulation"])[None]
+    shift, scale = jnp.split(both, 2, axis=-1)
+    out = dense((1.0 + scale) * norm(tokens) + shift, params["last"]["out"])
+    return joined(out, shape, config.patch)
+
+
 def forward(
     params: Tree,
     picture: Float[Array, "h w c"],
@@ -164,18 +226,7 @@ def forward(
     Raises:
       ValueError: channels of another number, a side that the patches do not divide.
     """
-    if picture.ndim != 3 or picture.shape[2] != config.channels:
-        raise ValueError(f"picture: got shape {picture.shape}, expected [h, w, {config.channels}]")
-    tokens = cut(picture, config.patch)
-    grid = picture.shape[0] // config.patch, picture.shape[1] // config.patch
-    x = dense(tokens, params["patch"]) + places(*grid, config.width)
-
-    style = jnp.where(null, 0, condition.style)
-    inner = jax.nn.silu(dense(waves(1000.0 * time, config.width), params["time"]["up"]))
-    c = dense(inner, params["time"]["down"]) + params["style"]["embedding"][style]
-    words = params["word"]["embedding"][condition.words]
-    words = jnp.concatenate([params["empty"][None], words])
-    seen = jnp.concatenate([jnp.ones(1, bool), (condition.words > 0) & ~jnp.asarray(null)])
+    x, c, words, seen = begin(params, picture, time, condition, null, config)
 
     def step(x, leaves):
         found = block(leaves, x, c, params.get("modulation"), words, seen, config.heads)
@@ -183,9 +234,7 @@ def forward(
         return found.tokens, kept
 
     x, kept = jax.lax.scan(step, x, params["blocks"])
-    shift, scale = jnp.split(dense(jax.nn.silu(c), params["last"]["modulation"])[None], 2, axis=-1)
-    out = dense((1.0 + scale) * norm(x) + shift, params["last"]["out"])
-    return Output(joined(out, picture.shape, config.patch), *kept)
+    return Output(end(params, x, c, picture.shape, config), *kept)
 
 
 @functools.partial(jax.jit, static_argnames="config")
