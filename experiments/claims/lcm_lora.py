@@ -13,6 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import jlora as jl
 from experiments.claims import picture_styles as styles
 from experiments.claims.protocol import Claim, Figures
@@ -30,7 +32,7 @@ class Sizes(NamedTuple):
     """How much of everything."""
 
     distilled: distill.Recipe = distill.Recipe(
-        distill.SITES, 32, 32.0, 200, 16, 1e-3, styles.GUIDANCE
+        distill.SITES, 32, 32.0, 300, 16, 1e-3, styles.GUIDANCE
     )
     styled: distill.Recipe = styles.STYLED
     each: int = 50  # pictures per style of a measurement

@@ -151,7 +151,7 @@ def latencies(
 
 
 def with_edges(
-    found: styles.World, sizes: Sizes, seed: int, devices: tuple[jax.Device, ...]
+    found: styles.World, sizes: Sizes, seed: int, devices: tuple[Any, ...]
 ) -> dict[str, float]:
     """The trained branch: what exact, stale and no control give, and guidance on two devices."""
     base, pictures = found.base, found.found
@@ -196,7 +196,7 @@ def with_edges(
 
 
 def guided_halves(
-    found: styles.World, given: dit.Condition, z: Any, devices: tuple[jax.Device, ...]
+    found: styles.World, given: dit.Condition, z: Any, devices: tuple[Any, ...]
 ) -> dict[str, float]:
     """One guided prediction of a batch on one device and on two."""
     one = base_training.bind(found.base.config)
@@ -221,7 +221,7 @@ def guided_halves(
 
 
 def figures(
-    seed: int, found: styles.World, workdir: Path, devices: tuple[jax.Device, ...],
+    seed: int, found: styles.World, workdir: Path, devices: tuple[Any, ...],
     sizes: Sizes = SIZES,
 ) -> Figures:  # fmt: skip
     """Which pictures have their style, one seed.
@@ -268,7 +268,7 @@ def figures(
     return Figures(tuple(units), *(tuple(values[kind]) for kind in kinds), more=more)
 
 
-def two_devices() -> tuple[jax.Device, ...]:
+def two_devices() -> tuple[Any, ...]:
     """Two devices; of the CPU as many are asked for where JAX has not started yet.
 
     Raises:
