@@ -74,8 +74,8 @@ def user_tasks_of(context: pipeline.Context) -> None:
     needed = [stage for stage in stages() if stage.name in ("data", "zoo", "codec", "denoiser")]
     loaded = pipeline.load(needed, finished)
     products = loaded.add("rivals", rivals.STAGE.run(loaded)).products  # older runs have none
-    found = user_tasks.run(dataclasses.replace(context, products=products))
-    for task, scores in found.items():
+    result = user_tasks.run(dataclasses.replace(context, products=products))
+    for task, scores in result.items():
         print("\n".join(user_tasks.lines(task, scores)))
     print(f"\nAdapters: {context.workdir / 'user'}")
 

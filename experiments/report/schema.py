@@ -134,17 +134,18 @@ def _level(level: Any, keys: tuple[str, ...], path: str) -> None:
         _interval(pair, f"{path}.paired.{key}")
 
 
-def _more_steps(found: Any, path: str) -> None:
-    _need(found, ("steps", "levels"), path)
-    for name, level in found["levels"].items():
+def _more_steps(more_steps: Any, path: str) -> None:
+    _need(more_steps, ("steps", "levels"), path)
+    for name, level in more_steps["levels"].items():
         here = f"{path}.levels.{name}"
         if name not in LEVELS:
             raise ReportError(f"{here}: unknown level, expected one of {LEVELS}")
         _need(level, ("starts", "trained", "full", "reach"), here)
         for start, cells in level["starts"].items():
-            if len(cells) != len(found["steps"]):
+            if len(cells) != len(more_steps["steps"]):
                 raise ReportError(
-                    f"{here}.starts.{start}: {len(cells)} cells, expected {len(found['steps'])}"
+                    f"{here}.starts.{start}: {len(cells)} cells, "
+                    f"expected {len(more_steps['steps'])}"
                 )
             for k, cell in enumerate(cells):
                 _cell(cell, f"{here}.starts.{start}[{k}]")

@@ -199,14 +199,12 @@ def _without(axes: Sequence[int], gone: int) -> tuple[int, ...]:
     return tuple(k - (k > gone) for k in axes)
 
 
-def _select(
-    w: Lazy, ids: Dynamic, lookup: Lookup, p: Mapping[str, Dynamic]
-) -> list[Dynamic] | None:
+def _select(w: Lazy, ids: Dynamic, spec: Lookup, p: Mapping[str, Dynamic]) -> list[Dynamic] | None:
     """Slices of a stack, w[ids]: the axis goes, the axes of `ids` (if any) come as stack axes."""
-    at = p["dimension_numbers"].start_index_map.index(lookup.axis)
+    at = p["dimension_numbers"].start_index_map.index(spec.axis)
     ids = jnp.asarray(ids)[..., at : at + 1]  # as they were given: the mode says what they mean
     lead = ids.ndim - 1
-    if lead and lookup.offset != list(range(lead, lead + w.ndim - 1)):
+    if lead and spec.offset != list(range(lead, lead + w.ndim - 1)):
         return None
 
     def take(fill):
@@ -214,13 +212,13 @@ def _select(
             slot = tuple(range(lead, lead + t.ndim - 1))
             n = lax.GatherDimensionNumbers(slot, (axis,), (axis,))
             sizes = tuple(1 if k == axis else s for k, s in enumerate(t.shape))
-            return lax.gather(t, ids, n, sizes, mode=lookup.mode, fill_value=fill)
+            return lax.gather(t, ids, n, sizes, mode=spec.mode, fill_value=fill)
 
         return slices
 
     # an adapter's slice outside the stack is zero: NaN would reach the tensors that sites share
-    out = w.select(lookup.axis, take(lookup.fill), ids.shape[:-1], take(0))
-    if lookup.kept is None:
+    out = w.select(spec.axis, take(spec.fill), ids.shape[:-1], take(0))
+    if spec.kept is None:
         return [out]
-    opened = out.reshaped((*out.shape[: lookup.kept], 1, *out.shape[lookup.kept :]))
+    opened = out.reshaped((*out.shape[: spec.kept], 1, *out.shape[spec.kept :]))
     return None if opened is None else [opened]
