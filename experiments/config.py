@@ -30,6 +30,7 @@ STAGES = (
     "evaluate",
     "more_steps",
     "episodes",
+    "layered",
     "report",
 )
 TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "domains", "generation", "glue")

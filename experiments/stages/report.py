@@ -19,7 +19,7 @@ from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
 from experiments.report import more_steps as report_steps
-from experiments.stages import episodes, few_shot, more_steps, rivals, sample
+from experiments.stages import episodes, few_shot, layered_stage, more_steps, rivals, sample
 from experiments.stages.codec import VARIANTS
 from experiments.stages.world import World
 from experiments.workdir import REDO, Folder, read_json
@@ -65,7 +65,9 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
 
 def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     """Build, validate and write the report; returns it."""
-    world, encoded, others, evaluated, more, own = (context.products[name] for name in STAGE.inputs)
+    world, encoded, others, evaluated, more, own, read_layers = (
+        context.products[name] for name in STAGE.inputs
+    )
     workdir, command = context.workdir, context.command
     times = Times(workdir).all()
     config = world.config
@@ -78,7 +80,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     for task in world.tasks:
         if task.name not in encoded.names:
             row = tasks[task.name]["accuracy"] | others.accuracy[task.name]
-            row |= own.accuracy[task.name]
+            row |= own.accuracy[task.name] | read_layers.accuracy[task.name]
             unseen.setdefault(task.level, {})[task.name] = row
     controls = {
         kind: [
@@ -122,7 +124,10 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         curves=curves(workdir, config),
         times=times,
         audit=extra,
-        notes=notes(config, audit, others) + episodes_note(own) + classes_note(world),
+        notes=notes(config, audit, others)
+        + episodes_note(own)
+        + layered_note(read_layers)
+        + classes_note(world),
         more_steps=continued(world, evaluated, more),
         seed=config.seed,
     )
@@ -186,6 +191,15 @@ def episodes_note(results: episodes.Results) -> list[str]:
     return [f"{text}."]
 
 
+def layered_note(results: layered_stage.Results) -> list[str]:
+    """A sentence about the layered discriminant and its controls."""
+    if not results.controls:
+        return []
+    shown = {"shuffled": "labels of the examples shuffled", "no_memory": "no class remembered"}
+    said = [f"{shown[key]} {100 * value:.1f} %" for key, value in results.controls.items()]
+    return [f"Layered discriminant: nothing is trained. Controls: {', '.join(said)}."]
+
+
 def classes_note(world: World) -> list[str]:
     """A sentence about chance where not all tasks have two classes."""
     if world.classes == FEWEST:
@@ -205,7 +219,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     name="report",
-    inputs=("data", "codec", "rivals", "evaluate", "more_steps", "episodes"),
+    inputs=("data", "codec", "rivals", "evaluate", "more_steps", "episodes", "layered"),
     unit="page",
     read=read,
     describe=describe,
