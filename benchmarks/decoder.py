@@ -77,11 +77,11 @@ def apply(config: decoder.DecoderConfig) -> Callable[..., jax.Array]:
     return lambda p, ids: decoder.forward(p, ids, config=config).logits
 
 
-def adapter(found: Base, seed: int = 0) -> Any:
+def adapter(base: Base, seed: int = 0) -> Any:
     """A fresh adapter with B drawn too, so that every part of a gradient is alive."""
     ids, keys = jnp.zeros((1, 2), jnp.int32), jax.random.split(jax.random.key(seed))
     methods = {SITES: jl.LoRA(rank=RANK, alpha=ALPHA)}
-    fresh = jl.init(keys[0], apply(found.config), found.params, ids, methods=methods)
+    fresh = jl.init(keys[0], apply(base.config), base.params, ids, methods=methods)
 
     def drawn(path, t):
         key = jl.core.init.key_of(keys[1], jax.tree_util.keystr(path))
@@ -172,13 +172,13 @@ class Stepper(encoder.Stepper):
         self._now = self.start
 
 
-def trainer(found: Base, adapter: Any, ids: jax.Array, threads: int) -> Callable[[], torch.Tensor]:
+def trainer(base: Base, adapter: Any, ids: jax.Array, threads: int) -> Callable[[], torch.Tensor]:
     """A training step of torch with PEFT; its loss."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         jl.io.save_peft(folder, adapter, jl.io.llama())
-        model: Any = LlamaForCausalLM.from_pretrained(found.folder, attn_implementation="sdpa")
+        model: Any = LlamaForCausalLM.from_pretrained(base.folder, attn_implementation="sdpa")
         model = PeftModel.from_pretrained(model.requires_grad_(False), folder, is_trainable=True)
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=RATE)

@@ -17,12 +17,12 @@ from benchmarks import decoder, peers, timing
 def measure(settings: timing.Settings) -> dict[str, Any]:
     base = decoder.base(settings.quick)
     sizes = [(2, 8), (1, 16)] if settings.quick else [(1, 512), (4, 128)]
-    found: dict[str, Any] = {f"{b}x{t}": _size(base, b, t, settings) for b, t in sizes}
-    each = list(found.values())
+    figures: dict[str, Any] = {f"{b}x{t}": _size(base, b, t, settings) for b, t in sizes}
+    each = list(figures.values())
     worst = {k: min(f[k] for f in each) for k in each[0] if k.startswith("ratio_")}
     worst["memory_vs_hand"] = min(f["memory_vs_hand"] for f in each)
     worst["memory_vs_peft"] = max(f["memory_vs_peft"] for f in each)
-    return worst | _decode(base, settings) | found
+    return worst | _decode(base, settings) | figures
 
 
 def _size(base: decoder.Base, rows: int, tokens: int, settings: timing.Settings) -> dict[str, Any]:

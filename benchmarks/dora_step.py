@@ -40,14 +40,14 @@ class Gain(jl.LoRA):
 def measure(settings: timing.Settings) -> dict[str, Any]:
     base = encoder.base(settings.quick)
     sizes = [(4, 8)] if settings.quick else [(16, 64), (2, 32)]
-    found: dict[str, Any] = {f"{b}x{t}": _size(base, b, t, settings) for b, t in sizes}
-    each = list(found.values())
+    figures: dict[str, Any] = {f"{b}x{t}": _size(base, b, t, settings) for b, t in sizes}
+    each = list(figures.values())
     return {
         "dora_over_lora": max(f["dora_over_lora"] for f in each),
         "extra_ratio_vs_peft": min(f["extra_ratio_vs_peft"] for f in each),
         "extra_ratio_at_best": min(f["extra_ratio_at_best"] for f in each),
         "ratio_vs_peft": min(f["ratio_vs_peft"] for f in each),
-    } | found
+    } | figures
 
 
 def _size(base: encoder.Base, rows: int, tokens: int, settings: timing.Settings) -> dict[str, Any]:

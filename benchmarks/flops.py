@@ -59,8 +59,8 @@ def _count(forward: Any, params: Any, adapter: Any, batch: Any, d: int) -> tuple
     """(FLOPs of a step by XLA, products in it that make a [d, d] matrix)."""
     args = (params, adapter, *encoder.state(adapter, encoder.head(params)), batch)
     step = encoder.step(forward)
-    made = jax.make_jaxpr(step)(*args).jaxpr.eqns
-    dense = [e for e in made if e.primitive.name == "dot_general"]
+    equations = jax.make_jaxpr(step)(*args).jaxpr.eqns
+    dense = [e for e in equations if e.primitive.name == "dot_general"]
     shapes = [tuple(e.outvars[0].aval.shape) for e in dense]
     analysis = jax.jit(step).lower(*args).compile().cost_analysis()
     return float(analysis["flops"]), sum(shape[-2:] == (d, d) for shape in shapes)

@@ -114,36 +114,36 @@ def theirs(task: Task) -> Iterator[tuple[str, timing.Fresh]]:
         )  # type: ignore[arg-type]
 
     def plain(kind: str) -> Callable[[Any], Any]:
-        return lambda made: peft.get_peft_model(made, config(kind))
+        return lambda model: peft.get_peft_model(model, config(kind))
 
-    def eva(made: Any) -> Any:
-        adapted = peft.get_peft_model(made, config("eva", eva_config=peft.EvaConfig(rho=2.0)))
+    def eva(model: Any) -> Any:
+        adapted = peft.get_peft_model(model, config("eva", eva_config=peft.EvaConfig(rho=2.0)))
         peft.initialize_lora_eva_weights(
             adapted, batches, forward_fn=lambda m, b: m(b), prepare_model_inputs_fn=None,
             prepare_layer_inputs_fn=None, show_progress_bar=False,
         )  # fmt: skip
         return adapted
 
-    def corda(made: Any) -> Any:
+    def corda(model: Any) -> Any:
         chosen = config("corda", corda_config=CordaConfig(corda_method="ipm"))
 
         def run() -> None:
             with torch.no_grad():
                 for b in batches:
-                    made(b)
+                    model(b)
 
-        preprocess_corda(made, chosen, run_model=run)
-        return peft.get_peft_model(made, chosen)
+        preprocess_corda(model, chosen, run_model=run)
+        return peft.get_peft_model(model, chosen)
 
-    def lora_ga(made: Any) -> Any:
+    def lora_ga(model: Any) -> Any:
         chosen = config("lora_ga", lora_ga_config=LoraGAConfig())
 
         def run() -> None:
             for b in batches:
-                torch.mean(made(b) ** 2).backward()
+                torch.mean(model(b) ** 2).backward()
 
-        preprocess_loraga(made, chosen, run)
-        return peft.get_peft_model(made, chosen)
+        preprocess_loraga(model, chosen, run)
+        return peft.get_peft_model(model, chosen)
 
     calls = {"pissa": plain("pissa"), "pissa_4": plain("pissa_niter_4"), "olora": plain("olora")}
     for name, call in (calls | {"eva": eva, "corda": corda, "lora_ga": lora_ga}).items():
@@ -156,10 +156,10 @@ def timed(
     """(result, ms of the faster of two calls, peak MiB of the second)."""
     took, kept = [], []
 
-    def call(made: Any) -> None:
+    def call(model: Any) -> None:
         kept.clear()
         start = settings.clock()
-        kept.append(run.run(made))
+        kept.append(run.run(model))
         took.append(settings.clock() - start)
 
     memory = timing.transient_mib(timing.Fresh(run.make, call))
@@ -175,19 +175,19 @@ def products(adapter: Any) -> np.ndarray:
 def measure(settings: timing.Settings) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     given = task(settings.quick)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     results = {}
     for name, call in ours(given).items():
         fresh = timing.Fresh(lambda: None, lambda _, call=call: call())
         results[name], ms, memory = timed(fresh, settings)
-        found[name] = {"ms": ms, "mib": memory}
+        figures[name] = {"ms": ms, "mib": memory}
         timing.note(f"initialisations: {name} {ms:.0f} ms")
     for name, fresh in theirs(given):
         adapted, ms, memory = timed(fresh, settings)
-        one = found[name] | {
+        one = figures[name] | {
             "peft_ms": ms,
             "peft_mib": memory,
-            "ratio_vs_peft": ms / found[name]["ms"],
+            "ratio_vs_peft": ms / figures[name]["ms"],
         }
         one["memory_vs_peft"] = memory / max(one["mib"], 0.1) if memory is not None else None
         if name in SAME:
@@ -195,10 +195,10 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
             parts = [(m.lora_B["default"].weight @ m.lora_A["default"].weight).T for m in layers]
             want = torch.stack(parts).detach().numpy()
             one["gap"] = merging.gap(products(results[name]), want)
-        found[name] = one
+        figures[name] = one
         timing.note(f"initialisations: peft {name} {ms:.0f} ms")
     sizes = {"layers": len(given.params["layers"]), "size": given.batches[0].shape[1]}
-    return found | {"shape": sizes | {"rank": given.rank, "rows": given.batches[0].shape[0]}}
+    return figures | {"shape": sizes | {"rank": given.rank, "rows": given.batches[0].shape[0]}}
 
 
 if __name__ == "__main__":

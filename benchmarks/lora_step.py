@@ -26,9 +26,9 @@ from benchmarks import encoder, peers, timing
 def measure(settings: timing.Settings) -> dict[str, Any]:
     base = encoder.base(settings.quick)
     sizes = [(4, 8), (2, 4)] if settings.quick else [(16, 64), (2, 32)]
-    found: dict[str, Any] = {f"{b}x{t}": _size(base, b, t, settings) for b, t in sizes}
-    ratios = [k for k in next(iter(found.values())) if k.startswith(("ratio_", "memory_"))]
-    return {k: min(f[k] for f in found.values()) for k in ratios} | found
+    figures: dict[str, Any] = {f"{b}x{t}": _size(base, b, t, settings) for b, t in sizes}
+    ratios = [k for k in next(iter(figures.values())) if k.startswith(("ratio_", "memory_"))]
+    return {k: min(f[k] for f in figures.values()) for k in ratios} | figures
 
 
 def _size(base: encoder.Base, rows: int, tokens: int, settings: timing.Settings) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     size = 48 if settings.quick else 1024
     adapters = [2, 4] if settings.quick else [2, 4, 8, 16, 32]
     ranks = [2, 4] if settings.quick else [4, 8, 16, 32, 64]
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "size": size,
         "adapters": _curve([(t, ranks[1] if settings.quick else 16) for t in adapters], size, 0,
                            settings),
@@ -36,8 +36,8 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
                        settings),
     }  # fmt: skip
     if not settings.quick and settings.threads == 1:
-        _plot(found, size)
-    return found
+        _plot(figures, size)
+    return figures
 
 
 def _curve(points: Any, size: int, axis: int, settings: timing.Settings) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _slope(curve: dict[int, float]) -> float:
     return math.log(y1 / y0) / math.log(x1 / x0)
 
 
-def _plot(found: dict[str, Any], size: int) -> None:
+def _plot(figures: dict[str, Any], size: int) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -76,7 +76,7 @@ def _plot(found: dict[str, Any], size: int) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     labels = {"adapters": "adapters T (r = 16)", "rank": "rank r (T = 8)"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for name, curve in found[key]["ms"].items():
+        for name, curve in figures[key]["ms"].items():
             axis.loglog(list(curve), list(curve.values()), marker="o", label=name)
         axis.set_xlabel(label)
         axis.grid(True, which="both", alpha=0.3)

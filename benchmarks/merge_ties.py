@@ -53,10 +53,10 @@ SITES, RULES = (
 
 def measure(settings: timing.Settings) -> dict[str, Any]:
     n, sites, size, rank = (3, 2, 48, 4) if settings.quick else (8, 64, 384, 16)
-    found = _family(n, sites, size, rank, settings)
+    family = _family(n, sites, size, rank, settings)
     if not settings.quick:
-        found["large"] = _large(8, 2048, 16, settings)
-    return found
+        family["large"] = _large(8, 2048, 16, settings)
+    return family
 
 
 def ours(kind: str, n: int, rank: int, store: bool | None = None) -> tuple[Callable, Callable]:
@@ -74,9 +74,9 @@ def ours(kind: str, n: int, rank: int, store: bool | None = None) -> tuple[Calla
 def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings) -> dict[str, Any]:
     bank, w = merging.bank(n, sites, size, rank), jnp.full(n, 1.0 / n)
     theirs, base = merging.Peft(bank, settings.threads), jnp.zeros((size, size))
-    found: dict[str, Any] = {"shape": {"adapters": n, "sites": sites, "size": size, "rank": rank}}
+    figures: dict[str, Any] = {"shape": {"adapters": n, "sites": sites, "size": size, "rank": rank}}
     merge_tensors = mergekit()
-    found["mergekit"] = "0.1.5" if merge_tensors else None
+    figures["mergekit"] = "0.1.5" if merge_tensors else None
     for kind in SITES:
         low_rank, full = ours(kind, n, rank)
         streamed, _ = ours(kind, n, rank, store=False)
@@ -104,7 +104,7 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
         temp, temp_full = (
             merging.temp_mib(*run) for run in ((low_rank, first, w), (full, first, w, base))
         )
-        found[kind] = {
+        figures[kind] = {
             **_against(ms, memory, "peft", "jlora", temp),
             **_against(ms, memory, "mergekit", "jlora_dense"),
             "memory_at_best": _at_best(memory, sites * size * size * 4),
@@ -114,11 +114,11 @@ def _family(n: int, sites: int, size: int, rank: int, settings: timing.Settings)
             "transient_mib": memory,
             "xla_temp_mib": temp,
         }
-    found["agreement"] = _agreement(bank, w, rank, theirs, merge_tensors)
+    figures["agreement"] = _agreement(bank, w, rank, theirs, merge_tensors)
     for key in ("ratio_vs_peft", "memory_vs_peft", "ratio_vs_mergekit", "memory_vs_mergekit"):
-        values = [found[kind][key] for kind in SITES if found[kind].get(key) is not None]
-        found[key] = min(values) if values else None
-    return found
+        values = [figures[kind][key] for kind in SITES if figures[kind].get(key) is not None]
+        figures[key] = min(values) if values else None
+    return figures
 
 
 def _in_place(kind: str, bank: merging.Bank, w: Any, base: jax.Array) -> timing.Fresh:
@@ -204,17 +204,17 @@ def _agreement(bank: merging.Bank, w: Any, rank: int, theirs: Any, merge_tensors
     """Relative distances of results of TIES: ours to mergekit's, dense; to PEFT's, as factors."""
     path, low = next(iter(bank.items()))
     one = {path: low}
-    found = {}
+    agreement = {}
     if merge_tensors:
         _, full = ours("ties", low.u.shape[0], rank)
         kits = kit(merge_tensors, "ties", one, np.asarray(w))()[path]
-        found["mergekit"] = merging.gap(full(low, w, jnp.zeros(kits.shape)), kits)
+        agreement["mergekit"] = merging.gap(full(low, w, jnp.zeros(kits.shape)), kits)
     theirs.merge(w, "ties_svd", density=DENSITY, svd_rank=rank)
     from jlora.merging.peft.svd import peft_ties_svd
 
     got = jax.jit(lambda low, w: peft_ties_svd(low, w, density=DENSITY, rank=rank))(low, w)
-    found["peft"] = merging.gap(got.u @ got.v, theirs.product(path))
-    return found
+    agreement["peft"] = merging.gap(got.u @ got.v, theirs.product(path))
+    return agreement
 
 
 if __name__ == "__main__":

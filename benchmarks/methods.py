@@ -59,12 +59,12 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     base, methods = encoder.base(settings.quick), QUICK if settings.quick else METHODS
     rows, tokens = (2, 8) if settings.quick else (4, 64)
     batch = encoder.batch(base.config, rows, tokens)
-    runs, found = {}, {}
+    runs, figures = {}, {}
     for name, method in methods.items():
         adapter = encoder.adapter(base.config, base.params, method)
         ours = encoder.Stepper(encoder.lifted(base.config), base.params, adapter, batch)
         runs[name] = ours.run
-        found[name] = {
+        figures[name] = {
             "numbers": sum(x.size for x in jax.tree.leaves(adapter.trainable)),
             "memory_mib": ours.temp_mib,
             "flops": _flops(base, adapter, batch),
@@ -72,25 +72,25 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
         try:
             theirs = peers.peft(base, [adapter], settings.threads)
         except ValueError as error:  # a file that PEFT cannot have, or needs the base for
-            found[name] |= {"without_peft": str(error).partition(": ")[2].partition(";")[0]}
+            figures[name] |= {"without_peft": str(error).partition(": ")[2].partition(";")[0]}
             continue
         train, data = peers.trainer(theirs, encoder.head(base.params)), peers.batch(batch)
-        found[name]["loss_difference"] = peers.agree(ours.train, lambda t=train, d=data: t(d))
+        figures[name]["loss_difference"] = peers.agree(ours.train, lambda t=train, d=data: t(d))
         runs[f"peft_{name}"] = lambda t=train, d=data: t(d)
         timing.note(f"methods: {name}", end="\r")
     limit = 600.0
     seconds = timing.interleave(runs, settings.count(20), settings, "methods", limit=limit)
     ms = timing.best(seconds)
-    for name, one in found.items():
+    for name, one in figures.items():
         peft = ms.get(f"peft_{name}")
         one |= {
             "ms": ms[name],
             "over_lora": ms[name] / ms["LoRA"],
             "ratio_vs_peft": peft / ms[name] if peft else None,
-            "memory_over_lora": one["memory_mib"] / found["LoRA"]["memory_mib"],
-            "flops_over_lora": one["flops"] / found["LoRA"]["flops"],
+            "memory_over_lora": one["memory_mib"] / figures["LoRA"]["memory_mib"],
+            "flops_over_lora": one["flops"] / figures["LoRA"]["flops"],
         }
-    return found
+    return figures
 
 
 def _flops(base: encoder.Base, adapter: Any, batch: encoder.Batch) -> float:

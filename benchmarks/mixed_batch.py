@@ -46,7 +46,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     bank = jl.serving_bank(jl.stack(adapters))
     torch_base = peers.model(base, settings.threads)
     model = peers.peft(base, adapters, settings.threads, train=False)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     spread: dict[str, Any] = {}
     for tokens in sizes:
         batch = encoder.batch(config, rows, tokens)
@@ -75,19 +75,19 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
         label = f"mixed_batch {rows}x{tokens}"
         seconds = timing.interleave(runs, settings.count(120), settings, label, limit=120)
         ms = timing.best(seconds)
-        found |= {f"{rows}x{tokens}_{count}": _case(ms, count) for count in counts}
+        figures |= {f"{rows}x{tokens}_{count}": _case(ms, count) for count in counts}
         spread[f"{rows}x{tokens}"] = timing.spread(seconds)
-    worst = max(found.values(), key=lambda f: f["overhead_vs_base"])
+    worst = max(figures.values(), key=lambda f: f["overhead_vs_base"])
     return {
         "overhead_vs_base": worst["overhead_vs_base"],
         "peft_overhead_vs_base": worst["peft_overhead_vs_base"],
-        "overhead_ratio_vs_peft": min(f["overhead_ratio_vs_peft"] for f in found.values()),
-        "overhead_ratio_together": together(found.values()),
-        "overhead_ratio_at_best": min(f["overhead_ratio_at_best"] for f in found.values()),
-        "ratio_vs_peft": min(f["ratio_vs_peft"] for f in found.values()),
+        "overhead_ratio_vs_peft": min(f["overhead_ratio_vs_peft"] for f in figures.values()),
+        "overhead_ratio_together": together(figures.values()),
+        "overhead_ratio_at_best": min(f["overhead_ratio_at_best"] for f in figures.values()),
+        "ratio_vs_peft": min(f["ratio_vs_peft"] for f in figures.values()),
         "recompiles": _recompiles(mixed, params, bank, rows, batch),
         "ms": spread,
-    } | found
+    } | figures
 
 
 def together(cases: Iterable[dict[str, Any]]) -> float:

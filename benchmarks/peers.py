@@ -31,10 +31,10 @@ def model(base: encoder.Base, threads: int) -> BertModel:
     """The frozen encoder, without pooler and dropout."""
     torch.set_num_threads(threads)
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    found = BertModel.from_pretrained(
+    bert = BertModel.from_pretrained(
         base.folder, add_pooling_layer=False, attn_implementation="sdpa", **off
     )
-    return found.requires_grad_(False).eval()
+    return bert.requires_grad_(False).eval()
 
 
 def peft(base: encoder.Base, adapters: Sequence[Any], threads: int, train: bool = True) -> Any:
@@ -44,12 +44,12 @@ def peft(base: encoder.Base, adapters: Sequence[Any], threads: int, train: bool 
         warnings.simplefilter("ignore")
         for k, adapter in enumerate(adapters):
             jl.io.save_peft(Path(folder) / f"a{k}", adapter, names)
-        found = PeftModel.from_pretrained(
+        wrapped = PeftModel.from_pretrained(
             model(base, threads), f"{folder}/a0", adapter_name="a0", is_trainable=train
         )
         for k in range(1, len(adapters)):
-            found.load_adapter(f"{folder}/a{k}", adapter_name=f"a{k}", is_trainable=train)
-    return found.train(train)
+            wrapped.load_adapter(f"{folder}/a{k}", adapter_name=f"a{k}", is_trainable=train)
+    return wrapped.train(train)
 
 
 def batch(batch: encoder.Batch) -> tuple[torch.Tensor, ...]:
@@ -57,20 +57,20 @@ def batch(batch: encoder.Batch) -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor(np.asarray(x)).long() for x in batch)
 
 
-def trainer(found: Any, head: Any, name: str = "a0") -> Callable[[tuple], torch.Tensor]:
+def trainer(model: Any, head: Any, name: str = "a0") -> Callable[[tuple], torch.Tensor]:
     """A training step of adapter `name` and a head of its own: batch -> loss."""
-    found.set_adapter(name)
+    model.set_adapter(name)
     classifier = torch.nn.Linear(head["w"].shape[0], head["w"].shape[1])
     with torch.no_grad():
         classifier.weight.copy_(torch.tensor(np.asarray(head["w"]).T))
         classifier.bias.copy_(torch.tensor(np.asarray(head["b"])))
-    trained = [p for p in found.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam([*trained, *classifier.parameters()], lr=encoder.RATE)
 
     def step(batch):
         ids, mask, labels = batch
         optimizer.zero_grad(set_to_none=True)
-        hidden = found(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * mask[..., None].to(hidden.dtype)).sum(1)
         logits = classifier(torch.nn.functional.normalize(pooled, dim=-1))
         loss = torch.nn.functional.cross_entropy(logits, labels)

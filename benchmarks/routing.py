@@ -141,10 +141,10 @@ def peft_layer(given: Case) -> Callable[[], torch.Tensor]:
     return torch.inference_mode()(lambda: routed.forward(x, scalings=scalings)[0])
 
 
-def _same(found: dict[str, Any], what: str) -> None:
+def _same(results: dict[str, Any], what: str) -> None:
     """Raises RuntimeError where results differ by more than rounding."""
-    want = [np.asarray(t) for t in found["dense"]]
-    for name, got in found.items():
+    want = [np.asarray(t) for t in results["dense"]]
+    for name, got in results.items():
         for one, other in zip(got, want, strict=True):
             gap = np.abs(np.asarray(one) - other).max() / np.abs(other).max()
             if not gap < 1e-4:
@@ -155,7 +155,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     sizes = [(3, 4)] if settings.quick else [(8, 1024), (28, 1024), (8, 8), (28, 8)]
     width, rank = (16, 2) if settings.quick else (256, 8)
-    found: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     for experts, tokens in sizes:
         given, label = case(experts, tokens, width, rank), f"{experts}x{tokens}"
         values, gradients = ours(given)
@@ -173,8 +173,8 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
             peers = runs.keys() - set(BACKENDS)
             figures |= {f"{prefix}ratio_vs_{p}": ms[p] / ms[best] for p in sorted(peers)}
             figures["ms"] |= {prefix + n: v for n, v in timing.spread(seconds).items()}
-        found[label] = figures
-    return found
+        times[label] = figures
+    return times
 
 
 if __name__ == "__main__":

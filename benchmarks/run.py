@@ -249,14 +249,14 @@ def look(figures: Any, path: str) -> float | None:
     return figures
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """The rows as Markdown."""
     lines = [
         "| benchmark | figure | one core, CPU time | two cores, wall time | aim | met |",
         "|---|---|---|---|---|---|",
     ]
     for row in ROWS:
-        figures = found.get(row.run, {})
+        figures = results.get(row.run, {})
         value, wall = look(figures, row.figure), look(figures, f"threads_2/{row.figure}")
         if value is None:
             continue
@@ -266,18 +266,18 @@ def table(found: dict[str, Any]) -> str:
         )
         wall = "" if wall is None else f"{wall:.2f}"
         lines.append(f"| {row.run} | {row.text} | {value:.2f} | {wall} | {aim} | {verdict} |")
-    seen = next(iter(found.values()), {}).get("environment", {})
+    seen = next(iter(results.values()), {}).get("environment", {})
     parts = [f"{k} {seen[k]}" for k in ("cpu", "python", "jax", "torch", "peft") if seen.get(k)]
     measured_on = f"Measured on: {', '.join(parts)}." if parts else "Not measured yet."
     return "\n".join([measured_on, "", *lines])
 
 
-def render(found: dict[str, Any], page: str) -> str:
+def render(figures: dict[str, Any], page: str) -> str:
     """`page` with the table between the markers; ValueError where they are missing."""
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"expected {BEGIN} and {END} once each")
     before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(found)}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{table(figures)}\n{END}{rest.split(END)[1]}"
 
 
 @functools.cache
@@ -296,25 +296,25 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - RUNS.keys():
         parser.error(f"--only: got {sorted(unknown)}, expected some of {list(RUNS)}")
-    found = json.loads(FIGURES.read_text()) if FIGURES.exists() and not args.quick else {}
-    found = {name: found[name] for name in RUNS if name in found}
+    kept = json.loads(FIGURES.read_text()) if FIGURES.exists() and not args.quick else {}
+    kept = {name: kept[name] for name in RUNS if name in kept}
     for k, name in enumerate([] if args.render else args.only.split(",")):
         timing.note(f"[{k + 1}/{len(args.only.split(','))}] {name}")
         start = time.perf_counter()
         if args.quick:
-            found[name] = quick(RUNS[name][0])
+            kept[name] = quick(RUNS[name][0])
         else:
             command = [sys.executable, "-m", f"benchmarks.{RUNS[name][0]}", *RUNS[name][1:]]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+            kept[name] = json.loads(done.stdout.strip().splitlines()[-1])
         timing.note(f"{name}: {time.perf_counter() - start:.0f} s")
         if not args.quick:
-            found = {run: found[run] for run in RUNS if run in found}
+            kept = {run: kept[run] for run in RUNS if run in kept}
             FIGURES.parent.mkdir(parents=True, exist_ok=True)
-            FIGURES.write_text(json.dumps(found, indent=1) + "\n")
+            FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
     if not args.quick:
-        PAGE.write_text(render(found, PAGE.read_text()))
-    values = {f"{r.run}/{r.figure}": (look(found.get(r.run), r.figure), r) for r in ROWS}
+        PAGE.write_text(render(kept, PAGE.read_text()))
+    values = {f"{r.run}/{r.figure}": (look(kept.get(r.run), r.figure), r) for r in ROWS}
     print(json.dumps({k: [v, met(r, v)] for k, (v, r) in values.items() if v is not None}))
 
 

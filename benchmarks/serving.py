@@ -171,7 +171,7 @@ def merged(known: World, step: Step, row: int) -> World:
 def measure(settings: timing.Settings) -> dict[str, Any]:
     known = world(settings.quick)
     rows, traces, requests = (4, 1, 4) if settings.quick else (32, 3, 48)
-    found: dict[str, Any] = {"logits_difference": 0.0}
+    figures: dict[str, Any] = {"logits_difference": 0.0}
     spread: dict[str, Any] = {}
 
     names = list(known.flat)  # neighbours have different ranks
@@ -183,12 +183,14 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     for row in range(min(rows, 3)):
         want = token_step(merged(known, steps["mixed"], row), rows, ()).run()[row]
         gap = float(np.abs(logits[row] - want).max())
-        found["logits_difference"] = max(found["logits_difference"], gap)
-    if not found["logits_difference"] < 1e-2:
-        raise RuntimeError(f"logits: got {found['logits_difference']:.2e} off the merged weights'")
+        figures["logits_difference"] = max(figures["logits_difference"], gap)
+    if not figures["logits_difference"] < 1e-2:
+        raise RuntimeError(
+            f"logits: got {figures['logits_difference']:.2e} off the merged weights'"
+        )
     runs = {name: step.run for name, step in steps.items()}
     seconds = timing.interleave(runs, settings.count(60), settings, "serving step", limit=60)
-    found |= {
+    figures |= {
         "overhead_vs_base": over(seconds, "mixed", "base"),
         "overhead_of_small": over(seconds, "small", "base"),
         "overhead_at_best": over(seconds, "one", "base"),
@@ -213,7 +215,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
         spread[f"trace_{number}"] = timing.spread(seconds)
     if min(shared) < 0.9:
         raise RuntimeError(f"tokens: got {min(shared):.3f} in common, expected about 1")
-    return found | {
+    return figures | {
         "throughput_vs_swap": statistics.median(ratios["swap"]),
         "throughput_vs_padded": statistics.median(ratios["padded"]),
         "same_tokens": min(shared),

@@ -184,13 +184,13 @@ def main(
         settings = Settings(args.quick, args.threads, args.repetitions)
         print(json.dumps(measure(settings), default=float))
         return
-    found: dict[str, Any] = {"benchmark": name}
+    result: dict[str, Any] = {"benchmark": name}
     for n in threads[:1] if args.quick else threads:
         note(f"{name}: {n} thread{'s' if n > 1 else ''}")
         figures = _child(name, n, args, keep)
-        found |= figures if n == threads[0] else {f"threads_{n}": figures}
-    found["environment"] = environment(keep)
-    print(json.dumps(found))
+        result |= figures if n == threads[0] else {f"threads_{n}": figures}
+    result["environment"] = environment(keep)
+    print(json.dumps(result))
 
 
 def _parser(name: str, threads: Sequence[int], keep: bool) -> argparse.ArgumentParser:
@@ -236,14 +236,14 @@ def environment(keep: bool = False) -> dict[str, Any]:
     """What a figure depends on besides the code."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, Any] = {"cpu": _cpu(), "python": platform.python_version()}
+    machine: dict[str, Any] = {"cpu": _cpu(), "python": platform.python_version()}
     for package in ("jax", "flax", "torch", "peft", "transformers"):
         try:
-            found[package] = version(package)
+            machine[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            machine[package] = None
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return found | {"load": load, "memory_kept": keep, "max_rss_mib": _children_mib()}
+    return machine | {"load": load, "memory_kept": keep, "max_rss_mib": _children_mib()}
 
 
 def _cpu() -> str:

@@ -27,7 +27,7 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
     lifted = {"scanned": encoder.lifted, "unrolled": encoder.lifted_unrolled}
     plain = {"scanned": encoder.plain, "unrolled": encoder.unrolled}
     hand = {"scanned": encoder.factored, "unrolled": lambda c: encoder.unrolled(c, low=True)}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for form in lifted:
         ours = lifted[form](config)
         pairs = {
@@ -35,11 +35,11 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
             "step": (encoder.step(ours), encoder.step(hand[form](config)), step_args),
         }
         for kind, (fn, peer, inputs) in pairs.items():
-            found[f"{kind}_{form}"] = _pair(fn, peer, inputs, settings, f"{kind}_{form}")
+            figures[f"{kind}_{form}"] = _pair(fn, peer, inputs, settings, f"{kind}_{form}")
     return {
-        "lifted_over_plain": max(f["total"] for f in found.values()),
-        "lifted_trace_ms": {k: f["ms"]["lifted"]["trace"] for k, f in found.items()},
-    } | found
+        "lifted_over_plain": max(f["total"] for f in figures.values()),
+        "lifted_trace_ms": {k: f["ms"]["lifted"]["trace"] for k, f in figures.items()},
+    } | figures
 
 
 def _pair(fn: Any, peer: Any, args: Any, settings: timing.Settings, label: str) -> dict[str, Any]:

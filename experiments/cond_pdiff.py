@@ -5,9 +5,10 @@
 Stages, in order: `data` (base states of all texts), `zoo` (train adapters of many tasks), `codec`
 (adapters -> latents), `rivals` (what the same texts give without a generator), `denoiser` (a
 conditional flow, and the paper's DDPM), `sample`, `evaluate`, `more_steps` (generated adapters as a
-start of training), `episodes` (a generator in closed form over a shared adapter), `report`. Each is
-kept in the workdir under a hash of its settings, skipped when it is there and resumed when it was
-killed. `--stage` runs some of them.
+start of training), `episodes` (a generator in closed form over a shared adapter), `layered` (the
+generator that `jlora generate` ships, fitted on this run's tasks), `report`. Each is kept in the
+workdir under a hash of its settings, skipped when it is there and resumed when it was killed.
+`--stage` runs some of them.
 
 With `--task_dir=DIR --stage=sample,evaluate` on a finished workdir, tasks of your own (2 to 20
 classes, single texts or pairs) get generated adapters from their descriptions and a few examples,
@@ -52,6 +53,7 @@ def stages() -> tuple[pipeline.Stage, ...]:
         denoiser,
         episodes,
         evaluate,
+        layered_stage,
         more_steps,
         report,
         rivals,
@@ -61,7 +63,8 @@ def stages() -> tuple[pipeline.Stage, ...]:
     )
 
     order = (
-        world, zoo, codec, rivals, denoiser, sample, evaluate, more_steps, episodes, report,
+        world, zoo, codec, rivals, denoiser, sample, evaluate, more_steps, episodes, layered_stage,
+        report,
     )  # fmt: skip
     return tuple(module.STAGE for module in order)
 
@@ -74,8 +77,8 @@ def user_tasks_of(context: pipeline.Context) -> None:
     needed = [stage for stage in stages() if stage.name in ("data", "zoo", "codec", "denoiser")]
     loaded = pipeline.load(needed, finished)
     products = loaded.add("rivals", rivals.STAGE.run(loaded)).products  # older runs have none
-    found = user_tasks.run(dataclasses.replace(context, products=products))
-    for task, scores in found.items():
+    result = user_tasks.run(dataclasses.replace(context, products=products))
+    for task, scores in result.items():
         print("\n".join(user_tasks.lines(task, scores)))
     print(f"\nAdapters: {context.workdir / 'user'}")
 

@@ -30,6 +30,7 @@ STAGES = (
     "evaluate",
     "more_steps",
     "episodes",
+    "layered",
     "report",
 )
 TASKS = ("toy", "smoke", "quick", "full", "methods", "merging", "domains", "generation", "glue")
@@ -257,8 +258,8 @@ def define_flags(settings: type = Config) -> None:
 
 def from_flags(values: flags.FlagValues) -> Config:
     """Read the flags into a `Config`. Raises ValueError on values that cannot work."""
-    found: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
-    config = Config(**found)
+    fields: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Config)}
+    config = Config(**fields)
     check(config)
     return config
 

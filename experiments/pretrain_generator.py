@@ -45,13 +45,13 @@ def main(argv: list[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         compile_settings(workdir, False)
         cache = Path(FLAGS.cache) if FLAGS.cache else None
-        found = run.run(config, workdir, cache, FLAGS.lora, FLAGS.measured)
+        measured = run.run(config, workdir, cache, FLAGS.lora, FLAGS.measured)
     except (StageError, AssetError, FloatingPointError) as error:
         _fail(str(error))
     except (OSError, ValueError) as error:
         _fail(explain_failed_write(error, workdir) or str(error))
     else:
-        print("\n".join([*card.table(found), "", f"Generator: {workdir / run.RESULT}"]))
+        print("\n".join([*card.table(measured), "", f"Generator: {workdir / run.RESULT}"]))
 
 
 def _fail(text: str) -> None:

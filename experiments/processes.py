@@ -142,8 +142,8 @@ def check(processes: Processes, settings: Mapping[str, Any], workdir: Path) -> N
                 f"{name}: got {value!r} in process {processes.index}, expected"
                 f" {theirs.get(name)!r} as in process 0"
             )
-    found = mark.read_text(encoding="utf-8") if mark.is_file() else ""
-    if found != theirs["mark"]:
+    mark_text = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if mark_text != theirs["mark"]:
         raise ValueError(
             f"workdir: process {processes.index} does not see {mark} as process 0 wrote it,"
             " expected a folder that all processes share"

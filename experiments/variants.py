@@ -62,21 +62,21 @@ def main(argv: list[str]) -> None:
         plan.check()
         workdir.mkdir(parents=True, exist_ok=True)
         cache = Path(FLAGS.cache) if FLAGS.cache else None
-        made, tasks = [], {}
+        cells_of_tasks, tasks = [], {}
         for name in plan.bases:
             one = bench.load(name, workdir, cache, FLAGS.toy)
-            made += cells.sweep(one, plan, workdir)
+            cells_of_tasks += cells.sweep(one, plan, workdir)
             tasks[name] = one.names
-        found = report.summarise(made, tasks)
-        found["command"] = shlex.join(["python", "-m", "experiments.variants", *sys.argv[1:]])
-        found["plan"] = plan._asdict() | {"jax": version("jax")}
-        report.write(found, made, workdir)
+        summary = report.summarise(cells_of_tasks, tasks)
+        summary["command"] = shlex.join(["python", "-m", "experiments.variants", *sys.argv[1:]])
+        summary["plan"] = plan._asdict() | {"jax": version("jax")}
+        report.write(summary, cells_of_tasks, workdir)
     except (StageError, AssetError) as error:
         _fail(str(error))
     except (OSError, ValueError) as error:
         _fail(explain_failed_write(error, workdir) or str(error))
     else:
-        print(report.markdown(found))
+        print(report.markdown(summary))
         print(f"Report: {workdir / 'report.md'}")
 
 

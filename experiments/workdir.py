@@ -133,8 +133,8 @@ def load_tree(path: Path, like: PyTree) -> PyTree:
         ) from error
     for name, leaf in want.items():
         if name not in got or got[name].shape != leaf.shape:
-            found = got[name].shape if name in got else "nothing"
-            raise StageError(f"{path}: {name}: expected shape {leaf.shape}, got {found}")
+            shape = got[name].shape if name in got else "nothing"
+            raise StageError(f"{path}: {name}: expected shape {leaf.shape}, got {shape}")
     return jax.tree.unflatten(jax.tree.structure(like), [np.asarray(got[k]) for k in want])
 
 

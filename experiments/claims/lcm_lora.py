@@ -42,9 +42,9 @@ class Sizes(NamedTuple):
 SIZES = Sizes()
 
 
-def measured(found: styles.World, one: styles.Asked, pixels: np.ndarray) -> dict[str, float]:
+def measured(world: styles.World, one: styles.Asked, pixels: np.ndarray) -> dict[str, float]:
     """Fréchet distance of pictures, and the score of a style that the base does not know."""
-    h = styles.read(found, pixels)
+    h = styles.read(world, pixels)
     out = {"FID": quality.frechet(h, one.real)}
     if one.labels.any():
         out["style score"] = styles.score(one, h)
@@ -52,7 +52,7 @@ def measured(found: styles.World, one: styles.Asked, pixels: np.ndarray) -> dict
 
 
 def drawn(
-    found: styles.World,
+    world: styles.World,
     adapter: jl.Adapter | None,
     one: styles.Asked,
     steps: int,
@@ -60,7 +60,7 @@ def drawn(
     distilled: bool,
 ) -> dict[str, float]:
     """Figures of pictures that are drawn with an adapter, by jumps or by Euler's method."""
-    base = found.base
+    base = world.base
     params = base.params if adapter is None else jl.merge(base.params, adapter)
     if distilled:
         pixels = distill.sample(params, base.config, one.token, one.words, steps, seed)
@@ -68,42 +68,42 @@ def drawn(
         pixels = sampling.sample(
             params, base.config, one.token, one.words, steps, styles.GUIDANCE, seed
         )  # fmt: skip
-    return measured(found, one, pixels)
+    return measured(world, one, pixels)
 
 
-def distilled(found: styles.World, sizes: Sizes, seed: int) -> jl.Adapter:
+def distilled(world: styles.World, sizes: Sizes, seed: int) -> jl.Adapter:
     """tau, of the pictures that base D was trained on."""
     plan = flags.Settings(batch=sizes.distilled.batch, seed=seed)
 
     def rows(step: int) -> Any:
-        return base_training.batch(found.found, base_training.rows(found.found, plan, step))
+        return base_training.batch(world.pictures, base_training.rows(world.pictures, plan, step))
 
-    return distill.train(found.base, sizes.distilled, rows, seed)[0]
+    return distill.train(world.base, sizes.distilled, rows, seed)[0]
 
 
-def figures(seed: int, found: styles.World, sizes: Sizes = SIZES) -> Figures:
+def figures(seed: int, world: styles.World, sizes: Sizes = SIZES) -> Figures:
     """Fréchet distances of one seed, and its style scores.
 
     Args:
       seed: of adapters and noise.
-      found: base and pictures.
+      world: base and pictures.
       sizes: how much of everything.
     """
-    tau = distilled(found, sizes, seed)
+    tau = distilled(world, sizes, seed)
     wrong = distill.turned(tau, seed)
     values: dict[str, list[float]] = {"system": [], "baseline": [], "control": []}
     units, more = [], {}
-    plain = [(name, "", 0.0) for name in found.found.styles]
+    plain = [(name, "", 0.0) for name in world.pictures.styles]
     for source, family, value in (*plain, *STYLES):
-        one = styles.asked(found, source, family, value, sizes.each)
-        style = styles.styled(found, source, family, value, sizes.styled, seed) if family else None
+        one = styles.asked(world, source, family, value, sizes.each)
+        style = styles.styled(world, source, family, value, sizes.styled, seed) if family else None
         both, control = (x if style is None else lcm_arithmetic(style, x) for x in (tau, wrong))
         kinds = {"system": (both, True), "baseline": (style, False), "control": (control, True)}
         for steps in sizes.lines if seed == 0 else (STEPS,):
             for kind, (adapter, by_jumps) in kinds.items():
                 if kind == "control" and steps != STEPS:
                     continue
-                got = drawn(found, adapter, one, steps, seed, by_jumps)
+                got = drawn(world, adapter, one, steps, seed, by_jumps)
                 more |= {f"{one.name}: {kind}, {steps} steps: {k}": v for k, v in got.items()}
         for kind in kinds:
             values[kind].append(more[f"{one.name}: {kind}, {STEPS} steps: FID"])

@@ -26,7 +26,7 @@ class World(NamedTuple):
     """Base D and its pictures."""
 
     base: base_d.BaseD
-    found: data.Pictures
+    pictures: data.Pictures
 
 
 class Asked(NamedTuple):
@@ -49,38 +49,38 @@ def world(folder: Path, weights: str | None) -> World:
     """
     base = base_d.load(folder, weights)
     styles = tuple(base.names["styles"])
-    found = data.gathered(sources.pictures(styles), styles)
-    if list(found.vocabulary) != base.names["vocabulary"]:
+    pictures = data.gathered(sources.pictures(styles), styles)
+    if list(pictures.vocabulary) != base.names["vocabulary"]:
         raise StageError(f"{folder}: got another vocabulary than that of the pinned pictures")
-    return World(base, found)
+    return World(base, pictures)
 
 
-def read(found: World, pixels: np.ndarray) -> np.ndarray:
+def read(world: World, pixels: np.ndarray) -> np.ndarray:
     """Features of pictures, [n, 64]."""
-    return classifier.apply(found.found, found.base.classifier, pixels)[0]
+    return classifier.apply(world.pictures, world.base.classifier, pixels)[0]
 
 
-def asked(found: World, source: str, family: str, value: float, each: int) -> Asked:
+def asked(world: World, source: str, family: str, value: float, each: int) -> Asked:
     """Held-out names in a style.
 
     Args:
-      found: base and pictures.
+      world: base and pictures.
       source: style of the base by which it is asked for.
       family: key of `transforms.FAMILIES`; "": the base's style itself.
       value: of the family.
       each: names.
     """
-    own = found.found.style == found.found.styles.index(source) + 1
-    held = np.flatnonzero(own & found.found.held_out)
+    own = world.pictures.style == world.pictures.styles.index(source) + 1
+    held = np.flatnonzero(own & world.pictures.held_out)
     rows = np.random.default_rng(0).permutation(held)[:each]
-    known = np.flatnonzero(own & ~found.found.held_out)
+    known = np.flatnonzero(own & ~world.pictures.held_out)
     known = np.random.default_rng(1).permutation(known)[:JUDGED]
-    plain = found.found.pixels[known]
-    both = [read(found, x) for x in (plain, *[transformed(plain, family, value)] * bool(family))]
+    plain = world.pictures.pixels[known]
+    both = [read(world, x) for x in (plain, *[transformed(plain, family, value)] * bool(family))]
     return Asked(
         f"{source} {family} {value:g}" if family else source,
-        found.found.style[rows], found.found.words[rows],
-        read(found, transformed(found.found.pixels[held], family, value)),
+        world.pictures.style[rows], world.pictures.words[rows],
+        read(world, transformed(world.pictures.pixels[held], family, value)),
         np.concatenate(both), np.repeat(np.arange(len(both)), len(known)),
     )  # fmt: skip
 
@@ -102,16 +102,16 @@ def score(one: Asked, features: np.ndarray) -> float:
 
 
 def styled(
-    found: World, source: str, family: str, value: float, recipe: distill.Recipe, seed: int
+    world: World, source: str, family: str, value: float, recipe: distill.Recipe, seed: int
 ) -> jl.Adapter:
     """The adapter of a style, of training pictures; nothing of it is distilled."""
-    token = found.found.styles.index(source) + 1
-    own = np.flatnonzero((found.found.style == token) & ~found.found.held_out)
-    pixels = transformed(found.found.pixels[own], family, value)
+    token = world.pictures.styles.index(source) + 1
+    own = np.flatnonzero((world.pictures.style == token) & ~world.pictures.held_out)
+    pixels = transformed(world.pictures.pixels[own], family, value)
 
     def rows(step: int) -> Any:
         chosen = np.random.default_rng([seed, step]).integers(0, len(own), recipe.batch)
-        condition = base_training.batch(found.found, own[chosen])[1]
+        condition = base_training.batch(world.pictures, own[chosen])[1]
         return data.scaled(pixels[chosen]), condition
 
-    return distill.train(found.base, recipe, rows, seed)[0]
+    return distill.train(world.base, recipe, rows, seed)[0]

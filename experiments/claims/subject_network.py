@@ -62,9 +62,9 @@ class Subjects(NamedTuple):
     held_out: np.ndarray  # bool [n]
 
 
-def subjects(found: styles.World) -> Subjects:
+def subjects(world: styles.World) -> Subjects:
     """Emoji that every artist has drawn."""
-    every, rows = found.found, {}
+    every, rows = world.pictures, {}
     words = np.asarray((*["", "?"], *every.vocabulary))
     for number, view in enumerate(VIEWS):
         own = np.flatnonzero(every.style == every.styles.index(view) + 1)
@@ -76,7 +76,7 @@ def subjects(found: styles.World) -> Subjects:
              if len(v) == len(VIEWS)}  # fmt: skip
     chosen = np.asarray([*whole.values()])
     held = every.held_out[chosen[:, 0]]
-    frozen: Any = SimpleNamespace(known=every, base=found.base)
+    frozen: Any = SimpleNamespace(known=every, base=world.base)
     seen = conditions.features(frozen, every.pixels[chosen[:, 0]])
     size = seen[~held].std(0)
     seen = (seen - seen[~held].mean(0)) / np.where(size > 1e-6, size, np.ones_like(size))
@@ -86,10 +86,10 @@ def subjects(found: styles.World) -> Subjects:
     )  # fmt: skip
 
 
-def asked(found: styles.World, count: int) -> dit.Condition:
+def asked(world: styles.World, count: int) -> dit.Condition:
     """Each view's style without a name, `count` times."""
-    token = [found.found.styles.index(view) + 1 for view in VIEWS] * count
-    words = np.zeros((len(token), found.found.words.shape[1]), np.int32)
+    token = [world.pictures.styles.index(view) + 1 for view in VIEWS] * count
+    words = np.zeros((len(token), world.pictures.words.shape[1]), np.int32)
     return dit.Condition(jnp.asarray(token, jnp.int32), jnp.asarray(words))
 
 
@@ -120,21 +120,21 @@ def _losses(config: dit.DiTConfig) -> Any:
     return jax.jit(lambda params, *rows: jnp.mean(jax.vmap(functools.partial(one, params))(*rows)))
 
 
-def loss_of(found: styles.World, adapter: jl.Adapter | None, pixels: np.ndarray) -> float:
+def loss_of(world: styles.World, adapter: jl.Adapter | None, pixels: np.ndarray) -> float:
     """Loss of a subject's views at fixed times and noises."""
-    base, count = found.base, len(TIMES)
+    base, count = world.base, len(TIMES)
     params = base.params if adapter is None else jl.merge(base.params, adapter)
     x = np.concatenate([data.scaled(pixels)] * count)
     noise = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
     t = np.repeat(np.asarray(TIMES, np.float32), len(VIEWS))
-    return float(_losses(base.config)(params, x, asked(found, count), t, noise))
+    return float(_losses(base.config)(params, x, asked(world, count), t, noise))
 
 
-def own_lora(found: styles.World, pixels: np.ndarray, sizes: Sizes, seed: int) -> jl.Adapter:
+def own_lora(world: styles.World, pixels: np.ndarray, sizes: Sizes, seed: int) -> jl.Adapter:
     """LoRA trained on the views of one subject."""
     count = max(1, sizes.own.batch // len(VIEWS))
-    rows = np.concatenate([data.scaled(pixels)] * count), asked(found, count)
-    return distill.train(found.base, sizes.own, lambda _: rows, seed)[0]
+    rows = np.concatenate([data.scaled(pixels)] * count), asked(world, count)
+    return distill.train(world.base, sizes.own, lambda _: rows, seed)[0]
 
 
 @functools.cache
@@ -144,29 +144,29 @@ def _sampler(config: dit.DiTConfig, steps: int) -> Any:
 
 
 def labels(
-    found: styles.World, adapters: list[jl.Adapter], scales: tuple[float, float], steps: int
+    world: styles.World, adapters: list[jl.Adapter], scales: tuple[float, float], steps: int
 ) -> np.ndarray:
     """What the classifier calls one picture per adapter, in the style of the first view."""
-    run, base, drawn = _sampler(found.base.config, steps), found.base, []
-    given = jax.tree.map(lambda x: x[:1], asked(found, 1))
+    run, base, drawn = _sampler(world.base.config, steps), world.base, []
+    given = jax.tree.map(lambda x: x[:1], asked(world, 1))
     weights = tuple(np.float32(s) for s in scales)
     for number, adapter in enumerate(adapters):
         params = (base.params, jl.merge(base.params, adapter))
         keys = jax.random.split(jax.random.key(number), 1)
         drawn.append(data.bytes_of(np.asarray(run(params, keys, given, *weights)))[0])
-    return classifier.apply(found.found, base.classifier, np.stack(drawn))[2]
+    return classifier.apply(world.pictures, base.classifier, np.stack(drawn))[2]
 
 
-def figures(seed: int, found: styles.World, sizes: Sizes = SIZES) -> Figures:
+def figures(seed: int, world: styles.World, sizes: Sizes = SIZES) -> Figures:
     """Losses of held-out subjects, one seed.
 
     Args:
       seed: of networks and adapters; subjects, times and noises are the same.
-      found: base and pictures.
+      world: base and pictures.
       sizes: how much of everything.
     """
-    every = subjects(found)
-    base, config = found.base, found.base.config
+    every = subjects(world)
+    base, config = world.base, world.base.config
     template = fresh(
         config, base.names["longest_name"], distill.STYLE_SITES, jl.LoRA(RANK, ALPHA), seed
     )
@@ -178,26 +178,26 @@ def figures(seed: int, found: styles.World, sizes: Sizes = SIZES) -> Figures:
         state = lib.init(jax.random.key(seed), template, every.seen.shape[1], settings)
         networks[name] = lib.fit(
             jax.random.key(seed), state, objective(config), jnp.asarray(every.seen[train]),
-            jnp.asarray(every.pixels[train]), (base.params, asked(found, 1)),
+            jnp.asarray(every.pixels[train]), (base.params, asked(world, 1)),
         )[0]  # fmt: skip
     written = {name: [lib.adapter(state, jnp.asarray(every.seen[row])) for row in rows]
                for name, state in networks.items()}  # fmt: skip
     another = np.roll(np.arange(len(rows)), 1)
     loss: dict[str, list[float]] = {
-        "base": [loss_of(found, None, every.pixels[row]) for row in rows],
+        "base": [loss_of(world, None, every.pixels[row]) for row in rows],
         "trained LoRA": [
-            loss_of(found, own_lora(found, every.pixels[row], sizes, seed), every.pixels[row])
+            loss_of(world, own_lora(world, every.pixels[row], sizes, seed), every.pixels[row])
             for row in rows
         ],
-        "another subject": [loss_of(found, written["penalty"][k], every.pixels[row])
+        "another subject": [loss_of(world, written["penalty"][k], every.pixels[row])
                             for k, row in zip(another, rows, strict=True)],
-    } | {name: [loss_of(found, a, every.pixels[row]) for a, row in zip(some, rows, strict=True)]
+    } | {name: [loss_of(world, a, every.pixels[row]) for a, row in zip(some, rows, strict=True)]
          for name, some in written.items()}  # fmt: skip
     goal = np.asarray(loss["base"]) - SHARE * np.subtract(loss["base"], loss["trained LoRA"])
     more = {f"{name}: loss": float(np.mean(x)) for name, x in loss.items()}
     w = styles.GUIDANCE
     for name, scales in (("CFG, w_s = w_c", (w, w)), ("HM-CFG, w_s = 2 w_c", (w, 2 * w))):
-        said = labels(found, written["penalty"], scales, sizes.steps)
+        said = labels(world, written["penalty"], scales, sizes.steps)
         more[f"{name}: share of right labels"] = float((said == every.label[rows]).mean())
     names = tuple(every.names[row] for row in rows)
     return Figures(names, tuple(loss["penalty"]), tuple(goal.tolist()),

@@ -62,8 +62,8 @@ def _step(config: dit.DiTConfig, steps: int) -> Any:
     @jax.jit
     def step(params: Any, z: Any, number: Any, condition: dit.Condition) -> Any:
         t = 1.0 - jnp.asarray(number, jnp.float32) / steps
-        found = jax.vmap(lambda z, c: one(params, z, t, c, styles.GUIDANCE))(z, condition)
-        return z - found / jnp.float32(steps)
+        velocity = jax.vmap(lambda z, c: one(params, z, t, c, styles.GUIDANCE))(z, condition)
+        return z - velocity / jnp.float32(steps)
 
     return step
 
@@ -79,10 +79,10 @@ def noise(count: int, seed: int) -> jax.Array:
 
 
 def states(
-    found: styles.World, weights: Callable[[int], Any], z: Any, given: Any, steps: int
+    world: styles.World, weights: Callable[[int], Any], z: Any, given: Any, steps: int
 ) -> np.ndarray:
     """States of a run with weights that depend on the step, [n, steps + 1, 32, 32, 3]."""
-    step, kept = _step(found.base.config, steps), [np.asarray(z)]
+    step, kept = _step(world.base.config, steps), [np.asarray(z)]
     for number in range(steps):
         z = step(weights(number), z, number, given)
         kept.append(np.asarray(z))
@@ -90,26 +90,26 @@ def states(
 
 
 def profile(
-    found: styles.World, tuned: Any, one: styles.Asked, sizes: Sizes, seed: int
+    world: styles.World, tuned: Any, one: styles.Asked, sizes: Sizes, seed: int
 ) -> tuple[int, np.ndarray]:
     """K of a style by the rule, and its cosines; on the names that come after those measured."""
     rows = slice(sizes.each, sizes.each + sizes.profiled)
     given = condition(one, rows)
     z = noise(len(given.style), seed + PROFILE)
-    runs = [states(found, lambda _, p=p: p, z, given, sizes.steps)
-            for p in (tuned, found.base.params)]  # fmt: skip
+    runs = [states(world, lambda _, p=p: p, z, given, sizes.steps)
+            for p in (tuned, world.base.params)]  # fmt: skip
     alike = bounded_loading.cosines(*runs)
     return bounded_loading.profiled(alike), alike
 
 
 def styled_share(
-    found: styles.World, tuned: Any, one: styles.Asked, sizes: Sizes, seed: int, patched: int
+    world: styles.World, tuned: Any, one: styles.Asked, sizes: Sizes, seed: int, patched: int
 ) -> np.ndarray:
     """Whether each picture has the style when the adapter comes after some steps, float [n]."""
     given = condition(one, slice(0, sizes.each))
-    weights = lambda k: found.base.params if k < patched else tuned  # noqa: E731
-    last = states(found, weights, noise(len(given.style), seed), given, sizes.steps)[:, -1]
-    return styles.judged(one, styles.read(found, bytes_of(last))).astype(float)
+    weights = lambda k: world.base.params if k < patched else tuned  # noqa: E731
+    last = states(world, weights, noise(len(given.style), seed), given, sizes.steps)[:, -1]
+    return styles.judged(one, styles.read(world, bytes_of(last))).astype(float)
 
 
 def cold(folder: Path) -> None:
@@ -122,10 +122,10 @@ def cold(folder: Path) -> None:
 
 
 def latencies(
-    found: styles.World, saved: Path, like: jl.Adapter, one: styles.Asked, sizes: Sizes, bound: int
+    world: styles.World, saved: Path, like: jl.Adapter, one: styles.Asked, sizes: Sizes, bound: int
 ) -> list[dict[str, float]]:
     """Seconds of requests of one picture: loading on the way, and loading first."""
-    step, out = _step(found.base.config, sizes.steps), []
+    step, out = _step(world.base.config, sizes.steps), []
     load = functools.partial(jl.io.restore_adapter, saved, like)
     with ThreadPoolExecutor(1) as executor:
         for number in range(sizes.requests + 1):
@@ -133,7 +133,7 @@ def latencies(
             own = lambda p, z, k, given=given: step(p, z, k, given)  # noqa: E731
             row: dict[str, float] = {}
             for name, most in (("sequential", 0), ("bounded", bound)):
-                params = jax.block_until_ready(jax.tree.map(jnp.array, found.base.params))
+                params = jax.block_until_ready(jax.tree.map(jnp.array, world.base.params))
                 cold(saved)
                 start = time.perf_counter()
                 ran = bounded_loading.request(
@@ -151,10 +151,10 @@ def latencies(
 
 
 def with_edges(
-    found: styles.World, sizes: Sizes, seed: int, devices: tuple[Any, ...]
+    world: styles.World, sizes: Sizes, seed: int, devices: tuple[Any, ...]
 ) -> dict[str, float]:
     """The trained branch: what exact, stale and no control give, and guidance on two devices."""
-    base, pictures = found.base, found.found
+    base, pictures = world.base, world.pictures
     plan = flags.Settings(batch=sizes.control.batch, seed=seed)
 
     def rows(step: int) -> Any:
@@ -192,14 +192,14 @@ def with_edges(
     out["control: loss, first and last tenth: ratio"] = float(
         losses[-max(1, len(losses) // 10):].mean() / losses[: max(1, len(losses) // 10)].mean()
     )  # fmt: skip
-    return out | guided_halves(found, given, z, devices)
+    return out | guided_halves(world, given, z, devices)
 
 
 def guided_halves(
-    found: styles.World, given: dit.Condition, z: Any, devices: tuple[Any, ...]
+    world: styles.World, given: dit.Condition, z: Any, devices: tuple[Any, ...]
 ) -> dict[str, float]:
     """One guided prediction of a batch on one device and on two."""
-    one = base_training.bind(found.base.config)
+    one = base_training.bind(world.base.config)
 
     def batch(params: Any, z: Any, t: Any, given: Any, null: Any) -> Any:
         return jax.vmap(lambda z, c: one(params, z, t, c, null)[0])(z, given)
@@ -211,7 +211,7 @@ def guided_halves(
     out, values = {}, {}
     for name, form in forms.items():
         run = jax.jit(form)
-        args = (found.base.params, z, jnp.float32(0.5), given, jnp.float32(styles.GUIDANCE))
+        args = (world.base.params, z, jnp.float32(0.5), given, jnp.float32(styles.GUIDANCE))
         values[name] = np.asarray(run(*args))  # compiles
         start = time.perf_counter()
         jax.block_until_ready(run(*args))
@@ -221,14 +221,14 @@ def guided_halves(
 
 
 def figures(
-    seed: int, found: styles.World, workdir: Path, devices: tuple[Any, ...],
+    seed: int, world: styles.World, workdir: Path, devices: tuple[Any, ...],
     sizes: Sizes = SIZES,
 ) -> Figures:  # fmt: skip
     """Which pictures have their style, one seed.
 
     Args:
       seed: of adapters, branch and noise.
-      found: base and pictures.
+      world: base and pictures.
       workdir: adapters are written there, and read while pictures are drawn.
       devices: two, for the control branch and the halves of the guidance.
       sizes: how much of everything.
@@ -237,10 +237,10 @@ def figures(
     values: dict[str, list[float]] = {kind: [] for kind in kinds}
     more, kept, bounds = {}, [], []
     for source, family, value in STYLES:
-        one = styles.asked(found, source, family, value, sizes.each + sizes.profiled)
-        adapter = styles.styled(found, source, family, value, sizes.styled, seed)
-        tuned = jl.merge(found.base.params, adapter)
-        bound, alike = profile(found, tuned, one, sizes, seed)
+        one = styles.asked(world, source, family, value, sizes.each + sizes.profiled)
+        adapter = styles.styled(world, source, family, value, sizes.styled, seed)
+        tuned = jl.merge(world.base.params, adapter)
+        bound, alike = profile(world, tuned, one, sizes, seed)
         more |= {f"{one.name}: cosine after step {k}": float(x) for k, x in enumerate(alike)}
         more[f"{one.name}: K of the profile"] = float(bound)
         bounds.append(bound)
@@ -249,7 +249,7 @@ def figures(
     more["K*"] = float(best)
     for one, adapter, tuned in kept:
         each = {
-            k: styled_share(found, tuned, one, sizes, seed, k)
+            k: styled_share(world, tuned, one, sizes, seed, k)
             for k in sorted({0, best, sizes.steps, *([sizes.steps // 2] * (seed == 0))})
         }
         more |= {f"{one.name}: style score, K = {k}": float(x.mean()) for k, x in each.items()}
@@ -259,12 +259,12 @@ def figures(
         saved = workdir / "swift_diffusion" / f"{seed}-{one.name.replace(' ', '-')}"
         saved.parent.mkdir(parents=True, exist_ok=True)
         jl.io.save_adapter(saved, adapter, overwrite=saved.exists())
-        times += latencies(found, saved, adapter, one, sizes, best)
+        times += latencies(world, saved, adapter, one, sizes, best)
     for name in times[0]:
         more[f"requests, {name}: median"] = float(np.median([row[name] for row in times]))
     faster = [row["bounded: seconds"] < row["sequential: seconds"] for row in times]
     more["requests: share that bounded loading makes faster"] = float(np.mean(faster))
-    more |= with_edges(found, sizes, seed, devices)
+    more |= with_edges(world, sizes, seed, devices)
     return Figures(tuple(units), *(tuple(values[kind]) for kind in kinds), more=more)
 
 
@@ -287,8 +287,8 @@ def two_devices() -> tuple[Any, ...]:
 def run(seed: int, workdir: Path) -> Figures:
     """Seed `seed`; nothing is shared by seeds."""
     devices = two_devices()
-    found = styles.world(base_d.FOLDER, styles.WEIGHTS)
-    return figures(seed, found, workdir, devices)
+    world = styles.world(base_d.FOLDER, styles.WEIGHTS)
+    return figures(seed, world, workdir, devices)
 
 
 CLAIM = Claim(

@@ -124,8 +124,8 @@ def is_complete(folder: Path) -> bool:
 
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sizes"]
-        found = {inside(folder, name, folder / MANIFEST): size for name, size in sizes.items()}
-        return all(path.stat().st_size == size for path, size in found.items())
+        expected = {inside(folder, name, folder / MANIFEST): size for name, size in sizes.items()}
+        return all(path.stat().st_size == size for path, size in expected.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -57,10 +57,10 @@ def _changed(change: Callable[[list[str]], list[str] | None]) -> Callable[[Seque
         before, after = [], []
         for text in texts:
             words = _words(text)
-            found = change(words) if len(words) >= FEWEST_WORDS else None
-            if found is not None and found != words:
+            changed = change(words) if len(words) >= FEWEST_WORDS else None
+            if changed is not None and changed != words:
                 before.append(" ".join(words))
-                after.append(" ".join(found))
+                after.append(" ".join(changed))
         return before, after
 
     return make
@@ -105,13 +105,13 @@ def _odd(texts: Sequence[str]) -> Sides:
     places = [[k for k, word in enumerate(words[1:], 1) if len(word) > 3] for words in usable]
     kept = [(words, at) for words, at in zip(usable, places, strict=True)
             if len(words) >= FEWEST_WORDS and at]  # fmt: skip
-    for (one, here), (two, there) in zip(kept[::2], kept[1::2], strict=False):
+    for (one, here), (other, there) in zip(kept[::2], kept[1::2], strict=False):
         i = here[digest("odd", " ".join(one)) % len(here)]
-        j = there[digest("odd", " ".join(two)) % len(there)]
-        if one[i] != two[j]:
-            before += [" ".join(one), " ".join(two)]
-            after.append(" ".join([*one[:i], two[j], *one[i + 1 :]]))
-            after.append(" ".join([*two[:j], one[i], *two[j + 1 :]]))
+        j = there[digest("odd", " ".join(other)) % len(there)]
+        if one[i] != other[j]:
+            before += [" ".join(one), " ".join(other)]
+            after.append(" ".join([*one[:i], other[j], *one[i + 1 :]]))
+            after.append(" ".join([*other[:j], one[i], *other[j + 1 :]]))
     return before, after
 
 
@@ -227,8 +227,8 @@ def sides(kind: str, sources: Sequence[Sequence[str]], cap: int) -> list[list[st
     if kind == SAME_LABEL:
         return _different(zip(*_same_label(sources), strict=True))
     how = KINDS[kind]
-    found = [how.make(texts if how.every else texts[: 3 * cap]) for texts in sources]
-    rows = [list(zip(*each, strict=True)) for each in found]  # label -> a text of each class
+    pairs = [how.make(texts if how.every else texts[: 3 * cap]) for texts in sources]
+    rows = [list(zip(*each, strict=True)) for each in pairs]  # label -> a text of each class
     turns = range(max(map(len, rows)))
     return _different(each[i] for i in turns for each in rows if i < len(each))
 

@@ -41,8 +41,8 @@ class _Set:
     test: str = "validation"
 
 
-def _label(name: str, description: str, one: str, two: str) -> Label:
-    return Label(name, description, (one, two))
+def _label(name: str, description: str, one: str, second: str) -> Label:
+    return Label(name, description, (one, second))
 
 
 _SAME = _label(
@@ -168,12 +168,12 @@ def tasks(
     for name in (*names, *held_out):
         if name not in SETS:
             raise GlueError(f"unknown GLUE task {name!r}; offered: {', '.join(SETS)}")
-    found = []
+    result = []
     for name in names:
         level = "unseen_corpus" if name in held_out else "seen"
         for i, j in itertools.combinations(range(len(SETS[name].labels)), 2):
-            found.append(_task(name, i, j, path, level))
-    return found
+            result.append(_task(name, i, j, path, level))
+    return result
 
 
 def _task(name: str, i: int, j: int, path: str, level: str) -> Task:

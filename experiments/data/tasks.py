@@ -90,8 +90,8 @@ def _formed(task: Task, split: str, cap: int, cache: str | None) -> list[list[st
     """Texts of each class of a task of form, in the order of its classes."""
     sources = [label_texts(*member, split, cache) for member in task.members[0]]
     names = [label.name for label in FORMS[task.kind]]
-    found = forms.sides(task.kind, sources, cap) or [[] for _ in names]
-    sides = dict(zip(names, found, strict=True))
+    formed = forms.sides(task.kind, sources, cap) or [[] for _ in names]
+    sides = dict(zip(names, formed, strict=True))
     return [sides[name] for name in task.class_names]
 
 

@@ -42,13 +42,13 @@ def tasks(task_dir: str | os.PathLike) -> list[Task]:
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise TaskFolderError(f"{root} holds no task folder (a folder with a task.json)")
-    found = [_task(folder) for folder in folders]
-    names = [task.name for task in found]
-    for task, folder in zip(found, folders, strict=True):
+    result = [_task(folder) for folder in folders]
+    names = [task.name for task in result]
+    for task, folder in zip(result, folders, strict=True):
         if names.count(task.name) > 1:
             raise TaskFolderError(f"{folder / 'task.json'}: name {task.name!r} is used twice")
         data(folder)
-    return found
+    return result
 
 
 def data(folder: str | os.PathLike) -> TaskData:
@@ -57,22 +57,22 @@ def data(folder: str | os.PathLike) -> TaskData:
     names = _meta(folder)["class_names"]
     read = {split: user_rows.read(folder, split, names) for split in SPLITS}
     first: dict[str, str] = {}
-    for found in read.values():
-        if found.pairs != read["train"].pairs:
-            kinds = ["pairs" if x.pairs else "single texts" for x in (found, read["train"])]
+    for rows in read.values():
+        if rows.pairs != read["train"].pairs:
+            kinds = ["pairs" if x.pairs else "single texts" for x in (rows, read["train"])]
             raise TaskFolderError(
-                f"{found.path}: got {kinds[0]}, but {read['train'].path.name} has {kinds[1]}"
+                f"{rows.path}: got {kinds[0]}, but {read['train'].path.name} has {kinds[1]}"
             )
-        for number, text in zip(found.lines, found.texts[0], strict=True):
+        for number, text in zip(rows.lines, rows.texts[0], strict=True):
             parts = parted(text) or (text,)
             key = "|".join(normalise(part) or part for part in parts)
             if key in first:
                 raise TaskFolderError(
-                    f"{found.path} line {number}: the same text as {first[key]} (case, digits and"
+                    f"{rows.path} line {number}: the same text as {first[key]} (case, digits and"
                     " punctuation aside); keep one of them"
                 )
-            first[key] = f"{found.path.name} line {number}"
-    return TaskData(**{split: found.texts for split, found in read.items()})
+            first[key] = f"{rows.path.name} line {number}"
+    return TaskData(**{split: rows.texts for split, rows in read.items()})
 
 
 def _task(folder: Path) -> Task:

@@ -67,8 +67,8 @@ def read(folder: Path, split: str, names: Sequence[str]) -> Split:
             raise TaskFolderError(
                 f"{where}: got {got}, unlike line {shape[1]}; a task has pairs or single texts"
             )
-        found = [_text(row, key, where) for key in COLUMNS[: 1 + pair]]
-        texts.append(joined(*found) if pair else found[0])
+        columns = [_text(row, key, where) for key in COLUMNS[: 1 + pair]]
+        texts.append(joined(*columns) if pair else columns[0])
         labels.append(_label(row["label"], names, path == table, where))
         lines.append(number)
     for index, name in enumerate(names):

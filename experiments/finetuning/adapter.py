@@ -63,8 +63,8 @@ def _kinds(text: str) -> list[type[jl.Method]]:
     }
     words = re.fullmatch(r"((?:\w+\()*)(\w+)(\)*)", text.strip())
     names = re.findall(r"\w+", text) if words and words[1].count("(") == len(words[3]) else [""]
-    found = [known.get(name.lower()) for name in names]
-    kinds = [kind for kind in found if kind is not None]
+    resolved = [known.get(name.lower()) for name in names]
+    kinds = [kind for kind in resolved if kind is not None]
     wrap = [issubclass(kind, jl.Wrapper) for kind in kinds]
     if len(kinds) < len(names) or not all(wrap[:-1]) or wrap[-1]:
         plain = sorted(k.__name__ for k in known.values() if not issubclass(k, jl.Wrapper))
@@ -165,9 +165,9 @@ def continued(like: Any, params: Any, name: str, settings: Settings) -> Any:
             " another base (--base_name says what this base is called)"
         )
     sites = {site.path: site for site, _ in like.sites}
-    found = jl.io.load_peft(folder, jl.io.llama(), sites)
+    loaded = jl.io.load_peft(folder, jl.io.llama(), sites)
     for part in ("trainable", "frozen"):
-        theirs, ours = getattr(found, part), getattr(like, part)
+        theirs, ours = getattr(loaded, part), getattr(like, part)
         shapes = [jax.tree.map(lambda t: tuple(t.shape), tree) for tree in (theirs, ours)]
         if shapes[0] != shapes[1]:
             place = next(
@@ -176,7 +176,9 @@ def continued(like: Any, params: Any, name: str, settings: Settings) -> Any:
             raise ValueError(
                 f"{folder}: {place}: got {shapes[0].get(place)}, expected {shapes[1].get(place)}"
             )
-    return jax.tree.map(lambda t, o: jnp.asarray(t, o.dtype), found.replace(sites=like.sites), like)
+    return jax.tree.map(
+        lambda t, o: jnp.asarray(t, o.dtype), loaded.replace(sites=like.sites), like
+    )
 
 
 def check_peft(adapter: Any, params: Any) -> None:

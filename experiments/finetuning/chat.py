@@ -113,9 +113,11 @@ def _encode(
     tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[bool]]:
     """Tokens of a text, none added, and which of them reach into a span."""
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    inside = [any(end > a and start < b for a, b in spans) for start, end in found.offset_mapping]
-    return list(found.input_ids), inside
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    inside = [
+        any(end > a and start < b for a, b in spans) for start, end in encoding.offset_mapping
+    ]
+    return list(encoding.input_ids), inside
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -40,17 +40,17 @@ def needs(compiled: Any, dense: Any, params: Any, state: Any) -> Needs:
       params: shapes of the prepared ones, with shardings.
       state: shapes of the state, with shardings.
     """
-    found = compiled.memory_analysis()
+    analysis = compiled.memory_analysis()
     total = (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        + found.temp_size_in_bytes
-        - found.alias_size_in_bytes
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
     )
     return Needs(
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dense)),
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.trainable)),
-        _bytes(params), _bytes(state), found.temp_size_in_bytes, total,
+        _bytes(params), _bytes(state), analysis.temp_size_in_bytes, total,
     )  # fmt: skip
 
 

@@ -97,10 +97,10 @@ def specs(params: Any, devices: Mesh) -> Any:
 
     def one(path: Any, leaf: Any) -> PartitionSpec:
         name = path_string(path)
-        found = next((axes for end, axes in SPLIT.items() if name.endswith(end)), None)
-        if found is None:
+        axes_of_name = next((axes for end, axes in SPLIT.items() if name.endswith(end)), None)
+        if axes_of_name is None:
             return PartitionSpec()
-        spec = (None,) * (len(leaf.shape) - 2) + found
+        spec = (None,) * (len(leaf.shape) - 2) + axes_of_name
         for size, axis in zip(leaf.shape, spec, strict=True):
             if axis and size % devices.shape[axis]:
                 raise ValueError(

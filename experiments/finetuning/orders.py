@@ -61,10 +61,10 @@ def example(rng: random.Random, part: str) -> dict[str, list[dict[str, str]]]:
 
 def examples(part: str) -> list[str]:
     """The lines of a file: 300 for "train", 40 for "test", none twice."""
-    rng, found = random.Random(f"orders {part}"), dict[str, None]()
-    while len(found) < {"train": 300, "test": 40}[part]:
-        found[json.dumps(example(rng, part))] = None
-    return list(found)
+    rng, orders = random.Random(f"orders {part}"), dict[str, None]()
+    while len(orders) < {"train": 300, "test": 40}[part]:
+        orders[json.dumps(example(rng, part))] = None
+    return list(orders)
 
 
 def main() -> None:

@@ -149,8 +149,8 @@ def dry(plan: Plan) -> list[str]:
         *(jax.ShapeDtypeStruct(shape, d, sharding=w.rows) for d in (*["int32"] * 3, "float32"))
     )
     compiled = w.step.lower(*placed, rows, jax.random.key(0)).compile()
-    found: Needs = needs(compiled, plan.dense, placed[0], placed[2])
-    return found.lines(plan.steps, len(plan.rows.ids), int(plan.rows.weights.sum()))
+    needed: Needs = needs(compiled, plan.dense, placed[0], placed[2])
+    return needed.lines(plan.steps, len(plan.rows.ids), int(plan.rows.weights.sum()))
 
 
 def run(plan: Plan, workdir: Path, team: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
@@ -240,8 +240,8 @@ def _judge(plan: Plan, w: World) -> Any:
     def judge(params: Any, adapter: Any) -> dict[str, Any]:
         placed = (mesh.place(rows, place) for rows in held_out)
         value = samples.mean_loss(measure, params, adapter, list(placed))
-        found = samples.answers(answer, params, adapter, plan.prompts, plan.base.tokenizer)
-        return {"loss": value, "answers": [a._asdict() for a in found]}
+        answers = samples.answers(answer, params, adapter, plan.prompts, plan.base.tokenizer)
+        return {"loss": value, "answers": [a._asdict() for a in answers]}
 
     return judge
 

@@ -107,8 +107,8 @@ def answers(
     padded = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, (ids, _) in zip(padded, prompts, strict=True):
         row[: len(ids)] = ids
-    found = run(params, adapter, padded, lengths)
-    ids, ends = np.asarray(found.ids), np.asarray(found.lengths)
+    tokens = run(params, adapter, padded, lengths)
+    ids, ends = np.asarray(tokens.ids), np.asarray(tokens.lengths)
     text = lambda part: tokenizer.decode(part.tolist(), skip_special_tokens=True).strip()  # noqa: E731
     return [
         Answer(text(row[:start]), text(row[start:end]), expected)

@@ -102,7 +102,7 @@ def check(settings: Settings) -> None:
 
 def from_flags(values: flags.FlagValues) -> Settings:
     """The flags as checked `Settings`. Raises ValueError as `check`."""
-    found: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Settings)}
-    settings = Settings(**found)
+    fields: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Settings)}
+    settings = Settings(**fields)
     check(settings)
     return settings

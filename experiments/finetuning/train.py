@@ -23,8 +23,8 @@ KEPT = 2  # checkpoints
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    folders = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name)]
+    return sorted(folders, key=lambda p: int(p.name[5:]))
 
 
 def resume(folder: Path, state: State, places: Any) -> State:
@@ -38,8 +38,8 @@ def resume(folder: Path, state: State, places: Any) -> State:
     Raises:
       StageError: the checkpoint is damaged or of another run.
     """
-    found = checkpoints(folder)
-    return mesh.place(load_tree(found[-1], state) if found else state, places)
+    kept = checkpoints(folder)
+    return mesh.place(load_tree(kept[-1], state) if kept else state, places)
 
 
 def save(folder: Path, state: State) -> None:

@@ -93,18 +93,18 @@ def table(card: dict[str, Any]) -> list[str]:
       card: of `make`.
     """
     every = _ordered(card)
-    heads = [f"{names.level(level)} ({found['tasks']})" for level, found in every.items()]
+    heads = [f"{names.level(level)} ({figures['tasks']})" for level, figures in every.items()]
     if not every:
         return ["No held-out task."]
     lines = [f"| test accuracy, % | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    there = [key for key in KEYS if any(key in found["means"] for found in every.values())]
+    there = [key for key in KEYS if any(key in figures["means"] for figures in every.values())]
     for key in there:
         cells = []
-        for found in every.values():
-            mean = found["means"].get(key)
-            lead = found["leads"].get(key)
+        for figures in every.values():
+            mean = figures["means"].get(key)
+            lead = figures["leads"].get(key)
             text = "–" if mean is None else f"{100 * mean['mean']:.1f}"
-            if mean is not None and mean["tasks"] < found["tasks"]:
+            if mean is not None and mean["tasks"] < figures["tasks"]:
                 text += f" (of {mean['tasks']})"
             if lead is not None:
                 low, high = 100 * lead["low"], 100 * lead["high"]
@@ -121,9 +121,9 @@ def verdicts(card: dict[str, Any]) -> list[str]:
       card: of `make`.
     """
     out = []
-    for level, found in _ordered(card).items():
-        key = min(found["leads"], key=lambda k: found["leads"][k]["mean"])
-        lead, rival = found["leads"][key], LABELS[key]
+    for level, figures in _ordered(card).items():
+        key = min(figures["leads"], key=lambda k: figures["leads"][k]["mean"])
+        lead, rival = figures["leads"][key], LABELS[key]
         if lead["low"] > 0:
             said = f"the generated adapter is ahead of every rival, of {rival} by the least"
         elif lead["high"] < 0:

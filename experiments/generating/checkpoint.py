@@ -69,20 +69,20 @@ def fingerprint(params: Any) -> str:
     return out.hexdigest()
 
 
-def write(folder: Path, found: Checkpoint) -> None:
+def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes the weights and the settings.
 
     Args:
       folder: exists; the caller renames it when it is whole.
-      found: the generator.
+      checkpoint: the generator.
     """
-    save(folder / WEIGHTS, found.fitted)
-    settings = dataclasses.asdict(found.config)
+    save(folder / WEIGHTS, checkpoint.fitted)
+    settings = dataclasses.asdict(checkpoint.config)
     about = {
         "format": FORMAT,
-        "base_sha256": found.base_sha256,
+        "base_sha256": checkpoint.base_sha256,
         "settings": {name: settings[name] for name in SETTINGS},
-        "rivals": found.frozen._asdict(),
+        "rivals": checkpoint.frozen._asdict(),
     }
     write_json(folder / CONFIG, about)
 

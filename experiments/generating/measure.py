@@ -50,9 +50,9 @@ def drawn(world: World, name: str, draw: int) -> Rows:
     rows, k = world.rows[name, "train"], world.config.examples
     rng = np.random.default_rng([world.config.data_seed, draw, *name.encode()])
     sides = [np.unique(rows.index[rows.label == c]) for c in range(world.task(name).classes)]
-    found = [rng.permutation(own)[:k] for own in sides]
-    label = np.repeat(np.arange(len(found), dtype=np.int32), [len(own) for own in found])
-    return Rows(np.concatenate(found), label)
+    chosen = [rng.permutation(own)[:k] for own in sides]
+    label = np.repeat(np.arange(len(chosen), dtype=np.int32), [len(own) for own in chosen])
+    return Rows(np.concatenate(chosen), label)
 
 
 def measure(
@@ -90,10 +90,10 @@ def measure(
     if not path.is_file():
         chosen, accuracy = _lora(world, names, few, workdir)
         write_json(path, {"chosen": chosen._asdict(), "accuracy": accuracy})
-    found = read_json(path, dict, f"delete {path}")
-    for name, value in found["accuracy"].items():
+    kept = read_json(path, dict, f"delete {path}")
+    for name, value in kept["accuracy"].items():
         out[name]["lora_k"] = [value]
-    return Figures(out, Chosen(**found["chosen"]))
+    return Figures(out, Chosen(**kept["chosen"]))
 
 
 def spread(world: World, count: int) -> list[str]:
@@ -168,10 +168,10 @@ def _lora(
         chosen = few_shot.choose(world, encoded, size, bar)
         sets = [Set(name, few[name][0]) for name in some]
         factors = [chosen.factor] * len(sets)
-        found = few_shot.train(world, sets, factors, size, chosen.stop + 1, bar)[-1]
+        accuracies = few_shot.train(world, sets, factors, size, chosen.stop + 1, bar)[-1]
     out = {}
     for k, name in enumerate(some):
-        one = jax.tree.map(lambda x, k=k: x[k : k + 1], found)
+        one = jax.tree.map(lambda x, k=k: x[k : k + 1], accuracies)
         hits = few_shot.hits(world, encoded, name, world.rows[name, "test"], one)
         out[name] = float(hits.mean())
     return chosen, out

@@ -71,22 +71,22 @@ def load(folder: Path, cache: Path | None) -> tuple[Checkpoint, Base]:
       StageError: a damaged generator, or a base with other weights than it was trained on.
       AssetError: the base is neither in the cache nor to be had.
     """
-    found = checkpoint.read(folder)
-    base = base_model.load(found.config, cache)
+    fitted = checkpoint.read(folder)
+    base = base_model.load(fitted.config, cache)
     got = checkpoint.fingerprint(base.params)
-    if got != found.base_sha256:
+    if got != fitted.base_sha256:
         raise StageError(
-            f"{folder}: is of another base: the sha256 of {found.config.base} is {got}, expected"
-            f" {found.base_sha256}"
+            f"{folder}: is of another base: the sha256 of {fitted.config.base} is {got}, expected"
+            f" {fitted.base_sha256}"
         )
-    return found, base
+    return fitted, base
 
 
-def world_of(found: Checkpoint, base: Base, task: Task, k: int) -> World:
+def world_of(generator: Checkpoint, base: Base, task: Task, k: int) -> World:
     """The base with one task: at most K training texts of each class, and all test texts.
 
     Args:
-      found: the generator.
+      generator: the generator.
       base: of it.
       task: of `user.tasks`.
       k: K.
@@ -94,7 +94,7 @@ def world_of(found: Checkpoint, base: Base, task: Task, k: int) -> World:
     Raises:
       ValueError: the base says NaN or infinity of a text.
     """
-    config = dataclasses.replace(found.config, examples=k)
+    config = dataclasses.replace(generator.config, examples=k)
     read = user.data(task.source.partition(":")[2])
     texts, label = read.train
     rng = np.random.default_rng([config.data_seed, *task.name.encode()])
@@ -121,11 +121,11 @@ def world_of(found: Checkpoint, base: Base, task: Task, k: int) -> World:
     )  # fmt: skip
 
 
-def make(found: Checkpoint, world: World) -> TaskAdapter:
+def make(generator: Checkpoint, world: World) -> TaskAdapter:
     """The adapter of a world's one task, and its rivals.
 
     Args:
-      found: the generator.
+      generator: the generator.
       world: of `world_of`.
 
     Raises:
@@ -142,20 +142,20 @@ def make(found: Checkpoint, world: World) -> TaskAdapter:
             f"{task.name}: the examples of all classes are the same to the base, expected texts"
             f" that differ in their first {world.config.max_length} tokens"
         )
-    a, b = layered.factors(world, found.fitted, features, few.label, head)
+    a, b = layered.factors(world, generator.fitted, features, few.label, head)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(f"{task.name}: got an adapter with NaN or infinity, expected numbers")
     adapter = layered.adapter(world, a, b)
     hits = {"generated": layered.right(world, rows, head)(a, b)}
-    for key, classify in rivals.classifiers(found.frozen).items():
+    for key, classify in rivals.classifiers(generator.frozen).items():
         hits[key] = rivals.right(world, classify, few, rows)
     adapters = {"generated": 1}
-    test = {key: user_tasks.cell(found[None], adapters.get(key, 0)) for key, found in hits.items()}
+    test = {key: user_tasks.cell(row[None], adapters.get(key, 0)) for key, row in hits.items()}
     counts = np.bincount(few.label, minlength=task.classes).tolist()
-    return TaskAdapter(task, adapter, head, counts, _validated(found, world, features), test)
+    return TaskAdapter(task, adapter, head, counts, _validated(generator, world, features), test)
 
 
-def _validated(found: Checkpoint, world: World, features: np.ndarray) -> Verdict | None:
+def _validated(generator: Checkpoint, world: World, features: np.ndarray) -> Verdict | None:
     """Every method on each fold of the examples."""
     (task,), head = world.tasks, world.heads[0]
     few = world.rows[task.name, "train"]
@@ -166,9 +166,9 @@ def _validated(found: Checkpoint, world: World, features: np.ndarray) -> Verdict
     answers = layered.right(world, few, head)
     for part in parts:
         kept, hidden = (cross_validation.taken(few, where) for where in part)
-        result = layered.factors(world, found.fitted, features[part.kept], kept.label, head)
+        result = layered.factors(world, generator.fitted, features[part.kept], kept.label, head)
         scores["generated"][part.hidden] = answers(*result)[part.hidden]
-        for key, classify in rivals.classifiers(found.frozen).items():
+        for key, classify in rivals.classifiers(generator.frozen).items():
             scores[key][part.hidden] = rivals.right(world, classify, kept, hidden)
     return cross_validation.verdict(scores, seed=world.config.seed)
 
@@ -252,11 +252,11 @@ def run(
             raise ValueError(f"{target}: is there; expected a new folder, or --overwrite")
         if target.exists() and not (target / "generated.json").is_file():
             raise ValueError(f"{target}: is not of this command, so it is not overwritten")
-    found, base = load(generator, cache)
+    fitted, base = load(generator, cache)
     shown: list[str] = []
     for task, target in zip(tasks, targets, strict=True):
-        world = world_of(found, base, task, k or found.config.examples)
-        result = make(found, world)
+        world = world_of(fitted, base, task, k or fitted.config.examples)
+        result = make(fitted, world)
         save(result, world, target)
         shown += [*lines(result), f"  Adapter: {target}"]
     return shown

@@ -208,8 +208,8 @@ def text_classifier(model: Any, scale: float) -> Callable[..., jax.Array]:
 
 def rows(world: World, task: str, split: str, size: int) -> Rows:
     """The first `size` rows of a split (half of each class), repeated where there are fewer."""
-    found = world.rows[task, split]
-    index, label = found.index[:size], found.label[:size]
+    labelled = world.rows[task, split]
+    index, label = labelled.index[:size], labelled.label[:size]
     at = np.resize(np.arange(len(index)), size)
     head = np.broadcast_to(world.head_of(task), (size, *world.heads.shape[1:]))
     inputs = (world.hidden[index[at]], world.mask[index[at]], jnp.asarray(head))
@@ -257,24 +257,24 @@ def merged(bench: Bench, setting: Setting, method: str, plan: Plan) -> jl.Adapte
     weight = 1.0 if method in UNIT_SUM else 1.0 / size
     weights = jnp.full(size, weight, jnp.float32)
     key = jax.random.key(setting.seed) if jl.merging.METHODS[method].randomised else None
-    made = jl.merging.merge(method, parts, weights, options=METHODS[method], key=key)
+    bank = jl.merging.merge(method, parts, weights, options=METHODS[method], key=key)
     if method not in UNIT_SUM:
-        return made
-    frozen = {p: {"scale": d["scale"] / size} for p, d in made.frozen.items()}
-    return made.replace(frozen=frozen)
+        return bank
+    frozen = {p: {"scale": d["scale"] / size} for p, d in bank.frozen.items()}
+    return bank.replace(frozen=frozen)
 
 
 def judge(bench: Bench, setting: Setting, method: str, plan: Plan) -> dict[str, Any]:
     """One cell: {"default", "tuned": {task: test accuracy}, "factor", "validation": {c: mean}}."""
-    made = merged(bench, setting, method, plan)
-    out: dict[str, Any] = {"default": accuracy(bench, made, setting.tasks)}
+    bank = merged(bench, setting, method, plan)
+    out: dict[str, Any] = {"default": accuracy(bench, bank, setting.tasks)}
     if method in LEARNED:
         return {"default": out["default"], "tuned": out["default"], "factor": 1.0, "validation": {}}
     grid = factors(len(setting.tasks), method, plan.powers)
-    means = [float(np.mean(list(accuracy(bench, made, setting.tasks, c, "validation").values())))
+    means = [float(np.mean(list(accuracy(bench, bank, setting.tasks, c, "validation").values())))
              for c in grid]  # fmt: skip
     best = grid[int(np.argmax(means))]
-    tuned = out["default"] if best == 1.0 else accuracy(bench, made, setting.tasks, best)
+    tuned = out["default"] if best == 1.0 else accuracy(bench, bank, setting.tasks, best)
     table = {f"{c:.4g}": m for c, m in zip(grid, means, strict=True)}
     return {**out, "tuned": tuned, "factor": best, "validation": table}
 
@@ -284,17 +284,17 @@ def _learned(
 ) -> jl.Adapter:
     """Coefficients from the validation rows: without labels (adamerging), or with them."""
     steps, few = plan.learn_steps, plan.learn_rows
-    found = [bench.validation[t] for t in setting.tasks]
+    validation = [bench.validation[t] for t in setting.tasks]
     draw = np.random.default_rng(setting.seed)
-    picks = [draw.integers(0, r.real, (steps, few)) for r in found]
-    whole = [(*r.inputs, r.label) for r in found]
+    picks = [draw.integers(0, r.real, (steps, few)) for r in validation]
+    whole = [(*r.inputs, r.label) for r in validation]
     batches = tuple(tuple(x[p] for x in r) for r, p in zip(whole, picks, strict=True))
     if method == "lorahub":  # one batch, of the same rows
         batches = tuple(tuple(x[: 2 * few] for x in r) for r in whole)
     bank = jl.merging.gather(parts)
     key = jax.random.key(setting.seed)
-    made = _learn(bench.apply, method, bank.sites, bench.base, bank.bank, batches, key)
-    return jl.merging.to_adapter(made, bank.sites)
+    merged_bank = _learn(bench.apply, method, bank.sites, bench.base, bank.bank, batches, key)
+    return jl.merging.to_adapter(merged_bank, bank.sites)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -316,11 +316,11 @@ def _learn(apply, method, sites, base, bank, batches, key):
 
     if method == "adamerging":
         # 30 steps instead of hundreds: a larger step than the paper's 1e-3
-        found = adamerging.adamerging([logits] * size, whole, batches, rate=0.03)
+        learned = adamerging.adamerging([logits] * size, whole, batches, rate=0.03)
     elif method == "coefficients":
         known = jl.merging.gather(whole)
         start = coefficients.everywhere(known, 1.0 / size)
-        found = coefficients.learn(loss, known, start, batches, rate=0.03)
+        learned = coefficients.learn(loss, known, start, batches, rate=0.03)
     else:
-        found = lorahub(loss, whole, batches, key, budget=40)
-    return jl.algebra.deltas(found.adapter)
+        learned = lorahub(loss, whole, batches, key, budget=40)
+    return jl.algebra.deltas(learned.adapter)

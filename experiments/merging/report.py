@@ -58,44 +58,46 @@ PANELS = {
 VERDICTS = {"reproduced": "reproduced", "reversed": "the other way round", "undecided": "undecided"}
 
 
-def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
     """{"normalised", "accuracy": {setting: {method: {"default"|"tuned": cell}}}, "base", "claims"}.
 
     A cell is {"mean", "std", "seeds": [..]}, the std with n - 1, 0 for one seed.
     """
     out: dict[str, Any] = {"normalised": {}, "accuracy": {}, "base": {}}
-    known = {(s["name"], str(s["seed"])): s for s in found["settings"]}
-    for name, methods in found["results"].items():
+    known = {(s["name"], str(s["seed"])): s for s in results["settings"]}
+    for name, methods in results["results"].items():
         for method, seeds in methods.items():
             for kind in ("default", "tuned"):
                 raw, norm = [], []
                 for seed, cell in sorted(seeds.items()):
-                    single = singles(found, known[name, seed])
+                    single = singles(results, known[name, seed])
                     raw.append(np.mean([cell[kind][t] for t in single]))
                     norm.append(np.mean([cell[kind][t] / single[t] for t in single]))
                 for part, values in (("accuracy", raw), ("normalised", norm)):
                     place = out[part].setdefault(name, {}).setdefault(method, {})
                     place[kind] = _cell(values)
         rows = [known[name, s] for s in sorted(next(iter(methods.values())))]
-        base = [np.mean([found["base"][t] / a for t, a in singles(found, s).items()]) for s in rows]
+        base = [
+            np.mean([results["base"][t] / a for t, a in singles(results, s).items()]) for s in rows
+        ]
         out["base"][name] = _cell(base)
-        if name == largest(found):
-            multi = [np.mean([found["multitask"][t] / a for t, a in singles(found, s).items()])
+        if name == largest(results):
+            multi = [np.mean([results["multitask"][t] / a for t, a in singles(results, s).items()])
                      for s in rows]  # fmt: skip
             out["multitask"] = _cell(multi)
-    out["claims"] = claims(out["normalised"][largest(found)])
+    out["claims"] = claims(out["normalised"][largest(results)])
     return out
 
 
-def singles(found: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, float]:
+def singles(results: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, float]:
     """{task: test accuracy} of the adapters that a setting merges, each on its own task."""
-    return {t: found["single"][f"{t}/{setting['seed']}/{r}"]
+    return {t: results["single"][f"{t}/{setting['seed']}/{r}"]
             for t, r in zip(setting["tasks"], setting["ranks"], strict=True)}  # fmt: skip
 
 
-def largest(found: Mapping[str, Any]) -> str:
+def largest(results: Mapping[str, Any]) -> str:
     """The setting of the most adapters of one rank."""
-    return max((n for n in found["results"] if n.isdigit()), key=int)
+    return max((n for n in results["results"] if n.isdigit()), key=int)
 
 
 def claims(top: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -113,27 +115,27 @@ def claims(top: Mapping[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
-def about_texts(found: Mapping[str, Any]) -> str:
+def about_texts(results: Mapping[str, Any]) -> str:
     """The sentence on base, adapters, tasks and head of the text setting."""
-    config = found["config"]
+    config = results["config"]
     return (
         f"Base `{config['base']}`, adapters on `{config['sites']}` of the upper {config['layers']}"
-        f" layers, {len(found['tasks'])} tasks of two classes, {found['seeds']} training seeds,"
+        f" layers, {len(results['tasks'])} tasks of two classes, {results['seeds']} training seeds,"
         f" {config['zoo_steps']} steps each; frozen head: the embedded label texts."
     )
 
 
 def render(
-    found: Mapping[str, Any], summary: Mapping[str, Any], command: str,
+    results: Mapping[str, Any], summary: Mapping[str, Any], command: str,
     about: str | None = None, figure: str = "merging_quality",
 ) -> str:  # fmt: skip
     """The generated part of the page; `about`: what is merged, `figure`: name of the plot."""
-    plan, top = found["plan"], largest(found)
-    number = len(found["tasks"])
+    plan, top = results["plan"], largest(results)
+    number = len(results["tasks"])
     lines = [
         f"Made by `{command}`.",
         "",
-        f"{about or about_texts(found)} Rank"
+        f"{about or about_texts(results)} Rank"
         f" {plan['ranks'][0]}; mixed: every second adapter has rank {plan['ranks'][1]}."
         f" {plan['test_rows']} test rows a task. Seed s merges other tasks than seed 0 where T <"
         f" {number}.",
@@ -144,16 +146,16 @@ def render(
         " Sorted by the tuned figure at the largest T; equal methods are listed once.",
         "",
     ]
-    lines += table(found, summary, top)
+    lines += table(results, summary, top)
     lines += ["", f"![Normalised accuracy against T](results/{figure}.svg)", ""]
-    lines += per_task(found, summary, top)
-    lines += ["", *paragraph(found, summary, top)]
+    lines += per_task(results, summary, top)
+    lines += ["", *paragraph(results, summary, top)]
     return "\n".join(lines)
 
 
-def table(found: Mapping[str, Any], summary: Mapping[str, Any], top: str) -> list[str]:
+def table(results: Mapping[str, Any], summary: Mapping[str, Any], top: str) -> list[str]:
     """One row a method, two columns a setting."""
-    names = list(found["results"])
+    names = list(results["results"])
     heads = [f"T = {n}, {k}" for n in names for k in ("default", "tuned")]
     lines = ["| merge | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     norm = summary["normalised"]
@@ -174,30 +176,30 @@ def table(found: Mapping[str, Any], summary: Mapping[str, Any], top: str) -> lis
     return lines
 
 
-def per_task(found: Mapping[str, Any], summary: Mapping[str, Any], top: str) -> list[str]:
+def per_task(results: Mapping[str, Any], summary: Mapping[str, Any], top: str) -> list[str]:
     """Accuracies of each task at the largest T."""
     norm = summary["normalised"][top]
     best = sorted(norm, key=lambda m: -norm[m]["tuned"]["mean"])[:3]
     shown = [*best, *(m for m in ("task_arithmetic",) if m not in best and m in norm)]
-    rank, seeds = found["plan"]["ranks"][0], range(found["seeds"])
+    rank, seeds = results["plan"]["ranks"][0], range(results["seeds"])
     lines = [
         f"Test accuracy in % of each task at T = {top}, tuned, mean ± std over seeds:", "",
         "| task | base | its own adapter | " + " | ".join(f"`{m}`" for m in shown) + " |",
         "|---|---|---|" + "---|" * len(shown),
     ]  # fmt: skip
-    for task in found["tasks"]:
-        own = [found["single"][f"{task}/{s}/{rank}"] for s in seeds]
-        cells = [f"{100 * found['base'][task]:.1f}", _show(_cell(own))]
+    for task in results["tasks"]:
+        own = [results["single"][f"{task}/{s}/{rank}"] for s in seeds]
+        cells = [f"{100 * results['base'][task]:.1f}", _show(_cell(own))]
         for method in shown:
-            got = found["results"][top][method]
+            got = results["results"][top][method]
             cells.append(_show(_cell([got[str(s)]["tuned"][task] for s in seeds])))
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return lines
 
 
-def paragraph(found: Mapping[str, Any], summary: Mapping[str, Any], top: str) -> list[str]:
+def paragraph(results: Mapping[str, Any], summary: Mapping[str, Any], top: str) -> list[str]:
     """What the figures say about the papers' rankings."""
-    norm, seeds = summary["normalised"][top], found["seeds"]
+    norm, seeds = summary["normalised"][top], results["seeds"]
     order = sorted(norm, key=lambda m: -norm[m]["tuned"]["mean"])
     first, base = order[0], norm.get("task_arithmetic")
     lines = [
@@ -209,7 +211,7 @@ def paragraph(found: Mapping[str, Any], summary: Mapping[str, Any], top: str) ->
             f" The weighted sum has {_show(base['default'])} % at weights 1/T and"
             f" {_show(base['tuned'])} % tuned."
         )
-    tests = len(found["tasks"]) * found["plan"]["test_rows"]
+    tests = len(results["tasks"]) * results["plan"]["test_rows"]
     mean = summary["accuracy"][top][first]["tuned"]["mean"]
     noise = 100 * float(np.sqrt(mean * (1 - mean) / tests))
     kinds = {v: [f"`{c['above']}` over `{c['below']}`" for c in summary["claims"]
@@ -239,9 +241,9 @@ def paragraph(found: Mapping[str, Any], summary: Mapping[str, Any], top: str) ->
     return lines
 
 
-def plot(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def plot(results: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Tuned normalised accuracy against T as SVG, a panel a family of methods."""
-    sizes = sorted((n for n in found["results"] if n.isdigit()), key=int)
+    sizes = sorted((n for n in results["results"] if n.isdigit()), key=int)
     norm = summary["normalised"]
 
     def draw(figure: Any) -> None:

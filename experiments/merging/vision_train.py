@@ -168,11 +168,11 @@ def heads(spec: Spec, base: PyTree, tasks: Sequence[data_lib.Task]) -> Heads:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _segment(spec: Spec, steps: int, length: int, base, adapter, state, found, pools, keys, start):
+def _segment(spec: Spec, steps: int, length: int, base, adapter, state, data, pools, keys, start):
     """`length` of `steps` steps of R runs; a row is of any task of the run's pool [R, P]."""
     tuned = jl.lift(classifier(spec.vit, spec.head_scale))
     solver = _solver(spec.lr, steps)
-    images, label, head = found  # [n, N, ...], [n, N], Heads
+    images, label, head = data  # [n, N, ...], [n, N], Heads
 
     def loss(trainable, x, y, h):
         logits = tuned(base, adapter.replace(trainable=trainable), x, *h)
@@ -198,10 +198,10 @@ def _segment(spec: Spec, steps: int, length: int, base, adapter, state, found, p
 
 
 def fresh(
-    spec: Spec, rank: int, base: PyTree, found: tuple, pools: np.ndarray, seeds: Sequence[int]
+    spec: Spec, rank: int, base: PyTree, data: tuple, pools: np.ndarray, seeds: Sequence[int]
 ) -> jl.Adapter:
     """R untrained adapters, leaves [R, ...], each drawn for its (first task, seed)."""
-    images, _, head = found
+    images, _, head = data
     sample = (images[0, :1], *(x[:1] for x in head))
     key = jax.random.key(rank)
     starts = [
@@ -215,7 +215,7 @@ def fresh(
 
 
 def adapt(
-    spec: Spec, start: jl.Adapter, base: PyTree, found: tuple, pools: np.ndarray,
+    spec: Spec, start: jl.Adapter, base: PyTree, data: tuple, pools: np.ndarray,
     seeds: Sequence[int], steps: int, workdir: Path, name: str,
 ) -> PyTree:  # fmt: skip
     """Trained leaves [R, ...]; run r draws its rows from the tasks of row r of `pools` [R, P]."""
@@ -227,7 +227,7 @@ def adapt(
     with Progress(workdir, name, steps * len(pools), "run·step") as bar:
         for done in range(0, steps, spec.segment):
             length = min(spec.segment, steps - done)
-            state = _segment(spec, steps, length, base, start, state, found,
+            state = _segment(spec, steps, length, base, start, state, data,
                              jnp.asarray(pools), keys, jnp.int32(done))  # fmt: skip
             loss = float(state.loss.mean())
             bar.step(length * len(pools), loss=loss)

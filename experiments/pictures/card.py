@@ -29,7 +29,7 @@ SEEN, UNSEEN = "seen names", "held-out names"
 
 
 def write(
-    folder: Path, settings: Settings, params: Any, judge: Any, found: Pictures, seconds: float,
+    folder: Path, settings: Settings, params: Any, judge: Any, pictures: Pictures, seconds: float,
     steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the directory whole (temporary folder and rename) and returns the card.
@@ -39,39 +39,42 @@ def write(
       settings: of the run.
       params: averaged, float32.
       judge: parameters of the classifier.
-      found: the pictures.
+      pictures: the pictures.
       seconds: that training took.
       steps: of training.
     """
     temp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir(parents=True)
-    config = architecture(settings, found)
+    config = architecture(settings, pictures)
     dit.save(temp, config, params)
     params = dit.load(temp)[1]  # what is measured is what was written
     classifier.save(temp / "classifier.safetensors", judge)
-    names = {k: list(getattr(found, k)) for k in ("styles", "labels", "vocabulary")}
-    write_json(temp / NAMES, names | {"longest_name": found.words.shape[1]})
+    names = {k: list(getattr(pictures, k)) for k in ("styles", "labels", "vocabulary")}
+    write_json(temp / NAMES, names | {"longest_name": pictures.words.shape[1]})
     chosen = {
-        name: quality.balanced(found, rows, settings.samples, settings.seed)
-        for name, rows in ((SEEN, found.train), (UNSEEN, found.measured))
+        name: quality.balanced(pictures, rows, settings.samples, settings.seed)
+        for name, rows in ((SEEN, pictures.train), (UNSEEN, pictures.measured))
     }
     drawn = {
-        name: sample(params, config, found.style[rows], found.words[rows],
+        name: sample(params, config, pictures.style[rows], pictures.words[rows],
                      settings.sample_steps, settings.guidance, settings.seed)
         for name, rows in chosen.items()
     }  # fmt: skip
-    sheet(_lines(found, chosen, drawn), temp / SHEET)
+    sheet(_lines(pictures, chosen, drawn), temp / SHEET)
     card: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "steps": steps,
         "seconds": seconds,
         "pictures": {
-            style: [int((found.style[rows] == n).sum()) for rows in (found.train, found.measured)]
-            for n, style in enumerate(found.styles, 1)
+            style: [
+                int((pictures.style[rows] == n).sum())
+                for rows in (pictures.train, pictures.measured)
+            ]
+            for n, style in enumerate(pictures.styles, 1)
         },
-        "quality": figures(settings, judge, found, chosen, drawn),
+        "quality": figures(settings, judge, pictures, chosen, drawn),
     }
     card["files"] = {p.name: digest(p) for p in sorted(temp.iterdir())}
     write_json(temp / NAME, card)
@@ -82,7 +85,7 @@ def write(
 
 
 def figures(
-    settings: Settings, judge: Any, found: Pictures, chosen: dict[str, np.ndarray],
+    settings: Settings, judge: Any, pictures: Pictures, chosen: dict[str, np.ndarray],
     drawn: dict[str, np.ndarray],
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracies, Fréchet distances and distances to training pictures.
@@ -90,36 +93,36 @@ def figures(
     Args:
       settings: of the run.
       judge: parameters of the classifier.
-      found: the pictures.
+      pictures: the pictures.
       chosen: rows whose style and name were asked for, by kind of name.
       drawn: the samples.
     """
-    read = lambda pixels: classifier.apply(found, judge, pixels)  # noqa: E731
+    read = lambda pixels: classifier.apply(pictures, judge, pixels)  # noqa: E731
     accuracy, features = {}, {}
     for name, pixels in drawn.items():
         features[name], *said = read(pixels)
-        accuracy[f"samples of {name}"] = quality.accuracies(found, chosen[name], *said)
-    for name, rows in (("training", chosen[SEEN]), ("held-out", found.measured)):
-        features[name], *said = read(found.pixels[rows])
-        accuracy[f"real {name} pictures"] = quality.accuracies(found, rows, *said)
-    real = read(found.pixels[chosen[UNSEEN]])[0]  # as many of each style as the samples
-    bank = found.pixels[found.train]
+        accuracy[f"samples of {name}"] = quality.accuracies(pictures, chosen[name], *said)
+    for name, rows in (("training", chosen[SEEN]), ("held-out", pictures.measured)):
+        features[name], *said = read(pictures.pixels[rows])
+        accuracy[f"real {name} pictures"] = quality.accuracies(pictures, rows, *said)
+    real = read(pictures.pixels[chosen[UNSEEN]])[0]  # as many of each style as the samples
+    bank = pictures.pixels[pictures.train]
     distance = {name: round(quality.frechet(features[name], real), 3)
                 for name in (SEEN, UNSEEN, "training")}  # fmt: skip
-    near = {name: dict(quality.near(drawn[name], found.pixels[chosen[UNSEEN]], bank))
+    near = {name: dict(quality.near(drawn[name], pictures.pixels[chosen[UNSEEN]], bank))
             for name in (SEEN, UNSEEN)}  # fmt: skip
     return {"accuracy": accuracy, "frechet": distance, "nearest": near}
 
 
 def _lines(
-    found: Pictures, chosen: dict[str, np.ndarray], drawn: dict[str, np.ndarray]
+    pictures: Pictures, chosen: dict[str, np.ndarray], drawn: dict[str, np.ndarray]
 ) -> list[np.ndarray]:
     """Per style: real pictures, samples of their names, samples of held-out names."""
     lines = []
-    for n in range(1, len(found.styles) + 1):
-        own = {name: np.flatnonzero(found.style[rows] == n)[:COLUMNS]
+    for n in range(1, len(pictures.styles) + 1):
+        own = {name: np.flatnonzero(pictures.style[rows] == n)[:COLUMNS]
                for name, rows in chosen.items()}  # fmt: skip
-        lines += [found.pixels[chosen[SEEN][own[SEEN]]], drawn[SEEN][own[SEEN]],
+        lines += [pictures.pixels[chosen[SEEN][own[SEEN]]], drawn[SEEN][own[SEEN]],
                   drawn[UNSEEN][own[UNSEEN]]]  # fmt: skip
     return lines
 

@@ -50,15 +50,15 @@ class Classifier(nn.Module):
         return h, nn.Dense(self.styles, name="style")(h), nn.Dense(self.labels, name="label")(h)
 
 
-def _network(found: Pictures) -> Classifier:
-    return Classifier(len(found.styles), len(found.labels))
+def _network(pictures: Pictures) -> Classifier:
+    return Classifier(len(pictures.styles), len(pictures.labels))
 
 
-def train(found: Pictures, settings: Any, folder: Path, workdir: Path) -> Any:
+def train(pictures: Pictures, settings: Any, folder: Path, workdir: Path) -> Any:
     """The parameters, float32; read from ``folder/classifier.safetensors`` where they are.
 
     Args:
-      found: pictures; those not held out are trained on.
+      pictures: pictures; those not held out are trained on.
       settings: of the run: `classifier_steps` and `seed`.
       folder: of the run.
       workdir: of the progress.
@@ -66,30 +66,30 @@ def train(found: Pictures, settings: Any, folder: Path, workdir: Path) -> Any:
     path = folder / f"classifier-{settings.classifier_steps}.safetensors"
     if path.is_file():
         return load(path)
-    network, steps = _network(found), settings.classifier_steps
+    network, steps = _network(pictures), settings.classifier_steps
     rule = optax.adamw(optax.cosine_decay_schedule(RATE, steps), weight_decay=1e-2)
 
     @jax.jit
     def step(params: Any, state: Any, x: Array, style: Array, label: Array) -> Any:
         def mean(params: Any) -> Array:
-            found: Any = network.apply({"params": params}, x)
+            outputs: Any = network.apply({"params": params}, x)
             cross = optax.softmax_cross_entropy_with_integer_labels
-            return cross(found[1], style).mean() + cross(found[2], label).mean()
+            return cross(outputs[1], style).mean() + cross(outputs[2], label).mean()
 
         value, grads = jax.value_and_grad(mean)(params)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, state = rule.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    start = jnp.zeros((1, *found.pixels.shape[1:]), jnp.float32)
+    start = jnp.zeros((1, *pictures.pixels.shape[1:]), jnp.float32)
     params: Any = jax.jit(network.init)(jax.random.key(settings.seed), start)["params"]
     state = rule.init(params)
     with Progress(workdir, "classifier", steps, "step") as bar:
         for number in range(steps):
-            chosen = rows(found, settings, number)
-            x = scaled(moved(found.pixels[chosen], np.random.default_rng([number, 1])))
+            chosen = rows(pictures, settings, number)
+            x = scaled(moved(pictures.pixels[chosen], np.random.default_rng([number, 1])))
             params, state, value = step(
-                params, state, x, found.style[chosen] - np.int32(1), found.label[chosen]
+                params, state, x, pictures.style[chosen] - np.int32(1), pictures.label[chosen]
             )
             bar.step(1, loss=float(value))
     save(path, params)
@@ -120,15 +120,15 @@ def _applied(styles: int, labels: int) -> Any:
     return jax.jit(lambda params, x: Classifier(styles, labels).apply({"params": params}, x))
 
 
-def apply(found: Pictures, params: Any, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+def apply(pictures: Pictures, params: Any, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
     """Features [n, 64], style [n] (from 1, as in `Pictures`) and label [n] of pictures.
 
     Args:
-      found: says which styles and labels there are.
+      pictures: says which styles and labels there are.
       params: of `train`.
       pixels: uint8 [n, 32, 32, 3].
     """
-    run, kept = _applied(len(found.styles), len(found.labels)), []
+    run, kept = _applied(len(pictures.styles), len(pictures.labels)), []
     size = min(AT_ONCE, len(pixels))
     for start in range(0, len(pixels), size):
         chosen = np.minimum(np.arange(start, start + size), len(pixels) - 1)

@@ -48,8 +48,8 @@ class Pictures:
         if len(words) > size:
             raise ValueError(f"words: got {len(words)}, expected at most {size}")
         known = {word: n for n, word in enumerate(self.vocabulary, 2)}
-        found = [known.get(word, UNKNOWN) for word in words]
-        return np.asarray(found + [PADDING] * (size - len(found)), np.int32)
+        numbers = [known.get(word, UNKNOWN) for word in words]
+        return np.asarray(numbers + [PADDING] * (size - len(numbers)), np.int32)
 
 
 def scaled(pixels: np.ndarray) -> np.ndarray:
@@ -79,19 +79,19 @@ def gathered(pictures: Sequence[Picture], styles: tuple[str, ...]) -> Pictures:
     labels = tuple(sorted({p.label for p in pictures}))
     vocabulary = tuple(sorted({w for p in pictures if not p.held_out for w in p.words}))
     empty = np.zeros((len(pictures), max(len(p.words) for p in pictures)), np.int32)
-    found = Pictures(
+    result = Pictures(
         styles, labels, vocabulary, np.stack([p.pixels for p in pictures]),
         np.asarray([styles.index(p.style) + 1 for p in pictures], np.int32),
         np.asarray([labels.index(p.label) for p in pictures], np.int32), empty,
         np.asarray([p.held_out for p in pictures]),
     )  # fmt: skip
-    return dataclasses.replace(found, words=np.stack([found.encode(p.words) for p in pictures]))
+    return dataclasses.replace(result, words=np.stack([result.encode(p.words) for p in pictures]))
 
 
-def save(folder: Path, found: Pictures) -> None:
+def save(folder: Path, pictures: Pictures) -> None:
     """Writes ``pictures.npz`` and, last, ``pictures.json``."""
-    save_array(folder / "pictures.npz", **{name: getattr(found, name) for name in FIELDS})
-    names = {k: list(getattr(found, k)) for k in ("styles", "labels", "vocabulary")}
+    save_array(folder / "pictures.npz", **{name: getattr(pictures, name) for name in FIELDS})
+    names = {k: list(getattr(pictures, k)) for k in ("styles", "labels", "vocabulary")}
     write_json(folder / "pictures.json", names)
 
 

@@ -39,13 +39,13 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"features: got {len(a)} and {len(b)} rows, expected at least 2")
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    one, two = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    one, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(one)
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    both = np.linalg.eigvalsh(root @ two @ root)
+    both = np.linalg.eigvalsh(root @ second @ root)
     between = float(((a.mean(0) - b.mean(0)) ** 2).sum())
     cross = np.sqrt(np.maximum(both, 0.0)).sum()
-    return between + float(np.trace(one) + np.trace(two) - 2.0 * cross)
+    return between + float(np.trace(one) + np.trace(second) - 2.0 * cross)
 
 
 def nearest(pixels: np.ndarray, bank: np.ndarray) -> np.ndarray:
@@ -65,36 +65,36 @@ def nearest(pixels: np.ndarray, bank: np.ndarray) -> np.ndarray:
 
 
 def accuracies(
-    found: Pictures, chosen: np.ndarray, style: np.ndarray, label: np.ndarray
+    pictures: Pictures, chosen: np.ndarray, style: np.ndarray, label: np.ndarray
 ) -> dict[str, Any]:
     """Shares of right styles and labels, of all pictures and per style.
 
     Args:
-      found: the pictures.
+      pictures: the pictures.
       chosen: rows whose style and label were asked for.
       style: what the classifier said.
       label: the same.
     """
-    right = {"style": style == found.style[chosen], "label": label == found.label[chosen]}
+    right = {"style": style == pictures.style[chosen], "label": label == pictures.label[chosen]}
     out: dict[str, Any] = {name: round(float(x.mean()), 4) for name, x in right.items()}
-    for n, name in enumerate(found.styles, 1):
-        own = found.style[chosen] == n
+    for n, name in enumerate(pictures.styles, 1):
+        own = pictures.style[chosen] == n
         if own.any():
             out[name] = {k: round(float(x[own].mean()), 4) for k, x in right.items()}
     return out | {"pictures": len(chosen)}
 
 
-def balanced(found: Pictures, among: np.ndarray, count: int, seed: int) -> np.ndarray:
+def balanced(pictures: Pictures, among: np.ndarray, count: int, seed: int) -> np.ndarray:
     """About `count` rows, as many of each style, no row twice.
 
     Args:
-      found: the pictures.
+      pictures: the pictures.
       among: rows to choose from.
       count: of all styles together.
       seed: of the choice.
     """
-    random, each = np.random.default_rng(seed), max(1, count // len(found.styles))
-    kinds = [among[found.style[among] == n + 1] for n in range(len(found.styles))]
+    random, each = np.random.default_rng(seed), max(1, count // len(pictures.styles))
+    kinds = [among[pictures.style[among] == n + 1] for n in range(len(pictures.styles))]
     return np.concatenate([random.permutation(rows)[:each] for rows in kinds])
 
 

@@ -38,11 +38,11 @@ def pictures(settings: Settings, folder: Path, cache: Path | None) -> data.Pictu
       AssetError: a package cannot be had.
       ValueError: a style without pictures to train on or to measure by.
     """
-    found = data.load(folder)
-    if found is None:
-        found = data.gathered(sources.pictures(settings.chosen, cache), settings.chosen)
-        data.save(folder, found)
-    return found
+    gathered = data.load(folder)
+    if gathered is None:
+        gathered = data.gathered(sources.pictures(settings.chosen, cache), settings.chosen)
+        data.save(folder, gathered)
+    return gathered
 
 
 def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
     folder = workdir / f"train-{settings.key()}"
     saved = folder / "checkpoints"
     saved.mkdir(parents=True, exist_ok=True)
-    found = pictures(settings, folder, cache)
-    config = train.architecture(settings, found)
+    gathered = pictures(settings, folder, cache)
+    config = train.architecture(settings, gathered)
     one = NamedSharding(mesh.mesh(1, 1), PartitionSpec())
     resumed = bool(loop.checkpoints(saved))
     before = read_json(folder / SECONDS, dict, "delete it")["seconds"] if resumed else 0.0
@@ -70,7 +70,7 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
     step, start = train.make(settings, config), time.perf_counter()
 
     def advance(state: Any, number: int) -> Any:
-        given = train.batch(found, train.rows(found, settings, number))
+        given = train.batch(gathered, train.rows(gathered, settings, number))
         return step(state, *jax.device_put(given, one))
 
     def keep(state: Any) -> None:
@@ -82,9 +82,11 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
         bar.step(int(state.step))
         state = loop.train(state, advance, settings.steps, keep, saved, settings.save_every, bar)
     seconds = read_json(folder / SECONDS, dict, "delete it")["seconds"]
-    judge = classifier.train(found, settings, folder, workdir)
+    judge = classifier.train(gathered, settings, folder, workdir)
     params = jax.device_get(ema.averaged(state.optimizer))
-    return card.write(workdir / "model", settings, params, judge, found, seconds, int(state.step))
+    return card.write(
+        workdir / "model", settings, params, judge, gathered, seconds, int(state.step)
+    )
 
 
 def dry(settings: Settings) -> list[str]:

@@ -39,9 +39,9 @@ class State(NamedTuple):
     optimizer: Any  # its state, with the averaged parameters
 
 
-def architecture(settings: Settings, found: Pictures) -> dit.DiTConfig:
+def architecture(settings: Settings, pictures: Pictures) -> dit.DiTConfig:
     """The architecture for the words of some pictures."""
-    return settings.config(len(found.vocabulary) + UNKNOWN + 1)
+    return settings.config(len(pictures.vocabulary) + UNKNOWN + 1)
 
 
 def bind(config: dit.DiTConfig) -> Callable[..., tuple[Array, None]]:
@@ -103,19 +103,23 @@ def initial(settings: Settings, config: dit.DiTConfig) -> State:
     return State(jnp.int32(0), params, optimizer(settings).init(params))
 
 
-def rows(found: Pictures, settings: Settings, step: int) -> np.ndarray:
+def rows(pictures: Pictures, settings: Settings, step: int) -> np.ndarray:
     """The pictures of a step, int64 [batch]; they follow from seed and step alone."""
     random = np.random.default_rng([settings.seed, step])
-    own = [found.train[found.style[found.train] == n + 1] for n in range(len(found.styles))]
+    own = [
+        pictures.train[pictures.style[pictures.train] == n + 1] for n in range(len(pictures.styles))
+    ]
     styles = random.integers(0, len(own), settings.batch)
     places = random.random(settings.batch)
     return np.asarray([own[s][int(p * len(own[s]))] for s, p in zip(styles, places, strict=True)])
 
 
-def batch(found: Pictures, chosen: np.ndarray) -> tuple[np.ndarray, dit.Condition]:
+def batch(pictures: Pictures, chosen: np.ndarray) -> tuple[np.ndarray, dit.Condition]:
     """Pictures as the model reads them, and what they are."""
-    condition = dit.Condition(jnp.asarray(found.style[chosen]), jnp.asarray(found.words[chosen]))
-    return scaled(found.pixels[chosen]), condition
+    condition = dit.Condition(
+        jnp.asarray(pictures.style[chosen]), jnp.asarray(pictures.words[chosen])
+    )
+    return scaled(pictures.pixels[chosen]), condition
 
 
 def make(

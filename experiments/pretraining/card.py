@@ -67,8 +67,8 @@ def row_losses(
     ids = stream[starts[:, None] + np.arange(context + 1)[None]].astype(np.int32)
     spare = -len(ids) % ROWS
     ids = np.concatenate([ids, np.repeat(ids[:1], spare, 0)])
-    found = [np.asarray(_losses(params, part, config)) for part in np.split(ids, len(ids) // ROWS)]
-    return np.concatenate(found)[: len(starts)]
+    parts = [np.asarray(_losses(params, part, config)) for part in np.split(ids, len(ids) // ROWS)]
+    return np.concatenate(parts)[: len(starts)]
 
 
 def figures(nats: np.ndarray, size: int) -> dict[str, float]:
@@ -203,10 +203,10 @@ def continuations(config: decoder.DecoderConfig, params: Any, tokenizer: Tokeniz
     rows = np.zeros((len(encoded), sizes.max()), np.int32)
     for row, ids in zip(rows, encoded, strict=True):
         row[: len(ids)] = ids
-    found = _continued(config)(params, rows, sizes, jax.random.key(0))
+    tokens = _continued(config)(params, rows, sizes, jax.random.key(0))
     return [
         tokenizer.decode(row[:end].tolist())
-        for row, end in zip(np.asarray(found.ids), np.asarray(found.lengths), strict=True)
+        for row, end in zip(np.asarray(tokens.ids), np.asarray(tokens.lengths), strict=True)
     ]
 
 
@@ -236,10 +236,10 @@ def page(card: dict[str, Any]) -> str:
         "| model | loss (nats per token) | perplexity per token | bits per byte |",
         "|---|---|---|---|",
     ]  # fmt: skip
-    kinds = {name: found for name, found in quality.items() if isinstance(found, dict)}
+    kinds = {name: figures for name, figures in quality.items() if isinstance(figures, dict)}
     for name in sorted(kinds, key=lambda name: kinds[name]["loss"]):
-        found = kinds[name]
-        row = (name, found["loss"], found["perplexity"], found["bits_per_byte"])
+        figures = kinds[name]
+        row = (name, figures["loss"], figures["perplexity"], figures["bits_per_byte"])
         lines.append("| " + " | ".join(str(x) for x in row) + " |")
     lines += ["", "It continues:", ""]
     lines += [f"> {' '.join(text.split())}\n" for text in card["words"]]

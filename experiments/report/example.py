@@ -54,6 +54,7 @@ def example(tasks: int = 70, seed: int = 0) -> tuple[dict[str, Any], dict[str, A
         "episodic": (0.96, 1),
         "episodic_mean": (0.9, 1),
         "episodic_logreg": (0.91, 1),
+        "layered": (0.97, 1),
         "logreg_full": (1.05, 1),
     }
     seen = {name: accuracies(rng, rng.uniform(0.8, 0.97), seen_methods) for name in labels}

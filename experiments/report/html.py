@@ -248,17 +248,17 @@ def _new(report, arrays) -> str:
 def _more(report) -> str:
     if "more_steps" not in report:
         return _missing("training from generated, mean and zero starts")
-    found = report["more_steps"]
+    curves = report["more_steps"]
     text = (
         "<p>An adapter of every held-out task, trained on all its texts from three starts, with the"
         " zoo's recipe over the largest number of steps. A start reaches training where its mean is"
         " at most a point below that of the trained adapters.</p>"
     )
     caption = "Mean accuracy after k more steps. Lines: what training from scratch reached."
-    text += figure(more_steps.plot(found), caption, wide=len(found["levels"]) > 1)
-    for level in found["levels"]:
-        said = _prose(f"Here {more_steps.sentence(found, level)}.")
-        text += f"<h3>{names.level(level)}</h3><p>{said}</p>{more_steps.table(found, level)}"
+    text += figure(more_steps.plot(curves), caption, wide=len(curves["levels"]) > 1)
+    for level in curves["levels"]:
+        said = _prose(f"Here {more_steps.sentence(curves, level)}.")
+        text += f"<h3>{names.level(level)}</h3><p>{said}</p>{more_steps.table(curves, level)}"
     return text
 
 

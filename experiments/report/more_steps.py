@@ -60,15 +60,15 @@ def _cell(values: Any) -> dict[str, Any]:
     return {"mean": float(array.mean()), "std": std, "n": int(array.size)}
 
 
-def plot(found: Mapping[str, Any]) -> str:
+def plot(more_steps: Mapping[str, Any]) -> str:
     """Accuracy against further steps, a panel per level: SVG text."""
-    steps, levels = found["steps"], list(found["levels"])
+    steps, levels = more_steps["steps"], list(more_steps["levels"])
     places = np.arange(len(steps))  # evenly spaced: 0 has no place on a log axis
 
     def draw(figure):
         axes = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
         for axis, level in zip(axes, levels, strict=True):
-            part = found["levels"][level]
+            part = more_steps["levels"][level]
             for key, (label, colour, marker) in STARTS.items():
                 mean = [cell["mean"] for cell in part["starts"][key]]
                 axis.plot(places, mean, marker=marker, color=colour, ms=6, label=label)
@@ -89,9 +89,9 @@ def plot(found: Mapping[str, Any]) -> str:
     return plots.svg(draw, (2.2 + 2.9 * len(levels), 3.9), "accuracy after more steps of training")
 
 
-def sentence(found: Mapping[str, Any], level: str) -> str:
+def sentence(more_steps: Mapping[str, Any], level: str) -> str:
     """How many steps each start saves on the tasks of one level."""
-    part, most = found["levels"][level], found["steps"][-1]
+    part, most = more_steps["levels"][level], more_steps["steps"][-1]
     goal = f"{100 * part['trained']['mean']:.1f} %"
 
     def after(start: str) -> str:
@@ -102,9 +102,9 @@ def sentence(found: Mapping[str, Any], level: str) -> str:
     return f"training on all texts is within a point of trained adapters ({goal}) after {said}"
 
 
-def table(found: Mapping[str, Any], level: str) -> str:
+def table(more_steps: Mapping[str, Any], level: str) -> str:
     """One level: a row per start, then training and full fine-tuning (HTML)."""
-    part, steps = found["levels"][level], found["steps"]
+    part, steps = more_steps["levels"][level], more_steps["steps"]
     rows = []
     for key, (label, _, _) in STARTS.items():
         reach = part["reach"][key]

@@ -90,6 +90,11 @@ METHODS = (  # in the order of all tables
         colour=ORANGE, rival=True, since=4,
     ),
     Method(
+        "layered", "layered discriminant of the K texts", "layered",
+        "three layers and a memory of seen classes, written as one adapter; nothing trained: what"
+        " `jlora generate` ships", (HELD_OUT,), colour=VERMILION, rival=True, since=5,
+    ),
+    Method(
         "ridge", "kernel ridge, condition to adapter", "ridge",
         "closed-form regression from condition to adapter",
         (HELD_OUT, USER), colour=GREEN, rival=True,
@@ -146,6 +151,10 @@ CLAIMS = {
     "unseen_label.beats_best_rival": "Unseen labels: better than the best rival",
     "unseen_corpus.beats_best_rival": "Unseen corpora: better than the best rival",
     "unseen_kind.beats_best_rival": "Unseen kinds of task: better than the best rival",
+    "unseen_pair.layered_beats_best_rival": "Unseen pairs: layered better than the best rival",
+    "unseen_label.layered_beats_best_rival": "Unseen labels: layered better than the best rival",
+    "unseen_corpus.layered_beats_best_rival": "Unseen corpora: layered better than the best rival",
+    "unseen_kind.layered_beats_best_rival": "Unseen kinds: layered better than the best rival",
     "seen.within_soup": "Seen tasks: as good as the soup",
     "seen.confusion_diagonal": "Seen tasks: the right task is generated",
     "sampler.few_steps": "20 flow steps are as good as 1000 DDPM steps",

@@ -20,12 +20,14 @@ from experiments.report import names
 from jlora.io import FormatError
 from jlora.io.json_file import read_json
 
-VERSION = 4  # 3: rivals that see the same K texts, the best of them per level; 4: episodic
-READABLE = (2, 3, 4)  # 2: a claim has a verdict of three, not a yes or no
+VERSION = 5  # 3: rivals that see the same K texts, the best of them per level; 4: episodic;
+# 5: layered
+READABLE = (2, 3, 4, 5)  # 2: a claim has a verdict of three, not a yes or no
 SEEN_KEYS = names.keys(names.SEEN)
 UNSEEN_KEYS = names.keys(names.HELD_OUT)
 USER_KEYS = ("base", "generated")  # a user's task may have no trained adapter at all
 CONTROLS = ("shuffled", "null", "paraphrased")
+RIVALS = ("best_rival", "layered_best_rival")  # entries of a level
 LEVELS = tuple(names.LEVELS)
 CLAIM_KEYS = ("name", "target", "value", "verdict", "text")
 VERDICTS = HOLDS, FAILS, TOO_FEW = ("holds", "does not hold", "too few to say")
@@ -112,12 +114,13 @@ def required(level: str, version: int = VERSION) -> tuple[str, ...]:
 
 def _level(level: Any, keys: tuple[str, ...], path: str) -> None:
     _need(level, ("table", "accuracy", "gap_recovered", "dropped", "paired"), path)
-    if "best_rival" in level:
-        best = level["best_rival"]
-        _need(best, ("method", "accuracy", "paired"), f"{path}.best_rival")
-        _need(level["accuracy"], (best["method"],), f"{path}.accuracy")
-        _number(best["accuracy"], f"{path}.best_rival.accuracy")
-        _interval(best["paired"], f"{path}.best_rival.paired")
+    for key in RIVALS:
+        if key in level:
+            best = level[key]
+            _need(best, ("method", "accuracy", "paired"), f"{path}.{key}")
+            _need(level["accuracy"], (best["method"],), f"{path}.accuracy")
+            _number(best["accuracy"], f"{path}.{key}.accuracy")
+            _interval(best["paired"], f"{path}.{key}.paired")
     if not level["table"]:
         raise ReportError(f"{path}.table: no tasks")
     for task, row in level["table"].items():
@@ -134,17 +137,18 @@ def _level(level: Any, keys: tuple[str, ...], path: str) -> None:
         _interval(pair, f"{path}.paired.{key}")
 
 
-def _more_steps(found: Any, path: str) -> None:
-    _need(found, ("steps", "levels"), path)
-    for name, level in found["levels"].items():
+def _more_steps(more_steps: Any, path: str) -> None:
+    _need(more_steps, ("steps", "levels"), path)
+    for name, level in more_steps["levels"].items():
         here = f"{path}.levels.{name}"
         if name not in LEVELS:
             raise ReportError(f"{here}: unknown level, expected one of {LEVELS}")
         _need(level, ("starts", "trained", "full", "reach"), here)
         for start, cells in level["starts"].items():
-            if len(cells) != len(found["steps"]):
+            if len(cells) != len(more_steps["steps"]):
                 raise ReportError(
-                    f"{here}.starts.{start}: {len(cells)} cells, expected {len(found['steps'])}"
+                    f"{here}.starts.{start}: {len(cells)} cells, "
+                    f"expected {len(more_steps['steps'])}"
                 )
             for k, cell in enumerate(cells):
                 _cell(cell, f"{here}.starts.{start}[{k}]")

@@ -137,14 +137,14 @@ def level_tasks(level: Mapping[str, Any]) -> str:
 def mistakes(report: Mapping[str, Any], most: int = 10) -> str:
     """The most frequent wrong nearest soups; empty text where there are none."""
     labels, matrix = report["confusion"]["labels"], report["confusion"]["matrix"]
-    found = [
+    wrong = [
         (share, labels[i], labels[j])
         for i, row in enumerate(matrix)
         for j, share in enumerate(row)
         if i != j and share > 0
     ]
-    found.sort(key=lambda item: (-item[0], item[1], item[2]))
-    rows = [[escape(a), escape(b), percent(share, 0)] for share, a, b in found[:most]]
+    wrong.sort(key=lambda item: (-item[0], item[1], item[2]))
+    rows = [[escape(a), escape(b), percent(share, 0)] for share, a, b in wrong[:most]]
     return table(("asked for", "nearest soup", "% of samples"), rows, kind="pairs") if rows else ""
 
 

@@ -62,8 +62,8 @@ def against_best(level: Mapping[str, Any]) -> str:
 
 def verdicts(report: Mapping[str, Any]) -> str:
     """How many claims hold, do not hold, and had too few tasks."""
-    found = [claim["verdict"] for claim in report["claims"]]
-    return ", ".join(f"{found.count(kind)} {_VERB[kind]}" for kind in schema.VERDICTS)
+    claimed = [claim["verdict"] for claim in report["claims"]]
+    return ", ".join(f"{claimed.count(kind)} {_VERB[kind]}" for kind in schema.VERDICTS)
 
 
 def condition(report: Mapping[str, Any]) -> str:

@@ -123,9 +123,9 @@ def loss(
     Returns:
       Mean squared error.
     """
-    one, two = jax.random.split(key)
+    one, second = jax.random.split(key)
     k = jax.random.randint(one, (len(a),), 0, LEVELS)
-    left, noise = remains()[k][:, None], jax.random.normal(two, a.shape)
+    left, noise = remains()[k][:, None], jax.random.normal(second, a.shape)
     noisy = jnp.sqrt(left) * a + jnp.sqrt(1 - left) * noise
     return jnp.mean((denoiser(noisy, k, s) - noise) ** 2)
 

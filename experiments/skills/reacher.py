@@ -71,8 +71,8 @@ class Reacher:
           cos q, sin q, target, v and e, times `UNITS`.
         """
         pairs = zip(self.envs, seeds, strict=True)
-        found = np.stack([env.reset(seed=seed)[0] for env, seed in pairs])
-        return found.astype("f4") * UNITS[None]
+        observations = np.stack([env.reset(seed=seed)[0] for env, seed in pairs])
+        return observations.astype("f4") * UNITS[None]
 
     def step(self, actions: Float[np.ndarray, "n 2"]) -> tuple[np.ndarray, np.ndarray]:
         """One step of every simulator.
@@ -83,8 +83,8 @@ class Reacher:
         Returns:
           (observations [n, 10], rewards [n]).
         """
-        found = [env.step(TORQUE * a) for env, a in zip(self.envs, actions, strict=True)]
-        s, rewards = (np.asarray([f[k] for f in found], "f4") for k in (0, 1))
+        results = [env.step(TORQUE * a) for env, a in zip(self.envs, actions, strict=True)]
+        s, rewards = (np.asarray([f[k] for f in results], "f4") for k in (0, 1))
         return s * UNITS[None], rewards
 
 

@@ -95,7 +95,7 @@ def examples(world: World, name: str) -> Rows:
     """
     config, rows, task = world.config, world.rows[name, "train"], world.task(name)
     pick = draw(config, name, config.examples)
-    found = []
+    result = []
     for side in range(task.classes):
         own = rows.index[rows.label == side]
         if len(own) == 0:
@@ -103,9 +103,9 @@ def examples(world: World, name: str) -> Rows:
         if task.level == "user":
             order = np.argsort(draw(config, name, len(own)), kind="stable")
             pick = order[: config.examples]
-        found.append(np.unique(own[pick % len(own)]))
-    label = np.repeat(np.arange(len(found), dtype=np.int32), [len(own) for own in found])
-    return Rows(np.concatenate(found), label)
+        result.append(np.unique(own[pick % len(own)]))
+    label = np.repeat(np.arange(len(result), dtype=np.int32), [len(own) for own in result])
+    return Rows(np.concatenate(result), label)
 
 
 def of_examples(world: World, name: str) -> World:

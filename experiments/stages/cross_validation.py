@@ -77,35 +77,35 @@ def verdict(scores: Mapping[str, np.ndarray], seed: int = 0) -> Verdict:
     return Verdict(best, len(scores[best]), figures, lead, over)
 
 
-def sentence(found: Verdict | None) -> str:
+def sentence(verdict: Verdict | None) -> str:
     """What to use, by how much, and how sure that is."""
-    if found is None:
+    if verdict is None:
         return (
             "nothing is recommended: with a single example of a class nothing can be"
             " cross-validated"
         )
-    own, other = found.figures[found.best], found.figures[found.over]
-    lead = found.lead
+    own, other = verdict.figures[verdict.best], verdict.figures[verdict.over]
+    lead = verdict.lead
     by = (
         f"{100 * own['mean']:.1f} % against {100 * other['mean']:.1f} %,"
         f" {100 * lead['mean']:+.1f} points (95 % interval {100 * lead['low']:+.1f} to"
-        f" {100 * lead['high']:+.1f}), cross-validated on the {found.n} examples"
+        f" {100 * lead['high']:+.1f}), cross-validated on the {verdict.n} examples"
     )
     if lead["low"] <= 0:
         by += ", which are too few to be sure"
-    if found.best == "generated" and lead["mean"] <= 0:
+    if verdict.best == "generated" and lead["mean"] <= 0:
         return (
-            f"nothing is better than the generated adapter, and {names.method(found.over).label} is"
-            f" as good: {by}"
+            f"nothing is better than the generated adapter, and {names.method(verdict.over).label}"
+            f" is as good: {by}"
         )
-    if found.best == "generated":
-        return f"use the generated adapter: before {names.method(found.over).label}, {by}"
+    if verdict.best == "generated":
+        return f"use the generated adapter: before {names.method(verdict.over).label}, {by}"
     return (
-        f"the generated adapter is NOT the best here: use {names.method(found.best).label}"
-        f" ({found.best}): {by}"
+        f"the generated adapter is NOT the best here: use {names.method(verdict.best).label}"
+        f" ({verdict.best}): {by}"
     )
 
 
-def as_json(found: Verdict | None) -> dict[str, Any]:
+def as_json(verdict: Verdict | None) -> dict[str, Any]:
     """What is written."""
-    return {} if found is None else found._asdict()
+    return {} if verdict is None else verdict._asdict()

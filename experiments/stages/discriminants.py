@@ -54,9 +54,9 @@ def means(world: World, sets: Sequence[Rows]) -> list[np.ndarray]:
     table = last_layer.features(world, every)
     out = []
     for rows in sets:
-        found = table[np.searchsorted(every, rows.index)]
+        embeddings = table[np.searchsorted(every, rows.index)]
         classes = range(rows.label.max() + 1)
-        out.append(np.concatenate([found[rows.label == c].mean(0) for c in classes]))
+        out.append(np.concatenate([embeddings[rows.label == c].mean(0) for c in classes]))
     return out
 
 
@@ -86,19 +86,19 @@ def adapter(
     return _generate(jax.random.key(0), own, jnp.asarray(condition))
 
 
-def factors(made: jl.Adapter) -> tuple[jax.Array, jax.Array]:
+def factors(written: jl.Adapter) -> tuple[jax.Array, jax.Array]:
     """(a [m, C], b [C, d]) of the last layer, scale included."""
-    own, _ = made.arrays(made.sites[0][0])
+    own, _ = written.arrays(written.sites[0][0])
     return own["a"][-1], own["b"][-1] * own["scale"][-1]
 
 
-def right(world: World, task: str, made: jl.Adapter, rows: Rows) -> np.ndarray:
+def right(world: World, task: str, own: jl.Adapter, rows: Rows) -> np.ndarray:
     """bool [n]: what an adapter gets right of labelled texts of a task."""
-    a, b = factors(made)
+    a, b = factors(own)
     head = world.head_of(task)
     parts = last_layer.batches(world, rows.index)
-    found = [last_layer.answers(world, at, a, b, head)[:real] for at, real in parts]
-    return np.concatenate(found) == rows.label
+    parts_of_answers = [last_layer.answers(world, at, a, b, head)[:real] for at, real in parts]
+    return np.concatenate(parts_of_answers) == rows.label
 
 
 def choose(world: World, names: Sequence[str], features: np.ndarray) -> Chosen:
@@ -109,14 +109,14 @@ def choose(world: World, names: Sequence[str], features: np.ndarray) -> Chosen:
     score = np.zeros(len(grid))
     for name, condition in zip(names, given, strict=True):
         rows, head = world.rows[name, "validation"], world.head_of(name)
-        made = {s: factors(adapter(world, fits[s], name, condition)) for s in SHRINKAGES}
+        candidates = {s: factors(adapter(world, fits[s], name, condition)) for s in SHRINKAGES}
         start = 0
         for at, real in last_layer.batches(world, rows.index):
             label = rows.label[start : start + real]
             start += real
             for k, (shrinkage, gain) in enumerate(grid):
-                a, b = made[shrinkage]
-                found = last_layer.answers(world, at, a, gain * b, head)[:real]
-                score[k] += (found == label).sum() / len(rows.label) / len(names)
+                a, b = candidates[shrinkage]
+                answers = last_layer.answers(world, at, a, gain * b, head)[:real]
+                score[k] += (answers == label).sum() / len(rows.label) / len(names)
     shrinkage, gain = grid[int(score.argmax())]
     return Chosen(shrinkage, gain, float(score.max()))

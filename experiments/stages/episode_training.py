@@ -195,9 +195,9 @@ def step(plan: Plan) -> train_loop.Step:
         def features(theta: jl.Adapter, rows: Any) -> jax.Array:
             return read(data.upper, theta, *rows)
 
-        def logits(made: jl.Adapter, rows: Any, head: jax.Array) -> jax.Array:
+        def logits(generated: jl.Adapter, rows: Any, head: jax.Array) -> jax.Array:
             wide = jnp.broadcast_to(head, (len(rows[0]), *head.shape))
-            return tuned(data.upper, made, *rows, wide)
+            return tuned(data.upper, generated, *rows, wide)
 
         def mean(learned: Learned) -> jax.Array:
             def one(episode: Episode) -> jax.Array:

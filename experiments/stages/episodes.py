@@ -39,7 +39,7 @@ KEYS = ("episodic", "episodic_mean", "episodic_logreg")
 CONTROLS = ("shuffled", "random")
 
 
-class Found(NamedTuple):
+class Results(NamedTuple):
     """The product of the stage."""
 
     accuracy: dict[str, dict[str, float]]  # held-out task -> method -> test accuracy
@@ -100,8 +100,8 @@ def right(of: Adapted, head: np.ndarray, few: Rows, rows: Rows) -> np.ndarray:
     """bool [n]: which labelled texts the generated adapter of `few` gets right."""
     a, b = solved(of, head, few)
     parts = last_layer.batches(of.world, rows.index)
-    found = [last_layer.answers(of.world, at, a, b, head)[:real] for at, real in parts]
-    return np.concatenate(found) == rows.label
+    answers = [last_layer.answers(of.world, at, a, b, head)[:real] for at, real in parts]
+    return np.concatenate(answers) == rows.label
 
 
 def with_embeddings(of: Adapted, few: Rows, rows: Rows, penalty: float) -> dict[str, np.ndarray]:
@@ -111,7 +111,7 @@ def with_embeddings(of: Adapted, few: Rows, rows: Rows, penalty: float) -> dict[
         "episodic_mean": nearest_mean.scores(x, few.label, q),
         "episodic_logreg": logistic.scores(x, few.label, q, penalty),
     }
-    return {name: found.argmax(1) == rows.label for name, found in scores.items()}
+    return {name: own.argmax(1) == rows.label for name, own in scores.items()}
 
 
 def pieces(context: Context, prepared: None) -> list[Piece]:
@@ -131,7 +131,7 @@ def _run(world: World, encoded: Encoded, others: Rivals, folder: Path, bar: Prog
         head = world.head_of(name)[: world.task(name).classes]
         hits = {"episodic": right(of, head, few, rows)}
         hits |= with_embeddings(of, few, rows, others.frozen.penalty)
-        accuracy[name] = {key: float(found.mean()) for key, found in hits.items()}
+        accuracy[name] = {key: float(results.mean()) for key, results in hits.items()}
         rng = np.random.default_rng([world.config.data_seed, *name.encode()])
         moved = Rows(few.index, rng.permutation(few.label))
         controls["shuffled"].append(float(right(of, head, moved, rows).mean()))
@@ -139,8 +139,8 @@ def _run(world: World, encoded: Encoded, others: Rivals, folder: Path, bar: Prog
     if not (folder / "fitted").exists():
         save_tree(folder / "fitted", fitted)
     figures = {name: float(np.mean(values)) for name, values in controls.items() if values}
-    found = {"accuracy": accuracy, "controls": figures, "steps": steps, "validation": validation}
-    write_json(folder / "episodes.json", found)
+    results = {"accuracy": accuracy, "controls": figures, "steps": steps, "validation": validation}
+    write_json(folder / "episodes.json", results)
     bar.step(1)
 
 
@@ -183,23 +183,23 @@ def randomised(world: World, fitted: Fitted, names: Sequence[str]) -> Fitted:
     return episode_training.refreshed(world, names, Fitted(learned, fitted.texts))
 
 
-def read(context: Context, prepared: None, done: Done) -> Found:
+def read(context: Context, prepared: None, done: Done) -> Results:
     """All figures, and the generator."""
-    found: dict[str, Any] = read_json(done.path / "episodes.json", dict, REDO)
+    results: dict[str, Any] = read_json(done.path / "episodes.json", dict, REDO)
     like = episode_training.empty(context.products["data"])
     fitted = jax.tree.map(jnp.asarray, load_tree(done.path / "fitted", like))
-    return Found(**found, fitted=fitted)
+    return Results(**results, fitted=fitted)
 
 
-def describe(found: Found) -> str:
+def describe(results: Results) -> str:
     """The stage in one line."""
-    if not found.accuracy:
-        return f"{found.steps} steps; no held-out task"
+    if not results.accuracy:
+        return f"{results.steps} steps; no held-out task"
     shown = ", ".join(
-        f"{key} {100 * np.mean([row[key] for row in found.accuracy.values()]):.1f} %"
+        f"{key} {100 * np.mean([row[key] for row in results.accuracy.values()]):.1f} %"
         for key in KEYS
     )
-    return f"{found.steps} steps; on {len(found.accuracy)} held-out tasks: {shown}"
+    return f"{results.steps} steps; on {len(results.accuracy)} held-out tasks: {shown}"
 
 
 STAGE = Stage(

@@ -62,15 +62,15 @@ def candidates(
     """{method: tokens [m, T, D]} to be evaluated on one task."""
     own, _ = final_tokens(world, encoded, zoo, task)
     raw = jnp.asarray(conditions.canonical(world, [task]))
-    found = baselines.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])
+    predicted = baselines.predict(fit, conditions.scaled(trained.fixed.stats, raw)[0])
     out = {"base": base_tokens(encoded), "trained": own, "generated": samples.of(task, "generated")}
     if task in encoded.names:
-        out["mean_adapter"] = found["mean_adapter"][None]
+        out["mean_adapter"] = predicted["mean_adapter"][None]
         out["soup"] = fit.soups[encoded.names.index(task)][None]
         kinds = sorted({k for t, k in samples.rows if t == task} - {"generated"})
         out |= {kind: samples.of(task, kind) for kind in kinds}
         return out
-    out |= {name: tokens[None] for name, tokens in found.items()}
+    out |= {name: tokens[None] for name, tokens in predicted.items()}
     multi = jax.tree.map(lambda x: jnp.asarray(x)[None], zoo.multitask)
     out["multitask"] = np.asarray(codec.to_tokens(encoded, world.config, multi))
     out["span"] = baselines.project(encoded, own[-1])[None]
@@ -103,8 +103,8 @@ def _evaluate(
     products: Sequence[Any], fit: baselines.Baselines, task: str, folder: Path, bar: Progress
 ) -> None:
     world, zoo, encoded, trained, samples = products
-    found = candidates(world, encoded, zoo, trained, samples, fit, task)
-    scores, wrong = score(world, encoded, task, found)
+    adapters = candidates(world, encoded, zoo, trained, samples, fit, task)
+    scores, wrong = score(world, encoded, task, adapters)
     (folder / "tasks").mkdir(exist_ok=True)
     write_json(folder / "tasks" / f"{task}.json", {"accuracy": scores, "overlap": wrong})
     bar.step(1)
@@ -131,15 +131,15 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
 
 
 def score(
-    world: World, encoded: Encoded, task: str, found: dict[str, np.ndarray]
+    world: World, encoded: Encoded, task: str, adapters: dict[str, np.ndarray]
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Accuracies of every method's adapters, and how far mistakes overlap with trained ones'."""
-    names = list(found)
-    stacked = np.concatenate([found[n] for n in names])
+    names = list(adapters)
+    stacked = np.concatenate([adapters[n] for n in names])
     hits = accuracy.correct(world, encoded, task, stacked)
     scores, start, by = {}, 0, {}
     for name in names:
-        part = hits[start : start + len(found[name])]
+        part = hits[start : start + len(adapters[name])]
         scores[name] = [float(x) for x in part.mean(1)]
         by[name] = ~part
         start += len(part)
@@ -261,14 +261,14 @@ def trajectory(world: World, encoded: Encoded, trained: Trained) -> np.ndarray:
     )
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(results: dict[str, Any]) -> str:
     """The result in one line."""
-    rows = [task["accuracy"] for task in found["tasks"].values() if "soup" in task["accuracy"]]
+    rows = [task["accuracy"] for task in results["tasks"].values() if "soup" in task["accuracy"]]
     shown = ", ".join(
         f"{key} {100 * np.mean([np.mean(row[key]) for row in rows]):.1f} %"
         for key in ("base", "trained", "generated")
     )
-    count = sum(len(v) for task in found["tasks"].values() for v in task["accuracy"].values())
+    count = sum(len(v) for task in results["tasks"].values() for v in task["accuracy"].values())
     return f"{count} adapters evaluated; on {len(rows)} seen tasks: {shown}"
 
 

@@ -84,8 +84,10 @@ def train(
         # The last chunk is filled up with repeats, so that one compilation serves all.
         pad = [len(sets) - 1] * (size - real)
         which = [*range(start, start + real), *pad]
-        found = _train_chunk(world, [sets[k] for k in which], [factors[k] for k in which], stops)
-        for look, trainable in zip(looks, found, strict=True):
+        snapshots = _train_chunk(
+            world, [sets[k] for k in which], [factors[k] for k in which], stops
+        )
+        for look, trainable in zip(looks, snapshots, strict=True):
             look.append(jax.tree.map(lambda x, n=real: x[:n], trainable))
         bar.step(real)
     return [jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts) for parts in looks]
@@ -135,12 +137,12 @@ def choose(world: World, encoded: Encoded, size: int, bar: Progress) -> Chosen:
     names = encoded.names[::every][:TASKS]
     sets = [Set(name, conditions.examples(world, name)) for name in names for _ in FACTORS]
     factors = FACTORS * len(names)
-    found = train(world, sets, factors, size, STOPS, bar)
+    snapshots = train(world, sets, factors, size, STOPS, bar)
     score = np.zeros((len(FACTORS), STOPS))
     for k, name in enumerate(names):
         rows = world.rows[name, "validation"]
         own = slice(k * len(FACTORS), (k + 1) * len(FACTORS))
-        for look, trainable in enumerate(found):
+        for look, trainable in enumerate(snapshots):
             part = jax.tree.map(lambda x, o=own: x[o], trainable)
             score[:, look] += hits(world, encoded, name, rows, part).mean(1) / len(names)
     factor, stop = np.unravel_index(score.argmax(), score.shape)

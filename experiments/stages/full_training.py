@@ -27,7 +27,7 @@ PyTree = Any
 RATES = (1e-4, 3e-4, 1e-3)  # tried; the zoo's adapters learn at ten times these
 
 
-class Found(NamedTuple):
+class Results(NamedTuple):
     """What full fine-tuning reached."""
 
     accuracy: dict[str, float]  # held-out task -> test accuracy; empty: not measured
@@ -109,7 +109,7 @@ def score(world: World, task: str, side: str, upper: PyTree) -> float:
     return float(np.concatenate(hits).mean())
 
 
-def run(world: World, seen: Sequence[str], held: Sequence[str], bar: Progress) -> Found:
+def run(world: World, seen: Sequence[str], held: Sequence[str], bar: Progress) -> Results:
     """The rate by seen tasks, then every held-out task.
 
     Args:
@@ -123,8 +123,8 @@ def run(world: World, seen: Sequence[str], held: Sequence[str], bar: Progress) -
             bar.step(1)
         means.append(np.mean(scores))
     best = RATES[int(np.argmax(means))]
-    found = {}
+    results = {}
     for name in held:
-        found[name] = score(world, name, "test", train(world, name, best))
+        results[name] = score(world, name, "test", train(world, name, best))
         bar.step(1)
-    return Found(found, best)
+    return Results(results, best)

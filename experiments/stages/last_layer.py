@@ -79,8 +79,8 @@ def batches(world: World, index: np.ndarray) -> Iterator[tuple[Activations, int]
     for start in range(0, len(index), size):
         part = index[start : start + size]
         rows = np.resize(part, size)
-        found = _activations(world.model, world.upper, world.hidden[rows], world.mask[rows])
-        yield found, len(part)
+        activations = _activations(world.model, world.upper, world.hidden[rows], world.mask[rows])
+        yield activations, len(part)
 
 
 @jax.jit

@@ -116,8 +116,8 @@ def read(world: World, index: np.ndarray) -> Read:
     """
     parts = []
     for rows, real in batches(world, index):
-        found = _read(world.model, world.upper, world.hidden[rows], world.mask[rows])
-        parts.append([np.asarray(x)[:real] for x in found])
+        outputs = _read(world.model, world.upper, world.hidden[rows], world.mask[rows])
+        parts.append([np.asarray(x)[:real] for x in outputs])
     return Read(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
@@ -144,15 +144,15 @@ def classes(world: World, names: Sequence[str]) -> list[np.ndarray]:
     Returns:
       Rows of the texts of each class that has enough of them, [n_j].
     """
-    found: dict[Any, set[int]] = {}
+    members_of: dict[Any, set[int]] = {}
     for name in names:
         task, rows = world.task(name), world.rows[name, "train"]
         for side in range(task.classes):
             members = task.members[side]
             key = members or (task.corpus, task.class_descriptions[side])
             if len(members) < 2:
-                found.setdefault(key, set()).update(rows.index[rows.label == side].tolist())
-    return [np.asarray(sorted(own)) for own in found.values() if len(own) >= FEWEST]
+                members_of.setdefault(key, set()).update(rows.index[rows.label == side].tolist())
+    return [np.asarray(sorted(own)) for own in members_of.values() if len(own) >= FEWEST]
 
 
 def fit(world: World, names: Sequence[str], bar: Progress) -> Fitted:
@@ -168,17 +168,17 @@ def fit(world: World, names: Sequence[str], bar: Progress) -> Fitted:
     """
     own = classes(world, names)
     every = np.unique(np.concatenate([world.rows[name, "train"].index for name in names]))
-    found = read(world, every)
+    texts = read(world, every)
     bar.step(1)
     rng = np.random.default_rng([world.config.seed, 7])
     turned = rng.permutation(every)[:TURNED]
     derivative = derivatives(world, np.resize(turned, TURNED), bar)
-    reading = layer_reading.reading(found.features, found.embeddings, derivative)
+    reading = layer_reading.reading(texts.features, texts.embeddings, derivative)
     if len(own) < 3:
         return Fitted(reading, None)
     place = np.searchsorted(every, np.concatenate(own))
     label = np.repeat(np.arange(len(own)), [len(part) for part in own])
-    rows = jnp.asarray(found.features[place])
+    rows = jnp.asarray(texts.features[place])
     embedding, x = (np.asarray(t) for t in layer_reading.seen(reading, rows, CONFIG.share))
     return Fitted(reading, class_memory.memory(embedding, x, label))
 
@@ -240,10 +240,10 @@ def right(world: World, rows: Rows, head: np.ndarray) -> Callable[..., np.ndarra
     model, scale = world.model, world.config.head_scale
 
     def hits(a: jax.Array, b: jax.Array) -> np.ndarray:
-        delta, found = a @ b, []
+        delta, answers = a @ b, []
         for at, real in batches(world, rows.index):
             given = world.hidden[at], world.mask[at], jnp.asarray(head)
-            found.append(np.asarray(_answers(model, scale, world.upper, delta, *given))[:real])
-        return np.concatenate(found) == rows.label
+            answers.append(np.asarray(_answers(model, scale, world.upper, delta, *given))[:real])
+        return np.concatenate(answers) == rows.label
 
     return hits

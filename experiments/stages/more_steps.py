@@ -39,7 +39,7 @@ class MoreSteps(NamedTuple):
 
     steps: tuple[int, ...]  # at which adapters were looked at, 0 first; empty: not measured
     accuracy: dict[str, dict[str, list[float]]]  # task -> start -> test accuracy at each of `steps`
-    full: full_training.Found  # full fine-tuning of the adapted layers
+    full: full_training.Results  # full fine-tuning of the adapted layers
 
 
 def looks(config: Config) -> tuple[int, ...]:
@@ -78,13 +78,13 @@ def train(world: World, task: str, trainable: PyTree, steps: Sequence[int]) -> l
         world.upper, zoo_training.template(world, config.seed), world.hidden, world.mask,
         jnp.asarray(world.heads),
     )  # fmt: skip
-    found = [trainable]
+    snapshots = [trainable]
     for done in range(0, steps[-1], length):
         given = (base, rows, state, jnp.int32(done))
         state = zoo_training.segment(world.model, plan, length, *given)
         if done + length in steps:
-            found.append(state.trainable)
-    return found
+            snapshots.append(state.trainable)
+    return snapshots
 
 
 def pieces(context: Context, prepared: None) -> list[Piece]:
@@ -105,43 +105,43 @@ def _continued(
     world: World, encoded: Encoded, samples: Samples, task: str, number: int, folder: Path,
     bar: Progress,
 ) -> None:  # fmt: skip
-    rows, found = world.rows[task, "test"], {name: [] for name in STARTS}
+    rows, curves = world.rows[task, "test"], {name: [] for name in STARTS}
     for trainable in train(world, task, starts(world, encoded, samples, task), looks(world.config)):
         right = few_shot.hits(world, encoded, task, rows, trainable)
         for name, hits in zip(STARTS, right, strict=True):
-            found[name].append(float(hits.mean()))
-    write_json(folder / f"{number}.json", {"task": task, "accuracy": found})
+            curves[name].append(float(hits.mean()))
+    write_json(folder / f"{number}.json", {"task": task, "accuracy": curves})
     bar.step(1)
 
 
 def _full(world: World, encoded: Encoded, held: list[str], folder: Path, bar: Progress) -> None:
-    nothing = full_training.Found({}, None)
-    found = full_training.run(world, encoded.names, held, bar) if world.config.full_steps else None
-    write_json(folder / "full.json", (found or nothing)._asdict())
+    nothing = full_training.Results({}, None)
+    full = full_training.run(world, encoded.names, held, bar) if world.config.full_steps else None
+    write_json(folder / "full.json", (full or nothing)._asdict())
 
 
 def read(context: Context, prepared: None, done: Done) -> MoreSteps:
     """All figures."""
     world, encoded, _ = (context.products[name] for name in STAGE.inputs)
-    steps, found = looks(world.config), {}
+    steps, curves = looks(world.config), {}
     for k in range(len(rivals.held_out(world, encoded)) if steps else 0):
         one = read_json(done.path / f"{k}.json", dict, REDO)
-        found[one["task"]] = one["accuracy"]
-    full = full_training.Found(**read_json(done.path / "full.json", dict, REDO))
-    return MoreSteps(steps, found, full)
+        curves[one["task"]] = one["accuracy"]
+    full = full_training.Results(**read_json(done.path / "full.json", dict, REDO))
+    return MoreSteps(steps, curves, full)
 
 
-def describe(found: MoreSteps) -> str:
+def describe(more: MoreSteps) -> str:
     """Accuracy after the steps, in one line."""
-    if not found.accuracy and not found.full.accuracy:
+    if not more.accuracy and not more.full.accuracy:
         return "not asked for"
     shown = []
-    for start in STARTS if found.accuracy else ():
-        mean = 100 * np.mean([row[start] for row in found.accuracy.values()], axis=0)
-        points = ", ".join(f"{m:.1f} % at {k}" for k, m in zip(found.steps, mean, strict=True))
+    for start in STARTS if more.accuracy else ():
+        mean = 100 * np.mean([row[start] for row in more.accuracy.values()], axis=0)
+        points = ", ".join(f"{m:.1f} % at {k}" for k, m in zip(more.steps, mean, strict=True))
         shown.append(f"from {start} {points}")
-    if found.full.accuracy:
-        mean = 100 * np.mean(list(found.full.accuracy.values()))
+    if more.full.accuracy:
+        mean = 100 * np.mean(list(more.full.accuracy.values()))
         shown.append(f"full fine-tuning {mean:.1f} %")
     return "; ".join(shown)
 

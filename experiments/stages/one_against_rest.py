@@ -91,11 +91,11 @@ def correct(world: World, encoded: Encoded, task: str, tokens: np.ndarray) -> np
     vectors = [jnp.asarray(head) for head in heads(world, own)]
 
     def margins(x: np.ndarray, head: jax.Array) -> np.ndarray:
-        found = [
+        scores = [
             _margins(*static, world.upper, encoded.template, x, (part.hidden, part.mask, head))
             for part in parts
         ]
-        return np.concatenate([np.asarray(t)[: p.real] for t, p in zip(found, parts, strict=True)])
+        return np.concatenate([np.asarray(t)[: p.real] for t, p in zip(scores, parts, strict=True)])
 
     label = np.concatenate([np.asarray(part.label)[: part.real] for part in parts])
     out = []

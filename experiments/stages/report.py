@@ -19,7 +19,7 @@ from experiments.pipeline import Context, Done, Stage, Times
 from experiments.report import arrays as report_arrays
 from experiments.report import build, html, schema, words
 from experiments.report import more_steps as report_steps
-from experiments.stages import episodes, few_shot, more_steps, rivals, sample
+from experiments.stages import episodes, few_shot, layered_stage, more_steps, rivals, sample
 from experiments.stages.codec import VARIANTS
 from experiments.stages.world import World
 from experiments.workdir import REDO, Folder, read_json
@@ -30,13 +30,13 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tran
 
 def environment() -> dict[str, Any]:
     """Versions and machine; nothing that differs between two runs on one machine."""
-    found = {p: importlib.metadata.version(p) for p in PACKAGES}
+    versions = {p: importlib.metadata.version(p) for p in PACKAGES}
     cores = os.cpu_count()
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": cores,
-    } | found
+    } | versions
 
 
 def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[float]]]:
@@ -48,9 +48,9 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
     files += [(name, denoiser / f"curves_{name}.json") for name in DENOISERS]
     out = {}
     for group, file in files:
-        found = read_json(file, dict, REDO)
+        stored = read_json(file, dict, REDO)
         flat = {}
-        for name, value in found.items():
+        for name, value in stored.items():
             parts = value.items() if isinstance(value, Mapping) else [("", value)]
             flat |= {f"{name}/{k}".strip("/"): v for k, v in parts if k != "loss"}
         for name, values in flat.items():
@@ -65,11 +65,13 @@ def curves(workdir: Path, config: Config) -> dict[str, tuple[list[float], list[f
 
 def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     """Build, validate and write the report; returns it."""
-    world, encoded, others, found, more, own = (context.products[name] for name in STAGE.inputs)
+    world, encoded, others, evaluated, more, own, read_layers = (
+        context.products[name] for name in STAGE.inputs
+    )
     workdir, command = context.workdir, context.command
     times = Times(workdir).all()
     config = world.config
-    tasks, audit = found["tasks"], dict(found["audit"])
+    tasks, audit = evaluated["tasks"], dict(evaluated["audit"])
     seen = {
         n: {k: v for k, v in tasks[n]["accuracy"].items() if k in schema.SEEN_KEYS}
         for n in encoded.names
@@ -78,7 +80,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     for task in world.tasks:
         if task.name not in encoded.names:
             row = tasks[task.name]["accuracy"] | others.accuracy[task.name]
-            row |= own.accuracy[task.name]
+            row |= own.accuracy[task.name] | read_layers.accuracy[task.name]
             unseen.setdefault(task.level, {})[task.name] = row
     controls = {
         kind: [
@@ -122,18 +124,21 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         curves=curves(workdir, config),
         times=times,
         audit=extra,
-        notes=notes(config, audit, others) + episodes_note(own) + classes_note(world),
-        more_steps=continued(world, found, more),
+        notes=notes(config, audit, others)
+        + episodes_note(own)
+        + layered_note(read_layers)
+        + classes_note(world),
+        more_steps=continued(world, evaluated, more),
         seed=config.seed,
     )
     schema.write(workdir / "report.json", report)
-    shutil.copyfile(found["arrays"], workdir / "arrays.npz")
+    shutil.copyfile(evaluated["arrays"], workdir / "arrays.npz")
     html.write(workdir / "report.html", report, report_arrays.load(workdir / "arrays.npz"))
     return report
 
 
 def continued(
-    world: World, found: Mapping[str, Any], more: more_steps.MoreSteps
+    world: World, evaluated: Mapping[str, Any], more: more_steps.MoreSteps
 ) -> dict[str, Any] | None:
     """The section `more_steps`; None where it was not measured."""
     if not more.accuracy:
@@ -141,7 +146,9 @@ def continued(
     levels: dict[str, dict[str, Any]] = {}
     for name, row in more.accuracy.items():
         levels.setdefault(world.task(name).level, {})[name] = row
-    trained = {n: float(np.mean(found["tasks"][n]["accuracy"]["trained"])) for n in more.accuracy}
+    trained = {
+        n: float(np.mean(evaluated["tasks"][n]["accuracy"]["trained"])) for n in more.accuracy
+    }
     return report_steps.section(more.steps, levels, trained, more.full.accuracy)
 
 
@@ -169,19 +176,28 @@ def notes(config: Config, audit: Mapping[str, Any], others: rivals.Rivals) -> li
     ]
 
 
-def episodes_note(found: episodes.Found) -> list[str]:
+def episodes_note(results: episodes.Results) -> list[str]:
     """A sentence about the episodic discriminant, its training and its controls."""
-    text = f"Episodic discriminant: {found.steps} steps on the seen tasks"
-    if found.validation:
+    text = f"Episodic discriminant: {results.steps} steps on the seen tasks"
+    if results.validation:
         text += (
             ", so many because they were best on the corpora left out of training (accuracy of"
-            f" each round: {', '.join(f'{100 * x:.1f} %' for x in found.validation)})"
+            f" each round: {', '.join(f'{100 * x:.1f} %' for x in results.validation)})"
         )
-    if found.controls:
+    if results.controls:
         shown = {"shuffled": "labels of the examples shuffled", "random": "shared factors random"}
-        said = [f"{shown[key]} {100 * value:.1f} %" for key, value in found.controls.items()]
+        said = [f"{shown[key]} {100 * value:.1f} %" for key, value in results.controls.items()]
         text += f". Controls: {', '.join(said)}"
     return [f"{text}."]
+
+
+def layered_note(results: layered_stage.Results) -> list[str]:
+    """A sentence about the layered discriminant and its controls."""
+    if not results.controls:
+        return []
+    shown = {"shuffled": "labels of the examples shuffled", "no_memory": "no class remembered"}
+    said = [f"{shown[key]} {100 * value:.1f} %" for key, value in results.controls.items()]
+    return [f"Layered discriminant: nothing is trained. Controls: {', '.join(said)}."]
 
 
 def classes_note(world: World) -> list[str]:
@@ -203,7 +219,7 @@ def describe(report: Mapping[str, Any]) -> str:
 
 STAGE = Stage(
     name="report",
-    inputs=("data", "codec", "rivals", "evaluate", "more_steps", "episodes"),
+    inputs=("data", "codec", "rivals", "evaluate", "more_steps", "episodes", "layered"),
     unit="page",
     read=read,
     describe=describe,

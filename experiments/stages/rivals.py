@@ -74,8 +74,8 @@ def right(world: World, classify: Classify, examples: Rows, rows: Rows) -> np.nd
     """bool [n]: which labelled texts a classifier of the examples gets right."""
     x = world.embedding
     with _blas().limit(limits=1):  # threads that wait for each other cost L-BFGS 30 times the time
-        found = classify(x[examples.index], examples.label, x[rows.index])
-    return found.argmax(1) == rows.label
+        predicted = classify(x[examples.index], examples.label, x[rows.index])
+    return predicted.argmax(1) == rows.label
 
 
 def choose(world: World, names: Sequence[str]) -> Frozen:
@@ -88,20 +88,20 @@ def choose(world: World, names: Sequence[str]) -> Frozen:
         few, every = conditions.examples(world, name), world.rows[name, "train"]
         rows = world.rows[name, "validation"]
         for k, count in enumerate(NEIGHBOURS):
-            found = classifiers(Frozen(count, 1.0, 1.0))["knn"]
-            score["knn"][k] += right(world, found, few, rows).mean()
+            candidate = classifiers(Frozen(count, 1.0, 1.0))["knn"]
+            score["knn"][k] += right(world, candidate, few, rows).mean()
         for k, penalty in enumerate(PENALTIES):
-            found = functools.partial(logistic.scores, penalty=penalty)
-            score["few"][k] += right(world, found, few, rows).mean()
-            score["full"][k] += right(world, found, every, rows).mean()
+            candidate = functools.partial(logistic.scores, penalty=penalty)
+            score["few"][k] += right(world, candidate, few, rows).mean()
+            score["full"][k] += right(world, candidate, every, rows).mean()
     best = {key: int(value.argmax()) for key, value in score.items()}
     return Frozen(NEIGHBOURS[best["knn"]], PENALTIES[best["few"]], PENALTIES[best["full"]])
 
 
 def full(world: World, chosen: Frozen, name: str, rows: Rows) -> np.ndarray:
     """bool [n]: the same of logistic regression on all training texts."""
-    found = functools.partial(logistic.scores, penalty=chosen.penalty_full)
-    return right(world, found, world.rows[name, "train"], rows)
+    regression = functools.partial(logistic.scores, penalty=chosen.penalty_full)
+    return right(world, regression, world.rows[name, "train"], rows)
 
 
 def held_out(world: World, encoded: Encoded) -> list[str]:
@@ -125,9 +125,9 @@ def _frozen(world: World, encoded: Encoded, held: list[str], folder: Path, bar: 
     chosen, accuracy = choose(world, encoded.names), {}
     for name in held:
         few, rows = conditions.examples(world, name), world.rows[name, "test"]
-        found = {key: right(world, c, few, rows) for key, c in classifiers(chosen).items()}
-        found["logreg_full"] = full(world, chosen, name, rows)
-        accuracy[name] = {key: float(hits.mean()) for key, hits in found.items()}
+        hits_of = {key: right(world, c, few, rows) for key, c in classifiers(chosen).items()}
+        hits_of["logreg_full"] = full(world, chosen, name, rows)
+        accuracy[name] = {key: float(hits.mean()) for key, hits in hits_of.items()}
     write_json(folder / "frozen.json", {"chosen": chosen._asdict(), "accuracy": accuracy})
     bar.step(1)
 
@@ -138,9 +138,9 @@ def _lora(world: World, encoded: Encoded, held: list[str], folder: Path, bar: Pr
     sets = [few_shot.Set(name, conditions.examples(world, name)) for name in held]
     if sets:
         factors, stops = [chosen.factor] * len(sets), chosen.stop + 1
-        found = few_shot.train(world, sets, factors, size, stops, bar)[-1]
+        snapshot = few_shot.train(world, sets, factors, size, stops, bar)[-1]
         for k, name in enumerate(held):
-            one = _row(found, k)
+            one = _row(snapshot, k)
             hits = few_shot.hits(world, encoded, name, world.rows[name, "test"], one)
             accuracy[name] = {"lora_k": float(hits.mean())}
     write_json(folder / "lora.json", {"chosen": chosen._asdict(), "accuracy": accuracy})
@@ -160,8 +160,8 @@ def _discriminant(
         fitted = discriminants.fit(world, features, chosen)
         given = discriminants.means(world, [conditions.examples(world, name) for name in held])
         for name, condition in zip(held, given, strict=True):
-            made = discriminants.adapter(world, fitted, name, condition)
-            hits = discriminants.right(world, name, made, world.rows[name, "test"])
+            own = discriminants.adapter(world, fitted, name, condition)
+            hits = discriminants.right(world, name, own, world.rows[name, "test"])
             accuracy[name] = {"discriminant": float(hits.mean())}
     save_array(folder / "features.npz", features=features)
     write_json(folder / "discriminant.json", {"chosen": chosen._asdict(), "accuracy": accuracy})
@@ -173,8 +173,8 @@ def read(context: Context, prepared: None, done: Done) -> Rivals:
     files = {name: read_json(done.path / f"{name}.json", dict, REDO) for name in
              ("frozen", "lora", "discriminant")}  # fmt: skip
     accuracy: dict[str, dict[str, float]] = {}
-    for found in files.values():
-        for task, row in found["accuracy"].items():
+    for stored in files.values():
+        for task, row in stored["accuracy"].items():
             accuracy.setdefault(task, {}).update(row)
     with np.load(done.path / "features.npz") as file:
         features = file["features"]
@@ -187,15 +187,15 @@ def read(context: Context, prepared: None, done: Done) -> Rivals:
     )
 
 
-def describe(found: Rivals) -> str:
+def describe(rivals: Rivals) -> str:
     """The rivals in one line."""
-    if not found.accuracy:
+    if not rivals.accuracy:
         return "no held-out task; what rivals need is chosen on the seen ones"
     shown = ", ".join(
-        f"{key} {100 * np.mean([row[key] for row in found.accuracy.values()]):.1f} %"
+        f"{key} {100 * np.mean([row[key] for row in rivals.accuracy.values()]):.1f} %"
         for key in KEYS
     )
-    return f"on {len(found.accuracy)} held-out tasks: {shown}"
+    return f"on {len(rivals.accuracy)} held-out tasks: {shown}"
 
 
 STAGE = Stage(

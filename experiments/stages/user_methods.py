@@ -53,7 +53,7 @@ class Kit(NamedTuple):
 def kit(context: Context) -> Kit:
     """From the products of a finished run."""
     config = context.config
-    world, zoo, encoded, found, trained = (
+    world, zoo, encoded, rivals_product, trained = (
         context.products[name] for name in ("data", "zoo", "codec", "rivals", "denoiser")
     )
     fit = baselines.fit(world, encoded, trained)
@@ -63,9 +63,9 @@ def kit(context: Context) -> Kit:
         "multitask": np.asarray(codec.to_tokens(encoded, config, multi)),
         "mean_adapter": fit.soups.mean(0)[None],
     }
-    prior = discriminants.fit(world, found.features, found.discriminant)
+    prior = discriminants.fit(world, rivals_product.features, rivals_product.discriminant)
     call = sample.generator_sampler(config, encoded, trained, config.sampler, config.sample_steps)
-    return Kit(encoded, trained, fit, found, prior, call, fixed)
+    return Kit(encoded, trained, fit, rivals_product, prior, call, fixed)
 
 
 def adapters(of: Kit, mine: World, task: str) -> dict[str, np.ndarray]:
@@ -83,7 +83,7 @@ def adapters(of: Kit, mine: World, task: str) -> dict[str, np.ndarray]:
         return _of_condition(of, mine, task, padded(condition(mine, one, None), classes))
     rest = padded(one_against_rest.conditions(mine, one), classes)
     each = [_of_condition(of, mine, f"{task}/{c}", raw) for c, raw in enumerate(rest)]
-    return {name: np.stack([found[name] for found in each], 1) for name in each[0]}
+    return {name: np.stack([own[name] for own in each], 1) for name in each[0]}
 
 
 def _of_condition(of: Kit, mine: World, name: str, raw: np.ndarray) -> dict[str, np.ndarray]:
@@ -94,8 +94,8 @@ def _of_condition(of: Kit, mine: World, name: str, raw: np.ndarray) -> dict[str,
     many = jnp.broadcast_to(cond[None], (len(asked), *cond.shape))
     null = jnp.zeros(len(asked), bool)
     out = {"generated": np.asarray(of.call(of.trained.params, of.trained.fixed, keys, many, null))}
-    found = baselines.predict(of.fit, cond)
-    return out | {name: x[None] for name, x in found.items() if name not in of.fixed}
+    predicted = baselines.predict(of.fit, cond)
+    return out | {name: x[None] for name, x in predicted.items() if name not in of.fixed}
 
 
 def hits(mine: World, encoded: Encoded, task: str, tokens: np.ndarray) -> np.ndarray:
@@ -130,8 +130,8 @@ def cross_validate(of: Kit, mine: World, task: str, lora: Sequence[PyTree]) -> V
             scores[name][part.hidden] = right(tokens[:SAMPLES], hidden)
         for name, classify in rivals.classifiers(of.rivals.frozen).items():
             scores[name][part.hidden] = rivals.right(mine, classify, kept, hidden)
-        made = discriminants.adapter(mine, of.prior, task, discriminants.means(mine, [kept])[0])
-        scores["discriminant"][part.hidden] = discriminants.right(mine, task, made, hidden)
+        own = discriminants.adapter(mine, of.prior, task, discriminants.means(mine, [kept])[0])
+        scores["discriminant"][part.hidden] = discriminants.right(mine, task, own, hidden)
         scores["lora_k"][part.hidden] = few_shot.hits(mine, of.encoded, task, hidden, trained)[0]
     return cross_validation.verdict(scores, seed=mine.config.seed)
 
@@ -148,8 +148,8 @@ def train_few(of: Kit, mine: World, workdir: Path) -> dict[str, list[PyTree]]:
     chosen, size = of.rivals.lora, few_shot.chunk_size(mine, len(flat))
     with Progress(workdir, "user few", len(flat), "run") as bar:
         factors = [chosen.factor] * len(flat)
-        found = few_shot.train(mine, flat, factors, size, chosen.stop + 1, bar)[-1]
-    one = [jax.tree.map(lambda x, k=k: x[k : k + 1], found) for k in range(len(flat))]
+        snapshot = few_shot.train(mine, flat, factors, size, chosen.stop + 1, bar)[-1]
+    one = [jax.tree.map(lambda x, k=k: x[k : k + 1], snapshot) for k in range(len(flat))]
     out: dict[str, list[PyTree]] = {name: [] for name in sets}
     for trained, chosen_set in zip(one, flat, strict=True):
         out[chosen_set.task].append(trained)
@@ -172,6 +172,6 @@ def rival_hits(
     }
     out["logreg_full"] = rivals.full(mine, frozen, task, rows)[None]
     out["lora_k"] = few_shot.hits(mine, of.encoded, task, rows, trained)
-    made = discriminants.adapter(mine, of.prior, task, discriminants.means(mine, [few])[0])
-    out["discriminant"] = discriminants.right(mine, task, made, rows)[None]
-    return made, out
+    own = discriminants.adapter(mine, of.prior, task, discriminants.means(mine, [few])[0])
+    out["discriminant"] = discriminants.right(mine, task, own, rows)[None]
+    return own, out

@@ -57,9 +57,9 @@ def extend(world: World, config: Config, cache: Path | None) -> World:
     texts: dict[str, int] = {}
     rows = {}
     for task in tasks:
-        found = user.data(task.source.partition(":")[2])
+        labelled = user.data(task.source.partition(":")[2])
         for split in SPLITS:
-            words, labels = getattr(found, split)
+            words, labels = getattr(labelled, split)
             index = [texts.setdefault(w, len(texts)) for w in words]
             rows[task.name, split] = Rows(np.asarray(index, np.int32), np.asarray(labels, np.int32))
     parts = [
@@ -126,8 +126,8 @@ class Scores(NamedTuple):
 def describe(world: World, base: base_model.Base, task: Task, zoo_classes: int) -> Data:
     """Count a task's texts; `zoo_classes`: of the zoo's task that has most."""
     config, label = world.config, world.rows[task.name, "test"].label
-    found = user.data(task.source.partition(":")[2])
-    texts = [text for split in SPLITS for text in getattr(found, split)[0]]
+    rows = user.data(task.source.partition(":")[2])
+    texts = [text for split in SPLITS for text in getattr(rows, split)[0]]
     counts = np.bincount(label, minlength=task.classes)
     return Data(
         test_texts=len(label),
@@ -167,8 +167,8 @@ def train(world: World, workdir: Path) -> PyTree:
     steps = world.config.zoo_steps
     with tempfile.TemporaryDirectory(dir=workdir) as folder:
         with Progress(workdir, "user zoo", len(runs) * steps, "run·step") as bar:
-            found = zoo_training.train(world, runs, steps, Path(folder), bar)
-    return jax.tree.map(lambda x: x[:, -1], found["snapshots"])
+            trained_zoo = zoo_training.train(world, runs, steps, Path(folder), bar)
+    return jax.tree.map(lambda x: x[:, -1], trained_zoo["snapshots"])
 
 
 def run(context: Context) -> dict[str, Scores]:
@@ -188,8 +188,8 @@ def run(context: Context) -> dict[str, Scores]:
     with Progress(workdir, "user tasks", len(mine.tasks), "task") as bar:
         for number, task in enumerate(mine.tasks):
             few_texts = conditions.of_examples(mine, task.name)
-            made = user_methods.adapters(of, few_texts, task.name)
-            table = {**of.fixed, **made, "trained": own[number : number + 1]}
+            candidates = user_methods.adapters(of, few_texts, task.name)
+            table = {**of.fixed, **candidates, "trained": own[number : number + 1]}
             cells = {
                 name: cell(
                     user_methods.hits(mine, of.encoded, task.name, tokens),
@@ -200,10 +200,12 @@ def run(context: Context) -> dict[str, Scores]:
             prior, more = user_methods.rival_hits(of, mine, task.name, few[task.name][0])
             for name, hits in more.items():
                 cells[name] = cell(hits, 1 if name in ("lora_k", "discriminant") else 0)
-            found = user_methods.cross_validate(of, mine, task.name, few[task.name][1:])
+            verdict = user_methods.cross_validate(of, mine, task.name, few[task.name][1:])
             data = describe(mine, base, task, zoo_world.classes)
-            out[task.name] = Scores(data, cells, found)
-            _save(of, mine, task, made["generated"], prior, folder / task.name, out[task.name])
+            out[task.name] = Scores(data, cells, verdict)
+            _save(
+                of, mine, task, candidates["generated"], prior, folder / task.name, out[task.name]
+            )
             bar.step(1)
     write_json(folder / "scores.json", {name: scores.cells for name, scores in out.items()})
     write_json(folder / "settings.json", dataclasses.asdict(config))
@@ -245,12 +247,12 @@ def lines(task: str, scores: Scores) -> list[str]:
     validated: Mapping[str, Any] = scores.verdict.figures if scores.verdict else {}
     order = [key for key in ORDER if key in scores.cells]
     for key in order:
-        found = scores.cells[key]
-        bounds = wilson.Interval(found["low"], found["high"])
+        cell = scores.cells[key]
+        bounds = wilson.Interval(cell["low"], cell["high"])
         own = f"{100 * validated[key]['mean']:6.1f} %" if key in validated else f"{'–':>8s}"
         row = (
-            f"  {key:14s} {100 * found['mean']:6.1f} %   {100 * bounds.low:4.1f} to"
-            f" {100 * bounds.high:5.1f} %   {found['adapters'] or '–':>8}   {own:>15s}"
+            f"  {key:14s} {100 * cell['mean']:6.1f} %   {100 * bounds.low:4.1f} to"
+            f" {100 * bounds.high:5.1f} %   {cell['adapters'] or '–':>8}   {own:>15s}"
         )
         if key in ("generated", "trained"):
             row += f"   {wilson.against(bounds, data.chance)} chance"

@@ -165,9 +165,9 @@ def prepare(context: Context) -> Texts:
     rows: dict[tuple[str, str], Rows] = {}
     for task in (*chosen, *pool):
         caps = task_lib.Caps(config.train_texts, 40, max(1, config.eval_rows // task.classes))
-        found = task_lib.data(task, context.cache, caps)
+        corpus = task_lib.data(task, context.cache, caps)
         for split in SPLITS:
-            words, labels = getattr(found, split)
+            words, labels = getattr(corpus, split)
             index = [texts.setdefault(w, len(texts)) for w in words]
             rows[task.name, split] = Rows(np.asarray(index, np.int32), np.asarray(labels, np.int32))
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()

@@ -68,16 +68,16 @@ def _train_chunk(world: World, k: int, folder: Path, bar: Progress) -> None:
     # The last chunk is filled up with repeats, so that one compilation serves all.
     full = [*chunk, *[chunk[-1]] * (size - len(chunk))]
     work = folder / f"work_{k:03d}"
-    found = train(world, full, world.config.zoo_steps, work, bar)
-    save_tree(folder / f"chunk_{k:03d}", jax.tree.map(lambda x: x[: len(chunk)], found))
+    trained = train(world, full, world.config.zoo_steps, work, bar)
+    save_tree(folder / f"chunk_{k:03d}", jax.tree.map(lambda x: x[: len(chunk)], trained))
     shutil.rmtree(work)
 
 
 def _train_multitask(world: World, folder: Path, bar: Progress) -> None:
     seen = tuple(t.name for t in world.tasks if t.level in ("seen", "user"))
     steps = MULTITASK_STEPS * world.config.zoo_steps
-    found = train(world, [Run("multitask", seen, 0)], steps, folder / "work_multi", bar)
-    save_tree(folder / "multitask", found)
+    trained = train(world, [Run("multitask", seen, 0)], steps, folder / "work_multi", bar)
+    save_tree(folder / "multitask", trained)
     shutil.rmtree(folder / "work_multi")
 
 
@@ -122,11 +122,11 @@ def load(world: World, done: Done) -> Zoo:
     runs = tuple(plan(world))
     parts, losses = [], []
     for k, chunk in enumerate(_chunks(world)):
-        found = load_tree(
+        tree = load_tree(
             done.path / f"chunk_{k:03d}", _empty(world, len(chunk), world.config.zoo_steps)
         )
-        parts.append(found["snapshots"])
-        losses.append(found["loss"])
+        parts.append(tree["snapshots"])
+        losses.append(tree["loss"])
     trainable = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
     for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
         bad = ~np.isfinite(leaf.reshape(len(runs), -1)).all(1)

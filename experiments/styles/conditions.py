@@ -64,9 +64,9 @@ def features(world: World, pixels: np.ndarray) -> np.ndarray:
     return np.concatenate(kept)[: len(pixels)]
 
 
-def gathered(found: np.ndarray) -> np.ndarray:
+def gathered(features: np.ndarray) -> np.ndarray:
     """Mean and spread over pictures, [K, F] to [2 F]; the spread of one picture is zero."""
-    return np.concatenate([found.mean(0), found.std(0)])
+    return np.concatenate([features.mean(0), features.std(0)])
 
 
 class Features(NamedTuple):
@@ -102,13 +102,13 @@ def rows(world: World, style: str, draw: str) -> np.ndarray:
     return np.random.default_rng(number).permutation(count)[:shots]
 
 
-def condition(world: World, found: Features, style: str, draw: str = QUERY) -> np.ndarray:
+def condition(world: World, features: Features, style: str, draw: str = QUERY) -> np.ndarray:
     """c of a style, [2 F].
 
     Args:
       world: pictures and settings.
-      found: of `all_features`.
+      features: of `all_features`.
       style: whose.
       draw: of `rows`.
     """
-    return gathered(found.of[style][rows(world, style, draw)])
+    return gathered(features.of[style][rows(world, style, draw)])

@@ -123,12 +123,12 @@ def turned(adapter: jl.Adapter, seed: int) -> jl.Adapter:
       adapter: of LoRA.
       seed: of the permutations.
     """
-    draw, found = np.random.default_rng(seed), {}
+    draw, permuted = np.random.default_rng(seed), {}
     for path, pair in adapter.trainable.items():
         a, b = pair["a"], pair["b"]
         rows, columns = draw.permutation(a.shape[-2]), draw.permutation(b.shape[-1])
-        found[path] = {"a": a[..., rows, :], "b": b[..., columns]}
-    return adapter.replace(trainable=found)
+        permuted[path] = {"a": a[..., rows, :], "b": b[..., columns]}
+    return adapter.replace(trainable=permuted)
 
 
 @functools.cache

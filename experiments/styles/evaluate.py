@@ -93,12 +93,12 @@ def _measure(context: Context, k: int, folder: Path, bar: Progress) -> None:
     world: World = context.products["data"]
     style, s = context.products["generate"].styles[k], world.settings
     drawn = Drawn(*(x[: s.loss_pictures] for x in world.test[style]))
-    found = {
+    measured = {
         name: [float(held_out_loss(world, tuned(world, one), drawn, s.loss_times).mean())
                for one in some]
         for name, some in adapters(context, style).items()
     }  # fmt: skip
-    write_json(folder / f"style_{k:03d}.json", {"style": style, "loss": found})
+    write_json(folder / f"style_{k:03d}.json", {"style": style, "loss": measured})
     bar.step(1)
 
 

@@ -34,7 +34,7 @@ WALKS = 5  # denoising trajectories
 class Prepared(NamedTuple):
     """What is computed in every process."""
 
-    found: conditions.Features
+    features: conditions.Features
     given: Examples
 
 
@@ -76,13 +76,13 @@ def measured(world: World) -> tuple[str, ...]:
 def prepare(context: Context) -> Prepared:
     """Features of all pictures, and what generators are fitted on."""
     world, zoo = context.products["data"], context.products["zoo"]
-    found = conditions.all_features(world)
-    return Prepared(found, generators.examples(world, zoo, found))
+    features = conditions.all_features(world)
+    return Prepared(features, generators.examples(world, zoo, features))
 
 
 def asked(world: World, prepared: Prepared) -> jax.Array:
     """The condition of each measured style, centred, [styles, 2 F]."""
-    raw = [conditions.condition(world, prepared.found, name) for name in measured(world)]
+    raw = [conditions.condition(world, prepared.features, name) for name in measured(world)]
     return jnp.asarray(np.stack(raw)) - prepared.given.centre[None]
 
 
@@ -193,14 +193,14 @@ def _few(context: Context, folder: Path, bar: Progress) -> None:
         drawn = [shot(world, name) for name in full]
         work, done = folder / f"work_few_{start:03d}", folder / f"few_{start:03d}"
         if not done.exists():
-            found = zoo_training.train(world, plan, runs, drawn, work, bar)["snapshots"]
-            save_tree(done, found)
+            snapshots = zoo_training.train(world, plan, runs, drawn, work, bar)["snapshots"]
+            save_tree(done, snapshots)
             shutil.rmtree(work)
         else:
             bar.step(size * plan.steps)
-        found = load_tree(done, zoo_training.empty(world, plan, size)["snapshots"])
+        snapshots = load_tree(done, zoo_training.empty(world, plan, size)["snapshots"])
         there = len(chunk)
-        kept.append(jax.tree.map(lambda x, n=there: x[:n], found))
+        kept.append(jax.tree.map(lambda x, n=there: x[:n], snapshots))
     save_tree(folder / "few", jax.tree.map(lambda *xs: np.concatenate(xs), *kept))
     for old in folder.glob("few_*"):
         shutil.rmtree(old)

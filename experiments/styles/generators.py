@@ -49,13 +49,13 @@ def banked(adapter: jl.Adapter, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), adapter.frozen)
 
 
-def examples(world: World, zoo: Zoo, found: conditions.Features) -> Examples:
+def examples(world: World, zoo: Zoo, features: conditions.Features) -> Examples:
     """The seen styles' adapters, by run, snapshot and draw of the condition.
 
     Args:
       world: styles and settings.
       zoo: all trained adapters; those of held-out styles are not read.
-      found: features of all styles.
+      features: features of all styles.
     """
     seen = [style.name for style in world.at("seen")]
     runs = [(k, int(row)) for k, name in enumerate(seen) for row in zoo.of(name)]
@@ -70,7 +70,7 @@ def examples(world: World, zoo: Zoo, found: conditions.Features) -> Examples:
     inside = jax.vmap(lambda one: basis.project(common, one))(bank)
     owner = np.repeat(np.asarray([k for k, _ in runs], np.int32), copies)
     given = [
-        conditions.condition(world, found, seen[k], f"adapter {m}/{draw}")
+        conditions.condition(world, features, seen[k], f"adapter {m}/{draw}")
         for m, k in enumerate(owner)
         for draw in range(draws)
     ]

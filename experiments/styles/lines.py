@@ -36,10 +36,10 @@ def lines(more: Mapping[str, float], figure: str) -> dict[str, dict[int, float]]
     Raises:
       ValueError: none of the keys is one of the claim's.
     """
-    found = [(m, value) for key, value in more.items() if (m := KEY.fullmatch(key))]
-    added = {m[1] for m, _ in found if m[4] == "style score"}
+    matches = [(m, value) for key, value in more.items() if (m := KEY.fullmatch(key))]
+    added = {m[1] for m, _ in matches if m[4] == "style score"}
     kept: dict[str, dict[int, list[float]]] = {}
-    for m, value in found:
+    for m, value in matches:
         if m[4] == figure:
             line = kept.setdefault(NAMES[m[1] in added, m[2]], {})
             line.setdefault(int(m[3]), []).append(value)

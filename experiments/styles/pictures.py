@@ -116,11 +116,11 @@ def order(picture: Picture) -> str:
     return hashlib.sha256(f"order {picture.group}".encode()).hexdigest()
 
 
-def chosen(found: list[Picture], names: Pictures, count: int, held_out: bool) -> Drawn:
+def chosen(candidates: list[Picture], names: Pictures, count: int, held_out: bool) -> Drawn:
     """The first pictures of a source, of one kind of name.
 
     Args:
-      found: pictures of a source.
+      candidates: pictures of a source.
       names: numbers words and labels.
       count: at most so many.
       held_out: whether base D was kept from their names.
@@ -128,11 +128,13 @@ def chosen(found: list[Picture], names: Pictures, count: int, held_out: bool) ->
     Raises:
       StageError: fewer than two, or a label that the base does not know.
     """
-    some = sorted((p for p in found if p.held_out == held_out), key=order)[:count]
+    some = sorted((p for p in candidates if p.held_out == held_out), key=order)[:count]
     if len(some) < 2:
-        raise StageError(f"{found[0].style}: got {len(some)} pictures, expected at least 2")
+        raise StageError(f"{candidates[0].style}: got {len(some)} pictures, expected at least 2")
     if unknown := {p.label for p in some} - set(names.labels):
-        raise StageError(f"{found[0].style}: got labels {sorted(unknown)}, unknown to the base")
+        raise StageError(
+            f"{candidates[0].style}: got labels {sorted(unknown)}, unknown to the base"
+        )
     return Drawn(
         np.stack([p.pixels for p in some]),
         np.stack([names.encode(p.words) for p in some]),
@@ -159,9 +161,9 @@ def pieces(context: Context, base: base_d.BaseD) -> list[Piece]:
 
 def _keep(context: Context, base: base_d.BaseD, name: str, folder: Path, bar: Progress) -> None:
     settings, names = _settings(context), known(base)
-    found = shapes(name) if settings.base == TINY else sources.pictures((name,), context.cache)
-    parts = {"train": chosen(found, names, settings.pictures, False),
-             "test": chosen(found, names, settings.measured, True)}  # fmt: skip
+    gathered = shapes(name) if settings.base == TINY else sources.pictures((name,), context.cache)
+    parts = {"train": chosen(gathered, names, settings.pictures, False),
+             "test": chosen(gathered, names, settings.measured, True)}  # fmt: skip
     arrays = {f"{part}_{k}": x for part, drawn in parts.items()
               for k, x in drawn._asdict().items()}  # fmt: skip
     save_array(folder / f"{name}.npz", **arrays)

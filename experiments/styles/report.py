@@ -95,15 +95,15 @@ def table(drawings: Drawings) -> dict[str, Any]:
     return out
 
 
-def claims(found: dict[str, Any], drawings: Drawings) -> list[dict[str, Any]]:
+def claims(results: dict[str, Any], drawings: Drawings) -> list[dict[str, Any]]:
     """What was asked for, with intervals; nothing is rounded in anybody's favour.
 
     Args:
-      found: of `losses`.
+      results: of `losses`.
       drawings: of the stage `sample`.
     """
     out = []
-    for level, part in found.items():
+    for level, part in results.items():
         if level == "seen" or len(part["styles"]) < 2:
             continue
         d = part["flow minus"]["ridge"]
@@ -132,7 +132,7 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
     world, scores = context.products["data"], context.products["evaluate"]
     drawings: Drawings = context.products["sample"]
     written: Written = context.products["generate"]
-    found = losses(scores)
+    by_style = losses(scores)
     kept = {path: float(np.min(x)) for path, x in written.prepared.given.kept.items()}
     report = {
         "command": context.command,
@@ -141,10 +141,10 @@ def read(context: Context, prepared: None, done: Done) -> dict[str, Any]:
         "base": {k: world.base.card.get(k) for k in ("steps", "parameters")},
         "few steps": scores.few_steps,
         "energy kept by the common basis": kept,
-        "losses": found,
+        "losses": by_style,
         "loss by style": scores.loss,
         "samples": table(drawings),
-        "claims": claims(found, drawings),
+        "claims": claims(by_style, drawings),
     }
     write_json(context.workdir / "report.json", report)
     real = {style: world.test[style].pixels for style in drawings.styles}

@@ -83,19 +83,21 @@ def chosen(scores: Scores, count: int) -> tuple[str, ...]:
     return tuple(out)
 
 
-def figures(world: World, found: conditions.Features, style: str, drawn: Drawn) -> dict[str, float]:
+def figures(
+    world: World, features: conditions.Features, style: str, drawn: Drawn
+) -> dict[str, float]:
     """Figures of pictures that were asked for by name in a style.
 
     Args:
       world: the classifier, and real held-out pictures of the style.
-      found: sizes of the style features.
+      features: sizes of the style features.
       style: whose.
       drawn: the pictures, with the labels that were asked for.
     """
     real = world.test[style].pixels
     read = functools.partial(classifier.apply, world.known, world.base.classifier)
     (h, _, label), (other, _, _) = read(drawn.pixels), read(real)
-    mine, theirs = (conditions.features(world, x) / found.size for x in (drawn.pixels, real))
+    mine, theirs = (conditions.features(world, x) / features.size for x in (drawn.pixels, real))
     return {
         "frechet": quality.frechet(h, other),
         "style distance": float(np.sqrt(((mine.mean(0) - theirs.mean(0)) ** 2).mean())),
@@ -156,18 +158,18 @@ def read(context: Context, prepared: None, done: Done) -> Drawings:
     """Pictures and their figures."""
     world, scores = context.products["data"], context.products["evaluate"]
     written: Written = context.products["generate"]
-    found = written.prepared.found
+    features = written.prepared.features
     names = chosen(scores, world.settings.sampled)
     pixels = {n: _loaded(done.path / f"style_{k:03d}.npz") for k, n in enumerate(names)}
     table: dict[str, dict[str, dict[str, list[float]]]] = {}
     for style, by_method in pixels.items():
         asked, real = _asked(world, style), world.train[style]
         each = {
-            name: [figures(world, found, style, asked._replace(pixels=one)) for one in some]
+            name: [figures(world, features, style, asked._replace(pixels=one)) for one in some]
             for name, some in by_method.items()
         }
         count = len(asked.label)
-        each[REAL] = [figures(world, found, style, Drawn(*(x[:count] for x in real)))]
+        each[REAL] = [figures(world, features, style, Drawn(*(x[:count] for x in real)))]
         table[style] = {
             name: {key: [row[key] for row in rows] for key in rows[0]}
             for name, rows in each.items()

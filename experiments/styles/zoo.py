@@ -80,8 +80,8 @@ def _train(world: World, k: int, folder: Path, bar: Progress) -> None:
     full = [*chunk, *[chunk[-1]] * (size - len(chunk))]
     work = folder / f"work_{k:03d}"
     drawn = [world.train[run.style] for run in full]
-    found = train(world, recipe(world), full, drawn, work, bar)
-    save_tree(folder / f"chunk_{k:03d}", jax.tree.map(lambda x: x[: len(chunk)], found))
+    trained = train(world, recipe(world), full, drawn, work, bar)
+    save_tree(folder / f"chunk_{k:03d}", jax.tree.map(lambda x: x[: len(chunk)], trained))
     shutil.rmtree(work)
 
 

@@ -261,8 +261,8 @@ def empty(world: World, plan: Recipe, runs: int) -> dict[str, Any]:
 def _losses(config: dit.DiTConfig, params: PyTree, x: jax.Array, condition: Any, t: jax.Array,
             noise: jax.Array) -> jax.Array:  # fmt: skip
     def one(x, condition, t, noise):
-        found = dit.forward(params, (1.0 - t) * x + t * noise, t, condition, config=config)
-        return jnp.mean((found.velocity - (noise - x)) ** 2)
+        velocity = dit.forward(params, (1.0 - t) * x + t * noise, t, condition, config=config)
+        return jnp.mean((velocity.velocity - (noise - x)) ** 2)
 
     return jax.vmap(lambda x, c, n: jax.vmap(one, (None, None, 0, 0))(x, c, t, n))(
         x, condition, noise
@@ -288,7 +288,7 @@ def held_out_loss(world: World, params: PyTree, drawn: Drawn, times: int) -> np.
     shape = (n, times, *drawn.pixels.shape[1:])
     noise = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     condition = dit.Condition(jnp.full((n,), world.token, jnp.int32), jnp.asarray(drawn.words))
-    found = _losses(
+    losses = _losses(
         world.base.config, params, scaled(drawn.pixels), condition, t.astype(np.float32), noise
     )
-    return np.asarray(found, np.float64).mean(1)
+    return np.asarray(losses, np.float64).mean(1)

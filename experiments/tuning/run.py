@@ -84,12 +84,12 @@ def prepare(jobs: Jobs, cache: Path | None = None) -> Work:
         order.append(chosen)
         lengths = tuple(tuple(len(held[i].ids) for i in batch) for batch in chosen)
         planned.append(Job(task.name, lengths))
-    made = planner.plan(planned, jobs.capacity, jobs.block)
-    planner.verify(made, planned, jobs.capacity, jobs.block)
-    steps = planner.rows(made, jobs.rows)
+    plan = planner.plan(planned, jobs.capacity, jobs.block)
+    planner.verify(plan, planned, jobs.capacity, jobs.block)
+    steps = planner.rows(plan, jobs.rows)
     contents = [base.contents, *(digest(Path(t.settings.data)) for t in jobs.tasks)]
     return Work(
-        jobs, base, tuple(documents), tuple(order), made, steps,
+        jobs, base, tuple(documents), tuple(order), plan, steps,
         planner.waste(steps, planned, jobs.capacity), _key(jobs, contents),
     )  # fmt: skip
 

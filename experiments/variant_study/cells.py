@@ -90,14 +90,14 @@ def groups(bench: Bench, variant: Variant, rank: int, seed: int) -> list[Group]:
     every = np.arange(len(bench.names))
     if variant.start is None:
         inputs, _ = bench.pick(bench.data, "train", 0, np.zeros(1, np.int32))
-        made = jl.init(jax.random.key(seed), bench.apply, bench.base, *inputs,
+        adapters = jl.init(jax.random.key(seed), bench.apply, bench.base, *inputs,
                        methods={ATTENTION: variant.method(rank)})  # fmt: skip
         if variant.change:
-            made = variant.change(made, seed)
-        return [Group(bench.base, made, every)]
+            adapters = variant.change(adapters, seed)
+        return [Group(bench.base, adapters, every)]
     methods = {ATTENTION: variant.method(rank)}
-    made = [variant.start(starts.data(bench, int(t), seed), methods) for t in every]
-    return [Group(bench.base, m, every[t : t + 1]) for t, m in enumerate(made)]
+    adapters = [variant.start(starts.data(bench, int(t), seed), methods) for t in every]
+    return [Group(bench.base, m, every[t : t + 1]) for t, m in enumerate(adapters)]
 
 
 def how(variant: Variant, rank: int, steps: int, batch: int, adapter: jl.Adapter) -> Run:
@@ -126,7 +126,7 @@ def measure(bench: Bench, variant: Variant, rank: int, seed: int, plan: Plan) ->
         for split in ("validation", "test"):
             right = training.judge(bench, run, base, adapter, lanes, split, at)
             parts[split].append(right.reshape(len(rates), -1))
-    grids = {name: np.concatenate(found, axis=1).tolist() for name, found in parts.items()}
+    grids = {name: np.concatenate(blocks, axis=1).tolist() for name, blocks in parts.items()}
     return Cell(bench.name, variant.name, rank, seed, size, rates, **grids)
 
 

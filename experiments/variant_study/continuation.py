@@ -82,8 +82,8 @@ def split_of(document: texts.Document) -> str:
 def _documents(kind: str, cache: Path | None) -> list[texts.Document]:
     if kind in texts.SOURCES:
         return texts.documents((kind,), cache)
-    found = corpora.load(kind, cache, progress=False)
-    rows = zip(found.units, found.texts, strict=True)
+    corpus = corpora.load(kind, cache, progress=False)
+    rows = zip(corpus.units, corpus.texts, strict=True)
     return [texts.Document(kind, unit, text) for unit, text in rows]
 
 

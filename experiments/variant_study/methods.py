@@ -55,15 +55,15 @@ class Variant(NamedTuple):
           ValueError: no record has the name of one of its systems, or no axis fits its module.
         """
         modules = {p.system.name: p.module for p in registry.systems()}
-        found = []
+        result = []
         for name in self.systems:
             if name not in modules:
                 raise ValueError(f"{self.name}: systems: got {name!r}, expected a record's name")
             axis = next((a for m, a in AXES.items() if modules[name].startswith(m)), None)
             if axis is None:
                 raise ValueError(f"{self.name}: {modules[name]} is on none of the four axes")
-            found.append(axis)
-        return tuple(dict.fromkeys(found))
+            result.append(axis)
+        return tuple(dict.fromkeys(result))
 
 
 def _lora(rank: int) -> jl.LoRA:

@@ -94,10 +94,10 @@ def _per_task(
         np.asarray([[getattr(c, split) for c in cs] for cs in chosen])
         for split in ("validation", "test")
     )
-    found = sensitivity.spreads(validation, test)
-    out = {"over rates": found.over_rates, "over variants": found.methods}
+    spreads = sensitivity.spreads(validation, test)
+    out = {"over rates": spreads.over_rates, "over variants": spreads.methods}
     if "LoRA" in rows:
-        out["behind the best"] = sensitivity.behind(validation, found, list(rows).index("LoRA"))
+        out["behind the best"] = sensitivity.behind(validation, spreads, list(rows).index("LoRA"))
     return out
 
 
@@ -128,20 +128,20 @@ def _verdict(holds: bool, fails: bool) -> str:
     return "holds" if holds else "does not hold" if fails else "undecided"
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(summary: Mapping[str, Any]) -> str:
     """The report as Markdown, best variant first."""
     lines = [
         "# Variants of LoRA on real tasks, tuned alike",
         "",
-        f"Written by `{found['command']}`. Test accuracy in %, of next tokens where texts are "
+        f"Written by `{summary['command']}`. Test accuracy in %, of next tokens where texts are "
         "continued; rate and rank by validation rows; in brackets a 95 % interval over tasks.",
     ]
-    for base, own in found["bases"].items():
+    for base, own in summary["bases"].items():
         lines += ["", f"## {base}: {', '.join(own['tasks'])}", "", *_table(own["variants"]), "",
                   f"![Best accuracy and spread over learning rates](variants_{base}.svg)", "",
                   *_said(own["checks"])]  # fmt: skip
-    if len(found["bases"]) > 1:
-        lines += ["", "## All tasks", "", *_said(found["checks"])]
+    if len(summary["bases"]) > 1:
+        lines += ["", "## All tasks", "", *_said(summary["checks"])]
     return "\n".join(lines) + "\n"
 
 
@@ -196,9 +196,9 @@ def plot(variants: Mapping[str, Any], file: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def write(found: Mapping[str, Any], cells: Sequence[Cell], workdir: Path) -> None:
+def write(summary: Mapping[str, Any], cells: Sequence[Cell], workdir: Path) -> None:
     """report.json, report.md and a plot per base into the workdir."""
-    write_json(workdir / "report.json", {**found, "cells": [c._asdict() for c in cells]})
-    (workdir / "report.md").write_text(markdown(found), encoding="utf-8")
-    for base, own in found["bases"].items():
+    write_json(workdir / "report.json", {**summary, "cells": [c._asdict() for c in cells]})
+    (workdir / "report.md").write_text(markdown(summary), encoding="utf-8")
+    for base, own in summary["bases"].items():
         plot(own["variants"], workdir / f"variants_{base}.svg")

@@ -101,8 +101,8 @@ def _train(bench, sites, run, data, base, start, frozen, rates, at, seed):
     model, plan, count = jl.lift(bench.apply), run.schedule, bench.sizes["train"]
 
     def solver(rate):
-        made = run.solver(lambda n: rate * 0.5 * (1 + jnp.cos(jnp.pi * n / run.steps)))
-        return optax.with_extra_args_support(made)
+        optimizer = run.solver(lambda n: rate * 0.5 * (1 + jnp.cos(jnp.pi * n / run.steps)))
+        return optax.with_extra_args_support(optimizer)
 
     def loss(one, state, inputs, label, step, key):
         adapter = plan.view(jl.Adapter(one, frozen, sites), state, step, key)

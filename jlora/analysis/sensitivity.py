@@ -77,14 +77,14 @@ def spreads(
 
 
 def behind(
-    validation: Float[np.ndarray, "v s e t"], found: Spreads, method: int
+    validation: Float[np.ndarray, "v s e t"], spread: Spreads, method: int
 ) -> Float[np.ndarray, "t"]:
     """By how much one method is below the best one, per task; negative where it is above.
 
     Args:
-      validation: the accuracies that `found` is of; they say which method is the best one, so that
+      validation: the accuracies that `spread` is of; they say which method is the best one, so that
         the luck of the test rows does not.
-      found: of `spreads`.
+      spread: of `spreads`.
       method: the place of the one method, such as LoRA, on the axis v.
 
     Returns:
@@ -93,11 +93,11 @@ def behind(
     Raises:
       ValueError: no such method.
     """
-    if not 0 <= method < len(found.best):
-        raise ValueError(f"method: got {method}, expected 0 to {len(found.best) - 1}")
+    if not 0 <= method < len(spread.best):
+        raise ValueError(f"method: got {method}, expected 0 to {len(spread.best) - 1}")
     y = np.asarray(validation, np.float64).mean((1, 3))
-    top = int(y[np.arange(len(y)), found.rate].argmax())
-    return found.best[top] - found.best[method]
+    top = int(y[np.arange(len(y)), spread.rate].argmax())
+    return spread.best[top] - spread.best[method]
 
 
 def noise(runs: Float[np.ndarray, "v n t"]) -> Float[np.ndarray, "t"]:

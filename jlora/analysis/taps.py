@@ -143,8 +143,8 @@ class MomentTap(Method):
         """x @ w, and the sums."""
         rows, count = _rows(self.path, x, ctx)
         first = gram(jnp.ones((*rows.shape[:-1], 1), rows.dtype), rows)[0]
-        found = {"second": gram(rows, rows), "first": first, "count": count}
-        return x @ w, {"index": ctx["index"], **found}
+        report = {"second": gram(rows, rows), "first": first, "count": count}
+        return x @ w, {"index": ctx["index"], **report}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +160,8 @@ class RowTap(Method):
         rows, count = _rows(self.path, x, ctx)
         flat = rows.reshape(-1, rows.shape[-1]).astype(at_least_float32(rows.dtype))
         values, vectors = leading(flat, min(self.kept, flat.shape[1]))
-        found = {"rows": values[:, None] * vectors, "energy": jnp.sum(flat * flat), "count": count}
-        return x @ w, {"index": ctx["index"], **found}
+        report = {"rows": values[:, None] * vectors, "energy": jnp.sum(flat * flat), "count": count}
+        return x @ w, {"index": ctx["index"], **report}
 
 
 def tap(sites: Sequence[Site], method: Callable[[str], Method]) -> Adapter:
@@ -266,10 +266,10 @@ def _streamed(fn, params, batches, mask, adapter, start, add) -> Dynamic:
     for batch in batches:
         rows = None if mask is None else jnp.asarray(mask(batch))
         state = _step(fn, add, state, params, adapter, arguments(batch), rows)
-    for path, found in state.items():
-        if not bool(jnp.all(found.count > 0)):
-            raise ValueError(f"{path}: got no data: no input row, count {found.count}")
-        for t in found:
+    for path, moments in state.items():
+        if not bool(jnp.all(moments.count > 0)):
+            raise ValueError(f"{path}: got no data: no input row, count {moments.count}")
+        for t in moments:
             check_finite(path, t, "inputs")
     return state
 
@@ -283,12 +283,12 @@ def _step(fn, add, state, params, adapter, args, rows):
     )
     _, reports = lift(fn, aux=True)(params, adapter, *args, ctx=ctx)
     for name, report in reports.items():  # the second use of a site is called path#2
-        path, found = name.split("#")[0], dict(report)
-        state = {**state, path: add(state[path], found.pop("index"), found, stacks[path])}
+        path, reported = name.split("#")[0], dict(report)
+        state = {**state, path: add(state[path], reported.pop("index"), reported, stacks[path])}
     return state
 
 
-def _summed(state: Moments, index: Array, found: Reported, stack: tuple[int, ...]) -> Moments:
+def _summed(state: Moments, index: Array, reported: Reported, stack: tuple[int, ...]) -> Moments:
     """Moments with those of one use, of one slice of the stack or of several."""
 
     def one(total, part):
@@ -296,14 +296,14 @@ def _summed(state: Moments, index: Array, found: Reported, stack: tuple[int, ...
         part = part.reshape(index.size, *flat.shape[1:]).astype(flat.dtype)
         return flat.at[index.reshape(-1)].add(part).reshape(total.shape)
 
-    return Moments(*(one(t, found[k]) for k, t in state._asdict().items()))
+    return Moments(*(one(t, reported[k]) for k, t in state._asdict().items()))
 
 
-def _joined(state: Leading, index: Array, found: Reported, stack: tuple[int, ...]) -> Leading:
+def _joined(state: Leading, index: Array, reported: Reported, stack: tuple[int, ...]) -> Leading:
     """Leading directions with those of one use, slice after slice."""
     n = math.prod(stack)
     flat = jax.tree.map(lambda t: t.reshape(n, *t.shape[len(stack) :]), state)
-    parts = {k: t.reshape(index.size, *t.shape[index.ndim :]) for k, t in found.items()}
+    parts = {k: t.reshape(index.size, *t.shape[index.ndim :]) for k, t in reported.items()}
 
     def one(kept, part):
         at, new = part

@@ -119,11 +119,11 @@ def tree_of(path: Path) -> Leaves:
 def _orbax(path: Path) -> Leaves:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found: Dynamic = checkpointer.metadata(path.absolute())
-        found = getattr(found, "item_metadata", found)
-        found = getattr(found, "tree", found)
+            metadata: Dynamic = checkpointer.metadata(path.absolute())
+        metadata = getattr(metadata, "item_metadata", metadata)
+        metadata = getattr(metadata, "tree", metadata)
         leaves = jax.tree_util.tree_flatten_with_path(
-            found, is_leaf=lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
+            metadata, is_leaf=lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
         )[0]
         tree = {
             path_string(keys): jax.ShapeDtypeStruct(tuple(leaf.shape), jnp.float32)
@@ -153,12 +153,12 @@ def modules_of(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """
     if (kind := files.detect(path)) in ("orbax", "gguf"):
         raise FormatError(path, f"got {kind}, expected a format with the names of torch modules")
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, (shape, _) in header(path / WEIGHTS if path.is_dir() else path).items():
         match = ENDS.fullmatch(key.removeprefix(ROOT))
         if match is not None and match[2] != "alpha":
-            found.setdefault(match[1], {})[match[2]] = tuple(shape)
-    return found
+            modules.setdefault(match[1], {})[match[2]] = tuple(shape)
+    return modules
 
 
 def check(path: Path, tree: Leaves, names: NameMap, start: str = "") -> Found:

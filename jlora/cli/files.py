@@ -100,13 +100,13 @@ def start_of(path: Path, kind: Format, given: str | None) -> str:
         return given or ""
     heads = [name.partition(".")[0] for name in header(path)]
     if kind == "kohya":
-        found = {next((p for p in PREFIXES if h.startswith(f"{p}_")), h) for h in heads}
+        present = {next((p for p in PREFIXES if h.startswith(f"{p}_")), h) for h in heads}
         flag = "--prefix"
     else:
-        found, flag = set(heads), "--component"
-    if len(found) != 1:
-        raise FormatError(path, f"holds {sorted(found)[:6]}: choose one with {flag}")
-    return found.pop()
+        present, flag = set(heads), "--component"
+    if len(present) != 1:
+        raise FormatError(path, f"holds {sorted(present)[:6]}: choose one with {flag}")
+    return present.pop()
 
 
 def names_of(value: str | None, prefix: str = "") -> NameMap:

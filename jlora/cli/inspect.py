@@ -80,9 +80,9 @@ def _check_names(args: argparse.Namespace) -> int:
     kind = files.detect(args.path)
     start = files.start_of(args.path, kind, args.prefix if kind == "kohya" else args.component)
     names = files.names_of(args.names)
-    found = check_names.check(args.path, check_names.tree_of(args.check_names), names, start)
-    print(json.dumps(dataclasses.asdict(found), indent=2) if args.json else found.text())
-    return 0 if found.good else 1
+    check = check_names.check(args.path, check_names.tree_of(args.check_names), names, start)
+    print(json.dumps(dataclasses.asdict(check), indent=2) if args.json else check.text())
+    return 0 if check.good else 1
 
 
 def run(args: argparse.Namespace) -> str:
@@ -99,14 +99,14 @@ def run(args: argparse.Namespace) -> str:
     names = files.names_of(None)
     start = files.start_of(args.path, kind, args.prefix if kind == "kohya" else args.component)
     adapter, extras = files.read(args.path, kind, names, base=base, start=start)
-    found = rows(adapter, _dense(adapter, base, names))
+    lines = rows(adapter, _dense(adapter, base, names))
     cosines = similarity(adapter)
     if args.plot:
-        plot(found, cosines, args.plot)
+        plot(lines, cosines, args.plot)
     if args.sort:
         key = {"site": lambda r: r.site}.get(args.sort, lambda r: -(getattr(r, args.sort) or 0.0))
-        found.sort(key=key)
-    shown = found[: args.top] if args.top else found
+        lines.sort(key=key)
+    shown = lines[: args.top] if args.top else lines
     size = bank_size(adapter)
     if args.json:
         data = {"path": str(args.path), "format": kind, "bank": size, "extras": sorted(extras)}
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> str:
         if cosines is not None:
             data["cosines"] = cosines.tolist()
         return json.dumps(data, indent=2)
-    return "\n".join([table(shown), "", _summary(kind, size, found, extras, cosines)])
+    return "\n".join([table(shown), "", _summary(kind, size, lines, extras, cosines)])
 
 
 def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, Dynamic]:
@@ -133,17 +133,17 @@ def _dense(adapter: Adapter, base: Base | None, names: io.NameMap) -> dict[str, 
 
 
 def _summary(
-    kind: str, size: int | None, found: Sequence[Row], extras: Dynamic, cosines: np.ndarray | None
+    kind: str, size: int | None, lines: Sequence[Row], extras: Dynamic, cosines: np.ndarray | None
 ) -> str:
     what = f"bank of {size} adapters" if size else "adapter"
-    methods = ", ".join(sorted({r.method for r in found}))
-    parts = [f"{kind} {what}: {len(found)} sites, {methods}"]
-    parts.append(f"{sum(r.parameters for r in found):,} trained parameters per adapter")
-    known = [r.norm for r in found if r.norm is not None]
+    methods = ", ".join(sorted({r.method for r in lines}))
+    parts = [f"{kind} {what}: {len(lines)} sites, {methods}"]
+    parts.append(f"{sum(r.parameters for r in lines):,} trained parameters per adapter")
+    known = [r.norm for r in lines if r.norm is not None]
     if known:
         parts.append(f"norm {math.sqrt(sum(n * n for n in known)):.4g}")
-    if len(known) < len(found):
-        parts.append(f"{len(found) - len(known)} sites need --base for their norm")
+    if len(known) < len(lines):
+        parts.append(f"{len(lines) - len(known)} sites need --base for their norm")
     if extras:
         parts.append(f"brings weights of the base along: {', '.join(sorted(extras))}")
     if cosines is not None and len(cosines) > 1:

@@ -11,11 +11,11 @@ import numpy as np
 from jlora.cli.inspect_rows import Row
 
 
-def plot(found: Sequence[Row], cosines: np.ndarray | None, path: Path) -> None:
+def plot(lines: Sequence[Row], cosines: np.ndarray | None, path: Path) -> None:
     """Writes norms per site, spectra, and the similarity of a bank as one picture.
 
     Args:
-      found: one row per site.
+      lines: one row per site.
       cosines: [N, N] of a bank; None: no such panel.
       path: of the picture; the suffix is its format.
 
@@ -26,7 +26,7 @@ def plot(found: Sequence[Row], cosines: np.ndarray | None, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install 'jlora[experiments]'") from error
-    known = [r for r in found if r.norm is not None]
+    known = [r for r in lines if r.norm is not None]
     if not known:
         raise ValueError("no site has a norm without the base's weights; give --base")
     panels = 2 + (cosines is not None)

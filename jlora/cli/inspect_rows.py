@@ -123,10 +123,10 @@ def _spectrum(one: Adapter, bank: bool, dense: Dynamic) -> np.ndarray | None:
         return np.linalg.svd(np.asarray(dense, np.float64), compute_uv=False)
     try:
         read = jax.vmap(algebra.deltas) if bank else algebra.deltas
-        found = algebra.singular_values(read(one))
+        values = algebra.singular_values(read(one))
     except TypeError:
         return None
-    return np.asarray(next(iter(found.values())), np.float64)
+    return np.asarray(next(iter(values.values())), np.float64)
 
 
 def similarity(adapter: Adapter) -> np.ndarray | None:
@@ -146,11 +146,11 @@ def similarity(adapter: Adapter) -> np.ndarray | None:
         return None
 
 
-def table(found: Sequence[Row]) -> str:
+def table(entries: Sequence[Row]) -> str:
     """The rows as aligned text.
 
     Args:
-      found: one row per site.
+      entries: one row per site.
 
     Returns:
       The text.
@@ -168,7 +168,7 @@ def table(found: Sequence[Row]) -> str:
             _text(r.top),
             _text(r.stable_rank),
         )
-        for r in found
+        for r in entries
     ]
     width = [max(len(line[k]) for line in (head, *lines)) for k in range(len(head))]
     left = 3  # text columns

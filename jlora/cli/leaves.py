@@ -77,11 +77,11 @@ def write(path: Path, adapter: Adapter, package: str) -> None:
       FormatError: what `lora_leaves` refuses, with the path.
     """
     try:
-        found = io.lora_leaves(adapter, package)
+        leaves = io.lora_leaves(adapter, package)
     except ValueError as error:
         raise FormatError(path, str(error)) from error
-    said = {"package": package, "rank": str(found.rank), "alpha": str(found.alpha)}
-    safetensors_file.write(path, found.leaves, said)
+    said = {"package": package, "rank": str(leaves.rank), "alpha": str(leaves.alpha)}
+    safetensors_file.write(path, leaves.leaves, said)
 
 
 def _arrays(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:

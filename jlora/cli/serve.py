@@ -133,11 +133,11 @@ def read_base(path: Path, dtype: str) -> Base:
 
 
 def _ends(path: Path, tokenizer: Dynamic) -> tuple[int, ...]:
-    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ends = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if (file := path / "generation_config.json").is_file():
         given = read_json(file).get("eos_token_id")
-        found |= {n for n in (given if isinstance(given, list) else [given]) if type(n) is int}
-    return tuple(sorted(found))
+        ends |= {n for n in (given if isinstance(given, list) else [given]) if type(n) is int}
+    return tuple(sorted(ends))
 
 
 def engine_of(args: argparse.Namespace, base: Base) -> tuple[Engine, shelf.Shelf]:

@@ -70,11 +70,11 @@ def precise(case: Case) -> None:
     adapters = {d: _stored(case.noisy[1], name, d) for d in kinds}
     bases, xs = ({d: t.astype(d) for d in kinds} for t in (case.params["layers"][name], case.x))
     given = [({name: bases[base]}, adapters[kept], xs[kind]) for base, kept, kind in trials]
-    found = case.jit(lambda given: [run(*each) for each in given])(given)
+    results = case.jit(lambda given: [run(*each) for each in given])(given)
     with jax.enable_x64(True):
         one = case.jit(definition)
         exact = [one(*cast(each, jnp.float64)) for each in given]
-    for trial, (y, merged), (want, total) in zip(trials, found, exact, strict=True):
+    for trial, (y, merged), (want, total) in zip(trials, results, exact, strict=True):
         what = "base {}, adapter {}, activation {}".format(*trial)
         assert y.dtype == trial[2], what
         tol = ROUNDING[trial[2]]

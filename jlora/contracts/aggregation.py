@@ -214,8 +214,8 @@ def finite(record: Aggregation, at: World) -> float:
     zero = LowRank(*(jnp.zeros_like(t) for t in at.bank))
     if record.shared:
         zero = LowRank(at.bank.u, zero.v)
-    found = (*jax.value_and_grad(total)(at.weights, at.bank), total(at.weights, zero))
-    return 0.0 if all(np.isfinite(np.asarray(t)).all() for t in found) else float("inf")
+    numbers = (*jax.value_and_grad(total)(at.weights, at.bank), total(at.weights, zero))
+    return 0.0 if all(np.isfinite(np.asarray(t)).all() for t in numbers) else float("inf")
 
 
 def jit(record: Aggregation, at: World) -> float:

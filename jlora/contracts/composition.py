@@ -213,8 +213,8 @@ def turns(record: Composition, at: World) -> float:
     Args and Returns are those of `error`.
     """
     w = record.weights(len(at.adapters), STEPS)
-    found = [_unrolled(record, at, a, w) for a in (at.adapters[::-1], at.adapters)]
-    return gap(*found)
+    results = [_unrolled(record, at, a, w) for a in (at.adapters[::-1], at.adapters)]
+    return gap(*results)
 
 
 def _unrolled(
@@ -264,8 +264,8 @@ def finite(record: Composition, at: World) -> float:
     def _predicted(w: Array) -> Array:
         return record.denoise(tiny.model, at.params, state, w, at.z[0], jnp.float32(0.5))
 
-    found = np.asarray([slopes(w) for w in (at.w[0], jnp.zeros_like(at.w[0]))])
-    return 0.0 if (np.isfinite(found) & (found != 0)).all() else float("inf")
+    gradients = np.asarray([slopes(w) for w in (at.w[0], jnp.zeros_like(at.w[0]))])
+    return 0.0 if (np.isfinite(gradients) & (gradients != 0)).all() else float("inf")
 
 
 def jit(record: Composition, at: World) -> float:

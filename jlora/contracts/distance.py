@@ -23,8 +23,8 @@ def gap(a: Tree, b: Tree) -> float:
         x, y = np.asarray(x, "f8"), np.asarray(y, "f8")
         if x.shape != y.shape:
             return float("inf")
-        found = np.max(np.abs(x - y), initial=0.0) / (np.max(np.abs(y), initial=0.0) or 1.0)
-        worst = max(worst, float(found)) if np.isfinite(found) else float("inf")
+        distance = np.max(np.abs(x - y), initial=0.0) / (np.max(np.abs(y), initial=0.0) or 1.0)
+        worst = max(worst, float(distance)) if np.isfinite(distance) else float("inf")
     return worst
 
 

@@ -156,8 +156,8 @@ def same(record: Generator, at: World) -> float:
     Args and Returns are those of `error`.
     """
     first, second = _fitted(record, at), _fitted(record, at)
-    found = [record.generate(_key(1), s, at.queries[0]) for s in (first, first, second)]
-    return 0.0 if all(same_bits(f, found[0]) for f in found) else float("inf")
+    adapters = [record.generate(_key(1), s, at.queries[0]) for s in (first, first, second)]
+    return 0.0 if all(same_bits(f, adapters[0]) for f in adapters) else float("inf")
 
 
 def batch(record: Generator, at: World) -> float:
@@ -176,10 +176,10 @@ def valid(record: Generator, at: World) -> float:
 
     Args and Returns are those of `error`.
     """
-    found, one = record.generate(_key(1), _fitted(record, at), at.queries[0]), at.bank[0]
-    if jax.tree.structure(found) != jax.tree.structure(one):
+    adapter, one = record.generate(_key(1), _fitted(record, at), at.queries[0]), at.bank[0]
+    if jax.tree.structure(adapter) != jax.tree.structure(one):
         return float("inf")
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(one), strict=True):
+    for a, b in zip(jax.tree.leaves(adapter), jax.tree.leaves(one), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype or not np.isfinite(np.asarray(a)).all():
             return float("inf")
     return 0.0
@@ -193,8 +193,8 @@ def order(record: Generator, at: World) -> float:
     turned = np.arange(len(at.groups))[::-1].copy()
     given = at.conditions[turned], at.groups[turned], at.bank[turned]
     state = record.fit(_key(0), *given, **record.small)
-    found = (record.generate(_key(1), s, at.queries[0]) for s in (state, _fitted(record, at)))
-    return gap(*found)
+    adapters = (record.generate(_key(1), s, at.queries[0]) for s in (state, _fitted(record, at)))
+    return gap(*adapters)
 
 
 def refused(record: Generator, at: World) -> float:
@@ -221,8 +221,8 @@ def conditioned(record: Generator, at: World) -> float:
     Args and Returns are those of `error`.
     """
     state = _fitted(record, at)
-    found = [record.generate(_key(1), state, at.conditions[k]).trainable for k in (0, -1)]
-    return 0.0 if gap(*found) > 1e-2 else float("inf")
+    adapters = [record.generate(_key(1), state, at.conditions[k]).trainable for k in (0, -1)]
+    return 0.0 if gap(*adapters) > 1e-2 else float("inf")
 
 
 def jit(record: Generator, at: World) -> float:

@@ -195,8 +195,8 @@ def zero(record: Optimizer, at: World) -> float:
     none = jax.tree.map(jnp.zeros_like, at.trainable)
     size = []
     for g in (none, gradients(at)):
-        found = jax.tree.leaves(rule.update(g, state, at.trainable, frozen=at.frozen)[0])
-        size.append(float(np.sqrt(sum(np.sum(np.asarray(t, "f8") ** 2) for t in found))))
+        updates = jax.tree.leaves(rule.update(g, state, at.trainable, frozen=at.frozen)[0])
+        size.append(float(np.sqrt(sum(np.sum(np.asarray(t, "f8") ** 2) for t in updates))))
     return size[0] / size[1] if np.isfinite(size[0]) else float("inf")
 
 
@@ -234,8 +234,8 @@ def names(record: Optimizer, at: World) -> float:
     first, second = at.trainable
     called = {first: "z", second: "y"}
     renamed = _each(at, lambda part: {called[p]: part[p] for p in part})
-    found = _run(record, renamed)
-    return gap({p: found[called[p]] for p in called}, _run(record, at))
+    result = _run(record, renamed)
+    return gap({p: result[called[p]] for p in called}, _run(record, at))
 
 
 def gauge(record: Optimizer, at: World) -> float:
@@ -288,8 +288,8 @@ def bank(record: Optimizer, at: World) -> float:
         one = lambda g, s, p, f: rule.update(g, s, p, frozen=f)  # noqa: E731
         return jax.vmap(one)(updates, state, params, frozen)
 
-    found = steps(mapped, jax.vmap(rule.init)(both.trainable), both)[0]
-    return gap(found, jax.tree.map(lambda *t: jnp.stack(t), *(_run(record, w) for w in each)))
+    result = steps(mapped, jax.vmap(rule.init)(both.trainable), both)[0]
+    return gap(result, jax.tree.map(lambda *t: jnp.stack(t), *(_run(record, w) for w in each)))
 
 
 CHECKS: Mapping[str, Callable[[Optimizer, World], float]] = {

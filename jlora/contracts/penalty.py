@@ -135,10 +135,10 @@ def value(record: Penalty, adapter: Adapter, params: Params) -> float:
     Raises:
       ValueError: it is no scalar, or of a dtype below float32.
     """
-    found = record.penalty(adapter, params, record.ctx)
-    if found.shape != () or found.dtype.itemsize < 4:
-        raise ValueError(f"{record.name}: got {found.shape} {found.dtype}, expected a float32 []")
-    return float(found)
+    result = record.penalty(adapter, params, record.ctx)
+    if result.shape != () or result.dtype.itemsize < 4:
+        raise ValueError(f"{record.name}: got {result.shape} {result.dtype}, expected a float32 []")
+    return float(result)
 
 
 def _sloped(record: Penalty, adapter: Adapter, params: Params) -> Callable[..., Tree]:
@@ -159,8 +159,8 @@ def finite(record: Penalty, at: World) -> float:
     """
     empty = at.fresh.replace(trainable=jax.tree.map(jnp.zeros_like, at.fresh.trainable))
     for adapter in (at.adapter, at.fresh, empty):
-        found = _sloped(record, adapter, at.params)(adapter.trainable)
-        if not np.isfinite(_flat(found)).all():
+        slopes = _sloped(record, adapter, at.params)(adapter.trainable)
+        if not np.isfinite(_flat(slopes)).all():
             return float("inf")
     return 0.0
 
@@ -170,12 +170,12 @@ def positive(record: Penalty, at: World) -> float:
 
     Args and Returns are those of `error`.
     """
-    found = [
+    values = [
         value(record, at.adapter.replace(trainable=_scaled(t, size)), at.params)
         for t in (at.adapter.trainable, at.fresh.trainable)
         for size in (0.0, 0.1, 1.0, -3.0)
     ]
-    return max(0.0, -min(found)) / max(abs(v) for v in found)
+    return max(0.0, -min(values)) / max(abs(v) for v in values)
 
 
 def _scaled(tree: dict[str, Arrays], size: float) -> dict[str, Arrays]:
@@ -188,8 +188,8 @@ def zero(record: Penalty, at: World) -> float:
     Args and Returns are those of `error`.
     """
     assert record.zero is not None
-    found = value(record, record.zero(at.adapter), at.params)
-    return abs(found) / abs(value(record, at.adapter, at.params))
+    result = value(record, record.zero(at.adapter), at.params)
+    return abs(result) / abs(value(record, at.adapter, at.params))
 
 
 def jit(record: Penalty, at: World) -> float:
@@ -235,9 +235,9 @@ def gradient(record: Penalty, at: World) -> float:
             return value(record, adapter.replace(trainable=there), params)
 
         slope = _sloped(record, adapter, params)(adapter.trainable)[1]
-        found = float(_flat(slope) @ _flat(along))
+        directional = float(_flat(slope) @ _flat(along))
         want = (moved(STEP) - moved(-STEP)) / (2 * STEP)
-    return abs(found - want) / max(abs(want), 1e-30)
+    return abs(directional - want) / max(abs(want), 1e-30)
 
 
 def thin(record: Penalty, at: World) -> float:

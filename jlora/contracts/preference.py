@@ -161,9 +161,9 @@ def _of_base(params: Tree, batch: Batch) -> LogProbs:
 
 
 def _scores(logits: Callable[[Array], Array], batch: Batch) -> LogProbs:
-    found = jax.nn.log_softmax(logits(jnp.concatenate([batch.chosen, batch.rejected])))
-    one_hot = jax.nn.one_hot(batch.tokens, tiny.WIDTH, dtype=found.dtype)
-    per_token = jnp.sum(found.reshape(one_hot.shape) * one_hot, axis=-1)
+    log_probs = jax.nn.log_softmax(logits(jnp.concatenate([batch.chosen, batch.rejected])))
+    one_hot = jax.nn.one_hot(batch.tokens, tiny.WIDTH, dtype=log_probs.dtype)
+    per_token = jnp.sum(log_probs.reshape(one_hot.shape) * one_hot, axis=-1)
     sums, lengths = jnp.sum(per_token * batch.mask, axis=-1), jnp.sum(batch.mask, axis=-1)
     return LogProbs(sums[0], sums[1], lengths[0], lengths[1])
 
@@ -185,11 +185,11 @@ def _slopes(record: Preference, at: World, by: float) -> tuple[Array, Array, Arr
     shift, zero = jnp.full(len(at.batch.chosen), by, jnp.float32), jnp.zeros(len(at.batch.chosen))
 
     def total(c: Array, r: Array) -> tuple[Array, Array]:
-        found = _loss(record, at, c, r)
-        return jnp.sum(found), found
+        loss = _loss(record, at, c, r)
+        return jnp.sum(loss), loss
 
-    slopes, found = jax.grad(total, (0, 1), has_aux=True)(shift, zero)
-    return found, *slopes
+    slopes, loss_and_aux = jax.grad(total, (0, 1), has_aux=True)(shift, zero)
+    return loss_and_aux, *slopes
 
 
 def start(record: Preference, at: World) -> float:
@@ -198,8 +198,8 @@ def start(record: Preference, at: World) -> float:
     Args and Returns are those of `error`.
     """
     assert record.start is not None
-    found = record.objective(scores, at.params, at.fresh, at.batch)
-    return gap(found, jnp.full(found.shape, record.start, found.dtype))
+    result = record.objective(scores, at.params, at.fresh, at.batch)
+    return gap(result, jnp.full(result.shape, record.start, result.dtype))
 
 
 def sign(record: Preference, at: World) -> float:
@@ -244,8 +244,8 @@ def reference(record: Preference, at: World) -> float:
 
         return jax.jit(jax.value_and_grad(total, (0, 1)))(at.params, at.adapter.trainable)
 
-    found = gap(sloped(counted), sloped(constant))
-    return found if sum(off) == int(record.referenced) else float("inf")
+    difference = gap(sloped(counted), sloped(constant))
+    return difference if sum(off) == int(record.referenced) else float("inf")
 
 
 def rows(record: Preference, at: World) -> float:
@@ -264,8 +264,8 @@ def finite(record: Preference, at: World) -> float:
 
     Args and Returns are those of `error`.
     """
-    found = [np.asarray(t) for by in (-FAR, 0.0, FAR) for t in _slopes(record, at, by)]
-    return 0.0 if all(np.isfinite(t).all() for t in found) else float("inf")
+    numbers = [np.asarray(t) for by in (-FAR, 0.0, FAR) for t in _slopes(record, at, by)]
+    return 0.0 if all(np.isfinite(t).all() for t in numbers) else float("inf")
 
 
 def jit(record: Preference, at: World) -> float:

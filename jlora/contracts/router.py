@@ -149,8 +149,8 @@ def weights(record: Router, at: World) -> float:
     if record.probability is not None:
         p = np.asarray(record.probability(at.logits[0]), "f8")
         want = (np.take_along_axis(p, np.asarray(routes.ids), axis=1) * (g != 0)).sum(1)
-    found = max(float(np.max(-g)), float(np.max(np.abs(g.sum(1) - want))), 0.0)
-    return found if np.isfinite(g).all() else float("inf")
+    error = max(float(np.max(-g)), float(np.max(np.abs(g.sum(1) - want))), 0.0)
+    return error if np.isfinite(g).all() else float("inf")
 
 
 def ids(record: Router, at: World) -> float:
@@ -239,8 +239,8 @@ def scan(record: Router, at: World) -> float:
     _, scanned = jax.lax.scan(layer, None, (at.logits, states))
     for k in layers:
         one = record.route(at.logits[k], jax.tree.map(lambda t: t[k], states), True, None)  # noqa: B023
-        found = gap(jax.tree.map(lambda t: t[k], scanned), one)  # noqa: B023
-        worst = max(worst, found)
+        error = gap(jax.tree.map(lambda t: t[k], scanned), one)  # noqa: B023
+        worst = max(worst, error)
     return worst
 
 

@@ -103,8 +103,8 @@ def gradients(adapter: Adapter) -> Trainable:
     """
 
     def loss(trainable: Trainable) -> jax.Array:
-        found = deltas(adapter.replace(trainable=trainable))
-        return sum((jnp.sum(jnp.sin(d + 0.3)) for d in found.values()), jnp.zeros(()))
+        own = deltas(adapter.replace(trainable=trainable))
+        return sum((jnp.sum(jnp.sin(d + 0.3)) for d in own.values()), jnp.zeros(()))
 
     return jax.grad(loss)(adapter.trainable)
 
@@ -173,10 +173,10 @@ def moments(record: Schedule, at: World) -> float:
     Args and Returns are those of `error`.
     """
     masks = _final(record, at)
-    _, found = record.shrink(at.adapter, at.moments, masks)
+    _, shrunk = record.shrink(at.adapter, at.moments, masks)
     adam = at.moments[0]
     want = adam._replace(mu=take(adam.mu, at.adapter, masks), nu=take(adam.nu, at.adapter, masks))
-    return 0.0 if same_bits(found, (want, *at.moments[1:])) else float("inf")
+    return 0.0 if same_bits(shrunk, (want, *at.moments[1:])) else float("inf")
 
 
 def revive(record: Schedule, at: World) -> float:
@@ -233,12 +233,12 @@ def jit(record: Schedule, at: World) -> float:
         args = (state, at.adapter, at.gradients[0], jnp.int32(step))
         before = len(traced)
         try:
-            found = compiled(*args)
+            result = compiled(*args)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
             return float("inf")
         if len(traced) - before != (step == 0):
             return float("inf")
-        worst = max(worst, gap(found, run(*args)))
+        worst = max(worst, gap(result, run(*args)))
     return worst
 
 

@@ -151,10 +151,10 @@ def _answer(record: Server, at: World, state: State, names: Sequence[str | None]
     Raises:
       The error of a row, where it has one.
     """
-    found = record.run(state, names, at.xs)
-    for problem in found.errors.values():
+    answer = record.run(state, names, at.xs)
+    for problem in answer.errors.values():
         raise problem
-    return list(found.outputs)
+    return list(answer.outputs)
 
 
 def _refused(action: Callable[[], Tree], *named: str) -> bool:
@@ -181,9 +181,9 @@ def base(record: Server, at: World) -> float:
     Args and Returns are those of `error`.
     """
     state = _started(record, at, "ab")
-    found = _answer(record, at, state, [None, "a", None, "b"])[::2]
+    answers = _answer(record, at, state, [None, "a", None, "b"])[::2]
     return max(
-        gap(found, _want(at, [None] * 4)[::2]),
+        gap(answers, _want(at, [None] * 4)[::2]),
         gap(_answer(record, at, state, [None] * 4), _want(at, [None] * 4)),
     )
 
@@ -194,13 +194,13 @@ def unknown(record: Server, at: World) -> float:
     Args and Returns are those of `error`.
     """
     state = _started(record, at, "ab")
-    found = record.run(state, ["a", "nobody", None, "b"], at.xs)
-    if list(found.errors) != [1] or "nobody" not in str(found.errors[1]):
+    answer = record.run(state, ["a", "nobody", None, "b"], at.xs)
+    if list(answer.errors) != [1] or "nobody" not in str(answer.errors[1]):
         return float("inf")
     want = _answer(record, at, state, ["a", None, None, "b"])
     others = (0, 2, 3)
-    same = same_bits([found.outputs[k] for k in others], [want[k] for k in others])
-    return 0.0 if same and not np.isfinite(np.asarray(found.outputs[1])).any() else float("inf")
+    same = same_bits([answer.outputs[k] for k in others], [want[k] for k in others])
+    return 0.0 if same and not np.isfinite(np.asarray(answer.outputs[1])).any() else float("inf")
 
 
 def unload(record: Server, at: World) -> float:
@@ -209,8 +209,8 @@ def unload(record: Server, at: World) -> float:
     Args and Returns are those of `error`.
     """
     state = record.unload(_started(record, at, "abc"), "a")
-    found = record.run(state, ["b", "a", "b", "b"], at.xs)
-    if list(found.errors) != [1] or not _refused(lambda: record.unload(state, "a"), "a"):
+    answer = record.run(state, ["b", "a", "b", "b"], at.xs)
+    if list(answer.errors) != [1] or not _refused(lambda: record.unload(state, "a"), "a"):
         return float("inf")
     names = ["d", "b", "c", None]
     state = record.load(state, "d", at.adapters["d"])
@@ -263,8 +263,8 @@ def order(record: Server, at: World) -> float:
     Args and Returns are those of `error`.
     """
     names = ["c", "a", None, "b"]
-    found = [_answer(record, at, _started(record, at, given), names) for given in ("cba", "abc")]
-    return gap(*found)
+    answers = [_answer(record, at, _started(record, at, given), names) for given in ("cba", "abc")]
+    return gap(*answers)
 
 
 def full(record: Server, at: World) -> float:

@@ -107,8 +107,8 @@ def _slopes(running: Callable[..., Adapter], penalty: Callable[..., Array]) -> D
 
     def loss(trainable: Tree, adapter: Adapter, state: State, *given: Tree) -> Array:
         params, x, target = given
-        found = outputs(params, running(state, adapter.replace(trainable=trainable)), x)
-        return jnp.mean((found - target) ** 2)
+        answer = outputs(params, running(state, adapter.replace(trainable=trainable)), x)
+        return jnp.mean((answer - target) ** 2)
 
     def extra(trainable: Tree, adapter: Adapter, state: State) -> Array:
         return penalty(state, adapter.replace(trainable=trainable))
@@ -198,14 +198,14 @@ def served(record: Stream, at: World) -> float:
     Args and Returns are those of `error`.
     """
     past = run(record, at)
-    found = [
+    answers = [
         gap(
             _says(at, record.adapter(past.states[k + 1], k)),
             _says(at, record.running(past.states[k], past.trained[k])),
         )
         for k in range(TASKS)
     ]
-    return max(found)
+    return max(answers)
 
 
 def kept(record: Stream, at: World) -> float:
@@ -245,8 +245,8 @@ def gradient(record: Stream, at: World) -> float:
     """
     state, adapter = _second(record, at)
     for given in (adapter, tiny.moved(adapter)):
-        found = _gradients(record, at, state, given, 1)
-        loss, penalty = ([np.asarray(t) for t in jax.tree.leaves(part)] for part in found)
+        gradients = _gradients(record, at, state, given, 1)
+        loss, penalty = ([np.asarray(t) for t in jax.tree.leaves(part)] for part in gradients)
         if not all(np.isfinite(t).all() for t in (*loss, *penalty)):
             return float("inf")
         if not any(t.any() for t in loss):

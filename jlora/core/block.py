@@ -144,7 +144,7 @@ def mixed(scope: Scope, eqn: Dynamic, values: Sequence[Dynamic]) -> list[Dynamic
     sizes = {
         w.site.path: {t.shape[axes[k]] for t in apart[k][0].values()} for k, w in sites.items()
     }
-    counts = {n for found in sizes.values() for n in found}
+    counts = {n for each in sizes.values() for n in each}
     if len(counts) != 1:
         raise ValueError(f"block {name!r}: got {sizes} experts, expected equal numbers")
     body = scope.fork()

@@ -189,11 +189,11 @@ def unknown(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | Non
     return [together(ws, base, "!" + scope.place(eqn), range(len(shape)))]
 
 
-def one_of(found: Sequence[tuple[Dynamic, bool]], walk: bool) -> Dynamic:
+def one_of(cases: Sequence[tuple[Dynamic, bool]], walk: bool) -> Dynamic:
     """What the outputs of branches, of which one is chosen, have in common, if they are weights.
 
     Args:
-      found: the output of each branch, and whether it is fixed.
+      cases: the output of each branch, and whether it is fixed.
       walk: whether this is the abstract walk.
 
     Returns:
@@ -201,11 +201,11 @@ def one_of(found: Sequence[tuple[Dynamic, bool]], walk: bool) -> Dynamic:
       any
       of them; None: they are not all weights, or are not alike.
     """
-    ws = [v for v, _ in found if isinstance(v, Lazy)]
+    ws = [v for v, _ in cases if isinstance(v, Lazy)]
     if walk:
-        return ws if ws and all(fixed for _, fixed in found) else None
+        return ws if ws and all(fixed for _, fixed in cases) else None
     adapted = all(w.method is not None and "i" in w.site.kinds for w in ws)
-    if len(ws) < len(found) or not adapted or not alike(ws, branches=True):
+    if len(ws) < len(cases) or not adapted or not alike(ws, branches=True):
         return None
     atoms = tuple(a._replace(sources=()) for a in ws[0].atoms)
     return {"site": dataclasses.replace(joint(ws), group=""), "atoms": atoms}
@@ -246,17 +246,17 @@ def _aligned(deltas: Sequence[Dynamic]) -> list[Dynamic] | None:
 
 
 def _sum(grids: Sequence[Grid | None]) -> Grid:
-    found = [g for g in grids if g is not None]
+    present = [g for g in grids if g is not None]
     kinds = tuple(
-        next((k for k in ks if k), "") for ks in zip(*(g.kinds for g in found), strict=True)
+        next((k for k in ks if k), "") for ks in zip(*(g.kinds for g in present), strict=True)
     )
-    return Grid(kinds, _cat([g.u for g in found], -1), _cat([g.v for g in found], -1))
+    return Grid(kinds, _cat([g.u for g in present], -1), _cat([g.v for g in present], -1))
 
 
 def _side_by_side(grids: Sequence[Grid | None], bases: Sequence[jax.Array], axis: int) -> Grid:
     """Each delta in its own part of the axis: with its own ranks, or as slices of a stack."""
-    found = [g for g in grids if g is not None]
-    kind = next((g.kinds[axis] for g in found if g.kinds[axis]), "s")
+    present = [g for g in grids if g is not None]
+    kind = next((g.kinds[axis] for g in present if g.kinds[axis]), "s")
     sizes = [t.shape[axis] for t in bases]
     if kind != "s":
         ends = [(sum(sizes[:k]), sum(sizes[k + 1 :])) for k in range(len(sizes))]
@@ -265,7 +265,7 @@ def _side_by_side(grids: Sequence[Grid | None], bases: Sequence[jax.Array], axis
             for g, by in zip(grids, ends, strict=True)
         ]
         return _sum(placed)
-    rank, like = max(g.u.shape[-1] for g in found), found[0]
+    rank, like = max(g.u.shape[-1] for g in present), present[0]
 
     def slices(part):
         def one(g, n):

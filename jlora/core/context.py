@@ -85,8 +85,8 @@ def _assigned(name: str, value: PerSite, sites: Sequence[tuple[Site, Method]]) -
     """(path, array [*stack, ...]) for each site that a pattern matches."""
     paths, used = [site.path for site, _ in sites], set()
     for site, _ in sites:
-        found = ((p, re.search(p, site.path)) for p in value.values)
-        pattern, match = next(((p, m) for p, m in found if m), (None, None))
+        matches = ((p, re.search(p, site.path)) for p in value.values)
+        pattern, match = next(((p, m) for p, m in matches if m), (None, None))
         if pattern is None or match is None:
             continue
         used.add(pattern)

@@ -34,13 +34,13 @@ def with_stacks(sites: Iterable[Site], stacks: Mapping[str, int | Sequence[int]]
     rows = list(sites)
     for pattern, axes in stacks.items():
         try:
-            found = [k for k, site in enumerate(rows) if re.search(pattern, site.path)]
+            matching = [k for k, site in enumerate(rows) if re.search(pattern, site.path)]
         except re.error as e:
             raise ValueError(f"stacks: {pattern!r} is not a regular expression: {e}") from e
-        if not found:
+        if not matching:
             near = difflib.get_close_matches(pattern, [s.path for s in rows], n=5, cutoff=0.0)
             raise ValueError(f"stacks: {pattern!r} matches no site; nearest: {near}")
-        for k in found:
+        for k in matching:
             rows[k] = _stacked(rows[k], [axes] if isinstance(axes, int) else axes)
     return rows
 

@@ -162,11 +162,11 @@ def _of_factors(method: Method, uv: Dynamic, stack: int) -> Arrays | None:
 def _axis_kinds(w: Lazy) -> tuple[str, ...] | None:
     kinds = []
     for dim in w.dims:
-        found = {w.atoms[a].kind for a in dim if w.atoms[a].size > 1}
-        found = found or {w.atoms[a].kind for a in dim[:1]}
-        if len(found) > 1:
+        axis_kinds = {w.atoms[a].kind for a in dim if w.atoms[a].size > 1}
+        axis_kinds = axis_kinds or {w.atoms[a].kind for a in dim[:1]}
+        if len(axis_kinds) > 1:
             return None
-        kinds.append(next(iter(found), ""))
+        kinds.append(next(iter(axis_kinds), ""))
     return tuple(kinds)
 
 

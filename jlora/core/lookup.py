@@ -124,13 +124,13 @@ def _taken(
     mapped = p["dimension_numbers"].operand_batching_dims
     if mapped and scope.uses is None:
         return _tables(scope, eqn, p, w, ids, aval)
-    found = _lookup(w, ids, p)
-    if found is None or len(w.dims[found.axis]) != 1:
+    lookup = _lookup(w, ids, p)
+    if lookup is None or len(w.dims[lookup.axis]) != 1:
         return None
-    axis, kind = found.axis, w.atoms[w.dims[found.axis][0]].kind
+    axis, kind = lookup.axis, w.atoms[w.dims[lookup.axis][0]].kind
     layer = jnp.ndim(ids) == 1 and scope.times > 1  # one slice per step of a loop, not a row
     if kind == "s" or (kind == "?" and (w.ndim - len(mapped) > 2 or layer)):
-        out = None if mapped else _select(w, ids, found, p)
+        out = None if mapped else _select(w, ids, lookup, p)
         if out is not None or kind == "s" or mapped:
             return out
     if scope.uses is not None:
@@ -140,12 +140,12 @@ def _taken(
     out = Join(w, rest)
     if w.method is None or w.dims[axis] != tuple(w.of("i")) or sorted(out.atoms) != w.of("o"):
         return None
-    offset, ids = found.offset, found.ids
-    ndim = len(aval.shape) - (found.kept is not None)
+    offset, ids = lookup.offset, lookup.ids
+    ndim = len(aval.shape) - (lookup.kept is not None)
     order = [k for k in range(ndim) if k not in offset] + offset
     options = {
         "mode": lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-        "indices_are_sorted": p["indices_are_sorted"] and found.kept is None,
+        "indices_are_sorted": p["indices_are_sorted"] and lookup.kept is None,
     }
 
     def own():
@@ -154,9 +154,9 @@ def _taken(
         return out.join(transposed(lax.gather(w.view(), ids, numbers, sizes, **options), order))
 
     rows = OneHotRows(ids, own, (*ids.shape[:-1], w.shape[axis]), w.dtype, options)
-    y = out.split(found.settle(applied(scope, w, rows, lambda x: x.own())))
+    y = out.split(lookup.settle(applied(scope, w, rows, lambda x: x.own())))
     y = transposed(y, inverse_permutation(order))
-    y = y if found.kept is None else jnp.expand_dims(y, found.kept)
+    y = y if lookup.kept is None else jnp.expand_dims(y, lookup.kept)
     return [y.astype(aval.dtype)]
 
 
@@ -199,12 +199,12 @@ def _without(axes: Sequence[int], gone: int) -> tuple[int, ...]:
     return tuple(k - (k > gone) for k in axes)
 
 
-def _select(w: Lazy, ids: Dynamic, found: Lookup, p: Mapping[str, Dynamic]) -> list[Dynamic] | None:
+def _select(w: Lazy, ids: Dynamic, spec: Lookup, p: Mapping[str, Dynamic]) -> list[Dynamic] | None:
     """Slices of a stack, w[ids]: the axis goes, the axes of `ids` (if any) come as stack axes."""
-    at = p["dimension_numbers"].start_index_map.index(found.axis)
+    at = p["dimension_numbers"].start_index_map.index(spec.axis)
     ids = jnp.asarray(ids)[..., at : at + 1]  # as they were given: the mode says what they mean
     lead = ids.ndim - 1
-    if lead and found.offset != list(range(lead, lead + w.ndim - 1)):
+    if lead and spec.offset != list(range(lead, lead + w.ndim - 1)):
         return None
 
     def take(fill):
@@ -212,13 +212,13 @@ def _select(w: Lazy, ids: Dynamic, found: Lookup, p: Mapping[str, Dynamic]) -> l
             slot = tuple(range(lead, lead + t.ndim - 1))
             n = lax.GatherDimensionNumbers(slot, (axis,), (axis,))
             sizes = tuple(1 if k == axis else s for k, s in enumerate(t.shape))
-            return lax.gather(t, ids, n, sizes, mode=found.mode, fill_value=fill)
+            return lax.gather(t, ids, n, sizes, mode=spec.mode, fill_value=fill)
 
         return slices
 
     # an adapter's slice outside the stack is zero: NaN would reach the tensors that sites share
-    out = w.select(found.axis, take(found.fill), ids.shape[:-1], take(0))
-    if found.kept is None:
+    out = w.select(spec.axis, take(spec.fill), ids.shape[:-1], take(0))
+    if spec.kept is None:
         return [out]
-    opened = out.reshaped((*out.shape[: found.kept], 1, *out.shape[found.kept :]))
+    opened = out.reshaped((*out.shape[: spec.kept], 1, *out.shape[spec.kept :]))
     return None if opened is None else [opened]

@@ -46,19 +46,19 @@ def ragged_dot(
         flops = 2 * math.prod(aval.shape) * math.prod(w.shape[k] for k in wc)
         scope.note(w, "ragged_dot", {"i": wc, "s": (group, *wb)}, flops)
         return compat.bind(eqn, (x, w.view(), *sizes))
-    found = None if reads_context(scope, w) else delta(scope, w)
-    if not isinstance(found, Grid):
-        return None if found is None else compat.bind(eqn, (x, found, *sizes))
+    low_rank = None if reads_context(scope, w) else delta(scope, w)
+    if not isinstance(low_rank, Grid):
+        return None if low_rank is None else compat.bind(eqn, (x, low_rank, *sizes))
     free = [k for k in range(w.ndim) if k not in (*wc, *wb, group)]
     if jnp.ndim(x) != 2 or xb or wb or len(wc) != 1 or len(free) != 1 or len(sizes) != 1:
         return None
-    if found.kinds[wc[0]] == "o":
-        found = found.swapped()
-    if [found.kinds[k] for k in (group, wc[0], free[0])] != ["s", "i", "o"]:
+    if low_rank.kinds[wc[0]] == "o":
+        low_rank = low_rank.swapped()
+    if [low_rank.kinds[k] for k in (group, wc[0], free[0])] != ["s", "i", "o"]:
         return None
     y = compat.bind(eqn, (x, w.view(), *sizes))[0]
-    u = found.u.transpose(group, wc[0], free[0], 3)[:, :, 0]
-    v = found.v.transpose(group, wc[0], free[0], 3)[:, 0].transpose(0, 2, 1)
+    u = low_rank.u.transpose(group, wc[0], free[0], 3)[:, :, 0]
+    v = low_rank.v.transpose(group, wc[0], free[0], 3)[:, 0].transpose(0, 2, 1)
     rows = jnp.asarray(x if xc[0] == 1 else x.T)
 
     def times(x: jax.Array, m: jax.Array) -> jax.Array:

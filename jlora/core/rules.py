@@ -196,15 +196,15 @@ def cond(scope: Scope, eqn: Dynamic, index: Dynamic, *values: Dynamic) -> list[D
         child.inherit(values, inside)
         return child, evaluate(child, branch, inside)
 
-    found = []  # of each branch: its outputs, and whether each is fixed; only to look at
+    branches = []  # of each branch: its outputs, and whether each is fixed; only to look at
     for template, branch in zip(templates, eqn.params["branches"], strict=True):
 
         def look(*inside, template=template, branch=branch):
             child, out = evaluated(template, branch, inside)
-            found.append([(v, child.is_fixed(v)) for v in out])
+            branches.append([(v, child.is_fixed(v)) for v in out])
 
         jax.eval_shape(look, *values)
-    same = [combine.one_of(outs, walk) for outs in zip(*found, strict=True)]
+    same = [combine.one_of(outs, walk) for outs in zip(*branches, strict=True)]
 
     def body(template, branch):
         def run(*inside):

@@ -62,17 +62,17 @@ def _scaled(scope: Scope, w: Lazy, run: Callable, by: jax.Array) -> list[Dynamic
             return None
         name = "gain" if axes else "scale"
         return [_seen(w, base, name, axes or every) for base in run(w.view())]
-    found = delta(scope, w)
-    if not isinstance(found, Grid):
-        return None if found is None else run(found)
-    kinds = {found.kinds[k] for k in axes} - {"s", ""}
+    low_rank = delta(scope, w)
+    if not isinstance(low_rank, Grid):
+        return None if low_rank is None else run(low_rank)
+    kinds = {low_rank.kinds[k] for k in axes} - {"s", ""}
     if len(kinds) > 1:
         return None
     by = by[..., None] if by.ndim else by
     if kinds == {"o"}:
-        grid = found._replace(v=found.v * by.astype(found.v.dtype))
+        grid = low_rank._replace(v=low_rank.v * by.astype(low_rank.v.dtype))
     else:
-        grid = found._replace(u=found.u * by.astype(found.u.dtype))
+        grid = low_rank._replace(u=low_rank.u * by.astype(low_rank.u.dtype))
     return [rebuilt(scope, w, base, grid) for base in run(w.view())]
 
 

@@ -46,9 +46,9 @@ def shard_map(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | N
     """
     p = eqn.params
     manual = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
-    found = [_part(scope, eqn, v, s) for v, s in zip(values, p["in_specs"], strict=True)]
-    parts = [part for part in found if part is not None]
-    if len(parts) < len(found):
+    sharded = [_part(scope, eqn, v, s) for v, s in zip(values, p["in_specs"], strict=True)]
+    parts = [part for part in sharded if part is not None]
+    if len(parts) < len(sharded):
         return None
     devices = math.prod(p["mesh"].shape[name] for name in manual)
     # no method in here reads side inputs, and the devices' program must not hold them
@@ -83,19 +83,19 @@ def _part(scope: Scope, eqn: Dynamic, v: Dynamic, spec: Dynamic) -> Part | None:
     whole = _slices(v, spec, entries)
     if whole is not None:
         return whole
-    found = delta(scope, v)
-    if not isinstance(found, Grid):
-        return None if found is None else Part(found, spec, lambda scope, t: t)
+    low_rank = delta(scope, v)
+    if not isinstance(low_rank, Grid):
+        return None if low_rank is None else Part(low_rank, spec, lambda scope, t: t)
 
     def along(other):
         return PartitionSpec(
-            *(None if k in (other, "") else e for k, e in zip(found.kinds, entries, strict=True))
+            *(None if k in (other, "") else e for k, e in zip(low_rank.kinds, entries, strict=True))
         )
 
     return Part(
-        (v.view(), found.u, found.v),
+        (v.view(), low_rank.u, low_rank.v),
         (spec, along("o"), along("i")),
-        lambda scope, t: rebuilt(scope, v, t[0], found._replace(u=t[1], v=t[2])),
+        lambda scope, t: rebuilt(scope, v, t[0], low_rank._replace(u=t[1], v=t[2])),
     )
 
 

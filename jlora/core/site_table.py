@@ -71,12 +71,12 @@ class Sites:
         for number, (pattern, method) in enumerate(methods.items()):
             if not isinstance(method, Method | None):
                 raise ValueError(f"methods[{pattern!r}]: got {method!r}, expected a Method or None")
-            found = [s for s in self.rows if _matches(pattern, s) and _suits(method, s)]
-            new = [s for s in found if s.path not in chosen]
+            matching = [s for s in self.rows if _matches(pattern, s) and _suits(method, s)]
+            new = [s for s in matching if s.path not in chosen]
             if pattern == "all-linear" and method is not None:
                 self._check_none_left_out(new, chosen)
             if not new:
-                raise ValueError(self._unmatched(pattern, method, found))
+                raise ValueError(self._unmatched(pattern, method, matching))
             codes = [_seen(s) for s in new if holds_codes(s.dtype)] if method is not None else []
             if codes:
                 raise ValueError(_CODES.format(pattern=pattern, leaves="\n  ".join(codes)))
@@ -95,10 +95,10 @@ class Sites:
                 "on_dense='merge' to init and lift where an operation needs the merged weight"
             )
 
-    def _unmatched(self, pattern: str, method: Method | None, found: list[Site]) -> str:
+    def _unmatched(self, pattern: str, method: Method | None, matching: list[Site]) -> str:
         head = f"the pattern {pattern!r} of {method} "
-        if found:
-            return head + f"has no site left: earlier patterns took {[s.path for s in found]}"
+        if matching:
+            return head + f"has no site left: earlier patterns took {[s.path for s in matching]}"
         saw = "\nthe function uses:\n  " + "\n  ".join(_seen(s) for s in self.rows[:40])
         saw += f"\n  and {len(self.rows) - 40} more" if len(self.rows) > 40 else ""
         saw = saw if self.rows else "; the function uses no floating array of params at all"

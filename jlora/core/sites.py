@@ -71,7 +71,7 @@ def _table(
             use = _Use(op, kinds, views, (*merged, *([refused] if refused else [])), bool(merged),
                        round(flops * share))  # fmt: skip
             uses.setdefault(site.path, (site, []))[1].append(use)
-    rows = [_site(site, found, merging) for site, found in uses.values()]
+    rows = [_site(site, site_uses, merging) for site, site_uses in uses.values()]
     rows = [s for s in rows if "i" in s.kinds or hides_matmul(s) or not holds_codes(s.dtype)]
     return Sites(tuple(sorted(rows, key=lambda s: s.path)))
 
@@ -123,14 +123,14 @@ def _kinds(
     return (kinds if clear else None), tuple(dict.fromkeys(views)), tuple(merged)
 
 
-def _site(site: Site, found: list[_Use], merging: bool) -> Site:
+def _site(site: Site, site_uses: list[_Use], merging: bool) -> Site:
     """What the uses of one leaf say together: a lookup tells in from out, else the largest dot."""
     best = sorted(
-        (u for u in found if u.kinds is not None and (merging or not u.after)),
+        (u for u in site_uses if u.kinds is not None and (merging or not u.after)),
         key=lambda u: (u.op not in MATMULS, u.op != "gather", -u.flops),
     )
     # a vector's stack axes are known inside of functions with a gradient of their own, too
-    best = best or [u for u in found if u.kinds is not None and "i" not in u.kinds]
+    best = best or [u for u in site_uses if u.kinds is not None and "i" not in u.kinds]
     kinds = best[0].kinds or "" if best else "o" * len(site.shape)
 
     def named(u):
@@ -138,18 +138,18 @@ def _site(site: Site, found: list[_Use], merging: bool) -> Site:
             return f"{u.op} after {u.refused[0].split(chr(39))[1]}"
         return u.op if u.kinds else f"{u.op} of a part"
 
-    hidden = any(may_be_matmul(named(u), site.shape) and u.op not in LOOPS for u in found)
+    hidden = any(may_be_matmul(named(u), site.shape) and u.op not in LOOPS for u in site_uses)
     if merging and "i" not in kinds and hidden and len(site.shape) > 1:
         kinds = "s" * (len(site.shape) - 2) + "io"  # the usual layout: a kernel does not tell
     return dataclasses.replace(
         site,
         kinds=kinds,
-        ops=tuple(dict.fromkeys(named(u) for u in found)),
-        flops=sum(u.flops for u in found),
-        views=tuple(dict.fromkeys(name for u in found if "i" in kinds for name in u.views)),
+        ops=tuple(dict.fromkeys(named(u) for u in site_uses)),
+        flops=sum(u.flops for u in site_uses),
+        views=tuple(dict.fromkeys(name for u in site_uses if "i" in kinds for name in u.views)),
         refused=()
         if merging and "i" in kinds
-        else tuple(dict.fromkeys(r for u in found for r in u.refused)),
+        else tuple(dict.fromkeys(r for u in site_uses for r in u.refused)),
     )
 
 

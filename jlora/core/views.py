@@ -77,12 +77,12 @@ def view(
     axes = sorted({k for moves in parts for k in moves})
     if scope.uses is not None:
         return [seen(w, base, name, axes) for base in run(w.view())]
-    found = delta(scope, w)
-    if not isinstance(found, Grid):
-        return None if found is None else list(run(found))
+    low_rank = delta(scope, w)
+    if not isinstance(low_rank, Grid):
+        return None if low_rank is None else list(run(low_rank))
     out = []
     for base, moves in zip(run(w.view()), parts, strict=True):
-        grid = functools.reduce(lambda g, kv: g.along(*kv), moves.items(), found)
+        grid = functools.reduce(lambda g, kv: g.along(*kv), moves.items(), low_rank)
         out.append(rebuilt(scope, w, base, grid))
     return out
 
@@ -286,15 +286,15 @@ def _repeated(scope: Scope, w: Lazy, out: Lazy) -> Lazy:
             if len(kinds) == 1 and w.atoms[a].copies:
                 become[a] = next(iter(kinds))
     axes = {k: become[dim[0]] for k, dim in enumerate(w.dims) if len(dim) == 1 and dim[0] in become}
-    found = delta(scope, w) if axes else None
-    if not isinstance(found, Grid):
+    low_rank = delta(scope, w) if axes else None
+    if not isinstance(low_rank, Grid):
         return w
     for k, kind in axes.items():
-        u, v = (lax.slice_in_dim(t, 0, 1, axis=k) for t in (found.u, found.v))
-        kinds = (*found.kinds[:k], kind, *found.kinds[k + 1 :])
+        u, v = (lax.slice_in_dim(t, 0, 1, axis=k) for t in (low_rank.u, low_rank.v))
+        kinds = (*low_rank.kinds[:k], kind, *low_rank.kinds[k + 1 :])
         n = w.shape[k]
-        found = Grid(kinds, u, v).along(k, lambda t, k, n=n: jnp.repeat(t, n, axis=k))
-    return rebuilt(scope, w, w.view(), found)
+        low_rank = Grid(kinds, u, v).along(k, lambda t, k, n=n: jnp.repeat(t, n, axis=k))
+    return rebuilt(scope, w, w.view(), low_rank)
 
 
 def identity(scope: Scope, eqn: Dynamic, *values: Dynamic) -> list[Dynamic] | None:

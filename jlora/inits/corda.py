@@ -119,8 +119,8 @@ def damped(c: Float[Array, "d d"]) -> tuple[Array, Array]:
         return c + damp * size * eye
 
     def far(damp: Array) -> Array:
-        found = added(damp)
-        return jnp.linalg.norm(numerics.matmul(found, numerics.inv(found)) - eye) >= CLOSE
+        solution = added(damp)
+        return jnp.linalg.norm(numerics.matmul(solution, numerics.inv(solution)) - eye) >= CLOSE
 
     damp = jax.lax.while_loop(far, lambda d: 2 * d, jnp.asarray(DAMP, c.dtype))
     return added(damp), numerics.inv(added(damp))

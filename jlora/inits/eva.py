@@ -87,11 +87,11 @@ def eva(
         check_rank(site, _rank(method), "EVA")
     if svd == "moments":
         moments = input_moments(fn, params, batches, rows, mask)
-        found = {path: of_moments(m, center) for path, m in moments.items()}
+        leading = {path: of_moments(m, center) for path, m in moments.items()}
     else:
         most = max(round(rho * _rank(method)) for _, method in adapter.sites)
-        found = input_svd(fn, params, batches, rows, most, mask)
-    return _built(adapter, found, ranks(adapter, found, rho), whiten, adjust_scale)
+        leading = input_svd(fn, params, batches, rows, most, mask)
+    return _built(adapter, leading, ranks(adapter, leading, rho), whiten, adjust_scale)
 
 
 def of_moments(moments: Moments, center: bool = False) -> Leading:
@@ -114,12 +114,12 @@ def of_moments(moments: Moments, center: bool = False) -> Leading:
     return Leading(vectors.mT, jnp.sqrt(values), jnp.sum(values, -1), count)
 
 
-def ranks(adapter: Adapter, found: Mapping[str, Leading], rho: float) -> dict[str, np.ndarray]:
+def ranks(adapter: Adapter, leading: Mapping[str, Leading], rho: float) -> dict[str, np.ndarray]:
     """The rank of every matrix, by explained variance under one budget.
 
     Args:
       adapter: of LoRA with the configured ranks.
-      found: path -> the directions of its inputs.
+      leading: path -> the directions of its inputs.
       rho: ρ.
 
     Returns:
@@ -130,7 +130,7 @@ def ranks(adapter: Adapter, found: Mapping[str, Leading], rho: float) -> dict[st
     """
     shares, owners, budget = [], [], 0
     for site, method in adapter.sites:
-        r, lead = _rank(method), found[site.path]
+        r, lead = _rank(method), leading[site.path]
         few = int(np.min(np.asarray(lead.count)))
         if few < r:
             raise ValueError(f"{site.path}: got {few} input rows, expected at least the rank {r}")
@@ -151,7 +151,7 @@ def ranks(adapter: Adapter, found: Mapping[str, Leading], rho: float) -> dict[st
 
 def _built(
     adapter: Adapter,
-    found: Mapping[str, Leading],
+    leading: Mapping[str, Leading],
     given: Mapping[str, np.ndarray],
     whiten: bool,
     adjust_scale: bool,
@@ -164,7 +164,7 @@ def _built(
             continue
         assert isinstance(method, LoRA)
         live = np.arange(top) < given[site.path][..., None]
-        a = jnp.where(live[..., None, :], directions(found[site.path], top, whiten), 0.0)
+        a = jnp.where(live[..., None, :], directions(leading[site.path], top, whiten), 0.0)
         grown = given[site.path] / method.rank if adjust_scale else np.ones(site.stack)
         each = np.maximum(given[site.path], 1)
         scale = method.alpha * grown / (np.sqrt(each) if method.rslora else each)
@@ -178,19 +178,19 @@ def _built(
     return Adapter(trainable, frozen, tuple(rows))
 
 
-def directions(found: Leading, rank: int, whiten: bool = False) -> Array:
+def directions(leading: Leading, rank: int, whiten: bool = False) -> Array:
     """The first directions as columns.
 
     Args:
-      found: directions of one site.
+      leading: directions of one site.
       rank: how many.
       whiten: divide by the root of the singular values.
 
     Returns:
       a [*stack, d_in, rank].
     """
-    a = found.vectors[..., :rank, :].mT
-    return a / jnp.sqrt(found.values[..., None, :rank]) if whiten else a
+    a = leading.vectors[..., :rank, :].mT
+    return a / jnp.sqrt(leading.values[..., None, :rank]) if whiten else a
 
 
 def of_adapter(adapter: Adapter, params: Tree, statistics: Mapping[str, Moments]) -> Adapter:

@@ -126,11 +126,11 @@ def _site(
     left = w
     for turn in range(iterations):
         q = quantize(unfold(left, site.kinds, site.shape).astype(site.dtype), bits, block)
-        found = one(w - fold(q.dequantize(), site.kinds).astype(w.dtype), scale)
+        factors = one(w - fold(q.dequantize(), site.kinds).astype(w.dtype), scale)
         if turn + 1 < iterations:
-            product = numerics.matmul(found["a"], found["b"])
+            product = numerics.matmul(factors["a"], factors["b"])
             left = w - scale.reshape(*site.stack, 1, 1).astype(w.dtype) * product
-    return q, found["a"], found["b"]
+    return q, factors["a"], factors["b"]
 
 
 SYSTEM = Initialisation(

@@ -129,9 +129,9 @@ def start_factors(adapter: Adapter, site: Site, method: Method) -> tuple[Array, 
 
     def one(p: Arrays) -> tuple[Array, Array]:
         start = {k: p.get(f"{k}0", t) for k, t in p.items() if not (k[-1] == "0" and k[:-1] in p)}
-        found = inner.factors(inner.prepare(start))
-        assert found is not None
-        return found
+        factors = inner.factors(inner.prepare(start))
+        assert factors is not None
+        return factors
 
     for _ in site.stack:
         one = jax.vmap(one)

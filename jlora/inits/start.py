@@ -265,8 +265,8 @@ def _of_site(adapter, site, w, rule, key, statistic) -> Arrays:
         return rule(own, w, scale, statistic)
     flat = jax.tree.map(lambda t: t.reshape(n, *t.shape[lead:]), (w, scale, statistic))
     keys = None if own is None else jax.random.split(own, n)
-    made = jax.vmap(rule)(keys, *flat)
-    return jax.tree.map(lambda t: t.reshape(*site.stack, *t.shape[1:]), made)
+    leaves = jax.vmap(rule)(keys, *flat)
+    return jax.tree.map(lambda t: t.reshape(*site.stack, *t.shape[1:]), leaves)
 
 
 def _placed(adapter: Adapter, site: Site, new: Mapping[str, Array]) -> tuple[Arrays, Arrays]:

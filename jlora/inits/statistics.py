@@ -56,11 +56,11 @@ def no_moments(adapter: Adapter) -> dict[str, Moments]:
     Returns:
       By path.
     """
-    found = {}
+    moments = {}
     for s, _ in adapter.sites:
         shapes = ((*s.stack, s.d_in, s.d_in), (*s.stack, s.d_in), s.stack)
-        found[s.path] = Moments(*(jnp.zeros(shape, s.param_dtype) for shape in shapes))
-    return found
+        moments[s.path] = Moments(*(jnp.zeros(shape, s.param_dtype) for shape in shapes))
+    return moments
 
 
 def sum_moments(total: Mapping[str, Moments], batch: Rows) -> dict[str, Moments]:
@@ -73,9 +73,9 @@ def sum_moments(total: Mapping[str, Moments], batch: Rows) -> dict[str, Moments]
     Returns:
       By path.
     """
-    found = {}
+    moments = {}
     for path, m in total.items():
         x = batch[path]
         second = m.second + numerics.matmul(x.mT, x)
-        found[path] = Moments(second, m.first + x.sum(-2), m.count + x.shape[-2])
-    return found
+        moments[path] = Moments(second, m.first + x.sum(-2), m.count + x.shape[-2])
+    return moments

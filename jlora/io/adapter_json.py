@@ -128,11 +128,11 @@ def read_sites(folder: Path, entries: Json, like: Adapter | None) -> Sites:
     """
     if not isinstance(entries, list):
         raise FormatError(folder, f"sites: got {type(entries).__name__}, expected a list")
-    found = []
+    rows = []
     for number, entry in enumerate(entries):
         site = _site(folder, number, entry)
         if like is None:
-            found.append((site, _from_json(folder, entry["method"])))
+            rows.append((site, _from_json(folder, entry["method"])))
             continue
         if number >= len(like.sites):
             raise FormatError(folder, f"has {len(entries)} sites, expected {len(like.sites)}")
@@ -140,10 +140,10 @@ def read_sites(folder: Path, entries: Json, like: Adapter | None) -> Sites:
         if dataclasses.replace(expected, dtype=jnp.dtype(expected.dtype)) != site:
             raise FormatError(folder, f"site {number}: got {site}, expected {expected}")
         _check_method(folder, site.path, entry["method"], method)
-        found.append((expected, method))
+        rows.append((expected, method))
     if like is not None and len(entries) != len(like.sites):
         raise FormatError(folder, f"has {len(entries)} sites, expected {len(like.sites)}")
-    return tuple(found)
+    return tuple(rows)
 
 
 def _check_method(folder: Path, path: str, got: dict[str, Json], method: Method) -> None:

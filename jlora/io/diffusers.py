@@ -96,29 +96,33 @@ def load_diffusers(
     declared = _metadata(source, header, start)
     model = model_sites(params_or_sites, names, layout)
     modules = names.table(model.sites.values())
-    found = _by_module(source, own, start)
-    table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
+    by_module = _by_module(source, own, start)
+    table = DORA if any(MAGNITUDE in parts for parts in by_module.values()) else LORA
     reader = peft_config.Reader(source, {"peft_type": "LORA", **declared}, table)
     try:
-        found = fused.spread(found, modules)
+        by_module = fused.spread(by_module, modules)
         outputs = {name: model.sites[where].d_out for name, (where, _) in modules.items()}
         required = reader.targets if declared.get("target_modules") else lambda module: False
-        found, alphas = fused.joined(found, outputs, partial(_scale, reader, declared), required)
+        by_module, alphas = fused.joined(
+            by_module, outputs, partial(_scale, reader, declared), required
+        )
     except ValueError as error:
         raise (
             error if isinstance(error, FormatError) else FormatError(source, str(error))
         ) from error
-    lost = sorted(found.keys() - modules.keys())
+    lost = sorted(by_module.keys() - modules.keys())
     if lost:
         raise FormatError(
             source,
             f"module {start + lost[0]!r} is not a site of this model and name map; nearest: "
             f"{near(lost[0], modules) or 'none'}",
         )
-    model = model.with_tables({modules[m][0] for m, t in found.items() if t.keys() & set(TABLE)})
-    read = _reader(source, found, declared, modules, alphas)
+    model = model.with_tables(
+        {modules[m][0] for m, t in by_module.items() if t.keys() & set(TABLE)}
+    )
+    read = _reader(source, by_module, declared, modules, alphas)
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
-    for module, parts in found.items():
+    for module, parts in by_module.items():
         where, index = modules[module]
         site = model.site(where)
         try:
@@ -176,7 +180,7 @@ def _metadata(source: Path, header: Mapping[str, str], start: str) -> dict[str, 
 
 def _by_module(source: Path, own: Mapping[str, np.ndarray], start: str) -> dict[str, Arrays]:
     """Module -> suffix -> tensor, the suffixes as LoRA's table or as `kohya_modules` has them."""
-    found: dict[str, Arrays] = {}
+    by_module: dict[str, Arrays] = {}
     suffixes = {**{suffix: suffix for suffix in OURS}, **OTHERS}
     for key, tensor in own.items():
         end = next((s for s in suffixes if key.endswith(f".{s}")), None)
@@ -186,10 +190,10 @@ def _by_module(source: Path, own: Mapping[str, np.ndarray], start: str) -> dict[
                 f"surplus tensor {start + key!r}, expected keys that end in {list(OURS[:2])}",
             )
         module = key[: -len(end) - 1]
-        if suffixes[end] in found.setdefault(module, {}):
+        if suffixes[end] in by_module.setdefault(module, {}):
             raise FormatError(source, f"{start}{module} has {suffixes[end]!r} by two names")
-        found[module][suffixes[end]] = tensor
-    return found
+        by_module[module][suffixes[end]] = tensor
+    return by_module
 
 
 def _scale(
@@ -206,26 +210,26 @@ def _scale(
 
 def _reader(
     source: Path,
-    found: Mapping[str, Arrays],
+    by_module: Mapping[str, Arrays],
     declared: dict[str, Json],
     modules: Mapping[str, Json],
     alphas: Mapping[str, float],
 ) -> Callable[[str, Site, Arrays], Read]:
     """What reads one module: by the metadata, or by the module's own tensors alone."""
-    table = DORA if any(MAGNITUDE in parts for parts in found.values()) else LORA
-    foreign = sorted(m for m, parts in found.items() if not parts.keys() <= set(OURS) - {ALPHA})
+    table = DORA if any(MAGNITUDE in parts for parts in by_module.values()) else LORA
+    foreign = sorted(m for m, parts in by_module.items() if not parts.keys() <= set(OURS) - {ALPHA})
     if declared and foreign:
         raise FormatError(
             source,
-            f"has {METADATA} and, at {foreign[0]!r}, {sorted(found[foreign[0]])}: two sources of "
-            f"the scale, expected {list(MATRIX)} there",
+            f"has {METADATA} and, at {foreign[0]!r}, {sorted(by_module[foreign[0]])}: two sources "
+            f"of the scale, expected {list(MATRIX)} there",
         )
     config = {"peft_type": "LORA", **declared}
     if declared and not config.get("target_modules"):
-        config["target_modules"] = sorted(found)
+        config["target_modules"] = sorted(by_module)
     reader = peft_config.Reader(source, config, table)
     if declared:
-        _check_targets(source, reader, found, modules)
+        _check_targets(source, reader, by_module, modules)
 
     def read(module: str, site: Site, parts: Arrays) -> Read:
         if not parts.keys() <= set(OURS):
@@ -250,14 +254,14 @@ def _reader(
 def _check_targets(
     source: Path,
     reader: peft_config.Reader,
-    found: Mapping[str, Arrays],
+    by_module: Mapping[str, Arrays],
     modules: Mapping[str, Json],
 ) -> None:
     """The metadata targets the modules with tensors, and no others of the model."""
-    strange = next((module for module in found if not reader.targets(module)), None)
+    strange = next((module for module in by_module if not reader.targets(module)), None)
     if strange is not None:
         raise FormatError(source, f"has tensors of {strange!r}, which {METADATA} does not target")
-    lacking = peft_config.absent(reader, modules, found)
+    lacking = peft_config.absent(reader, modules, by_module)
     if lacking:
         raise FormatError(source, f"lacks tensors of the targets {lacking[:4]} of {METADATA}")
 

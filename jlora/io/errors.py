@@ -35,10 +35,10 @@ def keys_seen(keys: Iterable[str], n: int = 3) -> str:
     Returns:
       Text such as "its 12 keys are such as [...]".
     """
-    found = sorted(keys)
-    if not found:
+    names = sorted(keys)
+    if not names:
         return "it has no tensors at all"
-    return f"its {len(found)} keys are such as {[key[:80] for key in found[:n]]}"
+    return f"its {len(names)} keys are such as {[key[:80] for key in names[:n]]}"
 
 
 def near(word: str, words: Iterable[str], n: int = 3) -> list[str]:

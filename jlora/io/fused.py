@@ -80,11 +80,11 @@ def check_whole(path: str, module: str) -> None:
         )
 
 
-def spread(found: Mapping[str, Arrays], known: Iterable[str]) -> dict[str, Arrays]:
+def spread(by_module: Mapping[str, Arrays], known: Iterable[str]) -> dict[str, Arrays]:
     """Fused modules of a file as their parts.
 
     Args:
-      found: module -> suffix -> tensor.
+      by_module: module -> suffix -> tensor.
       known: the names of the model's slices; those with ``[start:stop]`` are parts.
 
     Returns:
@@ -96,11 +96,11 @@ def spread(found: Mapping[str, Arrays], known: Iterable[str]) -> dict[str, Array
     parts: dict[str, list[tuple[int, int, str]]] = {}
     for name in known:
         match = PART.fullmatch(name)
-        if match and match[1] in found:
+        if match and match[1] in by_module:
             parts.setdefault(match[1], []).append((int(match[2]), int(match[3]), name))
-    per_module = {module: dict(t) for module, t in found.items() if module not in parts}
+    per_module = {module: dict(t) for module, t in by_module.items() if module not in parts}
     for module, rows in parts.items():
-        tensors, at = found[module], 0
+        tensors, at = by_module[module], 0
         for start, stop, _ in sorted(rows):
             if start != at or stop <= start:
                 raise ValueError(
@@ -129,7 +129,7 @@ def _cut(module: str, key: str, t: np.ndarray, start: int, stop: int, size: int)
 
 
 def joined(
-    found: Mapping[str, Arrays],
+    by_module: Mapping[str, Arrays],
     outputs: Mapping[str, int],
     scale: Callable[[str, Arrays, int], float],
     required: Callable[[str], bool],
@@ -137,7 +137,7 @@ def joined(
     """Modules of a file that are one fused site of the model, as one.
 
     Args:
-      found: module -> suffix -> tensor.
+      by_module: module -> suffix -> tensor.
       outputs: the names of the model's slices -> d_out; those with " + " are fused.
       scale: (module, its tensors, its rank) -> what its product is multiplied with.
       required: whether a module must be in the file.
@@ -148,13 +148,13 @@ def joined(
     Raises:
       ValueError: modules that are not LoRA or DoRA, of other shapes, or more than one missing.
     """
-    per_module, alphas = dict(found), {}
+    per_module, alphas = dict(by_module), {}
     for name, size in outputs.items():
         modules = name.split(SUM)
-        here = [module for module in modules if module in found]
+        here = [module for module in modules if module in by_module]
         if len(modules) == 1 or not here:
             continue
-        lost = [module for module in modules if module not in found]
+        lost = [module for module in modules if module not in by_module]
         if len(lost) > 1 or any(map(required, lost)):
             raise ValueError(f"{name}: lacks tensors of {lost}, expected at most one module less")
         parts = {module: per_module.pop(module) for module in here}

@@ -101,8 +101,8 @@ def load_lora_leaves(params: Tree, names: NameMap, *, alpha: float | None = None
     """
     required(names)
     leaves = flatten(params)[0]
-    found = _pairs(leaves, names)
-    packages = sorted({f.package for f in found.values()})
+    pairs = _pairs(leaves, names)
+    packages = sorted({f.package for f in pairs.values()})
     if len(packages) > 1:
         raise FormatError("params", f"got LoRA leaves of {packages}, expected those of one package")
     if ("qwix" in packages) != (alpha is not None):
@@ -110,10 +110,10 @@ def load_lora_leaves(params: Tree, names: NameMap, *, alpha: float | None = None
                           + ("that of qwix's LoraRule" if alpha is None else "None: the scale of "
                              f"{packages[0]} is 1"))  # fmt: skip
     trainable, frozen, sites = {}, {}, []
-    for path in sorted(found):
+    for path in sorted(pairs):
         kinds = names.kinds(path) or "io"
         try:
-            a, b = _stack_first(kinds, *(found[path].leaves[k] for k in "ab"))
+            a, b = _stack_first(kinds, *(pairs[path].leaves[k] for k in "ab"))
             a, b = _unflattened(kinds, leaves.get(path), a, b)
             site, a, b = _canonical(path, kinds, a, b)
         except ValueError as error:
@@ -182,7 +182,7 @@ def is_leaf(path: str) -> bool:
 
 def _pairs(leaves: Mapping[str, np.ndarray], names: NameMap) -> dict[str, Factors]:
     """Weight -> its two factors, where leaves are those of LoRA."""
-    found: dict[str, Factors] = {}
+    pairs: dict[str, Factors] = {}
     for path, leaf in leaves.items():
         name = path.removesuffix("/value")
         for package, pattern, weights in FORMS:
@@ -194,18 +194,18 @@ def _pairs(leaves: Mapping[str, np.ndarray], names: NameMap) -> dict[str, Factor
             if weight is None:
                 raise FormatError(path, f"the name map has no rule for its weight {places[0]!r}")
             weight += path.removeprefix(name)  # the /value of an NNX state
-            own = found.setdefault(weight, Factors(package, {}))
+            own = pairs.setdefault(weight, Factors(package, {}))
             factor = match[match.lastindex or 0]
             if own.package != package or factor in own.leaves:
                 raise FormatError(path, f"{weight!r} has factors by two names")
             own.leaves[factor] = np.asarray(leaf)
             break
-    if not found:
+    if not pairs:
         raise FormatError("params", f"no LoRA leaves; {keys_seen(leaves)}")
-    for weight, own in found.items():
+    for weight, own in pairs.items():
         if set(own.leaves) != {"a", "b"}:
             raise FormatError(weight, f"got lora_{''.join(own.leaves)} alone, expected a and b")
-    return found
+    return pairs
 
 
 def _stack_first(kinds: str, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -122,12 +122,12 @@ class NameMap:
         Raises:
           ValueError: no rule matches, or the template and the stack axes do not fit each other.
         """
-        found = self.find(path)
-        if found is None:
+        match = self.find(path)
+        if match is None:
             raise ValueError(
                 f"name map: no rule for site {path!r}; nearest: {near(path, self.rules) or 'none'}"
             )
-        template, axes, numbers = found.rule.template, found.axes(), found.numbers()
+        template, axes, numbers = match.rule.template, match.axes(), match.numbers()
         if "i" in numbers and len(index) > len(axes):
             raise ValueError(f"name map: {path!r} has stack axes and a group 'i' as well")
         if len(index) != len(axes) or numbers.keys() - {*PLACE.findall(template)}:
@@ -149,7 +149,7 @@ class NameMap:
             values["i"] += self.layer_offset
         names |= {letter: str(value) for letter, value in values.items()}
         try:
-            name = found.match.expand(PLACE.sub(lambda place: names[place[1]], template))
+            name = match.match.expand(PLACE.sub(lambda place: names[place[1]], template))
         except (re.error, IndexError) as error:
             raise ValueError(f"name map: template {template!r} of {path!r}: {error}") from error
         return " + ".join(self.prefix + part for part in name.split(" + "))
@@ -160,8 +160,8 @@ class NameMap:
         Args:
           path: of the site.
         """
-        found = self.find(path)
-        return None if found is None else len(found.axes())
+        match = self.find(path)
+        return None if match is None else len(match.axes())
 
     def kinds(self, path: str) -> str | None:
         """Returns one letter per axis of a site's leaf; None where no rule says so.
@@ -169,8 +169,8 @@ class NameMap:
         Args:
           path: of the site.
         """
-        found = self.find(path)
-        return None if found is None else found.rule.kinds
+        match = self.find(path)
+        return None if match is None else match.rule.kinds
 
     def site(self, site: Site) -> Site:
         """A site with the stack axes of its rule, which the function may use as outputs.
@@ -184,10 +184,10 @@ class NameMap:
         Raises:
           ValueError: the rule has another layout, or names another number of slices.
         """
-        found = self.find(site.path)
-        if found is None:
+        match = self.find(site.path)
+        if match is None:
             return site
-        axes, kinds = found.axes(), found.rule.kinds
+        axes, kinds = match.axes(), match.rule.kinds
         if kinds is None and not any(axes.values()):
             return site
         if kinds is None:
@@ -217,8 +217,8 @@ class NameMap:
         Args:
           path: of the site.
         """
-        found = self.find(path)
-        template = "" if found is None else found.rule.template
+        match = self.find(path)
+        template = "" if match is None else match.rule.template
         return BRACKETS.fullmatch(template) is not None and PART.fullmatch(template) is None
 
     def parameters(self, sites: Iterable[Site]) -> list[Parameter]:
@@ -234,7 +234,7 @@ class NameMap:
           ValueError: more than one stack axis that the template does not name, or two parameters
             of a module by one rule, which leaves their order open.
         """
-        found = []
+        matches = []
         seen: set[tuple[str, int]] = set()
         for site in sites:
             if "i" not in site.kinds:
@@ -258,8 +258,8 @@ class NameMap:
                 experts = itertools.product(*map(range, site.stack[named:]))
                 slices = [(*index, *e) for e in experts]
                 one = Parameter(f"{module}.{name}", module, site, slices, turned is not None)
-                found.append((order, one))
-        return [one for _, one in sorted(found, key=lambda item: item[0])]
+                matches.append((order, one))
+        return [one for _, one in sorted(matches, key=lambda item: item[0])]
 
     def vectors(self, sites: Iterable[Site]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The torch parameters of all slices of vectors.
@@ -276,19 +276,19 @@ class NameMap:
         Raises:
           ValueError: two slices get one name.
         """
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        by_module: dict[str, tuple[str, tuple[int, ...]]] = {}
         for site in sites:
             if "i" in site.kinds or not self.is_parameter(site.path):
                 continue
             for index in itertools.product(*map(range, site.stack)):
                 name = self.vector(site.path, index)
-                if name in found:
+                if name in by_module:
                     raise ValueError(
-                        f"name map: {site.path!r}{list(index)} and {found[name][0]!r} are both "
+                        f"name map: {site.path!r}{list(index)} and {by_module[name][0]!r} are both "
                         f"called {name!r}"
                     )
-                found[name] = (site.path, index)
-        return found
+                by_module[name] = (site.path, index)
+        return by_module
 
     def vector(self, path: str, index: tuple[int, ...] = ()) -> str:
         """The torch parameter of one slice of a vector.

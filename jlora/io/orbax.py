@@ -116,8 +116,8 @@ def _check_replaceable(folder: Path) -> None:
     strange = sorted({p.name for p in folder.iterdir()} - CONTENTS)
     whole = all((folder / name).is_dir() for name in ("arrays", "meta"))
     if strange or not whole:
-        found = strange[:4] or sorted(p.name for p in folder.iterdir())
-        raise FormatError(folder, f"got {found} inside, expected a checkpoint only; it is kept")
+        names = strange[:4] or sorted(p.name for p in folder.iterdir())
+        raise FormatError(folder, f"got {names} inside, expected a checkpoint only; it is kept")
 
 
 def _restore(folder: Path, like: Adapter | None) -> Adapter:
@@ -142,11 +142,11 @@ def _restore(folder: Path, like: Adapter | None) -> Adapter:
     parts: dict[str, dict[str, dict[str, jax.Array]]] = {part: {} for part in PARTS}
     for n, (part, site, name) in enumerate(names):
         array = arrays[_key(n)]
-        found = {**_form(array), "crc32": _crc(array)}
+        stored = {**_form(array), "crc32": _crc(array)}
         for what, expected in entries[n].items():
-            if what != "name" and found[what] != expected and None not in (expected, found[what]):
+            if what != "name" and stored[what] != expected and None not in (expected, stored[what]):
                 raise FormatError(
-                    folder, f"{part} {site}/{name}: {what} {found[what]}, expected {expected}"
+                    folder, f"{part} {site}/{name}: {what} {stored[what]}, expected {expected}"
                 )
         parts[part].setdefault(site, {})[name] = array
     for site, _ in sites:

@@ -38,11 +38,11 @@ class Rule(NamedTuple):
         Returns:
           Index letter -> the names of its slices, () where they are numbers.
         """
-        found = PLACE.findall(self.template)
-        letters = [text for text in found if "|" not in text]
+        names = PLACE.findall(self.template)
+        letters = [text for text in names if "|" not in text]
         free = (letter for letter in INDICES if letter not in letters)
         axes = {letter: () for letter in letters if letter not in groups}
-        axes |= {next(free): tuple(text.split("|")) for text in found if "|" in text}
+        axes |= {next(free): tuple(text.split("|")) for text in names if "|" in text}
         return dict(sorted(axes.items()))
 
 
@@ -55,8 +55,8 @@ class Match(NamedTuple):
 
     def numbers(self) -> dict[str, int]:
         """Returns the indices that the path holds, by letter."""
-        found = self.match.groupdict()
-        return {k: int(v) for k, v in found.items() if k in INDICES and v is not None}
+        groups = self.match.groupdict()
+        return {k: int(v) for k, v in groups.items() if k in INDICES and v is not None}
 
     def axes(self) -> dict[str, tuple[str, ...]]:
         """Returns what `Rule.axes` does, for the groups of this match."""

@@ -84,13 +84,13 @@ def certified(
         adapters = [converted(a, params) for a in listed(adapters)]
     bank, w, sites = gather(adapters, weights, missing=missing)
     checked(row, bank, w, key, options or {})
-    made = apply(row, bank, w, options, key=key, ids=ids)
-    cut = made
+    merged = apply(row, bank, w, options, key=key, ids=ids)
+    cut = merged
     if out_rank is not None:
-        check_rank("out_rank", out_rank, largest_rank(made))
-        cut = algebra.truncate(made, out_rank).deltas
+        check_rank("out_rank", out_rank, largest_rank(merged))
+        cut = algebra.truncate(merged, out_rank).deltas
     check_finite(name, cut)
-    errors, norms = distances(row, bank, w, made, cut, key=key, ids=ids, options=options)
+    errors, norms = distances(row, bank, w, merged, cut, key=key, ids=ids, options=options)
     return Merged(
         to_adapter(cut, sites),
         {p: algebra.low_rank(d).u.shape[-1] for p, d in cut.items()},
@@ -105,7 +105,7 @@ def distances(
     row: Merging,
     bank: Deltas,
     weights: Weights,
-    made: Deltas,
+    merged: Deltas,
     cut: Deltas,
     *,
     key: PRNGKeyArray | None = None,
@@ -118,19 +118,19 @@ def distances(
       row: the method.
       bank: path -> deltas of N adapters.
       weights: [N], or {path: [N, *stack]}.
-      made: path -> what the method gives as factors.
-      cut: path -> the factors that are written: `made`, or of less rank.
-      key, ids: of randomised methods, those that `made` is drawn with.
+      merged: path -> what the method gives as factors.
+      cut: path -> the factors that are written: `merged`, or of less rank.
+      key, ids: of randomised methods, those that `merged` is drawn with.
       options: of the method.
 
     Returns:
       ({path: [*stack]}, {path: [*stack]}).
     """
     if row.rule is None:
-        norms = _norms(made)
-        if cut is made:
+        norms = _norms(merged)
+        if cut is merged:
             return {p: jnp.zeros_like(n) for p, n in norms.items()}, norms
-        return _norms(algebra.add(made, algebra.scale(cut, -1.0))), norms
+        return _norms(algebra.add(merged, algebra.scale(cut, -1.0))), norms
     given = dict(options or {})
     given.pop("rank", None)
     solver = given.pop("solver", None) or Solver()
@@ -158,11 +158,11 @@ def _measured(
     make, by_outputs, block, static = kind
 
     def one(x: Dynamic) -> tuple[Array, Array]:
-        low, made, w, keys = x
+        low, merged, w, keys = x
         if by_outputs:
-            low, made = flip(low), flip(made)
+            low, merged = flip(low), flip(merged)
         rule = make(low, w, **({} if keys is None else {"keys": keys}), **arrays, **dict(static))
-        return distance(low, rule, made, block=block)
+        return distance(low, rule, merged, block=block)
 
     return lax.map(one, (bank, factors, weights, keys))
 

@@ -86,9 +86,11 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         self._fast.enable_truncation(max_length=length, strategy="longest_first")
         self._fast.enable_padding(length=length, pad_id=self.pad_id, pad_token=self._pad)
-        found = self._fast.encode_batch(rows)
-        ids = np.asarray([row.ids for row in found], np.int32).reshape(len(rows), length)
-        mask = np.asarray([row.attention_mask for row in found], bool).reshape(len(rows), length)
+        encodings = self._fast.encode_batch(rows)
+        ids = np.asarray([row.ids for row in encodings], np.int32).reshape(len(rows), length)
+        mask = np.asarray([row.attention_mask for row in encodings], bool).reshape(
+            len(rows), length
+        )
         return ids, mask
 
 

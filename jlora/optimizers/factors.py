@@ -87,8 +87,8 @@ def per_site(
             a, b = _factors(name, path, {**frozen[path], **site} if fixed_a else site, fixed_a)
             pair = Pair(a, b, *_factors(name, path, updates[path], fixed_a), scale)
             u_a, u_b, kept[path] = update(pair, state[path])
-            found = {"a": u_a, "b": u_b}
-            moved[path] = {n: found[n].astype(t.dtype) for n, t in site.items()}
+            factor_updates = {"a": u_a, "b": u_b}
+            moved[path] = {n: factor_updates[n].astype(t.dtype) for n, t in site.items()}
         return moved, kept
 
     return optax.GradientTransformationExtraArgs(start, step)

@@ -92,13 +92,13 @@ def glad(
     if general is None:
         step = rho * _inverse(norm(g))
         there = jax.tree.map(lambda t, d: t + step.astype(t.dtype) * d, trainable, g)
-        found = jax.tree.map(lambda x, y: (1 - alpha) * x + alpha * y, g, jax.grad(loss)(there))
+        gradient = jax.tree.map(lambda x, y: (1 - alpha) * x + alpha * y, g, jax.grad(loss)(there))
     else:
         h = jax.grad(general)(trainable)
         against = jnp.minimum(0.0, dot(g, h)) * _inverse(norm(h)) ** 2
-        found = jax.tree.map(lambda x, y: x - against.astype(x.dtype) * y, g, h)
-    cosine = dot(found, g) * _inverse(norm(found)) * _inverse(norm(g))
-    return Regularised(value, found, cosine)
+        gradient = jax.tree.map(lambda x, y: x - against.astype(x.dtype) * y, g, h)
+    cosine = dot(gradient, g) * _inverse(norm(gradient)) * _inverse(norm(g))
+    return Regularised(value, gradient, cosine)
 
 
 def sharpness(
@@ -134,8 +134,8 @@ def sharpness(
         there = [t + step.astype(t.dtype) * z for t, z in zip(leaves, noise, strict=True)]
         return loss(jax.tree.unflatten(tree, there))
 
-    found = jax.lax.map(one, jax.random.split(key, draws))
-    return jnp.mean(found) - loss(trainable)
+    losses = jax.lax.map(one, jax.random.split(key, draws))
+    return jnp.mean(losses) - loss(trainable)
 
 
 def dot(x: Tree, y: Tree) -> Float[Array, ""]:

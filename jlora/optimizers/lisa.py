@@ -82,8 +82,8 @@ def lisa(
     stacked = re.compile(layers)
 
     def init(params: Tree) -> LisaState:
-        found = _flags(params, stacked)
-        sizes = {p.shape[0] for p, is_layer in found if is_layer}
+        flags = _flags(params, stacked)
+        sizes = {p.shape[0] for p, is_layer in flags if is_layer}
         if len(sizes) != 1:
             raise ValueError(f"layers: got {layers!r}, which finds stacks of {sorted(sizes)} "
                              "layers, expected one number")  # fmt: skip
@@ -127,8 +127,8 @@ def lisa(
             change = (-jnp.asarray(eta, form) * change).astype(p.dtype)
             return jnp.zeros_like(p).at[index].set(change) if is_layer else change
 
-        found = _map(moved, params, mu, nu, pattern=stacked)
-        return found, LisaState(state.step + 1, state.key, index, mu, nu)
+        results = _map(moved, params, mu, nu, pattern=stacked)
+        return results, LisaState(state.step + 1, state.key, index, mu, nu)
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 

@@ -47,9 +47,9 @@ def lora_plus(ratio: float = 16.0, names: Collection[str] = ("b",)) -> optax.Gra
         return str(getattr(path[-1], "key", path[-1])) if path else ""
 
     def init(params: Tree) -> optax.EmptyState:
-        found = {name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-        if not found & set(names):
-            raise ValueError(f"names: got {sorted(names)}, expected some of {sorted(found)}")
+        leaf_names = {name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        if not leaf_names & set(names):
+            raise ValueError(f"names: got {sorted(names)}, expected some of {sorted(leaf_names)}")
         return optax.EmptyState()
 
     def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Dynamic, Dynamic]:

@@ -152,7 +152,7 @@ def _solve(
     if solved.x is None:
         return None
     chosen = np.round(solved.x[x]).astype(int)
-    found = [tuple(sorted(p for p, c in zip(pieces, chosen[:, j], strict=True) if c))
+    packed = [tuple(sorted(p for p, c in zip(pieces, chosen[:, j], strict=True) if c))
              for j in range(n)]  # fmt: skip
-    found = [b for b in found if b]
-    return sorted(found, key=lambda b: -blocks(b, block))
+    packed = [b for b in packed if b]
+    return sorted(packed, key=lambda b: -blocks(b, block))

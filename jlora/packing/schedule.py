@@ -117,11 +117,11 @@ def _steps(jobs: Sequence[Job], order: Sequence[Microbatch]) -> tuple[tuple[int,
     return tuple(steps)
 
 
-def verify(made: Plan, jobs: Sequence[Job], capacity: int, block: int, stages: int = 1) -> None:
+def verify(plan: Plan, jobs: Sequence[Job], capacity: int, block: int, stages: int = 1) -> None:
     """Checks a plan against its jobs, whoever wrote it.
 
     Args:
-      made: the plan.
+      plan: the plan.
       jobs: what it is for.
       capacity: tokens per microbatch.
       block: tokens per block.
@@ -134,14 +134,14 @@ def verify(made: Plan, jobs: Sequence[Job], capacity: int, block: int, stages: i
     """
     want = {p for b in range(max(len(j.batches) for j in jobs))
             for p in pieces_of(jobs, range(len(jobs)), b)}  # fmt: skip
-    got = [p for m in made.microbatches for p in m]
+    got = [p for m in plan.microbatches for p in m]
     if len(got) != len(set(got)) or set(got) != want:
         raise ValueError(
             f"plan: got {len(got)} samples, expected each of {len(want)} once; missing "
             f"{sorted(want - set(got))[:3]}, surplus {sorted(set(got) - want)[:3]}"
         )
     spans: dict[tuple[int, int], list[int]] = {}
-    for index, microbatch in enumerate(made.microbatches):
+    for index, microbatch in enumerate(plan.microbatches):
         if blocks(microbatch, block) * block > capacity:
             raise ValueError(f"microbatch {index}: over the capacity of {capacity} tokens")
         present = {(p.job, p.batch) for p in microbatch}
@@ -155,17 +155,17 @@ def verify(made: Plan, jobs: Sequence[Job], capacity: int, block: int, stages: i
                 f"{jobs[job].name}: batch {batch} starts at microbatch {min(places)}, expected "
                 f"{max(spans[job, batch - 1]) + stages} or later ({stages} stages)"
             )
-    if made.steps != _steps(jobs, made.microbatches):
+    if plan.steps != _steps(jobs, plan.microbatches):
         raise ValueError("plan: steps: expected each job's step at the end of its global batch")
 
 
-def rows(made: Plan, count: int) -> tuple[Rows, ...]:
+def rows(plan: Plan, count: int) -> tuple[Rows, ...]:
     """A plan in steps of several microbatches: tokens of one row attend to that row alone.
 
     Attention of one row of C tokens takes C^2 products, of n rows of C / n tokens one n-th of it.
 
     Args:
-      made: a plan for one stage.
+      plan: a plan for one stage.
       count: rows per step, at least 1.
 
     Returns:
@@ -181,7 +181,7 @@ def rows(made: Plan, count: int) -> tuple[Rows, ...]:
     held: list[Microbatch] = []
     done: set[int] = set()
     current: dict[int, int] = {}  # global batch of each job in the step
-    for microbatch, steps in zip(made.microbatches, made.steps, strict=True):
+    for microbatch, steps in zip(plan.microbatches, plan.steps, strict=True):
         clash = any(current.get(p.job, p.batch) != p.batch for p in microbatch)
         if clash or len(held) == count:
             out.append(Rows((*held, *[()] * (count - len(held))), tuple(sorted(done))))

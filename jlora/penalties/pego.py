@@ -60,7 +60,7 @@ def pego(adapter: Adapter, params: Tree, groups: int = 4, weight: float = 0.1) -
     """
     if not weight >= 0:
         raise ValueError(f"weight: got {weight}, expected a number >= 0")
-    leaves, found = flatten(params)[0], []
+    leaves, pairs = flatten(params)[0], []
     for site, method in adapter.sites:
         if not isinstance(method, LoRA):
             continue
@@ -78,8 +78,8 @@ def pego(adapter: Adapter, params: Tree, groups: int = 4, weight: float = 0.1) -
         scale = jnp.broadcast_to(p["scale"], stack)[..., None, None].astype(p["a"].dtype)
         parts = [t.reshape(-1, *t.shape[-2:]) for t in (w, p["a"] * scale, p["b"])]
         for w, a, b in zip(*parts, strict=True):  # a layer at a time
-            found.append(of_matrix(w, a, b, groups))
-    return weight * sum(found[1:], found[0]) if found else jnp.zeros((), jnp.float32)
+            pairs.append(of_matrix(w, a, b, groups))
+    return weight * sum(pairs[1:], pairs[0]) if pairs else jnp.zeros((), jnp.float32)
 
 
 def of_matrix(

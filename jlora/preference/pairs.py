@@ -52,8 +52,8 @@ def sequence_log_probs(
       [B], at least float32.
     """
     logits = logits[:, :-1].astype(at_least_float32(logits.dtype))
-    found = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
-    return jnp.sum(found[..., 0] * mask[:, 1:].astype(found.dtype), axis=-1)
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
+    return jnp.sum(log_probs[..., 0] * mask[:, 1:].astype(log_probs.dtype), axis=-1)
 
 
 def scorer(model: Callable[[Tree, Int[Array, "B T"]], Float[Array, "B T V"]]) -> Scorer:

@@ -145,8 +145,8 @@ def observe(state: Scores, adapter: Adapter, gradients: Trainable, budget: Budge
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(live, n, o), new, old)  # noqa: E731
     sensitivity, uncertainty = keep(mean, state.sensitivity), keep(spread, state.uncertainty)
     state = Scores(step, sensitivity, uncertainty, state.masks)
-    found, due = allocate(state, budget.at(step, _all(state.masks))), budget.due(step)
-    return state._replace(masks={p: jnp.where(due, m, state.masks[p]) for p, m in found.items()})
+    masks, due = allocate(state, budget.at(step, _all(state.masks))), budget.due(step)
+    return state._replace(masks={p: jnp.where(due, m, state.masks[p]) for p, m in masks.items()})
 
 
 def importance(state: Scores) -> dict[str, Array]:

@@ -59,7 +59,7 @@ def layers_of(adapter: Adapter) -> dict[str, tuple[int, ...] | int]:
       ValueError: a site that is no stack of one axis and has no number in its path; stacks of
         different lengths.
     """
-    found, stacks = {}, {site.stack for site, _ in adapter.sites if site.stack}
+    layers, stacks = {}, {site.stack for site, _ in adapter.sites if site.stack}
     if len(stacks) > 1 or any(len(stack) > 1 for stack in stacks):
         raise ValueError(f"layers_of: got stacks {sorted(stacks)}, expected one number of layers")
     for site, _ in adapter.sites:
@@ -67,11 +67,11 @@ def layers_of(adapter: Adapter) -> dict[str, tuple[int, ...] | int]:
         if not site.stack and not number:
             raise ValueError(f"{site.path}: got no stack and no number, expected a layer; give "
                              "`layers` by hand")  # fmt: skip
-        found[site.path] = tuple(range(site.stack[0])) if site.stack else int(number[0])  # type: ignore[index]
-    flat = sorted({n for v in found.values() for n in (v if isinstance(v, tuple) else (v,))})
+        layers[site.path] = tuple(range(site.stack[0])) if site.stack else int(number[0])  # type: ignore[index]
+    flat = sorted({n for v in layers.values() for n in (v if isinstance(v, tuple) else (v,))})
     place = {n: k for k, n in enumerate(flat)}
     return {p: tuple(place[n] for n in v) if isinstance(v, tuple) else place[v]
-            for p, v in found.items()}  # fmt: skip
+            for p, v in layers.items()}  # fmt: skip
 
 
 def count(layers: Layers) -> int:
@@ -248,15 +248,15 @@ _PLACES, _LENGTH = {"down": 0, "up": 1}, 3
 
 
 def _observe(state: Tree, adapter: Adapter, gradients: dict) -> Tree:
-    found, whole = state  # type: ignore[misc]
-    w = weights(found.alpha)
+    search, whole = state  # type: ignore[misc]
+    w = weights(search.alpha)
     by = jnp.stack([jnp.sum(adapter.trainable[p]["b"] * gradients[p]["b"]) for p in _PLACES]) / w
-    return advance(found, w * (by - jnp.mean(w * by))), whole
+    return advance(search, w * (by - jnp.mean(w * by))), whole
 
 
 def _masks(state: Tree, step: Dynamic) -> dict[str, Array]:
-    found, whole = state  # type: ignore[misc]
-    chosen = select(found.alpha, 1) | (step < _LENGTH)
+    search, whole = state  # type: ignore[misc]
+    chosen = select(search.alpha, 1) | (step < _LENGTH)
     return {p: m & chosen[_PLACES[p]] for p, m in whole.items()}
 
 

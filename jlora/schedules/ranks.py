@@ -187,8 +187,8 @@ def _order(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _take(t: jax.Array, index: np.ndarray, live: np.ndarray, axis: int) -> jax.Array:
-    found = jnp.take_along_axis(t, along(jnp.asarray(index), t, axis), axis)
-    return jnp.where(along(jnp.asarray(live), found, axis), found, jnp.zeros_like(found))
+    taken = jnp.take_along_axis(t, along(jnp.asarray(index), t, axis), axis)
+    return jnp.where(along(jnp.asarray(live), taken, axis), taken, jnp.zeros_like(taken))
 
 
 def _at_rank(method: Method, rank: int) -> Method:

@@ -245,8 +245,8 @@ def _kept(masks: dict[str, Array]) -> Array:
 
 def _shrink(adapter: Adapter, state: Tree, masks: dict[str, Array]) -> tuple[Adapter, Dynamic]:
     """Adapter and optax state with the kept ranks alone."""
-    found = squeeze(adapter, int(_kept(masks)))
-    return found.adapter, project(state, found.maps, adapter.trainable)
+    squeezed = squeeze(adapter, int(_kept(masks)))
+    return squeezed.adapter, project(state, squeezed.maps, adapter.trainable)
 
 
 _falling = functools.partial(schedule, start=1, stop=4, source=4, target=2)

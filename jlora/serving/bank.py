@@ -122,8 +122,8 @@ def _spread_jvp(at: Dynamic, along: Dynamic) -> tuple[jax.Array, jax.Array]:
 def _picked(p: Arrays) -> Arrays:
     i, picked = p[INDEX], {}
     for key, t in p.items():
-        name, found, turned = key.partition("[]")
-        if found:
+        name, leaf, turned = key.partition("[]")
+        if leaf:
             picked[name] = t[i].mT if turned else t[i]
     return picked
 
@@ -168,8 +168,8 @@ def serving_bank(bank: Adapter) -> ServingBank:
         raise ValueError("expected a bank of jl.stack, got one already in serving order")
     sizes = {t.shape[:1] for t in jax.tree.leaves(bank)}
     if len(sizes) != 1 or () in sizes:
-        found = sorted(s[0] if s else 0 for s in sizes)
-        raise ValueError(f"expected a bank, one leading axis in all arrays; got sizes {found}")
+        layers = sorted(s[0] if s else 0 for s in sizes)
+        raise ValueError(f"expected a bank, one leading axis in all arrays; got sizes {layers}")
     known = {site.path: (len(site.stack), method.rank_axes) for site, method in bank.sites}
 
     def behind(part: Mapping[str, Arrays]) -> dict[str, Arrays]:

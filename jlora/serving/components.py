@@ -103,7 +103,7 @@ def components(adapter: Adapter, sites: Sequence[Site]) -> Float[np.ndarray, "r 
         that are not finite.
     """
     one_adapter(adapter, "components")
-    found = {}
+    by_name = {}
     known = {s.path: s for s in sites}
     for site, method in adapter.sites:
         if site.path not in known or site.shape != known[site.path].shape:
@@ -115,12 +115,12 @@ def components(adapter: Adapter, sites: Sequence[Site]) -> Float[np.ndarray, "r 
         u, v = (np.asarray(t, np.float32) for t in pair)
         if not (np.isfinite(u).all() and np.isfinite(v).all()):
             raise ValueError(f"{site.path}: got numbers that are not finite")
-        found[site.path] = np.moveaxis(u, -1, 0), np.moveaxis(v, -2, 0)  # [r, *stack, d]
-    rank = max((len(u) for u, _ in found.values()), default=0)
+        by_name[site.path] = np.moveaxis(u, -1, 0), np.moveaxis(v, -2, 0)  # [r, *stack, d]
+    rank = max((len(u) for u, _ in by_name.values()), default=0)
     out = np.zeros((rank, size(sites)), np.float32)
     for path, start, middle, end in _places(sites):
-        if path in found:
-            u, v = found[path]
+        if path in by_name:
+            u, v = by_name[path]
             out[: len(u), start:middle] = u.reshape(len(u), -1)
             out[: len(v), middle:end] = v.reshape(len(v), -1)
     return out

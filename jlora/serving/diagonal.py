@@ -107,8 +107,8 @@ def _places(owner: Array, row: Array) -> tuple[Array, int]:
     A device that holds part of the components may hold part of a block.
     """
     block = math.gcd(BLOCK, len(owner))
-    found = owner[None, ::block] == row[:, None]
-    at = jnp.where(jnp.any(found, axis=0), jnp.argmax(found, axis=0), len(row))
+    owned = owner[None, ::block] == row[:, None]
+    at = jnp.where(jnp.any(owned, axis=0), jnp.argmax(owned, axis=0), len(row))
     return at.astype(jnp.int32), block
 
 

@@ -85,11 +85,11 @@ def cancel(state: State, number: int) -> State:
     Returns:
       Another state.
     """
-    found = [r for r in state.rows if r.request.id == number]
-    if not found and number not in state.works:
+    running = [r for r in state.rows if r.request.id == number]
+    if not running and number not in state.works:
         return state
     state = state._replace(measures=metrics.ended(state.measures, "cancelled"))
-    return _end(state, found) if found else _forget(state, [number])
+    return _end(state, running) if running else _forget(state, [number])
 
 
 def step(

@@ -60,7 +60,7 @@ def summary(measures: Measures, queue: Queue, table: Table, now: float) -> dict[
     """
     seconds = max(now - measures.began, 1e-9)
     uses = table.hits + table.misses
-    found = {
+    figures = {
         "uptime_seconds": seconds,
         "requests_waiting": len(queue.waiting),
         "requests_running": len(queue.running),
@@ -79,8 +79,8 @@ def summary(measures: Measures, queue: Queue, table: Table, now: float) -> dict[
     for name, values in (("first_token", measures.first), ("request", measures.whole)):
         if values:
             for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True):
-                found[f"{name}_seconds_p{100 * q:g}"] = float(value)
-    return found
+                figures[f"{name}_seconds_p{100 * q:g}"] = float(value)
+    return figures
 
 
 def prometheus(measures: Measures, queue: Queue, table: Table, now: float) -> str:

@@ -88,7 +88,7 @@ def listed(shelf: Shelf) -> tuple[str, ...]:
     Returns:
       Names in order.
     """
-    found = []
+    names = []
     with os.scandir(shelf.root) as entries:
         for entry in entries:
             if NAME.fullmatch(entry.name):
@@ -96,8 +96,8 @@ def listed(shelf: Shelf) -> tuple[str, ...]:
                     folder(shelf, entry.name)
                 except Unknown:
                     continue
-                found.append(entry.name)
-    return tuple(sorted(found))
+                names.append(entry.name)
+    return tuple(sorted(names))
 
 
 def read(shelf: Shelf, name: str) -> Float[np.ndarray, "r N"]:
@@ -146,13 +146,13 @@ def fetch(shelf: Shelf, memory: Memory, name: str) -> tuple[Memory, Float[np.nda
     """
     kept, reads = dict(memory.kept), memory.reads
     if name in kept:
-        found = kept.pop(name)
+        adapter = kept.pop(name)
     else:
-        found, reads = read(shelf, name), reads + 1
-    kept[name] = found
+        adapter, reads = read(shelf, name), reads + 1
+    kept[name] = adapter
     while len(kept) > 1 and sum(t.nbytes for t in kept.values()) > shelf.bytes:
         del kept[next(iter(kept))]
-    return Memory(kept, reads), found
+    return Memory(kept, reads), adapter
 
 
 def forget(memory: Memory, name: str) -> Memory:

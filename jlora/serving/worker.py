@@ -68,8 +68,8 @@ class Worker:
         where = self.folders.get(name, name)
         if where is None:
             raise shelf.Unknown(f"adapter {name!r}: not loaded, and no PEFT directory of that name")
-        self.memory, found = shelf.fetch(self.shelf, self.memory, where)
-        return found
+        self.memory, adapter = shelf.fetch(self.shelf, self.memory, where)
+        return adapter
 
     def ask(self, what: Asks) -> concurrent.futures.Future:
         """Has something done between two steps.
@@ -173,9 +173,9 @@ class Worker:
         Returns:
           Those of the shelf and those with a name of their own, without those that were unloaded.
         """
-        found = dict.fromkeys(shelf.listed(self.shelf), True)
-        found |= {name: where is not None for name, where in dict(self.folders).items()}
-        return tuple(sorted(name for name, there in found.items() if there))
+        names = dict.fromkeys(shelf.listed(self.shelf), True)
+        names |= {name: where is not None for name, where in dict(self.folders).items()}
+        return tuple(sorted(name for name, there in names.items() if there))
 
     def prometheus(self) -> str:
         """The figures as text.

@@ -82,7 +82,9 @@ def test_every_stage_leaves_what_it_promises(finished):
 def test_a_newcomer_sees_a_bar_and_a_line_per_stage_and_the_result(finished):
     """1,102 lines of the checkpointer's INFO messages stood between the bars."""
     lines = (finished / "stderr").read_text(encoding="utf-8").splitlines()
-    stages = "data zoo codec rivals denoiser sample evaluate more_steps episodes report".split()
+    stages = (
+        "data zoo codec rivals denoiser sample evaluate more_steps episodes layered report".split()
+    )
     for stage in stages:
         if stage != "report":
             assert any(f"{stage:>10}: 100%" in line for line in lines), stage
@@ -234,7 +236,7 @@ def test_other_kinds_of_task_go_through_every_stage(call, tmp_path):
     report = figures(tmp_path)
     assert len(report["table"]) == 8 and "toy--3_labels--0" in report["table"]
     assert set(report["unseen"]["unseen_kind"]["table"]) == {"toy--continues"}
-    assert report["claims"][-4]["name"] == "unseen_kind.beats_best_rival"
+    assert report["claims"][-4]["name"] == "unseen_kind.layered_beats_best_rival"
     assert any(
         "1 of the 12 tasks have more than two classes, at most 3" in note
         for note in report["notes"]

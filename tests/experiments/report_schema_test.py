@@ -88,7 +88,7 @@ def test_written_report_reads_back_and_is_bitwise_repeatable(report, tmp_path):
         ("unseen/elsewhere", {}, r"unseen\.elsewhere: unknown level"),
         ("confusion/matrix", [[1.0]], r"confusion\.matrix: expected 6 x 6"),
         ("summary/base/n", 0, r"summary\.base: n=0"),
-        ("version", 1, r"version: 1, expected one of \(2, 3, 4\)"),
+        ("version", 1, r"version: 1, expected one of \(2, 3, 4, 5\)"),
         ("unseen/unseen_pair/best_rival", ..., r"unseen_pair: missing best_rival"),
         ("unseen/unseen_pair/best_rival/method", "luck", r"accuracy: missing luck"),
         ("unseen/unseen_pair/paired/logreg", ..., r"unseen_pair\.paired: missing logreg"),
@@ -138,6 +138,9 @@ def test_claims_follow_the_figures_and_never_hide_a_failure(report):
         "unseen_pair.beats_best_rival",
         "unseen_label.beats_best_rival",
         "unseen_corpus.beats_best_rival",
+        "unseen_pair.layered_beats_best_rival",
+        "unseen_label.layered_beats_best_rival",
+        "unseen_corpus.layered_beats_best_rival",
         "seen.within_soup",
         "seen.confusion_diagonal",
         "sampler.few_steps",
@@ -157,6 +160,9 @@ def test_claims_follow_the_figures_and_never_hide_a_failure(report):
     where = "unseen/unseen_corpus/best_rival/paired"
     assert holds("unseen_corpus.beats_best_rival", where, pair)
     assert not holds("unseen_corpus.beats_best_rival", where, pair | {"low": -0.001})
+    where = "unseen/unseen_corpus/layered_best_rival/paired"
+    assert holds("unseen_corpus.layered_beats_best_rival", where, pair)
+    assert not holds("unseen_corpus.layered_beats_best_rival", where, pair | {"low": -0.001})
     gap = pair | {"mean": 0.95, "low": 0.9, "high": 0.99}
     where = "unseen/unseen_pair/gap_recovered/generated"
     assert holds("unseen_pair.gap_recovered", where, gap)
@@ -196,15 +202,15 @@ def test_too_few_tasks_are_said_in_the_same_words_everywhere(capsys):
     """With 4 tasks each claim is "too few to say", whichever way its figure points."""
     for gain in (0.2, -0.2):
         report = small(4, gain)
-        assert [c["verdict"] for c in report["claims"]] == ["too few to say"] * 10
+        assert [c["verdict"] for c in report["claims"]] == ["too few to say"] * 13
         assert all(
             c["text"].endswith("Fewer than 5 tasks: too few to say.") for c in report["claims"]
         )
         page = html.render(report, {}) if gain > 0 else ""
         cond_pdiff.show(report, Path("run"))
         shown, text = capsys.readouterr().out, markdown.render(report)
-        assert text.count("- too few to say:") == shown.count("[too few to say]") == 10
-        assert page.count("○ too few to say") == (10 if page else 0)
+        assert text.count("- too few to say:") == shown.count("[too few to say]") == 13
+        assert page.count("○ too few to say") == (13 if page else 0)
         for claimed in ("does not hold", "✓", "✗"):
             assert claimed not in page + text + shown
         for sentence in words.lead(report)[1:4]:
@@ -238,6 +244,13 @@ def test_the_best_rival_is_the_best_that_knows_no_more_than_the_generator():
     np.testing.assert_allclose([best["paired"][k] for k in ("mean", "low", "high")], -0.1)
     alone = {str(k): row | strong | {"base": [0.6]} for k in range(2)}
     assert build.level(alone, "unseen_pair")["best_rival"]["method"] == "base"
+    both = {
+        task: values | {"layered": [0.9], "generated": [0.95]} for task, values in tasks.items()
+    }
+    own = build.level(both, "unseen_pair")  # each is the other's rival, but not its own
+    assert own["best_rival"]["method"] == "layered"
+    assert own["layered_best_rival"]["method"] == "knn"
+    assert own["layered_best_rival"]["paired"]["mean"] == pytest.approx(0.1)
 
 
 def test_a_report_from_before_the_rivals_is_still_read(report):
@@ -247,9 +260,9 @@ def test_a_report_from_before_the_rivals_is_still_read(report):
         set(schema.UNSEEN_KEYS) - set(schema.names.keys("held_out", 2)),
     )
     frozen = {"nearest_mean", "knn", "logreg", "lora_k", "discriminant", "logreg_full"}
-    assert new == frozen | {"episodic", "episodic_mean", "episodic_logreg"}
+    assert new == frozen | {"episodic", "episodic_mean", "episodic_logreg", "layered"}
     for level in old["unseen"].values():
-        del level["best_rival"]
+        del level["best_rival"], level["layered_best_rival"]
         for part in (*level["table"].values(), *(level[k] for k in
                      ("accuracy", "gap_recovered", "paired"))):  # fmt: skip
             for key in new:

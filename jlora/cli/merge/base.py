@@ -76,16 +76,16 @@ class Base:
         Returns:
           Module -> the site of its weight (of 2 to 5 axes), and its bias where there is one.
         """
-        found: dict[str, dict[str, Json]] = {}
+        tree: dict[str, dict[str, Json]] = {}
         for name, (shape, dtype) in self.shapes.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and 2 <= len(shape) <= 5:
                 kind = dtype if dtype in FLOATS.values() else np.dtype(np.float32)
                 site = layout.site_of(module, shape, kind, module in tables)
-                found.setdefault(module, {})[site.path.rpartition("/")[2]] = site
+                tree.setdefault(module, {})[site.path.rpartition("/")[2]] = site
             elif kind == "bias":
-                found.setdefault(module, {})["bias"] = jax.ShapeDtypeStruct(shape, dtype)
-        return found
+                tree.setdefault(module, {})["bias"] = jax.ShapeDtypeStruct(shape, dtype)
+        return tree
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor of the base.
@@ -152,13 +152,13 @@ class Base:
         if module in self.quantised:
             stored = quantised.dequantised(stored, self.tensor(f"{module}.SCB"))
         with np.errstate(over="ignore"):
-            found = stored.astype(np.float32)
-        bad = safetensors_file.not_finite(found)
+            value = stored.astype(np.float32)
+        bad = safetensors_file.not_finite(value)
         if bad:
             raise FormatError(
                 self.folder, f"{name}: got {bad} values that are NaN or infinite, and it is changed"
             )
-        return found
+        return value
 
     def written(self, name: str, dtype: str | None, changed: Collection[str]) -> np.dtype | None:
         """The dtype in which a tensor is written.

@@ -234,15 +234,15 @@ def _opened(config: Config, method: Method, base: Base | None) -> tuple[Base | N
     """
     if not config.slices:
         return base, []
-    found: dict[Path, Base] = {}
+    by_folder: dict[Path, Base] = {}
     for path in dict.fromkeys(m.path for part in config.slices for m in part.sources):
         if is_checkpoint(path):
-            found[path] = Base(path)
-    first = found.get(config.models[0].path)
+            by_folder[path] = Base(path)
+    first = by_folder.get(config.models[0].path)
     stays = all(part.stays(config.models) for part in config.slices)
     if stays and (first is None or _layers(first) == config.slices[-1].stop):
         return base, []
-    others = [m.path for part in config.slices for m in part.sources if m.path not in found]
+    others = [m.path for part in config.slices for m in part.sources if m.path not in by_folder]
     if others:
         raise ConfigError(f"slices: got {others[0]}, expected checkpoints: layers of adapters stay "
                           "where they are, all of the model")  # fmt: skip
@@ -252,7 +252,7 @@ def _opened(config: Config, method: Method, base: Base | None) -> tuple[Base | N
     opened, bases = [], []
     for n in range(len(config.models)):
         parts = [
-            Part(found[part.sources[n].path], part.starts[n],
+            Part(by_folder[part.sources[n].path], part.starts[n],
                  part.starts[n] + part.stop - part.start)
             for part in config.slices
         ]  # fmt: skip
@@ -269,8 +269,8 @@ def _opened(config: Config, method: Method, base: Base | None) -> tuple[Base | N
 
 
 def _layers(model: Base) -> int:
-    found = [LAYER.search(name) for name in model.shapes]
-    return max((int(layer[1]) + 1 for layer in found if layer), default=0)
+    matches = [LAYER.search(name) for name in model.shapes]
+    return max((int(layer[1]) + 1 for layer in matches if layer), default=0)
 
 
 def check_tokenizers(config: Config, donor: Base) -> None:
@@ -301,9 +301,9 @@ def _vocabulary(path: Path) -> Dynamic:
     data = whole_file.read_bytes(path, safetensors_file.MAX_BYTES)
     if path.name != "tokenizer.json":
         return data
-    found = parse_json(path, data)
-    model = found.get("model") if isinstance(found, dict) else None
-    added = found.get("added_tokens") if isinstance(found, dict) else None
+    document = parse_json(path, data)
+    model = document.get("model") if isinstance(document, dict) else None
+    added = document.get("added_tokens") if isinstance(document, dict) else None
     return (model or {}).get("vocab") if isinstance(model, dict) else None, added
 
 

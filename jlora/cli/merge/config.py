@@ -229,9 +229,9 @@ def _sliced(value: Json, folder: Path) -> tuple[tuple[Model, ...], tuple[Slice, 
     for k, entry in enumerate(value):
         where = f"slices[{k}]"
         entry = keys(entry, where, ("sources",), ("parameters",))
-        found = _models(entry["sources"], f"{where}.sources", folder, "layer_range")
-        if slices and len(found) != len(slices[0].sources):
-            raise ConfigError(f"{where}.sources: got {len(found)}, expected "
+        sources = _models(entry["sources"], f"{where}.sources", folder, "layer_range")
+        if slices and len(sources) != len(slices[0].sources):
+            raise ConfigError(f"{where}.sources: got {len(sources)}, expected "
                               f"{len(slices[0].sources)} as in slices[0]")  # fmt: skip
         spans = [source["layer_range"] for source in entry["sources"]]
         for n, span in enumerate(spans):
@@ -244,7 +244,7 @@ def _sliced(value: Json, folder: Path) -> tuple[tuple[Model, ...], tuple[Slice, 
                                   f"layers as in {spans[0]}, which it is merged with")  # fmt: skip
         own = _parameters(entry.get("parameters"), f"{where}.parameters")
         stop = at + spans[0][1] - spans[0][0]
-        slices.append(Slice(at, stop, own, found, tuple(span[0] for span in spans)))
+        slices.append(Slice(at, stop, own, sources, tuple(span[0] for span in spans)))
         at = stop
     models = tuple(dataclasses.replace(m, parameters={}) for m in slices[0].sources)
     return models, tuple(slices)

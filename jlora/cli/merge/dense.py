@@ -230,11 +230,11 @@ def groups(plan: Plan) -> list[dict[str, Json]]:
     Returns:
       Of each group: how many tensors, the first, and the parameters.
     """
-    found: dict[Dynamic, list[str]] = {}
+    by_kind: dict[Dynamic, list[str]] = {}
     for name, options in plan.options.items():
-        found.setdefault(tuple(sorted(options.items())), []).append(name)
+        by_kind.setdefault(tuple(sorted(options.items())), []).append(name)
     return [{"tensors": len(names), "first": names[0], "parameters": dict(key)}
-            for key, names in found.items()]  # fmt: skip
+            for key, names in by_kind.items()]  # fmt: skip
 
 
 def describe(plan: Plan, config: Config) -> str:
@@ -298,8 +298,8 @@ def _short(value: Dynamic) -> str:
 
 def _layer(name: str) -> tuple[str, int | None]:
     """(the stack of layers that a tensor is in, its layer there)."""
-    found = LAYER.search(name)
-    return (name[: found.start()], int(found[1])) if found else ("", None)
+    match = LAYER.search(name)
+    return (name[: match.start()], int(match[1])) if match else ("", None)
 
 
 def _lasts(names: Iterable[str]) -> dict[str, int]:

@@ -86,7 +86,7 @@ def errors(
     Returns:
       Path -> the error of all slices together.
     """
-    found = {}
+    by_site = {}
     for path in chunk.paths:
         u, v = cut[path]
         gaps, norms = [], []
@@ -101,37 +101,37 @@ def errors(
             gaps.append(gap)
             norms.append(norm)
         full = min(u.shape[-2], v.shape[-1])
-        found[path] = Error(u.shape[-1], full, _total(gaps), _total(norms))
-    return found
+        by_site[path] = Error(u.shape[-1], full, _total(gaps), _total(norms))
+    return by_site
 
 
-def lines(found: Mapping[str, Error]) -> list[str]:
+def lines(by_site: Mapping[str, Error]) -> list[str]:
     """The errors as text, and their total.
 
     Args:
-      found: path -> error.
+      by_site: path -> error.
 
     Returns:
       A line per site, and one for all.
     """
     out = [f"  rank {e.rank:4d} of {e.full:4d}  error {e.error:.3e} ({e.share:.2%})  {path}"
-           for path, e in found.items()]  # fmt: skip
-    total, norm = (_total([getattr(e, k) for e in found.values()]) for k in ("error", "norm"))
+           for path, e in by_site.items()]  # fmt: skip
+    total, norm = (_total([getattr(e, k) for e in by_site.values()]) for k in ("error", "norm"))
     out.append(f"error         {total:.3e} of {norm:.3e} in total "
                f"({total / norm if norm else 0:.2%})")  # fmt: skip
     return out
 
 
-def data(found: Mapping[str, Error]) -> dict[str, dict[str, Json]]:
+def data(by_site: Mapping[str, Error]) -> dict[str, dict[str, Json]]:
     """The errors for a file.
 
     Args:
-      found: path -> error.
+      by_site: path -> error.
 
     Returns:
       What JSON can hold.
     """
-    return {path: {**e._asdict(), "share": e.share} for path, e in found.items()}
+    return {path: {**e._asdict(), "share": e.share} for path, e in by_site.items()}
 
 
 def _cut_off(

@@ -104,12 +104,12 @@ def options_of(row: Merging) -> dict[str, Json]:
     functions = [row.function]
     module = sys.modules[row.function.__module__]
     functions += filter(None, [getattr(module, f"{row.function.__name__}_rule", None)])
-    found = {}
+    options = {}
     for function in functions:
         for p in list(inspect.signature(function).parameters.values())[2:]:
             if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "keys", "ids", "solver", "block"):
-                found[p.name] = p.default
-    return found
+                options[p.name] = p.default
+    return options
 
 
 def check_names(row: Merging, where: str, given: Mapping[str, Json]) -> None:

@@ -137,11 +137,11 @@ def run(
     files = len(base.files) if config.out.format == "merged" and base else 1
     with tqdm(total=len(given.sites) + files, desc=row.name, file=sys.stderr) as bar:
         if whole:
-            found, delta = {}, exact.reader(plan, given.bank, config.seed)
+            errors, delta = {}, exact.reader(plan, given.bank, config.seed)
             adapter = Adapter({}, {}, ())
             bar.update(len(given.sites))
         else:
-            merged, found = factored(config, plan, given, bar.update)
+            merged, errors = factored(config, plan, given, bar.update)
             adapter = to_adapter(merged, given.sites)
             check_finite(row.name, merged)
             delta = functools.partial(write.delta_of, adapter)
@@ -155,9 +155,9 @@ def run(
             else:
                 write.peft(new, adapter, config.names, base, config.out.dtype)
                 bar.update()
-            dense.notes(new, config, plans.groups(plan), errors=exact.data(found))
+            dense.notes(new, config, plans.groups(plan), errors=exact.data(errors))
     done = f"{target}: {config.out.format}, {len(given.sites)} sites by {row.name}"
-    return "\n".join([*(exact.lines(found) if found else ()), done])
+    return "\n".join([*(exact.lines(errors) if errors else ()), done])
 
 
 def factored(
@@ -178,15 +178,15 @@ def factored(
       ConfigError: options that the method refuses.
     """
     merged: Deltas = {}
-    found: dict[str, exact.Error] = {}
+    errors: dict[str, exact.Error] = {}
     for chunk in plan.chunks:
         whole = part = plans.run_chunk(plan, chunk, given.bank, config.seed)
         if config.out.rank:
             part = algebra.truncate(whole, config.out.rank).deltas
-        found |= exact.errors(plan, chunk, given.bank, whole, part, config.seed)
+        errors |= exact.errors(plan, chunk, given.bank, whole, part, config.seed)
         merged |= part
         done(len(chunk.paths))
-    return merged, found
+    return merged, errors
 
 
 def by_tensors(

@@ -76,23 +76,23 @@ class Moved(Base):
 
     def _add(self, part: Part, at: int) -> int:
         """Takes the layers of a part as those from `at` on; the next layer."""
-        found: dict[int, list[str]] = {}
+        groups: dict[int, list[str]] = {}
         stacks = set()
         for name in part.model.shapes:
             layer = LAYER.search(name)
             if layer is not None:
                 stacks.add(name[: layer.start(1)])
-                found.setdefault(int(layer[1]), []).append(name)
+                groups.setdefault(int(layer[1]), []).append(name)
         if len(stacks) != 1:
             raise FormatError(part.model.folder, f"got layers in {sorted(stacks)}, expected one "
                               "stack of layers, of which slices can be taken")  # fmt: skip
         for k, layer in enumerate(range(part.start, part.stop)):
-            if layer not in found:
+            if layer not in groups:
                 raise ConfigError(
                     f"slices: layer_range: got [{part.start}, {part.stop}], expected layers of "
-                    f"{part.model.folder}, which has {max(found) + 1}"
+                    f"{part.model.folder}, which has {max(groups) + 1}"
                 )
-            for own in found[layer]:
+            for own in groups[layer]:
                 match = LAYER.search(own)
                 assert match is not None
                 new = f"{own[: match.start(1)]}{at + k}{own[match.end(1) :]}"

@@ -76,8 +76,8 @@ def make(config: Config, row: Merging, given: Gathered) -> Plan:
             weights[site.path] = _weights(config, site, places)
             options[site.path] = _options(config, site, places)
         else:
-            found = _mergekits(method, row, config, site, places)
-            weights[site.path], options[site.path] = found
+            placed = _mergekits(method, row, config, site, places)
+            weights[site.path], options[site.path] = placed
     _ranks(config, row, given, options)
     if row.scope == "adapter":
         same = next(iter(options.values()))
@@ -239,10 +239,10 @@ def _lasts(sites: Sequence[Site]) -> dict[str, int]:
     """The last layer of every stack of layers; sites of one stack are called alike up to it."""
     last: dict[str, int] = {}
     for site in sites:
-        found = LAYER.search(site.path)
-        if found and not site.stack:
-            stack = site.path[: found.start()]
-            last[stack] = max(last.get(stack, 0), int(found[1]))
+        match = LAYER.search(site.path)
+        if match and not site.stack:
+            stack = site.path[: match.start()]
+            last[stack] = max(last.get(stack, 0), int(match[1]))
     return last
 
 
@@ -252,11 +252,11 @@ def _places(site: Site, lasts: Mapping[str, int]) -> list[float]:
         first = site.stack[0]
         rest = math.prod(site.stack[1:])
         return [k / (first - 1) if first > 1 else 1.0 for k in range(first) for _ in range(rest)]
-    found = LAYER.search(site.path)
-    if not found:
+    match = LAYER.search(site.path)
+    if not match:
         return [0.0]
-    last = lasts[site.path[: found.start()]]
-    return [int(found[1]) / last if last else 1.0]
+    last = lasts[site.path[: match.start()]]
+    return [int(match[1]) / last if last else 1.0]
 
 
 def _mergekits(
@@ -310,10 +310,10 @@ def _weights(config: Config, site: Site, places: list[float]) -> np.ndarray:
         where = f"models[{k}].parameters.weight"
         if not have[k]:
             raise ConfigError(f"{where}: lacks; other models have one")
-        found = [resolve(model.parameters["weight"], where, site.path, p) for p in places]
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in found):
-            raise ConfigError(f"{where}: got {found[0]!r}, expected a number")
-        rows.append(np.reshape(np.asarray(found, np.float64), site.stack))
+        weights = [resolve(model.parameters["weight"], where, site.path, p) for p in places]
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in weights):
+            raise ConfigError(f"{where}: got {weights[0]!r}, expected a number")
+        rows.append(np.reshape(np.asarray(weights, np.float64), site.stack))
     w = np.stack(rows)
     normalise = config.parameters.get("normalize", False)
     if not isinstance(normalise, bool):
@@ -326,11 +326,11 @@ def _weights(config: Config, site: Site, places: list[float]) -> np.ndarray:
 
 def _options(config: Config, site: Site, places: list[float]) -> dict[str, Json]:
     def at(value: Dynamic, where: str) -> Dynamic:
-        found = {resolve(value, where, site.path, p) for p in places}
-        if len(found) > 1:
+        resolved = {resolve(value, where, site.path, p) for p in places}
+        if len(resolved) > 1:
             raise ConfigError(f"{where}: a gradient within the stacked site {site.path}; only "
                               "weight may have one")  # fmt: skip
-        return found.pop()
+        return resolved.pop()
 
     options = {k: at(v, f"parameters.{k}") for k, v in config.parameters.items()
                if k != "normalize"}  # fmt: skip

@@ -63,19 +63,19 @@ def modules(shapes: Shapes) -> dict[str, Module]:
     Returns:
       Module -> its layout and tensors.
     """
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for suffix, layout in MARKS.items():
         for name in shapes:
             if name.endswith(f".{suffix}"):
-                found.setdefault(name.removesuffix(f".{suffix}"), layout)
-    parts: dict[str, set[str]] = {module: set() for module in found}
+                kinds.setdefault(name.removesuffix(f".{suffix}"), layout)
+    parts: dict[str, set[str]] = {module: set() for module in kinds}
     for name in shapes:
         module = name.rpartition(".")[0]
         while module and module not in parts:  # `weight.quant_state.bitsandbytes__nf4`
             module = module.rpartition(".")[0]
         if module and name != f"{module}.bias":
             parts[module].add(name)
-    return {module: Module(layout, frozenset(parts[module])) for module, layout in found.items()}
+    return {module: Module(layout, frozenset(parts[module])) for module, layout in kinds.items()}
 
 
 def refusal(name: str, shapes: Shapes, quantised: Mapping[str, Module]) -> str | None:

@@ -59,23 +59,23 @@ def adapters(config: Config, base: Base | None) -> list[Adapter]:
     for path in dict.fromkeys(paths):
         if is_peft(path):
             _check_type(path)
-    found = {p: io.restore_adapter(p) for p in dict.fromkeys(paths) if not is_peft(p)}
+    restored = {p: io.restore_adapter(p) for p in dict.fromkeys(paths) if not is_peft(p)}
     sites: dict[str, Site] = {}
-    for a in found.values():
+    for a in restored.values():
         sites |= {s.path: dataclasses.replace(s, group="") for s, _ in a.sites}
     files = {p: factors(p, config.names) for p in dict.fromkeys(paths) if is_peft(p)}
     where: Dynamic = list(sites.values())
-    if not found and base:
+    if not restored and base:
         where = base.params({m for shapes in files.values() for m in shapes if is_table(shapes[m])})
-    elif not found:
+    elif not restored:
         for p, shapes in files.items():
             sites = _joined(sites, inferred(p, shapes), p)
         where = list(sites.values())
     for path in files:
-        found[path] = load(path, config.names, where, base)
+        restored[path] = load(path, config.names, where, base)
     if base is None:
-        check_bases(found, {p: base_name(p) for p in files}, config.missing)
-    ready = {path: closed(a, base, config.names, path) for path, a in found.items()}
+        check_bases(restored, {p: base_name(p) for p in files}, config.missing)
+    ready = {path: closed(a, base, config.names, path) for path, a in restored.items()}
     return [ready[p] for p in paths]
 
 
@@ -96,7 +96,7 @@ def base_name(path: Path) -> str | None:
 
 
 def check_bases(
-    found: Mapping[Path, Adapter], named: Mapping[Path, str | None], missing: str
+    restored: Mapping[Path, Adapter], named: Mapping[Path, str | None], missing: str
 ) -> None:
     """Refuses adapters that are not of one base, where only the user's word relates them.
 
@@ -104,7 +104,7 @@ def check_bases(
     need not: then adapters of other bases would be put together silently.
 
     Args:
-      found: the adapters.
+      restored: the adapters.
       named: the base that each says it is of; None or absent: not said.
       missing: of the configuration.
 
@@ -115,7 +115,7 @@ def check_bases(
     """
     if missing != "zero":
         return
-    (first, adapter), *others = found.items()
+    (first, adapter), *others = restored.items()
     sites, name = {site.path for site, _ in adapter.sites}, named.get(first)
     for path, adapter in others:
         own, declared = {site.path for site, _ in adapter.sites}, named.get(path)
@@ -172,12 +172,12 @@ def factors(path: Path, names: NameMap) -> Shapes:
     Raises:
       FormatError: factors of a grouped convolution, which are no change of its weight.
     """
-    file, found = path / WEIGHTS, Shapes()
+    file, tensors = path / WEIGHTS, Shapes()
     for name, (shape, _) in (safetensors_file.header(file) if file.is_file() else {}).items():
         match = FACTOR.fullmatch(name)
         if match:
-            found.setdefault(match[1].removeprefix(names.prefix), {})[match[2]] = shape
-    for module, shapes in found.items():
+            tensors.setdefault(match[1].removeprefix(names.prefix), {})[match[2]] = shape
+    for module, shapes in tensors.items():
         first, second = (shapes.get(keys[0], ()) for keys in (FIRST, SECOND))
         expected = (*second[:1], *first[:1], *(1 for _ in first[2:]))
         if len(first) > 2 and second and second != expected:
@@ -186,7 +186,7 @@ def factors(path: Path, names: NameMap) -> Shapes:
                 f"{module}: got lora_B.weight {second}, expected {expected}; a smaller one is of a "
                 "grouped convolution: PEFT's LoRA of it reads all groups, and has no merged weight",
             )
-    return found
+    return tensors
 
 
 def is_table(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -215,11 +215,11 @@ def inferred(path: Path, shapes: Shapes) -> dict[str, Site]:
       ConfigError: rows that are trained, or no LoRA at all: the base is needed.
     """
     sites: dict[str, Site] = {}
-    for module, found in shapes.items():
-        if ROWS in found:
+    for module, by_name in shapes.items():
+        if ROWS in by_name:
             raise ConfigError(f"base_model: {path}: {module}: rows that are trained need the base")
-        table = is_table(found)
-        first, second = (found.get(keys[table], ()) for keys in (FIRST, SECOND))
+        table = is_table(by_name)
+        first, second = (by_name.get(keys[table], ()) for keys in (FIRST, SECOND))
         if len(first) == len(second) >= 2:
             shape = (first[1], second[0]) if table else (second[0], *first[1:])
             site = site_of(module, shape, jnp.dtype(jnp.float32), table)

@@ -69,8 +69,8 @@ def check(folder: Path, inputs: Iterable[Path]) -> None:
 
 def _files(folder: Path) -> set[str]:
     """Everything below a folder but folders, by relative names; links are not followed."""
-    found = set()
+    inside = set()
     for base, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(base, name))]
-        found |= {os.path.relpath(os.path.join(base, n), folder) for n in (*names, *links)}
-    return found
+        inside |= {os.path.relpath(os.path.join(base, n), folder) for n in (*names, *links)}
+    return inside

@@ -32,12 +32,12 @@ def stoppable(work: Callable[[], T], undo: Callable[[], object]) -> T:
     Raises:
       What `work` raises.
     """
-    found: list[T] = []
+    result: list[T] = []
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            found.append(work())
+            result.append(work())
         except BaseException as error:  # raised again where it is waited for
             failed.append(error)
 
@@ -61,4 +61,4 @@ def stoppable(work: Callable[[], T], undo: Callable[[], object]) -> T:
             signal.signal(each, handler)
     if failed:
         raise failed[0]
-    return found[0]
+    return result[0]

@@ -116,15 +116,15 @@ def tied(config: Mapping[str, Json], tensors: Collection[str]) -> Tied | None:
     kinds = [str(part["model_type"]) for part in parts if "model_type" in part]
     known = [kind in TIED for kind in kinds if kind in TIED | SEPARATE]
     if declared:
-        found, why = any(declared), f"{FIELD} true"
+        is_tied, why = any(declared), f"{FIELD} true"
     elif known:
-        found, why = any(known), f"{FIELD} true (the default of model_type {kinds})"
+        is_tied, why = any(known), f"{FIELD} true (the default of model_type {kinds})"
     else:
         own = any(n.removesuffix(".weight").rpartition(".")[2] in HEADS for n in tensors)
-        found = bool(kinds) and not own
+        is_tied = bool(kinds) and not own
         why = f"{FIELD} true (model_type {kinds} is unknown, and the file has one weight for both)"
     sizes = frozenset(n for part in parts if isinstance(n := part.get("vocab_size"), int))
-    return Tied(sizes, why) if found else None
+    return Tied(sizes, why) if is_tied else None
 
 
 def concerned(tie: Tied, module: str, rows: int, table: bool) -> bool:

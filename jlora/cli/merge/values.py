@@ -36,8 +36,8 @@ def layer_of(path: str) -> int | None:
     Returns:
       The number; None without one.
     """
-    found = LAYER.search(path)
-    return int(found[1]) if found else None
+    match = LAYER.search(path)
+    return int(match[1]) if match else None
 
 
 def resolve(value: Json, where: str, path: str, place: float | None) -> Json:
@@ -55,10 +55,10 @@ def resolve(value: Json, where: str, path: str, place: float | None) -> Json:
     Raises:
       ConfigError: no filter matches, or a gradient that is none.
     """
-    found = _resolve(value, where, path, place)
-    if found is None:
+    resolved = _resolve(value, where, path, place)
+    if resolved is None:
         raise ConfigError(f"{where}: no filter matches the site {path}; add an entry without one")
-    return found
+    return resolved
 
 
 def first(

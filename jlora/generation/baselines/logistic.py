@@ -64,11 +64,13 @@ def scores(
 
     options = {"maxiter": 5000, "maxfun": 10_000, "gtol": 1e-6, "ftol": 1e-14}
     start = np.zeros(classes * (d + 1))
-    found = optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options)
-    steep = float(np.abs(value(found.x)[1]).max())
+    optimum = optimize.minimize(value, start, jac=True, method="L-BFGS-B", options=options)
+    steep = float(np.abs(value(optimum.x)[1]).max())
     if steep > 1e-3:
-        raise FloatingPointError(f"logistic: L-BFGS stopped at a slope of {steep}: {found.message}")
-    weights, free = found.x[: classes * d].reshape(classes, d), found.x[classes * d :]
+        raise FloatingPointError(
+            f"logistic: L-BFGS stopped at a slope of {steep}: {optimum.message}"
+        )
+    weights, free = optimum.x[: classes * d].reshape(classes, d), optimum.x[classes * d :]
     return queries.astype(np.float64) @ weights.T + free[None]
 
 

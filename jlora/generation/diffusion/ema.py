@@ -75,10 +75,10 @@ def averaged(opt_state: Tree) -> Tree:
       ValueError: the state does not hold exactly one average.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, EmaState))
-    found = [leaf for leaf in leaves if isinstance(leaf, EmaState)]
-    if len(found) != 1:
-        raise ValueError(f"ema: got {len(found)} averages in the optimizer state, expected 1")
-    pair: Tree = found[0].inner.ema
+    states = [leaf for leaf in leaves if isinstance(leaf, EmaState)]
+    if len(states) != 1:
+        raise ValueError(f"ema: got {len(states)} averages in the optimizer state, expected 1")
+    pair: Tree = states[0].inner.ema
     moments, correction = pair
     return jax.tree.map(lambda m: m / correction, moments)
 

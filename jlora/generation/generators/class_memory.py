@@ -95,7 +95,7 @@ def _calibrated(
 ) -> Float[np.ndarray, "3"]:
     """(alpha, beta, gamma): texts of half of a class against all classes' other halves."""
     rng = np.random.default_rng(0)
-    found: list[tuple[float, float, float]] = []  # t, log K, sign
+    cases: list[tuple[float, float, float]] = []  # t, log K, sign
     for _ in range(REPEATS):
         halves = [rng.permutation(own) for own in members]
         stored = np.stack([places[own[len(own) // 2 :]].mean(0) for own in halves])
@@ -104,10 +104,10 @@ def _calibrated(
             for k in (k for k in SIZES if k <= len(own) // 2):
                 square = np.sum((places[own[:k]].mean(0) - stored) ** 2, axis=1)
                 t = np.log(square / (spread * (1 / k + 1 / counts)))
-                found += [(t[j], np.log(k), 1.0), (np.delete(t, j).min(), np.log(k), -1.0)]
-    if not found:
+                cases += [(t[j], np.log(k), 1.0), (np.delete(t, j).min(), np.log(k), -1.0)]
+    if not cases:
         raise ValueError(f"classes: got none of {2 * min(SIZES)} texts, expected some")
-    t, size, sign = np.asarray(found).T
+    t, size, sign = np.asarray(cases).T
 
     def loss(v: np.ndarray) -> float:
         logits = v[0] - v[1] * t + v[2] * size

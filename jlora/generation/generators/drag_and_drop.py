@@ -201,8 +201,8 @@ def loss(
     pick, draw = jax.random.split(key)
     rows = jax.random.randint(pick, (model.config.batch,), 0, len(x))
     given = c[rows] + model.config.noise * jax.random.normal(draw, (len(rows), c.shape[1]))
-    made = jax.vmap(model.bind({"params": params}))(given)
-    return jnp.mean(jnp.sum(weights[None] * jnp.square(made - x[rows]), axis=(1, 2)))
+    tokens = jax.vmap(model.bind({"params": params}))(given)
+    return jnp.mean(jnp.sum(weights[None] * jnp.square(tokens - x[rows]), axis=(1, 2)))
 
 
 def solver(model: Decoder) -> optax.GradientTransformation:

@@ -301,11 +301,11 @@ def loss(
       Mean over the queries.
     """
     theta = state.template.replace(trainable=learned.shared)
-    found = features(theta, episode.examples)
-    given = found, episode.labels, episode.used, episode.heads
+    states = features(theta, episode.examples)
+    given = states, episode.labels, episode.used, episode.heads
     a, b = solution(learned, state.statistics, *given)
-    made = appended(state.template, learned.shared, state.config.site, a, b)
-    rows = logits(made, episode.queries, episode.heads)
+    adapter = appended(state.template, learned.shared, state.config.site, a, b)
+    rows = logits(adapter, episode.queries, episode.heads)
     return optax.softmax_cross_entropy_with_integer_labels(rows, episode.answers).mean()
 
 

@@ -130,9 +130,9 @@ def adapter(state: HypeLoRA, alpha: Float[Array, ""] | float = 0.0) -> Adapter:
     """
     written: Tree = Network(state.spec, state.config).apply({"params": state.params})
 
-    def blend(own: Array, made: Array) -> Array:
+    def blend(own: Array, generated: Array) -> Array:
         share = jnp.asarray(alpha, own.dtype)
-        return share * own + (1 - share) * made
+        return share * own + (1 - share) * generated
 
     trainable = state.template.trainable
     mixed = {path: jax.tree.map(blend, leaves, written[path])

@@ -252,8 +252,8 @@ def loss(
     pick, noise = jax.random.split(key)
     rows = jax.random.randint(pick, (model.config.batch,), 0, len(x))
     draws = jax.random.normal(noise, (model.config.batch, model.config.latent))
-    made, divergence = jax.vmap(model.bind({"params": params}))(x[rows], c[rows], draws)
-    square = jnp.sum(weights[None] * jnp.square(made - x[rows]), axis=1)
+    decoded, divergence = jax.vmap(model.bind({"params": params}))(x[rows], c[rows], draws)
+    square = jnp.sum(weights[None] * jnp.square(decoded - x[rows]), axis=1)
     return jnp.mean(square + model.config.beta * divergence)
 
 

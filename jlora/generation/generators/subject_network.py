@@ -193,10 +193,10 @@ def loss(
     rows = jax.random.randint(pick, (config.batch,), 0, len(conditions))
 
     def one(row: Array, key: Array) -> Array:
-        made = adapter(state, conditions[row])
+        written = adapter(state, conditions[row])
         own = jax.tree.map(lambda x: x[row], subjects)
-        size = heads.mean_square(made.trainable)
-        return objective(made, key, (own, shared)) + config.penalty * size
+        size = heads.mean_square(written.trainable)
+        return objective(written, key, (own, shared)) + config.penalty * size
 
     return jnp.mean(jax.vmap(one)(rows, jax.random.split(draw, config.batch)))
 

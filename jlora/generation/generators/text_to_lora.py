@@ -155,8 +155,8 @@ def regression(
     del done
     x, c, weights = data
     rows = jax.random.randint(key, (model.config.batch,), 0, len(x))
-    made = jax.vmap(lambda one: _tokens(model, params, one))(c[rows])
-    return jnp.mean(jnp.sum(weights[None] * jnp.abs(made - x[rows]), axis=(1, 2)))
+    tokens = jax.vmap(lambda one: _tokens(model, params, one))(c[rows])
+    return jnp.mean(jnp.sum(weights[None] * jnp.abs(tokens - x[rows]), axis=(1, 2)))
 
 
 def _tokens(model: Network, params: Tree, c: Array) -> Array:

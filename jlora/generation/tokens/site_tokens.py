@@ -124,7 +124,7 @@ def from_tree(trainable: Tree, stack: Mapping[str, tuple[int, ...]] | None = Non
         if not leaves:
             continue
         expected = tuple(stack[path]) if stack is not None else stacks[leaves[0][0]]
-        if any(found != expected for found in stacks.values()):
+        if any(length != expected for length in stacks.values()):
             raise ValueError(
                 f"{path}: leading axes {stacks}, expected the stack {expected} for all"
             )

@@ -108,19 +108,19 @@ def load_gguf(
         `layout`.
     """
     source = Path(path)
-    alpha, found = _read(source, base)
+    alpha, by_module = _read(source, base)
     model = model_sites(params_or_sites, names, layout)
     modules = names.table(model.sites.values())
     names_there = tensor_names(source, base, modules) if base else {m: m for m in modules}
     called = {name: module for module, name in names_there.items()}
-    if lost := sorted(found.keys() - called.keys()):
+    if lost := sorted(by_module.keys() - called.keys()):
         raise FormatError(
             source, f"{lost[0]!r} is not a site of this model and name map; nearest: "
             f"{near(lost[0], called) or 'none'}"
         )  # fmt: skip
-    model = model.with_tables({modules[called[TABLE]][0]} if TABLE in found else ())
+    model = model.with_tables({modules[called[TABLE]][0]} if TABLE in by_module else ())
     slices: dict[str, dict[tuple[int, ...], Read]] = {}
-    for name, parts in found.items():
+    for name, parts in by_module.items():
         where, index = modules[called[name]]
         first, second = parts["a"], parts["b"]
         heads = heads_of(base, name) if base else None
@@ -206,11 +206,11 @@ def shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, int]]:
     Raises:
       FormatError: as `load_gguf`.
     """
-    found: dict[str, tuple[int, int]] = {}
+    by_module: dict[str, tuple[int, int]] = {}
     for name, parts in _read(Path(path), None)[1].items():
         d_in, d_out = parts["a"].shape[0 if name == TABLE else 1], len(parts["b"])
-        found[name] = (d_in, d_out) if name == TABLE else (d_out, d_in)
-    return found
+        by_module[name] = (d_in, d_out) if name == TABLE else (d_out, d_in)
+    return by_module
 
 
 def _read(source: Path, base: GgufBase | None) -> tuple[float, dict[str, Arrays]]:
@@ -225,7 +225,7 @@ def _read(source: Path, base: GgufBase | None) -> tuple[float, dict[str, Arrays]
             raise FormatError(source, f"{name}: got {got!r}, expected {expected!r}")
     if reader.get_field("adapter.alora.invocation_tokens") is not None:
         raise FormatError(source, "adapter.alora.invocation_tokens: activated LoRA is not read")
-    found: dict[str, Arrays] = {}
+    by_module: dict[str, Arrays] = {}
     for tensor in reader.tensors:
         end = next((end for end in (A, B) if tensor.name.endswith(end)), None)
         if end is None:
@@ -236,10 +236,10 @@ def _read(source: Path, base: GgufBase | None) -> tuple[float, dict[str, Arrays]
             )
         if tensor.data.ndim != 2:
             raise FormatError(source, f"{tensor.name}: got shape {tensor.data.shape}, expected 2-D")
-        found.setdefault(tensor.name.removesuffix(end), {})[end[-1]] = np.array(tensor.data)
-    if not found:
+        by_module.setdefault(tensor.name.removesuffix(end), {})[end[-1]] = np.array(tensor.data)
+    if not by_module:
         raise FormatError(source, f"no tensor of an adapter; {keys_seen([])}")
-    for name, parts in found.items():
+    for name, parts in by_module.items():
         if parts.keys() != {"a", "b"}:
             raise FormatError(
                 source, f"{name}: got lora_{sorted(parts)}, expected lora_a and lora_b"
@@ -255,4 +255,4 @@ def _read(source: Path, base: GgufBase | None) -> tuple[float, dict[str, Arrays]
     alpha = float(get("adapter.lora.alpha", 0.0))
     if not np.isfinite(alpha):
         raise FormatError(source, f"adapter.lora.alpha: got {alpha}, expected a number")
-    return int(alpha) if alpha.is_integer() else alpha, found
+    return int(alpha) if alpha.is_integer() else alpha, by_module

@@ -69,11 +69,11 @@ def field(
     Raises:
       FormatError: it is missing or damaged.
     """
-    found = reader.get_field(name)
-    if found is None and default is None:
+    entry = reader.get_field(name)
+    if entry is None and default is None:
         raise FormatError(path, f"{name}: missing")
     try:
-        return default if found is None else found.contents()
+        return default if entry is None else entry.contents()
     except DAMAGED as error:
         raise FormatError(path, f"{name}: damaged ({error})") from error
 

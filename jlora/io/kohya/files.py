@@ -76,7 +76,7 @@ def load_kohya(
             groups[key]["alpha"] = np.asarray(alpha)
     except ValueError as error:
         raise FormatError(source, str(error)) from error
-    for key, found in groups.items():
+    for key, arrays in groups.items():
         if key not in modules:
             close = near(key, modules) or "none"
             raise FormatError(
@@ -85,7 +85,7 @@ def load_kohya(
         where, index = modules[key]
         site = model.site(where)
         try:
-            slices.setdefault(where, {})[index] = kohya_modules.read(site.slice(), found)
+            slices.setdefault(where, {})[index] = kohya_modules.read(site.slice(), arrays)
         except ValueError as error:
             raise FormatError(source, f"{key}: {error}") from error
     if not slices:
@@ -151,11 +151,11 @@ def _scale(module: str, tensors: Arrays, rank: int) -> float:
 
 def _grouped(source: Path, tensors: Arrays, prefix: str, others: str) -> dict[str, Arrays]:
     """Flat module name -> suffix -> tensor, of one prefix."""
-    found: dict[str, Arrays] = {}
+    groups: dict[str, Arrays] = {}
     for key, tensor in tensors.items():
         module, _, suffix = key.partition(".")
         if module.startswith(f"{prefix}_"):
-            found.setdefault(module, {})[suffix] = tensor
+            groups.setdefault(module, {})[suffix] = tensor
         elif others != "leave":
             dotted = "." in suffix.removesuffix(".weight")
             advice = "; dotted names are diffusers' or ComfyUI's, see load_diffusers"
@@ -163,4 +163,4 @@ def _grouped(source: Path, tensors: Arrays, prefix: str, others: str) -> dict[st
                 source,
                 f"key {key!r} does not start with {prefix + '_'!r}{advice if dotted else ''}",
             )
-    return found
+    return groups

@@ -237,17 +237,17 @@ def load_peft(
         slices = peft_vectors.of_layers(folder / WEIGHTS, per_module, vectors, sites)
         per_module = {}
     more = related(folder / WEIGHTS, table, config, per_module, shared, modules, sites)
-    for module, found in per_module.items():
+    for module, arrays in per_module.items():
         where, index = modules[module]
         site = model.site(where)
         try:
             check_site(table, site)
             fields = reader.fields(module)
             if module in alphas:
-                rank = len(found[MATRIX[0]])
+                rank = len(arrays[MATRIX[0]])
                 fields |= {"r": rank, "lora_alpha": alphas[module], "use_rslora": False}
             base = {"base": model.matrix(where, index)} if table.weighs else {}
-            known = {**found, **shared, **base, **more.get(module, {})}
+            known = {**arrays, **shared, **base, **more.get(module, {})}
             read = table.read(site.slice(), known, fields)
         except ValueError as error:
             raise FormatError(folder / WEIGHTS, f"{module}: {error}") from error
@@ -314,7 +314,7 @@ def _scale(reader: peft_config.Reader, module: str, _: Dynamic, rank: int) -> fl
 def _tables(tensors: Mapping[str, Json], modules: Modules) -> set[str]:
     """The sites that the file takes for embedding tables."""
     ends = (*(f".{suffix}" for suffix in (*TABLE, ROWS)), peft_tokens.SUFFIX)
-    found = {
+    tables = {
         key.removeprefix(ROOT).removesuffix(e) for key in tensors for e in ends if key.endswith(e)
     }
-    return {modules[name][0] for name in found if name in modules}
+    return {modules[name][0] for name in tables if name in modules}

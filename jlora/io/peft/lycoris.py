@@ -66,10 +66,10 @@ TUCKER = "use_effective_conv2d"
 
 def _window(site: Site) -> tuple[int, ...]:
     """The window as PEFT has it, () of a matrix."""
-    found = lycoris_layout.torch_window(site)
-    if len(found) > 2:
-        raise ValueError(f"window {found}, PEFT has one- and two-dimensional convolutions only")
-    return found
+    window = lycoris_layout.torch_window(site)
+    if len(window) > 2:
+        raise ValueError(f"window {window}, PEFT has one- and two-dimensional convolutions only")
+    return window
 
 
 def _core_shape(rank: int, win: tuple[int, ...]) -> tuple[int, ...]:

@@ -72,13 +72,13 @@ def taken(
     for one in parameters:
         if any(one.name == name or one.name.endswith(f".{name}") for name in wanted):
             by_module.setdefault(one.module, []).append(one)
-    named = [p.name for found in by_module.values() for p in found]
+    named = [p.name for own in by_module.values() for p in own]
     lost = [w for w in wanted if not any(n == w or n.endswith(f".{w}") for n in named)]
     if lost:
         raise FormatError(path, f"{FIELD}: no site of this model and name map is called {lost[:4]}")
     rest, slices = dict(tensors), Slices()
-    for module, found in by_module.items():
-        for depth, one in enumerate(reversed(found)):
+    for module, own in by_module.items():
+        for depth, one in enumerate(reversed(own)):
             keys = [f"{ROOT}{module}{INNER * depth}.{key}" for key in KEYS]
             if not all(key in rest for key in keys):
                 raise FormatError(path, f"lacks {keys} of the parameter {one.name!r}")
@@ -143,8 +143,8 @@ def split(
             fields[one.name] = written[1]
             by_module.setdefault(one.module, []).append((one, written[0]))
     tensors: Arrays = {}
-    for module, found in by_module.items():
-        for depth, (_, arrays) in enumerate(reversed(found)):
+    for module, parts in by_module.items():
+        for depth, (_, arrays) in enumerate(reversed(parts)):
             tensors |= {f"{ROOT}{module}{INNER * depth}.{k}": v for k, v in arrays.items()}
     kept = tuple((s, m) for s, m in adapter.sites if s.path not in paths)
     return adapter.replace(sites=kept), tensors, fields

@@ -177,16 +177,16 @@ def check_modules(
         raise FormatError(
             path, f"got shared tensors {sorted(shared)}, expected {wanted} to be saved"
         )
-    for module, found in per_module.items():
+    for module, arrays in per_module.items():
         if module not in modules:
             raise FormatError(
                 path,
                 f"module {module!r} is not a site of this model and name map; nearest: "
                 f"{near(module, modules) or 'none'}",
             )
-        if not any(set(found) == set(layout) for layout in table.layouts):
+        if not any(set(arrays) == set(layout) for layout in table.layouts):
             wanted = [list(layout) for layout in table.layouts]
-            raise FormatError(path, f"{module!r} has {sorted(found)}, expected one of {wanted}")
+            raise FormatError(path, f"{module!r} has {sorted(arrays)}, expected one of {wanted}")
         if not reader.targets(module):
             raise FormatError(path, f"has tensors of {module!r}, which the config does not target")
     if table.masks:

@@ -40,11 +40,11 @@ def _read_vblora(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:
     logits = []
     for key, shape in zip(LOGITS, pieces, strict=True):
         if f"{key}_topk_indices" in t:
-            found = _of_best(key, t, method, shape)
+            weights = _of_best(key, t, method, shape)
         else:
-            found = t[key]
-            want_shape(key, found, (*shape, count))
-        logits.append(found)
+            weights = t[key]
+            want_shape(key, weights, (*shape, count))
+        logits.append(weights)
     return Read(method, {"logits_a": logits[0], "logits_b": logits[1]}, {})
 
 

@@ -103,14 +103,14 @@ def _relate_frod(
     config: Mapping[str, Json], modules: Mapping[str, tuple[Site, Arrays]], shared: Arrays
 ) -> Mapping[str, Arrays]:
     """The tensors of the role of every module."""
-    found = {}
+    related = {}
     for module in modules:
         keys = {name: f"{name}.{role(module)}" for name in ROLE}
         lacking = sorted(set(keys.values()) - shared.keys())
         if lacking:
             raise ValueError(f"{module}: the file lacks {lacking}")
-        found[module] = {name: shared[key] for name, key in keys.items()}
-    return found
+        related[module] = {name: shared[key] for name, key in keys.items()}
+    return related
 
 
 def _read_frod(site: Site, t: Arrays, fields: Mapping[str, Json]) -> Read:

@@ -110,18 +110,18 @@ def _relate_tiny(
 
 def _numbers(drawn: Mapping[str, np.ndarray], seed: int) -> dict[str, int]:
     """Module -> its number, of its random matrices."""
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for module, p in sorted(drawn.items()):
         if p.ndim != 3 or p.shape[1] != p.shape[2]:
             raise ValueError(f"{module}: {P} has shape {list(p.shape)}, expected square matrices")
-        for number in set(range(len(drawn))) - set(found.values()):
+        for number in set(range(len(drawn))) - set(numbers.values()):
             if np.allclose(_draw(seed + number, len(p), p.shape[-1]), p, rtol=0, atol=SAME):
-                found[module] = number
+                numbers[module] = number
                 break
         else:
             raise ValueError(f"{module}: {P} is none of the seed {seed}, so that its vector is not "
                              f"known: {ORDER}; expected tying=1.0")  # fmt: skip
-    return found
+    return numbers
 
 
 def _draw(seed: int, size: int, rank: int) -> np.ndarray:

@@ -63,19 +63,19 @@ def taken(
     Raises:
       FormatError: rows without numbers or numbers without rows, of no table, not as many.
     """
-    found = {key[len(ROOT) : -len(SUFFIX)]: t for key, t in tensors.items() if is_token_key(key)}
+    rows = {key[len(ROOT) : -len(SUFFIX)]: t for key, t in tensors.items() if is_token_key(key)}
     declared = config.get(FIELD)
-    if not found and declared is None:
+    if not rows and declared is None:
         return dict(config), tensors, {}
-    if isinstance(declared, list) and len(found) == 1:
-        declared = dict.fromkeys(found, declared)
+    if isinstance(declared, list) and len(rows) == 1:
+        declared = dict.fromkeys(rows, declared)
     if not isinstance(declared, dict):
         raise FormatError(
-            path, f"{FIELD} = {repr(declared)[:80]} for the rows of {sorted(found)[:4]}"
+            path, f"{FIELD} = {repr(declared)[:80]} for the rows of {sorted(rows)[:4]}"
         )
     reads: dict[str, Read] = {}
     for name, ids in declared.items():
-        hits = [module for module in found if module == name or module.endswith(f".{name}")]
+        hits = [module for module in rows if module == name or module.endswith(f".{name}")]
         if len(hits) != 1 or hits[0] not in modules:
             raise FormatError(
                 path, f"{FIELD}: rows of {name[:80]!r} are {hits}, expected one table"
@@ -83,10 +83,10 @@ def taken(
         where, index = modules[hits[0]]
         if "gather" not in sites[where].ops or index or where in reads:
             raise FormatError(path, f"{FIELD}: {where} is no embedding table of its own")
-        reads[where] = _read(path, sites[where], ids, found[hits[0]])
-    if len(reads) != len(found):
+        reads[where] = _read(path, sites[where], ids, rows[hits[0]])
+    if len(reads) != len(rows):
         raise FormatError(
-            path, f"{FIELD} names {sorted(declared)[:4]}, rows are of {sorted(found)[:4]}"
+            path, f"{FIELD} names {sorted(declared)[:4]}, rows are of {sorted(rows)[:4]}"
         )
     rest = {key: t for key, t in tensors.items() if not is_token_key(key)}
     return {**config, FIELD: None}, rest, reads

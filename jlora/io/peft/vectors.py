@@ -57,12 +57,12 @@ def of_layers(
     Raises:
       FormatError: weights that are not vectors of the model and name map.
     """
-    found: Slices = {}
+    slices: Slices = {}
     for module, tensors in per_module.items():
         for key, tensor in tensors.items():
             name = f"{module}.{key.removeprefix(f'{LN_LAYERS}.')}"
-            _put(path, found, name, tensor, places, sites, LNTuning())
-    return found
+            _put(path, slices, name, tensor, places, sites, LNTuning())
+    return slices
 
 
 def bias_modules(places: Places) -> Places:
@@ -95,15 +95,15 @@ def of_beft(
     Raises:
       FormatError: one is not of the bias's size.
     """
-    found: Slices = {}
+    slices: Slices = {}
     for module, tensors in sorted(per_module.items()):
         name, added = f"{module}.bias", tensors[BIAS]
         size = sites[places[name][0]].d_out
         if added.shape != (1, size):
             raise FormatError(path, f"{module}.{BIAS} has shape {list(added.shape)}, expected "
                               f"[1, {size}]")  # fmt: skip
-        _put(path, found, name, added[0], places, sites, BEFT())
-    return found
+        _put(path, slices, name, added[0], places, sites, BEFT())
+    return slices
 
 
 def beft_side(
@@ -164,15 +164,15 @@ def of_extras(path: Path, rest: Arrays, places: Places, sites: Mapping[str, Site
     Raises:
       FormatError: weights that are not vectors of the model and name map.
     """
-    found: Slices = {}
+    slices: Slices = {}
     tensors = {torch_name(key): tensor for key, tensor in rest.items()}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         alone = leaf == "bias" and f"{module}.weight" not in tensors
-        _put(path, found, name, tensor, places, sites, BitFit() if alone else LNTuning())
+        _put(path, slices, name, tensor, places, sites, BitFit() if alone else LNTuning())
     trainable, frozen, done = {}, {}, []
-    for where in sorted(found):
-        method, trainable[where], frozen[where] = stacked(path, sites[where], found[where], False)
+    for where in sorted(slices):
+        method, trainable[where], frozen[where] = stacked(path, sites[where], slices[where], False)
         done.append((sites[where], method))
     return Adapter(trainable, frozen, tuple(done))
 
@@ -191,7 +191,7 @@ def torch_name(key: str) -> str:
 
 def _put(
     path: Path,
-    found: Slices,
+    slices: Slices,
     name: str,
     tensor: np.ndarray,
     places: Places,
@@ -209,7 +209,7 @@ def _put(
         want_shape(name, tensor, (sites[where].d_out,))
     except ValueError as error:
         raise FormatError(path, str(error)) from error
-    found.setdefault(where, {})[index] = Read(method, {"v": tensor}, {})
+    slices.setdefault(where, {})[index] = Read(method, {"v": tensor}, {})
 
 
 def together(adapter: Adapter, vectors: Adapter) -> Adapter:

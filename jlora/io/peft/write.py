@@ -112,14 +112,14 @@ def extra_tensors(
 
 
 def _one_table(folder: Path, adapter: Adapter) -> Table:
-    found: dict[int, tuple[Table, str]] = {}
+    tables: dict[int, tuple[Table, str]] = {}
     for _, method in adapter.sites:
         try:
             table = table_of(method)
         except ValueError as error:
             raise FormatError(folder, str(error)) from error
-        found[id(table)] = (table, type(method).__name__)
-    if len(found) != 1:
-        kinds = sorted(kind for _, kind in found.values())
+        tables[id(table)] = (table, type(method).__name__)
+    if len(tables) != 1:
+        kinds = sorted(kind for _, kind in tables.values())
         raise FormatError(folder, f"PEFT has one method for an adapter, got {kinds}")
-    return next(iter(found.values()))[0]
+    return next(iter(tables.values()))[0]

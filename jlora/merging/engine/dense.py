@@ -144,11 +144,11 @@ def blocks(
         keys = keys_of(key, site_path, count, n, ids)
     if row.rule is None or options.get("rank") is not None:
         part = {site_path: low}
-        found: Dynamic = apply(
+        merged: Dynamic = apply(
             row, part, _only(given.weights, site_path), options, key=key, ids=ids
         )
         factors = LowRank(*(t.reshape(1, count, *t.shape[-2:]).swapaxes(0, 1)
-                            for t in found[site_path]))  # fmt: skip
+                            for t in merged[site_path]))  # fmt: skip
         return _blocks(_alone, False, factors, weights[:, :1], None, {}, stack, row_block)
     solver = options.pop("solver", None)
     options.pop("rank", None)

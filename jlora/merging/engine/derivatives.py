@@ -130,8 +130,8 @@ def _sines(x: Tree, key: Dynamic, kind: Dynamic, options: Dynamic) -> dict[str, 
     every = row.scope == "adapter"
     bank, w = x[""] if every else ({k: t[i] for k, t in x.items()} for i in (0, 1))
     deltas = apply(row, bank, w, dict(options), key=key)
-    found = {k: jnp.sum(jnp.sin(u @ v), (-2, -1)) for k, (u, v) in deltas.items()}  # type: ignore[misc]
-    return {"": sum(map(jnp.sum, found.values()), jnp.zeros(()))[None]} if every else found
+    sines = {k: jnp.sum(jnp.sin(u @ v), (-2, -1)) for k, (u, v) in deltas.items()}  # type: ignore[misc]
+    return {"": sum(map(jnp.sum, sines.values()), jnp.zeros(()))[None]} if every else sines
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -141,12 +141,12 @@ def per_site(
                 every = [(p, low.u.shape[0]) for p, (low, _) in zip(paths, parts, strict=True)]
                 keys = keys_of_sites(key, every, parts[0][0].u.shape[1], ids)
             joined = (*jax.tree.map(lambda *t: jnp.concatenate(t), *parts), keys)
-            made = jax.vmap(one)(joined) if loop == "vmap" else lax.map(one, joined)
+            result = jax.vmap(one)(joined) if loop == "vmap" else lax.map(one, joined)
             start = 0
             for path, (low, _) in zip(paths, parts, strict=True):
                 s, stack = low.u.shape[0], bank[path][0].shape[1:-2]
                 part = (start, start + s, stack)
-                out[path] = jax.tree.map(lambda t, part=part: _unflat(t, *part), made)
+                out[path] = jax.tree.map(lambda t, part=part: _unflat(t, *part), result)
                 start += s
         return {path: out[path] for path in bank}
 
@@ -236,17 +236,17 @@ def _bank(bank: Adapter) -> Deltas:
     return jax.vmap(lambda a: _one(a, "bank"))(bank)
 
 
-def _sites(found: list[tuple[tuple[Site, Method], ...]], missing: str) -> tuple[Site, ...]:
+def _sites(tables: list[tuple[tuple[Site, Method], ...]], missing: str) -> tuple[Site, ...]:
     if missing not in ("error", "zero"):
         raise ValueError(f"missing: got {missing!r}, expected 'error' or 'zero'")
     every: dict[str, Site] = {}
-    for k, rows in enumerate(found):
+    for k, rows in enumerate(tables):
         for site, _ in rows:
             first = every.setdefault(site.path, dataclasses.replace(site, group=""))
             a, b = ((s.shape, s.kinds, str(s.dtype)) for s in (site, first))
             if a != b:
                 raise ValueError(f"adapter {k}: {site.path}: got {a}, expected {b}: other bases")
-    for k, rows in enumerate(found):
+    for k, rows in enumerate(tables):
         lacks = sorted(every.keys() - {site.path for site, _ in rows})
         if lacks and missing == "error":
             raise ValueError(

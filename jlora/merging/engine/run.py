@@ -68,12 +68,12 @@ def merge(
         adapters = [converted(a, params) for a in listed(adapters)]
     bank, w, sites = gather(adapters, weights, missing=missing)
     checked(row, bank, w, key, options or {})
-    made = apply(row, bank, w, options, key=key, ids=ids)
+    merged = apply(row, bank, w, options, key=key, ids=ids)
     if out_rank is not None:
-        check_rank("out_rank", out_rank, largest_rank(made))
-        made = algebra.truncate(made, out_rank).deltas
-    check_finite(name, made)
-    return to_adapter(made, sites)
+        check_rank("out_rank", out_rank, largest_rank(merged))
+        merged = algebra.truncate(merged, out_rank).deltas
+    check_finite(name, merged)
+    return to_adapter(merged, sites)
 
 
 def certificate(
@@ -281,19 +281,19 @@ def listed(adapters: Sequence[Adapter] | Adapter) -> Sequence[Adapter]:
     return [adapters[k] for k in range(arrays[0].shape[0] if arrays and arrays[0].ndim else 0)]
 
 
-def check_finite(name: str, made: Deltas) -> None:
+def check_finite(name: str, merged: Deltas) -> None:
     """Refuses a merge that is not finite; inside of transformations nothing is checked.
 
     Args:
       name: of the method, for the error.
-      made: {path: merged delta}.
+      merged: {path: merged delta}.
 
     Raises:
       ValueError: nan or inf.
     """
-    if any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(made)):
+    if any(isinstance(t, jax.core.Tracer) for t in jax.tree.leaves(merged)):
         return
-    for path, parts in made.items():
+    for path, parts in merged.items():
         if not all(bool(jnp.isfinite(t).all()) for t in parts):
             raise ValueError(
                 f"{name}: {path}: got nan or inf; no such merge exists for these weights"

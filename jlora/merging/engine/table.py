@@ -11,7 +11,7 @@ ROOMS = ("exact", "elementwise", "spectral", "learned", "peft")
 
 
 def _collected() -> dict[str, Merging]:
-    found: dict[str, Merging] = {}
+    by_name: dict[str, Merging] = {}
     for room in ROOMS:
         package = importlib.import_module(f"{merging.__name__}.{room}")
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
@@ -19,8 +19,8 @@ def _collected() -> dict[str, Merging]:
             records = module.get("SYSTEMS", module.get("SYSTEM", ()))
             for record in records if isinstance(records, tuple) else (records,):
                 if isinstance(record, Merging):
-                    found[record.name] = record
-    return found
+                    by_name[record.name] = record
+    return by_name
 
 
 METHODS: dict[str, Merging] = _collected()

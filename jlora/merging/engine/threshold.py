@@ -115,7 +115,7 @@ def kth_largest(
         return fold(bank, step, jnp.zeros((m, WAYS), jnp.int32), block)
 
     def step(state: Tree) -> Dynamic:
-        low, high, at, found, done = state
+        low, high, at, value, done = state
         n = count(at)
         enough = n >= k[:, None]  # decreasing in the threshold
         low_new = jnp.max(jnp.where(enough, at, low[:, None]), axis=1)
@@ -123,16 +123,16 @@ def kth_largest(
         exact = n == k[:, None]
         hit = jnp.max(jnp.where(exact, at, -1), axis=1)
         now = exact.any(axis=1) | (high_new - low_new <= 1)
-        found = jnp.where(done, found, jnp.where(exact.any(axis=1), hit, low_new))
+        value = jnp.where(done, value, jnp.where(exact.any(axis=1), hit, low_new))
         stride = jnp.maximum((high_new - low_new) // (WAYS + 1), 1)
         grid = low_new[:, None] + stride[:, None] * jnp.arange(1, WAYS + 1, dtype=jnp.int32)[None]
-        return low_new, high_new, jnp.minimum(grid, high_new[:, None]), found, done | now
+        return low_new, high_new, jnp.minimum(grid, high_new[:, None]), value, done | now
 
     zeros = jnp.zeros(m, jnp.int32)
     state = (zeros, zeros + INFINITY, first, zeros, zeros > 0)
-    found = lax.while_loop(lambda s: ~s[-1].all(), step, state)[3]
-    found = jnp.where(found < NORMAL, 0, found)  # the machine may take subnormal numbers for zero
-    return lax.bitcast_convert_type(found, jnp.float32)
+    value = lax.while_loop(lambda s: ~s[-1].all(), step, state)[3]
+    value = jnp.where(value < NORMAL, 0, value)  # the machine may take subnormal numbers for zero
+    return lax.bitcast_convert_type(value, jnp.float32)
 
 
 def above(x: Float[Array, "m b c"], threshold: Float[Array, "m"]) -> Array:

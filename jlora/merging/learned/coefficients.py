@@ -71,8 +71,8 @@ def mixed(gathered: Gathered, coefficients: Dynamic, fn: Callable = concat) -> A
     Returns:
       A LoRA adapter.
     """
-    made: Deltas = per_site(fn)(gathered.bank, coefficients)
-    return to_adapter(made, gathered.sites)
+    mixture: Deltas = per_site(fn)(gathered.bank, coefficients)
+    return to_adapter(mixture, gathered.sites)
 
 
 def penalised(loss: Loss, gathered: Gathered, l1: float, fn: Callable = concat) -> Callable:

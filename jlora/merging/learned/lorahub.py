@@ -92,10 +92,10 @@ def lorahub(
     objective = penalised(loss, gathered, l1, fn)
     start = jnp.zeros(next(iter(gathered.bank.values()))[0].shape[0])
     rounds = max(1, budget // cma.population(start.shape[0]))
-    found = cma.minimise(
+    result = cma.minimise(
         lambda c: objective(c, batch), start, key, generations=rounds, sigma=sigma, bound=bound
     )
-    return Learned(mixed(gathered, found.best, fn), found.best, found.values)
+    return Learned(mixed(gathered, result.best, fn), result.best, result.values)
 
 
 def lorahub_gradient(

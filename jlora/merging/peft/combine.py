@@ -69,7 +69,7 @@ def peft_merge(
         raise ValueError(f"kind: got {kind!r}, expected one of {sorted(KINDS)}")
     if len(weights) != len(adapters) or not adapters:
         raise ValueError(f"weights: got {len(weights)}, expected {len(adapters)}, at least one")
-    w, made = np.asarray(weights, np.float64), {}
+    w, merged = np.asarray(weights, np.float64), {}
     sites = tuple(site for site, _ in adapters[0].sites)
     for site in sites:
         bank, scales = _read(adapters, site.path)
@@ -86,17 +86,17 @@ def peft_merge(
         run = one
         for _ in site.stack:
             run = jax.vmap(run, in_axes=1)
-        made[site.path] = run(bank, given)
-    return to_adapter(made, sites)
+        merged[site.path] = run(bank, given)
+    return to_adapter(merged, sites)
 
 
 def _read(adapters: Sequence[Adapter], path: str) -> tuple[LowRank, np.ndarray]:
     rows = []
     for k, adapter in enumerate(adapters):
-        found = {site.path: (site, method) for site, method in adapter.sites}
-        if path not in found or len(found) != len(adapters[0].sites):
+        by_path = {site.path: (site, method) for site, method in adapter.sites}
+        if path not in by_path or len(by_path) != len(adapters[0].sites):
             raise ValueError(f"adapter {k}: {path}: expected the sites of adapter 0")
-        site, method = found[path]
+        site, method = by_path[path]
         if type(method) is not LoRA:
             raise ValueError(f"adapter {k}: {path}: got {type(method).__name__}, expected LoRA")
         arrays, _ = adapter.arrays(site)

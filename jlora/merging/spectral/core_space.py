@@ -162,13 +162,13 @@ def largest(x: Float[Array, "..."], density: float, size: Dynamic = None) -> Arr
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density: got {density}, expected 0 < density <= 1")
-    found = jnp.abs(lax.stop_gradient(x)).reshape(-1)
+    sizes = jnp.abs(lax.stop_gradient(x)).reshape(-1)
     if size is None:
-        least = lax.top_k(found, max(1, round(density * x.size)))[0][-1]
+        least = lax.top_k(sizes, max(1, round(density * x.size)))[0][-1]
     else:
         count = jnp.maximum(jnp.round(density * size), 1).astype(jnp.int32)
-        least = jnp.sort(found)[x.size - count]
-    return (found >= least).astype(x.dtype).reshape(x.shape)
+        least = jnp.sort(sizes)[x.size - count]
+    return (sizes >= least).astype(x.dtype).reshape(x.shape)
 
 
 def _columns(u: Array) -> Array:

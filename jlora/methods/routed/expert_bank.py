@@ -86,11 +86,11 @@ def with_experts(adapter: Adapter, loras: Sequence[Adapter]) -> Adapter:
 
 def _expert(lora: Adapter, number: int, site: Site, rank: int) -> Arrays:
     """The factors of one adapter at a site, padded to `rank`."""
-    found = next(((s, m) for s, m in lora.sites if s.path == site.path), None)
-    if found is None or not isinstance(found[1], LoRA):
-        has = "nothing" if found is None else str(found[1])
+    match = next(((s, m) for s, m in lora.sites if s.path == site.path), None)
+    if match is None or not isinstance(match[1], LoRA):
+        has = "nothing" if match is None else str(match[1])
         raise ValueError(f"adapter {number}: {site.path}: got {has}, expected LoRA")
-    p, _ = lora.arrays(found[0])
+    p, _ = lora.arrays(match[0])
     more = rank - p["a"].shape[-1]
     if more < 0:
         raise ValueError(

@@ -62,9 +62,9 @@ class TrainableTokens(Method):
         y = x @ w
         hot = np.zeros((w.shape[0], len(self.ids)), bool)
         hot[self.ids, np.arange(len(self.ids))] = True
-        found = x @ jnp.asarray(hot, y.dtype)
-        kept = 1 - found.sum(axis=-1, keepdims=True)
-        return y * kept + found @ p["rows"].astype(y.dtype)
+        hits = x @ jnp.asarray(hot, y.dtype)
+        kept = 1 - hits.sum(axis=-1, keepdims=True)
+        return y * kept + hits @ p["rows"].astype(y.dtype)
 
 
 SYSTEM = System(

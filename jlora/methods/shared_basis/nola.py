@@ -91,8 +91,8 @@ def _backward(shape: tuple[int, int], kept: tuple[Array, Array], g: Array) -> tu
         bases = _bases(seed, number, shape, size, g.dtype)
         return None, jnp.tensordot(bases, g, axes=2, precision="highest")
 
-    found = jax.lax.scan(inner, None, _numbers(size))[1]
-    return found.reshape(-1)[:size].astype(like.dtype), None
+    gradient = jax.lax.scan(inner, None, _numbers(size))[1]
+    return gradient.reshape(-1)[:size].astype(like.dtype), None
 
 
 _mixture.defvjp(_forward, _backward)

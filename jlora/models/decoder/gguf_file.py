@@ -158,8 +158,8 @@ def chat_template(path: str | Path) -> str:
     Raises:
       ValueError: not a GGUF file.
     """
-    found = open_gguf(path).get_field("tokenizer.chat_template")
-    return str(found.contents()) if found is not None else ""
+    entry = open_gguf(path).get_field("tokenizer.chat_template")
+    return str(entry.contents()) if entry is not None else ""
 
 
 def _config(path: str | Path, reader: Dynamic) -> DecoderConfig:

@@ -98,8 +98,8 @@ def _blocks(params: Tree, blocks: Tree, begun: Begun | Encoded, config: DiTConfi
     def step(x, given):
         leaves, r = given
         x = x if r is None else x + r
-        found = block(leaves, x, c, params.get("modulation"), words, seen, config.heads)
-        return found.tokens, found.tokens
+        traced = block(leaves, x, c, params.get("modulation"), words, seen, config.heads)
+        return traced.tokens, traced.tokens
 
     return jax.lax.scan(step, x, (blocks, more))
 

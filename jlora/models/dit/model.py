@@ -229,9 +229,9 @@ def forward(
     x, c, words, seen = begin(params, picture, time, condition, null, config)
 
     def step(x, leaves):
-        found = block(leaves, x, c, params.get("modulation"), words, seen, config.heads)
-        kept = (found.tokens if features else None, *(found[1:] if maps else (None, None)))
-        return found.tokens, kept
+        traced = block(leaves, x, c, params.get("modulation"), words, seen, config.heads)
+        kept = (traced.tokens if features else None, *(traced[1:] if maps else (None, None)))
+        return traced.tokens, kept
 
     x, kept = jax.lax.scan(step, x, params["blocks"])
     return Output(end(params, x, c, picture.shape, config), *kept)

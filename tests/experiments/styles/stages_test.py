@@ -145,7 +145,7 @@ def test_generators_are_fitted_on_seen_styles_alone(context, whole):
         x[rows] = np.nan
         return x
 
-    features = whole.products["generate"].prepared.found
+    features = whole.products["generate"].prepared.features
     bad = found._replace(trainable=jax.tree.map(poisoned, found.trainable))
     given = generators.examples(world, bad, features)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(given.bank.trainable))
@@ -171,7 +171,7 @@ def test_the_mean_adapter_is_the_mean_of_deltas(context, whole):
 
 
 def test_conditions_are_statistics_of_few_pictures(context, whole):
-    world, found = context.products["data"], whole.products["generate"].prepared.found
+    world, found = context.products["data"], whole.products["generate"].prepared.features
     rows = conditions.rows(world, "google hue 60", "query")
     assert len(set(rows.tolist())) == SMALL.shots
     own = found.of["google hue 60"][rows]
@@ -223,7 +223,7 @@ def test_pictures_follow_from_names_seed_and_adapter(context, whole):
     again = sample.draw(world, world.base.params, world.test[style].words, 1)
     np.testing.assert_array_equal(again, of["base"][1])
     assert (of["base"][0] != of["base"][1]).any() and (of["base"][0] != of["original"][0]).any()
-    found = whole.products["generate"].prepared.found
+    found = whole.products["generate"].prepared.features
     real = sample.figures(world, found, style, world.test[style])
     assert real["frechet"] == pytest.approx(0, abs=1e-3) and real["style distance"] == 0
     assert drawn.figures[style]["base"]["frechet"][0] > 0.01
