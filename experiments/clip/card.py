@@ -103,7 +103,7 @@ def read(
     chosen = found.embeddings[[number[name] for name in among]]
     u = quality.embedded(config, params, pixels)
     best = np.argmax(u @ np.asarray(model.texts(params, jnp.asarray(chosen))).T, axis=1)
-    return [among[k] for k in best]
+    return [among[int(k)] for k in best]
 
 
 def _sheet(pixels: np.ndarray, columns: int, path: Path) -> None:
