@@ -18,6 +18,8 @@ S = settings.Settings(
     save_every=2, ema=0.5, lr=1e-2, optimizer="adamw",
 )  # fmt: skip
 
+STATES = []  # after every step of every run of this file
+
 
 def drawn(styles, cache=None):
     """Forty names in two styles, of two categories."""
@@ -39,21 +41,27 @@ def embed(names, cache=None):
 
 @pytest.fixture(scope="module", autouse=True)
 def found():
-    """The pairs of all tests, and one compiled step for all runs."""
+    """The pairs of all tests, and one compiled step for all runs, whose states are kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "pictures", drawn)
         patch.setattr(texts, "embed", embed)
         compiled = train.make(S, S.config(5))
-        patch.setattr(train, "make", lambda settings, config: compiled)
+
+        def step(state, given):
+            state, report = compiled(state, given)
+            STATES.append(jax.device_get(state))
+            return state, report
+
+        patch.setattr(train, "make", lambda settings, config: step)
         pairs = data.gathered(drawn(S.chosen), S.chosen)
         yield dataclasses.replace(pairs, embeddings=embed(pairs.names + pairs.labels))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(folder, card) of a run that was not killed."""
-    folder = tmp_path_factory.mktemp("whole")
-    return folder, run.run(S, folder)
+    """(folder, card, states) of a run that was not killed."""
+    folder, before = tmp_path_factory.mktemp("whole"), len(STATES)
+    return folder, run.run(S, folder), STATES[before : before + S.steps]
 
 
 def test_the_loss_is_its_equation_and_leaves_out_texts_that_are_true():
@@ -125,7 +133,7 @@ def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path, monkeypatch):
 
 
 def test_the_directory_is_what_the_card_says(whole, found, tmp_path):
-    folder, written = whole
+    folder, written, _ = whole
     read = base_c.load(folder / "model")
     assert read.card == json.loads(json.dumps(written))
     assert read.names == found.names and read.labels == ("category 0", "category 1")
@@ -148,17 +156,14 @@ def test_the_directory_is_what_the_card_says(whole, found, tmp_path):
         base_c.load(tmp_path)
 
 
-def test_the_averaged_weights_are_written(whole, found):
-    folder, _ = whole
-    state, kept = train.initial(S, S.config(5), jnp.asarray(train.mean_text(found))), []
-    step = train.make(S, S.config(5))
-    for number in range(S.steps):
-        state, _ = step(state, train.batch(found, S, number))
-        kept.append(jax.device_get(state.params))
-    average = ema.averaged(state.optimizer)
+def test_the_averaged_weights_are_written(whole):
+    folder, _, states = whole
+    assert [int(state.step) for state in states] == [1, 2, 3, 4]
+    average = ema.averaged(states[-1].optimizer)
     written = model.load(folder / "model")[1]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-3), written, average)
-    apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), written, kept[-1])
+    last = states[-1].params
+    apart = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), written, last)
     assert max(jax.tree.leaves(apart)) > 4e-3, "and not the last ones"
 
 
