@@ -22,6 +22,10 @@ from experiments.workdir import digest, write_json
 from jlora.io import safetensors_file
 
 NAME, TEXTS, EXAMPLES = "card.json", "texts.safetensors", "examples.png"
+READERS = (
+    *("base C", "ridge on a random ViT", "ridge on colours"),
+    *("base C, texts exchanged", "chance"),
+)  # as `quality.figures` calls them
 SHOWN = 12  # held-out pictures of each style in the examples
 
 
@@ -124,8 +128,9 @@ def shown(path: Path, side: int) -> np.ndarray:
 
 def _table(card: dict[str, Any]) -> list[str]:
     out = []
-    for style, x in card["quality"]["names"].items():
-        rows = {k: v for k, v in x.items() if isinstance(v, list)}
+    for style in card["styles"]:
+        x = card["quality"]["names"][style]
+        rows = {k: x[k] for k in READERS}
         out += [f"| {style}, {x['pictures']} of {x['names']} names | {k} | {a:.1%} | {b:.1%} |"
                 for k, (a, b) in rows.items()]  # fmt: skip
     return out
@@ -153,7 +158,7 @@ def page(card: dict[str, Any]) -> str:
         f" averaged weights. Of the {len(card['names'])} names {len(card['held_out'])} are held"
         " out, in every style. Some are relatives of names that are not (\"pig\", \"pig face\").",
         "", "| style | trained on | held out (by name) |", "|---|---|---|",
-        *(f"| {n} | {a} | {b} |" for n, (a, b) in card["pictures"].items()),
+        *(f"| {n} | {' | '.join(map(str, card['pictures'][n]))} |" for n in card["styles"]),
         "", "Zero-shot among the held-out names of a style; the rivals train no network"
         " (`experiments/clip/quality.py`):",
         "", "| pictures | by | top 1 | top 5 |", "|---|---|---|---|", *_table(card),
@@ -162,7 +167,7 @@ def page(card: dict[str, Any]) -> str:
         "", f"Zero-shot among the {len(card['labels'])} categories:", "",
         "| pictures of | base C | most frequent category |", "|---|---|---|",
         *(f"| {n} | {x['base C']:.1%} | {x['most frequent']:.1%} |"
-          for n, x in q["categories"].items()),
+          for n, x in sorted(q["categories"].items())),
         "", f"![examples]({EXAMPLES})", "",
         "Held-out pictures, a row per style; what it says among all held-out names:", "",
         *(f"- {name}: {'right' if name == said else said}" for name, said in card["examples"]),
