@@ -101,7 +101,7 @@ SYSTEM = Initialisation(
     "site is fresh, and fewer steps reach a related task",
     kind="recipe",
     rows=(25,),
-    missing="its row's claim: few shots of pictures",
+    claim="pvp",
     method=LoRA(rank=2),
     initialise=lambda key, adapter, params, statistics: pretrained(adapter, _moved(adapter)),
     breaks={"identity": "it starts where the first stage ended, not at the base"},

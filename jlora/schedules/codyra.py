@@ -115,7 +115,6 @@ SYSTEM = Schedule(
     claim="codyra",
     evidence="thresholds by numpy; merged after dropping is the forward before; kappa drops ranks",
     rows=(39,),
-    missing="the paper's stream of vision tasks on CLIP; the claim has a stream of text tasks",
     examples=(AdaLoRA(rank=4, alpha=2.0),),
     start=_start,
     observe=_observe,

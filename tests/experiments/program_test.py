@@ -8,13 +8,13 @@ from absl import app, flags
 from experiments import program
 
 NAMES = (
-    *("cond_pdiff", "finetune", "pretrain", "pretrain_generator", "pretrain_pictures"),
-    *("style_pdiff", "variants"),
+    *("cond_pdiff", "finetune", "pretrain", "pretrain_clip", "pretrain_generator"),
+    *("pretrain_pictures", "style_pdiff", "variants"),
 )  # fmt: skip
 WORKDIRS = {"cond_pdiff": "runs/cond_pdiff", "finetune": "runs/finetune",
-            "pretrain": "runs/base_l", "pretrain_generator": "runs/minilm_generator",
-            "pretrain_pictures": "runs/base_d", "style_pdiff": "runs/style_pdiff",
-            "variants": "runs/variants"}  # fmt: skip
+            "pretrain": "runs/base_l", "pretrain_clip": "runs/base_c",
+            "pretrain_generator": "runs/minilm_generator", "pretrain_pictures": "runs/base_d",
+            "style_pdiff": "runs/style_pdiff", "variants": "runs/variants"}  # fmt: skip
 
 
 @pytest.fixture

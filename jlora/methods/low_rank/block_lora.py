@@ -79,6 +79,5 @@ SYSTEM = System(
     evidence="the tiled form; steps of gradient descent equal to LoRA of rank r / n",
     rows=(14,),
     claim="block_lora",
-    missing="its row's claim: few shots on a model of pictures and texts",
     examples=(BlockLoRA(rank=4, alpha=6.0, blocks=2),),
 )

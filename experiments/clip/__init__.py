@@ -1,0 +1,1 @@
+"""Base C: a tiny CLIP, a vision transformer trained on emoji next to frozen text embeddings."""
