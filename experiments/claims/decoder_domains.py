@@ -31,7 +31,7 @@ LABELS = (
 NAMES = (*DOCUMENTS, *(f"{corpus}/{label}" for corpus, label in LABELS))
 ASSETS = ("stdlib_texts", "orange_texts", "orange", "vader", "stdlib")
 KERNELS = r"layers/(attention|ffn)/\w+/kernel"
-RANK, STEPS, BATCH, RATE = 8, 60, 4, 3e-3  # of the adapters
+RANK, STEPS, BATCH, RATE = 8, 40, 4, 3e-3  # of the adapters
 SEGMENT, SEGMENTS = 32, 4
 VALIDATION, TEST = 16, 48  # rows
 

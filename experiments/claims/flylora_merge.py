@@ -88,8 +88,10 @@ def _train(apply, sites, found, start, frozen, rate, seed):
 
     def step(carry, number):
         mapped = jax.vmap(lane, in_axes=(0, 0, 0, 0, None))
-        *carry, value = mapped(*carry, jnp.arange(found.index.shape[0], dtype=jnp.int32), number)
-        return tuple(carry), value.mean()
+        one, held, state = carry
+        tasks = jnp.arange(found.index.shape[0], dtype=jnp.int32)
+        one, held, state, value = mapped(one, held, state, tasks, number)
+        return (one, held, state), value.mean()
 
     with jax.numpy_dtype_promotion("standard"):
         state = jax.vmap(solver.init)(start)

@@ -88,16 +88,24 @@ def batch(seed: int, number: int, scrambled: bool) -> np.ndarray:
 
 @functools.cache
 def trained(
-    name: str, rate: float, seed: int, scrambled: bool = False, steps: int = STEPS
+    name: str, rate: float, seed: int, scrambled: bool = False, steps: int | None = None
 ) -> tuple[Any, float]:
-    """The parameters after training, and the mean loss of the last steps."""
+    """The parameters after training, and the mean loss of the last steps.
+
+    Args:
+      name: key of `RATES`.
+      rate: peak learning rate.
+      seed: of rows, draws of layers and the start of LoRA.
+      scrambled: of `batch`.
+      steps: how many of the run; None: all.
+    """
     found = lib.world()
     values, adapter = start(name, seed)
     rule, step = _step(found.config, name, rate, seed)
     with jax.numpy_dtype_promotion("standard"):
         state = rule.init(values)
     losses = []
-    for number in range(steps):
+    for number in range(STEPS if steps is None else steps):
         ids = batch(seed, number, scrambled)
         values, state, value = step(found.params, values, adapter, state, ids)
         losses.append(float(value))

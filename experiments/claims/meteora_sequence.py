@@ -30,7 +30,7 @@ from jlora.methods import MeteoRA
 from jlora.methods.routed.expert_bank import with_experts
 from jlora.models.decoder import DecoderConfig
 
-TOP, STEPS, BATCH, RATE, LABELS = 2, 80, 4, 5e-3, 1.0  # of the gates
+TOP, STEPS, BATCH, RATE, LABELS = 2, 60, 4, 5e-3, 1.0  # of the gates
 NEAR = 4  # tokens after a turn
 
 
