@@ -97,7 +97,9 @@ def page(placed: Placed, root: Path) -> str:
     if system.breaks:
         lines += ["## Laws that it breaks, and why", ""]
         lines += [f"- **{law}**: {why}" for law, why in system.breaks.items()]
-    return "\n".join([*lines, "", *claim(system.claim, root)])
+    for name in system.claims:
+        lines += ["", *claim(name, root)]
+    return "\n".join(lines)
 
 
 def claim(name: str, root: Path) -> list[str]:

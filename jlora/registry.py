@@ -3,7 +3,7 @@
 A file with a record (`jlora.system.System`) is a system; nothing else has to be edited. The state
 of a system is computed from what the checkout holds, never written down:
 
-- ``works``: its tests exist, nothing is declared missing, and its claim has a record
+- ``works``: its tests exist, nothing is declared missing, and each of its claims has a record
   (``docs/results/claims/<claim>.json``) made by the present claim file (same sha256) and by the
   present code that claim files share (`shared_code`), with any verdict but void;
 - ``partial``: something of this is missing, and `State.missing` says what;
@@ -132,7 +132,8 @@ def state(placed: Placed, root: Path | None) -> State:
     missing = [f"{t} does not exist" for t in placed.tests if not (root / t).is_file()]
     missing += [system.missing] if system.missing else []
     if system.kind != "component":
-        missing += _claim_problems(system.claim, root)
+        for claim in system.claims or ("",):
+            missing += _claim_problems(claim, root)
     return State("partial", tuple(missing)) if missing else State("works")
 
 

@@ -31,6 +31,7 @@ class System:
       tests: test files besides the one that mirrors the module (``tests/<path>_test.py``), relative
         to the repository; "" in front leaves the mirrored one out.
       claim: the name of its claim, ``experiments/claims/<claim>.py``; "" while it has none.
+      more_claims: names of further claims, of what one inequality does not say.
       missing: what the work list asks for and the file does not do yet; "" when nothing.
       examples: tiny instances for the contract suite (adaptation methods).
       breaks: a law of the contract suite -> the reason why this system breaks it.
@@ -47,6 +48,7 @@ class System:
     rows: tuple[int, ...] = ()
     tests: tuple[str, ...] = ()
     claim: str = ""
+    more_claims: tuple[str, ...] = ()
     missing: str = ""
     examples: tuple[Batch, ...] = ()
     breaks: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -56,6 +58,13 @@ class System:
             raise ValueError(f"{self.name}: kind: got {self.kind!r}, expected one of {KINDS}")
         for law in self.breaks.keys() - set(self.laws or self.breaks):
             raise ValueError(f"{self.name}: breaks: got {law!r}, expected one of {self.laws}")
+        if self.more_claims and not self.claim:
+            raise ValueError(f"{self.name}: more_claims: got {self.more_claims}, expected a claim")
+
+    @property
+    def claims(self) -> tuple[str, ...]:
+        """Names of all its claims; () while it has none."""
+        return tuple(c for c in (self.claim, *self.more_claims) if c)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,14 @@ def test_declared_gaps_and_absent_claims_keep_a_system_partial(checkout):
     assert registry.state(changed(none, kind="component"), checkout).name == "works"
 
 
+def test_each_of_several_claims_needs_a_record(checkout):
+    both = changed(TOY, more_claims=("shared",))
+    assert registry.state(both, checkout).missing == ("claim shared has not been run",)
+    assert both.system.claims == ("toy", "shared")
+    with pytest.raises(ValueError, match=r"Toy: more_claims: got .*, expected a claim"):
+        changed(both, claim="")
+
+
 def test_all_97_rows_appear_and_a_row_is_as_far_as_its_last_system():
     rows = registry.work_list(ROOT)
     assert [r.row.number for r in rows] == list(range(1, 98))

@@ -37,6 +37,7 @@ def entries() -> list[dict[str, Dynamic]]:
                 "module": placed.module,
                 "tests": list(placed.tests),
                 "claim": system.claim or None,
+                "more_claims": list(system.more_claims),
                 "state": state.name,
                 "missing": list(state.missing),
                 "evidence": system.evidence,

@@ -195,7 +195,7 @@ SYSTEM = Optimizer(
     claim="lisa",
     evidence="optax's AdamW on the drawn layers; others bitwise still; draws are even",
     rows=(29,),
-    missing="the work list's decoder; the claim has the upper layers of an encoder",
+    more_claims=("lisa_decoder",),
     make=lambda: lisa(0.05, layers="a$", slots=1, interval=2),
     breaks={"stack": "the first axis is that of the layers, of which some are drawn"},
 )

@@ -217,5 +217,5 @@ SYSTEM = System(
     symbol="encode",
     evidence="tokens by numpy; no gauge; unseen adapters found by text; mutation check",
     rows=(6,),
-    missing="adapters of real tasks and their descriptions",
+    claim="autolora_retrieval",
 )

@@ -110,7 +110,7 @@ SYSTEM = System(
     evidence="numpy value of three selections; merge of eight is the mean on every token; A sparse",
     rows=(56,),
     claim="flylora",
-    missing="a claim of the merge of eight",
+    more_claims=("flylora_merge",),
     examples=(FlyLoRA(rank=4, top_k=2, alpha=3.0),),
     breaks={"L3": "which ranks are active depends on the activation: there is no merged weight"},
 )

@@ -115,7 +115,7 @@ SYSTEM = System(
     evidence="numpy value; equal back-ends; gates learn from labels and switch inside a sequence",
     rows=(61,),
     claim="meteora",
-    missing="a claim of a sequence of several tasks, and of time against a loop",
+    more_claims=("meteora_sequence", "meteora_time"),
     examples=(MeteoRA(experts=3, top_k=2, rank=2, temperature=2.0, train_experts=True),),
     breaks={"L3": "the delta depends on the activation, so there is no merged weight"},
 )

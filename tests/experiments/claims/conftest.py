@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jlora as jl
-from experiments.claims import text_merges
+from experiments.claims import decoder_domains, text_merges
 from experiments.merging import cells
+from jlora.models import decoder
 
 TASKS = tuple(f"t{i}" for i in range(8))
 
@@ -37,3 +38,25 @@ def toy(monkeypatch):
 
 def linear(params, x):
     return x @ params["w"]
+
+
+@pytest.fixture
+def domains(monkeypatch):
+    """Three kinds of text for a tiny decoder: each has eight tokens and a step from one to the next
+
+    of its own, so that an adapter of one kind knows nothing of the others.
+    """
+    config = decoder.DecoderConfig(
+        "llama", vocab=24, layers=2, width=16, heads=2, kv_heads=1, head_width=8, ffn=16,
+        max_positions=32, tied=True, init_std=0.3,
+    )  # fmt: skip
+    streams = [(8 * k + (2 * k + 1) * np.arange(400) % 8).astype(np.int32) for k in range(3)]
+    changes = {"SEGMENT": 6, "SEGMENTS": 2, "RANK": 4, "STEPS": 40, "RATE": 2e-2}
+    for name, value in (changes | {"NAMES": ("one", "two", "three")}).items():
+        monkeypatch.setattr(decoder_domains, name, value)
+    rows = [decoder_domains.composed(streams, n, np.random.default_rng(n)) for n in (8, 12)]
+    params = decoder.init(jax.random.key(0), config)
+    found = decoder_domains.World(config, params, tuple(streams), *rows)
+    monkeypatch.setattr(decoder_domains, "world", lambda: found)
+    decoder_domains.own.cache_clear()
+    return found
