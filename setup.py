@@ -108,6 +108,7 @@ setup(
     package_data={
         "experiments.pretraining": ["base_l/*"],  # a trained decoder of 6 MB
         "experiments.clip": ["base_c/*"],  # a trained CLIP of 3 MB
+        "experiments.pictures": ["base_d/*"],  # a trained diffusion transformer of 7 MB
         "experiments.generating": ["minilm/*"],  # a generator of 3 MB
     },
     entry_points={"console_scripts": ["jlora = jlora.cli.main:main"]},

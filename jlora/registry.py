@@ -59,8 +59,8 @@ def walk(package: ModuleType) -> Iterator[Placed]:
         if info.name.startswith(SKIPPED) or info.name.endswith("__main__"):
             continue
         module = importlib.import_module(info.name)
-        found = vars(module).get("SYSTEMS", vars(module).get("SYSTEM", ()))
-        for system in found if isinstance(found, tuple) else (found,):
+        records = vars(module).get("SYSTEMS", vars(module).get("SYSTEM", ()))
+        for system in records if isinstance(records, tuple) else (records,):
             if not isinstance(system, System):
                 raise TypeError(f"{info.name}: got {system!r}, expected a jlora.system.System")
             yield Placed(system=system, module=info.name)
@@ -146,18 +146,18 @@ def _claim_problems(claim: str, root: Path) -> list[str]:
     if not record.is_file():
         return [f"claim {claim} has not been run"]
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        stored = json.loads(record.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         return [f"{RECORDS}/{claim}.json: got no JSON ({error}), expected a record"]
-    if not isinstance(found, dict):
-        return [f"{RECORDS}/{claim}.json: got {type(found).__name__}, expected a record"]
-    void = [f"claim {claim} is void: its control did not fail"] * (found.get("verdict") == "void")
+    if not isinstance(stored, dict):
+        return [f"{RECORDS}/{claim}.json: got {type(stored).__name__}, expected a record"]
+    void = [f"claim {claim} is void: its control did not fail"] * (stored.get("verdict") == "void")
     # a hash that was renewed by hand is no evidence that the present code gives these figures
-    hand = [f"claim {claim}: hash renewed without a run"] * ("rehashed" in found)
+    hand = [f"claim {claim}: hash renewed without a run"] * ("rehashed" in stored)
     return [
         *void,
         *hand,
-        *(f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, found)),
+        *(f"claim {claim}: {f} has changed since it was run" for f in changed(claim, root, stored)),
     ]
 
 
@@ -189,14 +189,14 @@ def shared_code(claim: str, root: Path) -> dict[str, str]:
     Returns:
       {file: `code_sha256`}, of direct and indirect imports.
     """
-    folder, found, open_ = root / CLAIMS, {}, [claim]
+    folder, modules, open_ = root / CLAIMS, {}, [claim]
     while open_:
         for name in _imported((folder / f"{open_.pop()}.py").read_bytes()):
             path = folder / f"{name}.py"
-            if name not in (*HARNESS, claim) and path.is_file() and path.name not in found:
-                found[path.name] = code_sha256(path)
+            if name not in (*HARNESS, claim) and path.is_file() and path.name not in modules:
+                modules[path.name] = code_sha256(path)
                 open_.append(name)
-    return found
+    return modules
 
 
 @functools.cache  # every claim reads the same few files

@@ -24,6 +24,12 @@ from experiments.workdir import digest, write_json
 from jlora.models import dit
 
 NAME, NAMES, SHEET = "card.json", "names.json", "samples.png"
+OPENMOJI, FLUENT = "OpenMoji CC BY-SA 4.0", "Microsoft's Fluent emoji MIT"
+LICENCES = {  # of the styles of `sources`
+    "google": "Google's emoji (Noto) Apache-2.0", "twitter": "Twitter's emoji (Twemoji) CC BY 4.0",
+    "openmoji": OPENMOJI, "outline": OPENMOJI, "fluent": FLUENT, "fluent_modern": FLUENT,
+    "fluent_contrast": FLUENT, "mnist": "MNIST MIT", "fashion": "Fashion-MNIST MIT",
+}  # fmt: skip
 COLUMNS = 12  # of the sheet
 SEEN, UNSEEN = "seen names", "held-out names"
 
@@ -127,6 +133,11 @@ def _lines(
     return lines
 
 
+def licences(styles: list[str]) -> list[str]:
+    """Who drew the pictures of some styles, and under which licence, each source once."""
+    return list(dict.fromkeys(LICENCES[style] for style in styles))
+
+
 def page(card: dict[str, Any]) -> str:
     """The model card, Markdown.
 
@@ -166,8 +177,7 @@ def page(card: dict[str, Any]) -> str:
         "", f"![samples]({SHEET})", "",
         "Three rows per style: real training pictures, samples of their names, samples of held-out"
         " names.", "",
-        "Google's emoji (Noto) are Apache-2.0, Twitter's (Twemoji) CC BY 4.0, OpenMoji CC BY-SA"
-        " 4.0, the digits and clothes MIT.",
+        f"Licences of the pictures: {', '.join(licences(list(card['pictures'])))}.",
         "", "| file | sha256 |", "|---|---|",
         *(f"| {name} | {sha} |" for name, sha in sorted(card["files"].items())),
     ]  # fmt: skip

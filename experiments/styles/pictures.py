@@ -25,7 +25,7 @@ from experiments.pictures.sources import Picture
 from experiments.pipeline import Context, Done, Piece, Stage
 from experiments.progress import Progress
 from experiments.styles.catalogue import Style, styles
-from experiments.styles.settings import TINY, Settings
+from experiments.styles.settings import SHIPPED, TINY, Settings
 from experiments.styles.transforms import transformed
 from experiments.workdir import StageError, digest, save_array
 from jlora.models import dit
@@ -92,12 +92,16 @@ def shapes(style: str) -> list[Picture]:
 @functools.cache
 def base_of(folder: str) -> base_d.BaseD:
     """Base D of a folder, or the tiny one."""
-    return tiny_base() if folder == TINY else base_d.load(Path(folder))
+    return tiny_base() if folder == TINY else base_d.load(_path(folder))
+
+
+def _path(folder: str) -> Path:
+    return base_d.FOLDER if folder == SHIPPED else Path(folder)
 
 
 def fingerprint(folder: str) -> str:
     """sha256 of the base's card, which names all of its files; of the tiny base its name."""
-    return TINY if folder == TINY else digest(Path(folder) / NAME)
+    return TINY if folder == TINY else digest(_path(folder) / NAME)
 
 
 def known(base: base_d.BaseD) -> Pictures:

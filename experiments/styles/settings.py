@@ -17,6 +17,7 @@ from experiments.config import check_fields, setting, wrong
 from experiments.styles.catalogue import PRESETS
 
 STAGES = ("data", "zoo", "generate", "evaluate", "sample", "report")
+SHIPPED = "shipped"  # base D of the package
 TINY = "tiny"  # a random base and drawn shapes, for tests
 LAYOUT = 1  # of the stages' folders: raised when their files change
 
@@ -27,8 +28,9 @@ class Settings:
 
     # data: base model, styles, pictures
     base: str = setting(
-        "data", "runs/base_d/model",
-        "folder of base D, as experiments.pretrain_pictures writes it, or tiny (random, for tests)",
+        "data", SHIPPED,
+        "shipped; folder of a base D, as experiments.pretrain_pictures writes it; or tiny (random,"
+        " for tests)",
     )  # fmt: skip
     preset: str = setting("data", "quick", "which styles", PRESETS)
     pictures: int = setting("data", 256, "training pictures per style", range=">= 2")
