@@ -16,7 +16,8 @@ from experiments.styles.transforms import transformed
 from experiments.workdir import StageError
 from jlora.generation.baselines import logistic
 
-WEIGHTS = "e1e2b662be7ca6a5fc717543ac297dcc530b06dfac1c341d10910301815e6eff"  # sha256 of model.safetensors of base D
+# sha256 of model.safetensors of base D
+WEIGHTS = "e1e2b662be7ca6a5fc717543ac297dcc530b06dfac1c341d10910301815e6eff"
 GUIDANCE = 2.0  # of the base's card
 STYLED = distill.Recipe(distill.STYLE_SITES, 4, 8.0, 60, 8, 3e-3)  # of an adapter of a style
 PENALTY, JUDGED = 1.0, 400  # of the logistic regression, and real pictures of each kind, at most
