@@ -137,3 +137,13 @@ def test_it_would_be_noticed():
     }
     assert imported("from jlora import merging") == {"merging"}
     assert code('"""Doc\nstring."""\n\n# why\nx = 1\ndef f():\n    """Doc."""\n    return x\n') == 3
+
+
+def test_there_is_enough_test_code():
+    """Lines that are neither empty nor comment nor docstring, which sources have far more of."""
+
+    def total(*folders):
+        paths = [p for folder in folders for p in (ROOT.parent / folder).rglob("*.py")]
+        return sum(code(path.read_text(encoding="utf-8")) for path in paths)
+
+    assert total("tests") >= 0.6 * total("jlora", "experiments")
