@@ -8,24 +8,17 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments import base_training
 from experiments.clip import card, data, texts, train
 from experiments.clip.settings import Settings
-from experiments.finetuning import mesh
-from experiments.finetuning import train as loop
 from experiments.pictures import sources
-from experiments.progress import Progress
-from experiments.workdir import read_json, write_json
 from jlora.generation.diffusion import ema
-
-SECONDS = "seconds.json"  # of all processes that trained this run
 
 
 def pairs(settings: Settings, folder: Path, cache: Path | None) -> data.Pairs:
@@ -62,30 +55,14 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
       FloatingPointError: a step that is not finite; the last good checkpoint is kept.
     """
     folder = workdir / f"train-{settings.key()}"
-    saved = folder / "checkpoints"
-    saved.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     loaded = pairs(settings, folder, cache)
     config = settings.config(loaded.embeddings.shape[1])
-    one = NamedSharding(mesh.mesh(1, 1), PartitionSpec())
-    resumed = bool(loop.checkpoints(saved))
-    before = read_json(folder / SECONDS, dict, "delete it")["seconds"] if resumed else 0.0
     first = train.initial(settings, config, jnp.asarray(train.mean_text(loaded)))
-    # the loop knows the state of a fine-tuning run: it reads `step` alone
-    state: Any = loop.resume(saved, cast(Any, first), one)
-    step, start = train.make(settings, config), time.perf_counter()
-
-    def advance(state: Any, number: int) -> Any:
-        return step(state, jax.device_put(train.batch(loaded, settings, number), one))
-
-    def keep(state: Any) -> None:
-        seconds = before + time.perf_counter() - start
-        write_json(folder / SECONDS, {"seconds": round(seconds, 1)})
-        loop.save(saved, state)
-
-    with Progress(workdir, "train", settings.steps, "step") as bar:
-        bar.step(int(state.step))
-        state = loop.train(state, advance, settings.steps, keep, saved, settings.save_every, bar)
-    seconds = read_json(folder / SECONDS, dict, "delete it")["seconds"]
+    state, seconds = base_training.train(
+        workdir, folder, settings.steps, settings.save_every, first, train.make(settings, config),
+        lambda number: (train.batch(loaded, settings, number),),
+    )  # fmt: skip
     params = jax.device_get(ema.averaged(state.optimizer))
     return card.write(workdir / "model", settings, params, loaded, seconds, int(state.step))
 

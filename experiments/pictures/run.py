@@ -7,22 +7,16 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.finetuning import mesh
-from experiments.finetuning import train as loop
+from experiments import base_training
 from experiments.pictures import card, classifier, data, sources, train
 from experiments.pictures.settings import Settings
-from experiments.progress import Progress
-from experiments.workdir import read_json, write_json
 from jlora.generation.diffusion import ema
 
-SECONDS = "seconds.json"  # of all processes that trained this run
 WORDS = 1_700  # about as many words as the default styles have
 
 
@@ -58,30 +52,17 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
       FloatingPointError: a step that is not finite; the last good checkpoint is kept.
     """
     folder = workdir / f"train-{settings.key()}"
-    saved = folder / "checkpoints"
-    saved.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     gathered = pictures(settings, folder, cache)
     config = train.architecture(settings, gathered)
-    one = NamedSharding(mesh.mesh(1, 1), PartitionSpec())
-    resumed = bool(loop.checkpoints(saved))
-    before = read_json(folder / SECONDS, dict, "delete it")["seconds"] if resumed else 0.0
-    # the loop knows the state of a fine-tuning run: it reads `step` alone
-    state: Any = loop.resume(saved, cast(Any, train.initial(settings, config)), one)
-    step, start = train.make(settings, config), time.perf_counter()
 
-    def advance(state: Any, number: int) -> Any:
-        given = train.batch(gathered, train.rows(gathered, settings, number))
-        return step(state, *jax.device_put(given, one))
+    def batch(number: int) -> tuple[Any, ...]:
+        return train.batch(gathered, train.rows(gathered, settings, number))
 
-    def keep(state: Any) -> None:
-        seconds = before + time.perf_counter() - start
-        write_json(folder / SECONDS, {"seconds": round(seconds, 1)})
-        loop.save(saved, state)
-
-    with Progress(workdir, "train", settings.steps, "step") as bar:
-        bar.step(int(state.step))
-        state = loop.train(state, advance, settings.steps, keep, saved, settings.save_every, bar)
-    seconds = read_json(folder / SECONDS, dict, "delete it")["seconds"]
+    state, seconds = base_training.train(
+        workdir, folder, settings.steps, settings.save_every, train.initial(settings, config),
+        train.make(settings, config), batch,
+    )  # fmt: skip
     judge = classifier.train(gathered, settings, folder, workdir)
     params = jax.device_get(ema.averaged(state.optimizer))
     return card.write(

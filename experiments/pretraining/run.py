@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
-from experiments.finetuning import mesh
-from experiments.finetuning import train as loop
+from experiments import base_training
 from experiments.pretraining import card, texts, tokens, train
 from experiments.pretraining.settings import Settings
-from experiments.progress import Progress
 from experiments.workdir import read_json, save_array, write_json
-
-SECONDS = "seconds.json"  # of all processes that trained this run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,29 +82,12 @@ def run(settings: Settings, workdir: Path, cache: Path | None = None) -> dict[st
       FloatingPointError: a step that is not finite; the last good checkpoint is kept.
     """
     folder = workdir / f"train-{settings.key()}"
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     corpus = data(settings, folder, cache)
-    one = NamedSharding(mesh.mesh(1, 1), PartitionSpec())
-    saved = folder / "checkpoints"
-    resumed = bool(loop.checkpoints(saved))
-    before = read_json(folder / SECONDS, dict, "delete it")["seconds"] if resumed else 0.0
-    # the loop knows the state of a fine-tuning run: it reads `step` alone
-    state: Any = loop.resume(saved, cast(Any, train.initial(settings)), one)
-    step, start = train.make(settings), time.perf_counter()
-
-    def advance(state: Any, number: int) -> Any:
-        ids = jax.device_put(train.rows(corpus.train, settings, number), one)
-        return step(state, ids)
-
-    def keep(state: Any) -> None:
-        seconds = before + time.perf_counter() - start
-        write_json(folder / SECONDS, {"seconds": round(seconds, 1)})
-        loop.save(saved, state)
-
-    with Progress(workdir, "train", settings.steps, "step") as bar:
-        bar.step(int(state.step))
-        state = loop.train(state, advance, settings.steps, keep, saved, settings.save_every, bar)
-    seconds = read_json(folder / SECONDS, dict, "delete it")["seconds"]
+    state, seconds = base_training.train(
+        workdir, folder, settings.steps, settings.save_every, train.initial(settings),
+        train.make(settings), lambda number: (train.rows(corpus.train, settings, number),),
+    )  # fmt: skip
     return card.write(
         workdir / "model", settings, jax.device_get(state.params), corpus.tokenizer, corpus.train,
         corpus.held_out, corpus.documents, seconds, int(state.step),

@@ -37,7 +37,7 @@ def test_samples_are_in_their_styles(base):
 
 
 def test_its_classifier_tells_the_styles_of_the_sheet_apart(base):
-    """Real pictures and samples of the sheet, three rows per style; mutation: no convolutions."""
+    """Real pictures and samples of the sheet, three rows per style; mutation: weights of zero."""
     sheet = np.asarray(Image.open(base_d.FOLDER / card.SHEET).convert("RGB"))
     styles, known = base.names["styles"], style_pictures.known(base)
     height, width = sheet.shape[0] // (3 * len(styles)), sheet.shape[1] // COLUMNS
