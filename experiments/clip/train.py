@@ -26,13 +26,13 @@ import optax
 import optax.contrib
 from jaxtyping import Array, Bool, Float
 
+from experiments import base_training
 from experiments.clip import model
 from experiments.clip.data import Pairs
 from experiments.clip.settings import Settings
 from experiments.finetuning.step import Report
 from experiments.pictures.classifier import moved
 from experiments.pictures.data import scaled
-from jlora.generation.diffusion import ema
 
 NEVER = -1e9  # logit of a pair that is no negative
 
@@ -67,49 +67,8 @@ def contrastive(z: Float[Array, "B B"], also: Bool[Array, "B B"]) -> Float[Array
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Muon for the kernels of the blocks (AdamW for all else, or for all), then the average.
-
-    Rates rise, stay, and fall to zero by the end, so that a run of more steps has the same start.
-    """
-    warmup = max(1, round(settings.warmup * settings.steps))
-    fall = max(1, round(settings.decay * settings.steps))
-    flat = max(0, settings.steps - warmup - fall)
-
-    def rate(peak: float) -> optax.Schedule:
-        return optax.join_schedules(
-            [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak),
-             optax.linear_schedule(peak, 0.0, fall)], [warmup, warmup + flat],
-        )  # fmt: skip
-
-    if settings.optimizer == "adamw":
-        rule = optax.adamw(
-            rate(settings.lr), b2=0.95, weight_decay=settings.weight_decay, mask=_kernels
-        )
-    else:
-        rule = optax.contrib.muon(
-            rate(settings.muon_lr), weight_decay=settings.weight_decay, adam_b2=0.95,
-            adam_weight_decay=settings.weight_decay, adam_learning_rate=rate(settings.lr),
-            muon_weight_dimension_numbers=_matrices,
-        )  # fmt: skip
-    clip = optax.clip_by_global_norm(settings.clip)
-    return optax.chain(clip, rule, ema.average(settings.ema))
-
-
-def _kernels(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "kernel" in jax.tree_util.keystr(path), params
-    )
-
-
-def _matrices(params: Any) -> Any:
-    """Kernels of blocks are stacked (axis 0 is the block, then in, out); None: AdamW."""
-    kernel = optax.contrib.MuonDimensionNumbers(1, 2)
-
-    def one(path: Any, _: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        return kernel if "layers" in name and "kernel" in name else None
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    """Of the settings; every kernel that is not of a block decays under AdamW too."""
+    return base_training.optimizer(settings, "layers", settings.weight_decay)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -22,10 +22,10 @@ import optax
 import optax.contrib
 from jax import Array
 
+from experiments import base_training
 from experiments.finetuning.step import Report
 from experiments.pictures.data import UNKNOWN, Pictures, scaled
 from experiments.pictures.settings import Settings
-from jlora.generation.diffusion import ema
 from jlora.generation.diffusion.loss import Objective, diffusion_loss
 from jlora.generation.diffusion.paths import rectified_flow
 from jlora.models import dit
@@ -54,47 +54,8 @@ def bind(config: dit.DiTConfig) -> Callable[..., tuple[Array, None]]:
 
 
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Muon for the kernels of the blocks (AdamW for all else, or for all), then the average.
-
-    Rates rise, stay, and fall to zero by the end, so that a run of more steps has the same start.
-    """
-    warmup = max(1, round(settings.warmup * settings.steps))
-    fall = max(1, round(settings.decay * settings.steps))
-
-    def rate(peak: float) -> optax.Schedule:
-        flat = max(0, settings.steps - warmup - fall)
-        return optax.join_schedules(
-            [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak),
-             optax.linear_schedule(peak, 0.0, fall)], [warmup, warmup + flat],
-        )  # fmt: skip
-
-    def kernels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "kernel" in jax.tree_util.keystr(path), params
-        )
-
-    if settings.optimizer == "adamw":
-        rule = optax.adamw(
-            rate(settings.lr), b2=0.95, weight_decay=settings.weight_decay, mask=kernels
-        )
-    else:
-        rule = optax.contrib.muon(
-            rate(settings.muon_lr), weight_decay=settings.weight_decay, adam_b2=0.95,
-            adam_learning_rate=rate(settings.lr), muon_weight_dimension_numbers=_matrices,
-        )  # fmt: skip
-    clip = optax.clip_by_global_norm(settings.clip)
-    return optax.chain(clip, rule, ema.average(settings.ema))
-
-
-def _matrices(params: Any) -> Any:
-    """Kernels of blocks are stacked (axis 0 is the block, then in, out); None: AdamW."""
-    kernel = optax.contrib.MuonDimensionNumbers(1, 2)
-
-    def one(path: Any, _: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        return kernel if "blocks" in name and "kernel" in name else None
-
-    return jax.tree_util.tree_map_with_path(one, params)
+    """Of the settings."""
+    return base_training.optimizer(settings, "blocks", 0.0)
 
 
 def initial(settings: Settings, config: dit.DiTConfig) -> State:

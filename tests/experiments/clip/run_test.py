@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import base_training
 from experiments.clip import base_c, card, data, model, quality, run, settings, texts, train
 from experiments.pictures import sources
 from experiments.workdir import StageError
@@ -172,7 +173,7 @@ def test_muon_gets_the_kernels_of_the_blocks_and_adamw_the_rest():
         config, mean = settings.config(5), jax.ShapeDtypeStruct((5,), jnp.float32)
         return jax.eval_shape(lambda m: train.initial(settings, config, m), mean)
 
-    found = train._matrices(shapes(S).params)
+    found = base_training.matrices(shapes(S).params, "layers")
     blocks = {k for part in found["vit"]["layers"].values() for k in part}
     assert blocks == {"query", "key", "value", "out", "norm", "up", "down"}
     assert found["vit"]["layers"]["ffn"]["up"]["kernel"] is not None
