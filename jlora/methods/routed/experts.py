@@ -155,7 +155,6 @@ SYSTEM = System(
     evidence="equal back-ends; reports through aux; fewer experts in some layers, padded == ragged",
     rows=(59,),
     claim="mola",
-    missing="a claim on more than two layers",
     examples=(
         Experts(experts=3, top_k=2, rank=2),
         Experts(experts=3, top_k=2, rank=2, backend="gather"),
