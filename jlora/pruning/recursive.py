@@ -195,5 +195,5 @@ SYSTEM = System(
     evidence="full rank is the original model; errors are the tails of singular values, by numpy",
     rows=(19,),
     claim="relaxed_recursive",
-    missing="compared with a model of as many parameters that is trained alone",
+    more_claims=("recursive_alone",),
 )
