@@ -3,11 +3,12 @@
     python -m experiments.variants --flagfile=experiments/flags/variants_full.flags
 
 Trains adapters of attention kernels: of MiniLM's last layer on four text tasks for which frozen
-features do not suffice, and of base L on four kinds of text that it continues. Variants are
-methods, optimizers, initialisations, schedules and mixtures of experts. Writes report.json,
-report.md and a plot per base into the workdir: best and spread of each variant over learning rates,
-ranks and seeds, with tags on four axes. Finished cells (a base, a variant, a rank, a seed) are
-kept; the same command resumes with the missing ones.
+features do not suffice, of base L on four kinds of text that it continues, and of base C on four
+kinds of pictures that it was not trained on. Variants are methods, optimizers, initialisations,
+schedules and mixtures of experts. Writes report.json, report.md and a plot per base into the
+workdir: best and spread of each variant over learning rates, ranks and seeds, with tags on four
+axes. Finished cells (a base, a variant, a rank, a seed) are kept; the same command resumes with the
+missing ones.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def define_flags() -> None:
     """Define the flags of this program."""
     flags.DEFINE_string("workdir", "runs/variants", "everything the study writes")
     flags.DEFINE_string("cache", "", "asset cache (default: JLORA_CACHE or ~/.cache/jlora)")
-    flags.DEFINE_list("bases", ["minilm", "base_l"], "base models with their tasks")
+    flags.DEFINE_list("bases", ["minilm", "base_l", "base_c"], "base models with their tasks")
     flags.DEFINE_list("variants", [], "their names; none: all")
     flags.DEFINE_list("ranks", ["2", "4", "8"], "ranks of LoRA that set the budgets")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "of starts, random bases and drawn rows")

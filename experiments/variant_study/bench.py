@@ -1,7 +1,8 @@
 """What the variants are trained on: a base model with tasks, each with three kinds of rows.
 
-A bench hides what differs between classifying texts and continuing them: `pick` gives the inputs
-and the labels of rows, and a row's score is the share of its labels that the logits rank first.
+A bench hides what differs between texts that are classified, texts that are continued and pictures:
+`pick` gives the inputs and the labels of rows, and a row's score is the share of its labels that the
+logits rank first.
 """
 
 import dataclasses
@@ -105,9 +106,9 @@ def _pick_tokens(data: Tree, split: str, task: Dynamic, rows: Dynamic) -> Dynami
 
 def known() -> dict[str, Callable[..., Bench]]:
     """The benches by the name of their base: (workdir, cache, *, toy) -> bench."""
-    from experiments.variant_study import continuation
+    from experiments.variant_study import continuation, vision
 
-    return {"minilm": minilm, "base_l": continuation.base_l}
+    return {"minilm": minilm, "base_l": continuation.base_l, "base_c": vision.base_c}
 
 
 @functools.cache

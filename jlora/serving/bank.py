@@ -196,6 +196,7 @@ SYSTEM = System(
     name="Mixed batches by rows",
     paper="Chen 2023, 2310.18547 (Punica); Sheng 2023, 2311.03285 (S-LoRA)",
     symbol="serving_bank",
+    kind="component",
     evidence="each row against its own merged weights; no recompilation; overhead over the base",
     rows=(83,),
 )

@@ -101,7 +101,7 @@ def test_tags_come_from_the_rooms_of_the_records():
     ({"ranks": (0,)}, "--ranks: got 0, expected > 0"),
     ({"factors": ()}, "--factors: got .., expected different values"),
     ({"factors": (1.0,)}, "--factors: got .1.0., expected 2 or more"),
-    ({"bases": ("bert",)}, "--bases: got 'bert', expected some of .'base_l', 'minilm'."),
+    ({"bases": ("bert",)}, "--bases: got 'bert', expected some of .'base_c', 'base_l', 'minilm'."),
     ({"steps": 0}, "--steps: got 0, expected at least 1"),
 ])  # fmt: skip
 def test_plans_that_are_refused(change, message):
