@@ -1,8 +1,8 @@
 """What the variants are trained on: a base model with tasks, each with three kinds of rows.
 
 A bench hides what differs between texts that are classified, texts that are continued and pictures:
-`pick` gives the inputs and the labels of rows, and a row's score is the share of its labels that the
-logits rank first.
+`pick` gives the inputs and the labels of rows, and a row's score is the share of its labels that
+the logits rank first.
 """
 
 import dataclasses
