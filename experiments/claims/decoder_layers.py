@@ -60,7 +60,7 @@ def fresh(rank: int, seed: int) -> jl.Adapter:
 
 
 def kept(adapter: jl.Adapter, chosen: Any, places: Places) -> jl.Adapter:
-    """The adapter with scale 0 wherever a slice is not chosen.
+    """The adapter with scale 0 for slices that are not chosen.
 
     Args:
       adapter: LoRA.
