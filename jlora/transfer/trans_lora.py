@@ -129,6 +129,7 @@ SYSTEM = System(
     "to DoRA; mutation check",
     kind="recipe",
     rows=(66,),
-    tests=("tests/transfer/discriminator_test.py", "tests/transfer/distill_test.py"),
+    tests=tuple(f"tests/transfer/{t}_test.py" for t in ("discriminator", "distill", "written")),
     claim="trans_lora",
+    more_claims=("trans_lora_filter",),
 )
