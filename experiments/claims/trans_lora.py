@@ -22,6 +22,7 @@ from experiments.claims import text_transfer as lib
 from experiments.claims import transfer_texts
 from experiments.claims.protocol import Claim, Figures
 from experiments.claims.text_transfer import Size
+from experiments.data import minilm_l3
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def measured(size: Size, seed: int, workdir: Path) -> dict[str, tuple[float, ...
     """Test accuracy per task of everything that is compared, one seed."""
     handed = lib.owned(size, seed, workdir)
     texts = [part[1] for part in lib.parts(size, seed, workdir)]
-    words = transfer_texts.vocabulary(lib.side("target", workdir).encoder.folder)
+    words = transfer_texts.vocabulary(minilm_l3.folder(workdir))
     number = len(texts[0])
     chance = [transfer_texts.random_texts(words, number, 10 * seed + t) for t in range(len(texts))]
     move = functools.partial(lib.moved, handed, size=size, seed=seed, workdir=workdir)

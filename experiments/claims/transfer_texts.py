@@ -13,7 +13,6 @@ run writes only what is missing.
 import functools
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +66,7 @@ def plain(text: str, words: int | None = None) -> str:
 def prompt(seeds: Sequence[str], batch: int) -> str:
     """The prompt of one batch."""
     order = np.random.default_rng([batch, 17]).permutation(len(seeds))
-    return "".join(f"- {plain(seeds[i], WORDS)}\n" for i in order) + "-"
+    return "".join(f"- {plain(seeds[int(i)], WORDS)}\n" for i in order) + "-"
 
 
 def batch_of(seeds: Sequence[str], batch: int, key: jax.Array) -> list[str]:
@@ -140,7 +139,7 @@ def random_texts(vocabulary: Sequence[str], count: int, seed: int) -> list[str]:
     return [" ".join(draw.choice(vocabulary, draw.integers(4, 21))) for _ in range(count)]
 
 
-def vocabulary(folder: str | os.PathLike) -> tuple[str, ...]:
+def vocabulary(folder: Path) -> tuple[str, ...]:
     """The whole words of an encoder's vocabulary: letters only, three or more."""
-    lines = (Path(folder) / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     return tuple(w for w in lines if w.isascii() and w.isalpha() and len(w) > 2)

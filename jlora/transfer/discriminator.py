@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from jlora.types import Dynamic
+
 TINY = 1e-6  # a feature that varies less is not scaled up
 
 
@@ -88,16 +90,16 @@ def fit(
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def step(carry, _):
+    def step(carry: Dynamic, _: None) -> tuple[Dynamic, None]:
         free, state = carry
         value, grads = value_and_grad(free, state=state)
         updates, state = solver.update(grads, state, free, value=value, grad=grads, value_fn=loss)
         return (optax.apply_updates(free, updates), state), None
 
-    free = start.weight, start.bias
     with jax.numpy_dtype_promotion("standard"):  # its line search mixes weak and strong floats
-        ((weight, bias), _), _ = jax.lax.scan(step, (free, solver.init(free)), length=steps)
-    return start._replace(weight=weight, bias=bias)
+        free = start.weight, start.bias
+        (free, _), _ = jax.lax.scan(step, (free, solver.init(free)), length=steps)
+    return start._replace(weight=free[0], bias=free[1])
 
 
 def log_odds(discriminator: Discriminator, embedding: Float[Array, "*n d"]) -> Float[Array, "*n"]:

@@ -29,12 +29,12 @@ def sentence(task, n):
 
 
 def states(text):
-    """[t, d]: the first word says the class, the rest is noise."""
+    """[t, d]: the first word says the class, the rest is noise; zeros without such a word."""
+    if text.split()[0] not in WORDS:
+        return np.zeros((2, D))
     noise = np.random.default_rng(zlib.crc32(text.encode())).normal(size=(2, D))
     out = 0.2 * noise
-    word = text.split()[0]
-    if word in WORDS:
-        out[:, WORDS[word]] += 1.0
+    out[:, WORDS[text.split()[0]]] += 1.0
     return out
 
 
