@@ -7,9 +7,9 @@ phi_t       discriminator of training rows and written texts, trained at the sam
 Handed      what its owner hands on: A_t, phi_t, the names of the classes and five rows
 ==========  ==================================================================================
 
-`owned` has the training rows; `moved` gets `Handed` and texts, nothing else, and writes into
-`Handed.opened` which texts it read. After it, `checked` compares that with all training rows: one
-that is not among the five is an error.
+`owned` has the training rows; `moved` gets `Handed` and texts, nothing else, and reads texts by
+`Handed.read`, which notes them. After it, `checked` compares what was read with all training rows:
+one that is not among the five is an error.
 
 Texts are written once by SmolLM2 (`transfer_texts`). Per seed they are split anew: some train the
 discriminator, of the others it keeps half. Filtered, unfiltered (as many, by chance) and random
@@ -30,33 +30,29 @@ import optax
 
 import jlora as jl
 from experiments.claims import text_methods, transfer_texts
-from experiments.data import minilm_l3
+from experiments.claims import transfer_bases as bases
+from experiments.claims.transfer_bases import CONFIG, Read, inputs, lora
 from experiments.data import tasks as task_lib
 from experiments.data.task import Caps, Task
-from experiments.merging import cells
-from experiments.stages import base_model
-from experiments.stages import world as world_lib
 from jlora.transfer import Model, Texts, trans_lora
 from jlora.transfer.discriminator import Discriminator, fit, log_odds
 from jlora.transfer.distill import distill
-from jlora.types import Dynamic, Tree
+from jlora.types import Dynamic
 
 ASSETS = (*text_methods.ASSETS, "minilm_l3", "smollm2")
-CONFIG = dataclasses.replace(text_methods.CONFIG, layers=2, max_length=24)
-RANK, RATE = 4, 5e-3
-STATES = 64  # texts per call of a base
+RATE = 5e-3  # of every training, at its start
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """How much of everything."""
 
-    written: int = 224  # texts of a task
-    judged: int = 64  # of them, for the discriminator
-    keep: int = 80  # of the others
+    written: int = 160  # texts of a task
+    judged: int = 48  # of them, for the discriminator
+    keep: int = 64  # of the others
     source_steps: int = 240
     steps: int = 160  # of a student
-    test: int = 320  # rows of a task, a multiple of `text_methods.ROWS`
+    test: int = 320  # rows of a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,81 +72,10 @@ class Handed:
                 raise ValueError(f"{task.name}: got {len(seeds)} rows, expected "
                                  f"{transfer_texts.SEEDS}")  # fmt: skip
 
-
-class Side(NamedTuple):
-    """A base model as the tasks use it."""
-
-    apply: Dynamic  # (params, hidden, mask, head) -> logits; hashable
-    params: Tree  # of the adapted layers
-    encoder: base_model.Base
-    heads: jax.Array  # [T, C, d], class vectors from their descriptions
-
-
-class Read(NamedTuple):
-    """Texts of all tasks as a base reads them, [T, n, ...]."""
-
-    hidden: jax.Array  # states that enter the adapted layers
-    mask: jax.Array
-    embedding: jax.Array  # [T, n, d]
-
-
-@functools.cache
-def tasks() -> tuple[Task, ...]:
-    """The four tasks."""
-    return world_lib.choose(CONFIG)[0]
-
-
-@functools.cache
-def side(name: str, workdir: Path) -> Side:
-    """MiniLM-L6 ("source") or MiniLM-L3 ("target")."""
-    config = CONFIG
-    if name == "target":
-        config = dataclasses.replace(CONFIG, base=f"hf:{minilm_l3.folder(workdir)}")
-    base = base_model.load(config, None)
-    text = world_lib.phrases(base, tasks(), config.max_length)
-    heads = world_lib.make_heads(config, tasks(), text, base.config.width)
-    apply = cells.text_classifier(base.config, config.head_scale)
-    return Side(apply, base_model.upper(base, config), base, jnp.asarray(heads))
-
-
-def read(at: Side, texts: Sequence[Sequence[str]]) -> Read:
-    """Equally many texts of each task, through the frozen part of a base."""
-    flat = [t for own in texts for t in own]
-    blocks = [flat[i : i + STATES] for i in range(0, len(flat), STATES)]
-    parts = [base_model.states(at.encoder, block, CONFIG, STATES) for block in blocks]
-    whole = (np.concatenate(xs) for xs in zip(*parts, strict=True))
-    return Read(*(jnp.asarray(x.reshape(len(texts), -1, *x.shape[1:])) for x in whole))
-
-
-def inputs(at: Side, rows: Read) -> tuple[jax.Array, ...]:
-    """What the model takes after its parameters, [T, n, ...] each."""
-    tall = at.heads[:, None]
-    heads = jnp.broadcast_to(tall, (*rows.mask.shape[:2], *at.heads.shape[1:]))
-    return rows.hidden, rows.mask, heads
-
-
-def fresh(at: Side, method: Dynamic, seed: int) -> jl.Adapter:
-    """A method at its start on the attention kernels of a base."""
-    shape = (1, CONFIG.max_length)
-    example = (
-        jnp.zeros((*shape, at.encoder.config.width)),
-        jnp.ones(shape, bool),
-        at.heads[:1],
-    )
-    methods = dict.fromkeys(text_methods.SITES, method)
-    return jl.init(jax.random.key(seed), at.apply, at.params, *example, methods=methods)
-
-
-def repeated(start: jl.Adapter) -> jl.Adapter:
-    """An untrained adapter for every task."""
-    count = len(tasks())
-    wide = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), start.trainable)
-    return start.replace(trainable=wide)
-
-
-def lora() -> jl.LoRA:
-    """Of source and target, at scale 1."""
-    return jl.LoRA(RANK, alpha=float(RANK))
+    def read(self, at: bases.Side, texts: Sequence[Sequence[str]]) -> Read:
+        """`bases.read`, and every text is noted: all reading after the hand-over is done here."""
+        self.opened.extend(t for own in texts for t in own)
+        return bases.read(at, texts)
 
 
 # --- the owner of the training rows ------------------------------------------------------------
@@ -160,7 +85,7 @@ def lora() -> jl.LoRA:
 def rows(name: str) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
     """Texts and labels of each task: "train", "test"."""
     caps = Caps(CONFIG.train_texts, 40, CONFIG.eval_rows // 2)
-    every = [getattr(task_lib.data(t, None, caps), name) for t in tasks()]
+    every = [getattr(task_lib.data(t, None, caps), name) for t in bases.tasks()]
     return tuple((tuple(texts), tuple(labels.tolist())) for texts, labels in every)
 
 
@@ -174,7 +99,7 @@ def texts_of(size: int, workdir: Path) -> tuple[transfer_texts.Written, ...]:
     """What SmolLM2 wrote for each task, after its five rows."""
     return tuple(
         transfer_texts.written(task.name, seeds_of(split)[0], size, workdir)
-        for task, split in zip(tasks(), rows("train"), strict=True)
+        for task, split in zip(bases.tasks(), rows("train"), strict=True)
     )
 
 
@@ -183,25 +108,25 @@ def training_states(workdir: Path) -> tuple[Read, jax.Array]:
     """The training rows as MiniLM-L6 reads them, and their labels [T, n]."""
     most = 2 * CONFIG.train_texts
     train = [(np.resize(np.asarray(x, object), most), np.resize(y, most)) for x, y in rows("train")]
-    states = read(side("source", workdir), [x.tolist() for x, _ in train])
+    states = bases.read(bases.side("source", workdir), [x.tolist() for x, _ in train])
     return states, jnp.asarray(np.stack([y for _, y in train]), jnp.int32)
 
 
 def owned(size: Size, seed: int, workdir: Path) -> Handed:
     """Trains adapters and discriminators on all training rows; hands on five of each task."""
-    at = side("source", workdir)
+    at = bases.side("source", workdir)
     states, label = training_states(workdir)
-    start = fresh(at, lora(), seed)
+    start = bases.fresh(at, lora(), seed)
     targets = jax.nn.one_hot(label, at.heads.shape[1])
     trained = _distilled(
         at.apply, start.sites, size.source_steps, at.params, start,
-        inputs(at, states), targets, jax.random.split(jax.random.key(seed), len(tasks())),
+        inputs(at, states), targets, jax.random.split(jax.random.key(seed), len(bases.tasks())),
     )  # fmt: skip
-    judged = read(at, [part[0] for part in parts(size, seed, workdir)])
+    judged = bases.read(at, [part[0] for part in parts(size, seed, workdir)])
     found = jax.jit(jax.vmap(fit))(states.embedding, judged.embedding)
     handed = [seeds_of(split) for split in rows("train")]
     texts, labels = zip(*handed, strict=True)
-    return Handed(tasks(), texts, labels, trained, found)
+    return Handed(bases.tasks(), texts, labels, trained, found)
 
 
 def parts(size: Size, seed: int, workdir: Path) -> list[tuple[list[str], list[str]]]:
@@ -249,11 +174,10 @@ def moved(
       method: of the target.
       filtered: False: the first `keep` texts, whatever the discriminator says.
     """
-    source, target = side("source", workdir), side("target", workdir)
-    handed.opened.extend(t for own in texts for t in own)
+    source, target = bases.side("source", workdir), bases.side("target", workdir)
     texts = texts if filtered else [own[: size.keep] for own in texts]
-    seen, own = read(source, texts), read(target, texts)
-    start = fresh(target, method, seed)
+    seen, own = handed.read(source, texts), handed.read(target, texts)
+    start = bases.fresh(target, method, seed)
     keys = jax.random.split(jax.random.key(seed), len(texts))
     return _moved(
         source.apply, target.apply, size, (source.params, handed.adapters),
@@ -296,11 +220,13 @@ def _distilled(apply, sites, steps, params, start, rows, targets, keys):
 
 def from_seeds(handed: Handed, size: Size, seed: int, workdir: Path) -> jl.Adapter:
     """LoRA of MiniLM-L3 trained on the five rows alone."""
-    at = side("target", workdir)
-    handed.opened.extend(t for own in handed.seeds for t in own)
+    at = bases.side("target", workdir)
     targets = jax.nn.one_hot(jnp.asarray(handed.labels, jnp.int32), at.heads.shape[1])
-    start, keys = fresh(at, lora(), seed), jax.random.split(jax.random.key(seed), len(handed.tasks))
-    given = inputs(at, read(at, handed.seeds)), targets, keys
+    start, keys = (
+        bases.fresh(at, lora(), seed),
+        jax.random.split(jax.random.key(seed), len(handed.tasks)),
+    )
+    given = inputs(at, handed.read(at, handed.seeds)), targets, keys
     return _distilled(at.apply, start.sites, size.steps, at.params, start, *given)
 
 
@@ -312,12 +238,12 @@ def test(name: str, count: int, workdir: Path) -> tuple[Read, jax.Array]:
     """Test rows of all tasks as a base reads them, and their labels [T, n]."""
     texts = [list(x[:count]) for x, _ in rows("test")]
     label = [y[:count] for _, y in rows("test")]
-    return read(side(name, workdir), texts), jnp.asarray(label, jnp.int32)
+    return bases.read(bases.side(name, workdir), texts), jnp.asarray(label, jnp.int32)
 
 
 def accuracy(name: str, adapter: jl.Adapter, size: Size, workdir: Path) -> tuple[float, ...]:
     """Test accuracy per task of a base with one adapter per task."""
-    at, (states, label) = side(name, workdir), test(name, size.test, workdir)
+    at, (states, label) = bases.side(name, workdir), test(name, size.test, workdir)
     hits = _hits(at.apply, at.params, adapter, inputs(at, states), label)
     return tuple(np.asarray(hits, np.float64).mean(1).tolist())
 
@@ -336,8 +262,8 @@ def _hits(apply, params, adapter, rows, label):
 
 def linear(handed: Handed, size: Size, workdir: Path) -> tuple[float, ...]:
     """Test accuracy of logistic regression on frozen MiniLM-L3, trained on the five rows."""
-    at, (states, label) = side("target", workdir), test("target", size.test, workdir)
-    seeds = np.asarray(read(at, handed.seeds).embedding)
+    at, (states, label) = bases.side("target", workdir), test("target", size.test, workdir)
+    seeds = np.asarray(handed.read(at, handed.seeds).embedding)
     out = []
     for task, own in enumerate(handed.labels):
         second = np.asarray(own, bool)

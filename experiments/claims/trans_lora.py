@@ -19,6 +19,7 @@ import numpy as np
 
 import jlora as jl
 from experiments.claims import text_transfer as lib
+from experiments.claims import transfer_bases as bases
 from experiments.claims import transfer_texts
 from experiments.claims.protocol import Claim, Figures
 from experiments.claims.text_transfer import Size
@@ -34,14 +35,15 @@ def measured(size: Size, seed: int, workdir: Path) -> dict[str, tuple[float, ...
     number = len(texts[0])
     chance = [transfer_texts.random_texts(words, number, 10 * seed + t) for t in range(len(texts))]
     move = functools.partial(lib.moved, handed, size=size, seed=seed, workdir=workdir)
-    filtered = move(texts, method=lib.lora())
+    plain = bases.fresh(bases.side("target", workdir), bases.lora(), seed)
+    filtered = move(texts, method=bases.lora())
     students = {
         "LoRA": filtered.adapter,
-        "DoRA": move(texts, method=jl.DoRA(lib.RANK, alpha=float(lib.RANK))).adapter,
-        "unfiltered": move(texts, method=lib.lora(), filtered=False).adapter,
-        "random texts": move(chance, method=lib.lora()).adapter,
+        "DoRA": move(texts, method=jl.DoRA(bases.RANK, alpha=float(bases.RANK))).adapter,
+        "unfiltered": move(texts, method=bases.lora(), filtered=False).adapter,
+        "random texts": move(chance, method=bases.lora()).adapter,
         "LoRA on five rows": lib.from_seeds(handed, size, seed, workdir),
-        "target base": lib.repeated(lib.fresh(lib.side("target", workdir), lib.lora(), seed)),
+        "target base": bases.repeated(plain),
     }  # fmt: skip
     lib.checked(handed)
     result = {k: lib.accuracy("target", a, size, workdir) for k, a in students.items()}
@@ -59,7 +61,7 @@ def figures(size: Size, seed: int, workdir: Path) -> Figures:
     best = np.maximum(result["source"], result["linear head on five rows"])
     more = {k: float(np.mean(v)) for k, v in result.items()}
     more["seconds of writing"] = sum(w.seconds for w in lib.texts_of(size.written, workdir))
-    names = tuple(t.name for t in lib.tasks())
+    names = tuple(t.name for t in bases.tasks())
     return Figures(names, result["LoRA"], tuple(best.tolist()), result["random texts"], more=more)
 
 

@@ -8,7 +8,7 @@ import functools
 from pathlib import Path
 
 from experiments.claims import text_transfer as lib
-from experiments.claims import trans_lora
+from experiments.claims import trans_lora, transfer_bases
 from experiments.claims.protocol import Claim, Figures
 from experiments.claims.text_transfer import Size
 
@@ -16,7 +16,7 @@ from experiments.claims.text_transfer import Size
 def figures(size: Size, seed: int, workdir: Path) -> Figures:
     """Per task: filtered, unfiltered and random texts, one seed."""
     result = trans_lora.measured(size, seed, workdir)
-    names = tuple(t.name for t in lib.tasks())
+    names = tuple(t.name for t in transfer_bases.tasks())
     return Figures(names, result["LoRA"], result["unfiltered"], result["random texts"])
 
 

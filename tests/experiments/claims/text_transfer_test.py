@@ -9,6 +9,7 @@ import pytest
 
 from experiments.claims import text_transfer as lib
 from experiments.claims import trans_lora, trans_lora_filter, transfer_texts
+from experiments.claims import transfer_bases as bases
 from tests.experiments.claims.federated_rounds_test import D, linear
 
 NAMES = ("query", "key", "value", "out")
@@ -47,13 +48,13 @@ def world():
 
     def base():
         params = {"layers": {"attention": {s: {"kernel": 0.1 * f32(1, D, D)} for s in NAMES}}}
-        return lib.Side(linear, params, None, f32(2, 2, D))
+        return bases.Side(linear, params, None, f32(2, 2, D))
 
     sides = {"source": base(), "target": base()}
 
     def read(at, texts):
         hidden = jnp.asarray([[states(t) for t in own] for own in texts], jnp.float32)
-        return lib.Read(hidden, jnp.ones(hidden.shape[:3], bool), hidden.mean(2))
+        return bases.Read(hidden, jnp.ones(hidden.shape[:3], bool), hidden.mean(2))
 
     def rows(name):
         start = {"train": 0, "test": 1000}[name]
@@ -73,13 +74,14 @@ def world():
         split = rows("train")
         return read(None, [x for x, _ in split]), jnp.asarray([y for _, y in split], jnp.int32)
 
-    changes = {"tasks": lambda: tasks, "side": lambda name, workdir: sides[name], "read": read,
-               "rows": rows, "fresh": fresh, "texts_of": texts_of,
-               "training_states": training_states, "RATE": 0.05}  # fmt: skip
+    shared = {"tasks": lambda: tasks, "side": lambda name, workdir: sides[name], "read": read,
+              "fresh": fresh}  # fmt: skip
+    own = {"rows": rows, "texts_of": texts_of, "training_states": training_states, "RATE": 0.05}
     cached = lib.test, trans_lora.measured
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in changes.items():
-            patch.setattr(lib, name, value)
+        for module, changes in ((bases, shared), (lib, own)):
+            for name, value in changes.items():
+                patch.setattr(module, name, value)
         for function in cached:
             function.cache_clear()
         yield
@@ -99,16 +101,16 @@ def handed(owned):
 
 def test_a_moved_adapter_knows_the_classes_and_no_training_row_was_read(handed):
     texts = [part[1] for part in lib.parts(SIZE, 0, WORKDIR)]
-    student = lib.moved(handed, texts, SIZE, 0, WORKDIR, method=lib.lora())
-    assert handed.opened == [t for own in texts for t in own]
+    student = lib.moved(handed, texts, SIZE, 0, WORKDIR, method=bases.lora())
+    assert handed.opened == 2 * [t for own in texts for t in own]  # by both bases
     lib.checked(handed)
     assert min(lib.accuracy("source", handed.adapters, SIZE, WORKDIR)) > 0.9
     assert min(lib.accuracy("target", student.adapter, SIZE, WORKDIR)) > 0.9
-    plain = lib.repeated(lib.fresh(lib.side("target", WORKDIR), lib.lora(), 0))
+    plain = bases.repeated(bases.fresh(bases.side("target", WORKDIR), bases.lora(), 0))
     assert np.mean(lib.accuracy("target", plain, SIZE, WORKDIR)) < 0.9
     assert student.odds.shape == (2, 30) and student.kept.shape == (2, 20)
     nothing = [[f"word in {n}" for n in range(30)] for _ in range(2)]  # mutation: no class in them
-    lost = lib.moved(handed, nothing, SIZE, 0, WORKDIR, method=lib.lora())
+    lost = lib.moved(handed, nothing, SIZE, 0, WORKDIR, method=bases.lora())
     assert np.mean(lib.accuracy("target", lost.adapter, SIZE, WORKDIR)) < 0.9
 
 
