@@ -45,10 +45,11 @@ def measured(size: Size, seed: int, workdir: Path) -> dict[str, tuple[float, ...
         "LoRA on five rows": lib.from_seeds(handed, size, seed, workdir),
         "target base": bases.repeated(plain),
     }  # fmt: skip
+    head = lib.linear(handed, size, workdir)
     lib.checked(handed)
     result = {k: lib.accuracy("target", a, size, workdir) for k, a in students.items()}
     result["source"] = lib.accuracy("source", handed.adapters, size, workdir)
-    result["linear head on five rows"] = lib.linear(handed, size, workdir)
+    result["linear head on five rows"] = head
     result["share of written texts taken for real"] = tuple(
         (np.asarray(filtered.odds) > 0).mean(1).tolist()
     )
