@@ -1,8 +1,8 @@
-r"""What the claims of Trans-LoRA share: adapters of MiniLM-L6 move to MiniLM-L3 on four text tasks.
+r"""What the claims of Trans-LoRA share: adapters of four text tasks move from base to base.
 
 ==========  ==================================================================================
 t           task: 4 corpora on which probes of frozen features get 0.65 to 0.83
-A_t         LoRA of the last two layers of MiniLM-L6, trained on all training rows of t
+A_t         LoRA of the source's last two layers, trained on all training rows of t
 phi_t       discriminator of training rows and written texts, trained at the same time
 Handed      what its owner hands on: A_t, phi_t, the names of the classes and five rows
 ==========  ==================================================================================
@@ -59,10 +59,11 @@ class Size:
 class Handed:
     """All that leaves the owner of the training rows."""
 
+    base: str  # that the adapters are of
     tasks: tuple[Task, ...]  # names and descriptions of classes, no texts
     seeds: tuple[tuple[str, ...], ...]  # five texts of each task
     labels: tuple[tuple[int, ...], ...]  # of the seeds
-    adapters: jl.Adapter  # of MiniLM-L6, trained arrays [T, ...]
+    adapters: jl.Adapter  # trained arrays [T, ...]
     discriminators: Discriminator  # arrays [T, ...]
     opened: list[str] = dataclasses.field(default_factory=list)  # texts that were read since
 
@@ -104,18 +105,18 @@ def texts_of(size: int, workdir: Path) -> tuple[transfer_texts.Written, ...]:
 
 
 @functools.cache
-def training_states(workdir: Path) -> tuple[Read, jax.Array]:
-    """The training rows as MiniLM-L6 reads them, and their labels [T, n]."""
+def training_states(base: str, workdir: Path) -> tuple[Read, jax.Array]:
+    """The training rows as a base reads them, and their labels [T, n]."""
     most = 2 * CONFIG.train_texts
     train = [(np.resize(np.asarray(x, object), most), np.resize(y, most)) for x, y in rows("train")]
-    states = bases.read(bases.side("source", workdir), [x.tolist() for x, _ in train])
+    states = bases.read(bases.side(base, workdir), [x.tolist() for x, _ in train])
     return states, jnp.asarray(np.stack([y for _, y in train]), jnp.int32)
 
 
-def owned(size: Size, seed: int, workdir: Path) -> Handed:
+def owned(size: Size, seed: int, workdir: Path, base: str) -> Handed:
     """Trains adapters and discriminators on all training rows; hands on five of each task."""
-    at = bases.side("source", workdir)
-    states, label = training_states(workdir)
+    at = bases.side(base, workdir)
+    states, label = training_states(base, workdir)
     start = bases.fresh(at, lora(), seed)
     targets = jax.nn.one_hot(label, at.heads.shape[1])
     trained = _distilled(
@@ -126,7 +127,7 @@ def owned(size: Size, seed: int, workdir: Path) -> Handed:
     found = jax.jit(jax.vmap(fit))(states.embedding, judged.embedding)
     handed = [seeds_of(split) for split in rows("train")]
     texts, labels = zip(*handed, strict=True)
-    return Handed(bases.tasks(), texts, labels, trained, found)
+    return Handed(base, bases.tasks(), texts, labels, trained, found)
 
 
 def parts(size: Size, seed: int, workdir: Path) -> list[tuple[list[str], list[str]]]:
@@ -161,9 +162,9 @@ class Moved(NamedTuple):
 
 def moved(
     handed: Handed, texts: Sequence[Sequence[str]], size: Size, seed: int, workdir: Path,
-    *, method: Dynamic, filtered: bool = True,
+    *, base: str, method: Dynamic, filtered: bool = True,
 ) -> Moved:  # fmt: skip
-    """The adapters on MiniLM-L3, from texts alone.
+    """The adapters on another base, from texts alone.
 
     Args:
       handed: what their owner handed on.
@@ -171,10 +172,11 @@ def moved(
       size: steps, and how many are kept.
       seed: of start and batches.
       workdir: where the bases are.
+      base: the target.
       method: of the target.
       filtered: False: the first `keep` texts, whatever the discriminator says.
     """
-    source, target = bases.side("source", workdir), bases.side("target", workdir)
+    source, target = bases.side(handed.base, workdir), bases.side(base, workdir)
     texts = texts if filtered else [own[: size.keep] for own in texts]
     seen, own = handed.read(source, texts), handed.read(target, texts)
     start = bases.fresh(target, method, seed)
@@ -218,9 +220,9 @@ def _distilled(apply, sites, steps, params, start, rows, targets, keys):
     return start.replace(trainable=jax.vmap(one)(keys, rows, targets))
 
 
-def from_seeds(handed: Handed, size: Size, seed: int, workdir: Path) -> jl.Adapter:
-    """LoRA of MiniLM-L3 trained on the five rows alone."""
-    at = bases.side("target", workdir)
+def from_seeds(handed: Handed, size: Size, seed: int, workdir: Path, base: str) -> jl.Adapter:
+    """LoRA of the target trained on the five rows alone."""
+    at = bases.side(base, workdir)
     targets = jax.nn.one_hot(jnp.asarray(handed.labels, jnp.int32), at.heads.shape[1])
     start, keys = (
         bases.fresh(at, lora(), seed),
@@ -234,16 +236,16 @@ def from_seeds(handed: Handed, size: Size, seed: int, workdir: Path) -> jl.Adapt
 
 
 @functools.cache
-def test(name: str, count: int, workdir: Path) -> tuple[Read, jax.Array]:
+def test(base: str, count: int, workdir: Path) -> tuple[Read, jax.Array]:
     """Test rows of all tasks as a base reads them, and their labels [T, n]."""
     texts = [list(x[:count]) for x, _ in rows("test")]
     label = [y[:count] for _, y in rows("test")]
-    return bases.read(bases.side(name, workdir), texts), jnp.asarray(label, jnp.int32)
+    return bases.read(bases.side(base, workdir), texts), jnp.asarray(label, jnp.int32)
 
 
-def accuracy(name: str, adapter: jl.Adapter, size: Size, workdir: Path) -> tuple[float, ...]:
+def accuracy(base: str, adapter: jl.Adapter, size: Size, workdir: Path) -> tuple[float, ...]:
     """Test accuracy per task of a base with one adapter per task."""
-    at, (states, label) = bases.side(name, workdir), test(name, size.test, workdir)
+    at, (states, label) = bases.side(base, workdir), test(base, size.test, workdir)
     hits = _hits(at.apply, at.params, adapter, inputs(at, states), label)
     return tuple(np.asarray(hits, np.float64).mean(1).tolist())
 
@@ -260,9 +262,9 @@ def _hits(apply, params, adapter, rows, label):
     return jax.lax.map(one, (adapter.trainable, rows, label))
 
 
-def linear(handed: Handed, size: Size, workdir: Path) -> tuple[float, ...]:
-    """Test accuracy of logistic regression on frozen MiniLM-L3, trained on the five rows."""
-    at, (states, label) = bases.side("target", workdir), test("target", size.test, workdir)
+def linear(handed: Handed, size: Size, workdir: Path, base: str) -> tuple[float, ...]:
+    """Test accuracy of logistic regression on the frozen target, trained on the five rows."""
+    at, (states, label) = bases.side(base, workdir), test(base, size.test, workdir)
     seeds = np.asarray(handed.read(at, handed.seeds).embedding)
     out = []
     for task, own in enumerate(handed.labels):

@@ -8,15 +8,16 @@ import functools
 from pathlib import Path
 
 from experiments.claims import text_transfer as lib
-from experiments.claims import trans_lora, transfer_bases
+from experiments.claims import trans_lora
+from experiments.claims import transfer_bases as bases
 from experiments.claims.protocol import Claim, Figures
 from experiments.claims.text_transfer import Size
 
 
 def figures(size: Size, seed: int, workdir: Path) -> Figures:
     """Per task: filtered, unfiltered and random texts, one seed."""
-    result = trans_lora.measured(size, seed, workdir)
-    names = tuple(t.name for t in transfer_bases.tasks())
+    result = trans_lora.measured(bases.L6, bases.L3, size, seed, workdir)
+    names = tuple(t.name for t in bases.tasks())
     return Figures(names, result["LoRA"], result["unfiltered"], result["random texts"])
 
 

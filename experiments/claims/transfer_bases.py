@@ -30,6 +30,7 @@ from jlora.types import Dynamic, Tree
 
 CONFIG = dataclasses.replace(text_methods.CONFIG, layers=2, max_length=24)
 RANK = 4
+NAMES = L6, L3 = "MiniLM-L6", "MiniLM-L3"
 STATES = 64  # texts per call of a base
 
 
@@ -58,9 +59,15 @@ def tasks() -> tuple[Task, ...]:
 
 @functools.cache
 def side(name: str, workdir: Path) -> Side:
-    """MiniLM-L6 ("source") or MiniLM-L3 ("target")."""
+    """A base by its name, one of `NAMES`.
+
+    Raises:
+      ValueError: another name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"base: got {name!r}, expected one of {NAMES}")
     config = CONFIG
-    if name == "target":
+    if name == L3:
         config = dataclasses.replace(CONFIG, base=f"hf:{minilm_l3.folder(workdir)}")
     base = base_model.load(config, None)
     text = world_lib.phrases(base, tasks(), config.max_length)

@@ -127,9 +127,9 @@ SYSTEM = System(
     symbol="trans_lora",
     evidence="loss and filter by numpy; onto its own base it becomes the source; LoRA to LoRA and "
     "to DoRA; mutation check",
-    kind="recipe",
+    kind="mechanism",
     rows=(66,),
     tests=tuple(f"tests/transfer/{t}_test.py" for t in ("discriminator", "distill", "written")),
     claim="trans_lora",
-    more_claims=("trans_lora_filter",),
+    more_claims=("trans_lora_filter", "trans_lora_larger"),
 )

@@ -50,7 +50,7 @@ def world():
         params = {"layers": {"attention": {s: {"kernel": 0.1 * f32(1, D, D)} for s in NAMES}}}
         return bases.Side(linear, params, None, f32(2, 2, D))
 
-    sides = {"source": base(), "target": base()}
+    sides = {name: base() for name in bases.NAMES}
 
     def read(at, texts):
         hidden = jnp.asarray([[states(t) for t in own] for own in texts], jnp.float32)
@@ -70,7 +70,7 @@ def world():
         each = [tuple(sentence(t.name, 5000 + n) for n in range(size)) for t in tasks]
         return tuple(transfer_texts.Written(x, 1.0) for x in each)
 
-    def training_states(workdir):
+    def training_states(base, workdir):
         split = rows("train")
         return read(None, [x for x, _ in split]), jnp.asarray([y for _, y in split], jnp.int32)
 
@@ -91,7 +91,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def owned(world):
-    return lib.owned(SIZE, 0, WORKDIR)
+    return lib.owned(SIZE, 0, WORKDIR, bases.L6)
 
 
 @pytest.fixture
@@ -101,17 +101,17 @@ def handed(owned):
 
 def test_a_moved_adapter_knows_the_classes_and_no_training_row_was_read(handed):
     texts = [part[1] for part in lib.parts(SIZE, 0, WORKDIR)]
-    student = lib.moved(handed, texts, SIZE, 0, WORKDIR, method=bases.lora())
+    student = lib.moved(handed, texts, SIZE, 0, WORKDIR, base=bases.L3, method=bases.lora())
     assert handed.opened == 2 * [t for own in texts for t in own]  # by both bases
     lib.checked(handed)
-    assert min(lib.accuracy("source", handed.adapters, SIZE, WORKDIR)) > 0.9
-    assert min(lib.accuracy("target", student.adapter, SIZE, WORKDIR)) > 0.9
-    plain = bases.repeated(bases.fresh(bases.side("target", WORKDIR), bases.lora(), 0))
-    assert np.mean(lib.accuracy("target", plain, SIZE, WORKDIR)) < 0.9
+    assert min(lib.accuracy(bases.L6, handed.adapters, SIZE, WORKDIR)) > 0.9
+    assert min(lib.accuracy(bases.L3, student.adapter, SIZE, WORKDIR)) > 0.9
+    plain = bases.repeated(bases.fresh(bases.side(bases.L3, WORKDIR), bases.lora(), 0))
+    assert np.mean(lib.accuracy(bases.L3, plain, SIZE, WORKDIR)) < 0.9
     assert student.odds.shape == (2, 30) and student.kept.shape == (2, 20)
     nothing = [[f"word in {n}" for n in range(30)] for _ in range(2)]  # mutation: no class in them
-    lost = lib.moved(handed, nothing, SIZE, 0, WORKDIR, method=bases.lora())
-    assert np.mean(lib.accuracy("target", lost.adapter, SIZE, WORKDIR)) < 0.9
+    lost = lib.moved(handed, nothing, SIZE, 0, WORKDIR, base=bases.L3, method=bases.lora())
+    assert np.mean(lib.accuracy(bases.L3, lost.adapter, SIZE, WORKDIR)) < 0.9
 
 
 def test_a_training_row_that_was_not_handed_on_is_seen(handed):
@@ -125,7 +125,9 @@ def test_a_training_row_that_was_not_handed_on_is_seen(handed):
 def test_only_five_rows_can_be_handed_on(handed):
     six = (lib.rows("train")[0][0][:6], handed.seeds[1])
     with pytest.raises(ValueError, match="a: got 6 rows, expected 5"):
-        lib.Handed(handed.tasks, six, handed.labels, handed.adapters, handed.discriminators)
+        lib.Handed(
+            bases.L6, handed.tasks, six, handed.labels, handed.adapters, handed.discriminators
+        )
 
 
 def test_each_seed_splits_the_texts_anew(world):
@@ -139,17 +141,17 @@ def test_each_seed_splits_the_texts_anew(world):
 
 
 def test_the_linear_head_is_trained_on_five_rows(handed):
-    assert min(lib.linear(handed, SIZE, WORKDIR)) > 0.9
+    assert min(lib.linear(handed, SIZE, WORKDIR, bases.L3)) > 0.9
     wrong = tuple(tuple(1 - y for y in own) for own in handed.labels)
     turned = lib.dataclasses.replace(handed, labels=wrong)
-    assert max(lib.linear(turned, SIZE, WORKDIR)) < 0.1
+    assert max(lib.linear(turned, SIZE, WORKDIR, bases.L3)) < 0.1
 
 
 def test_the_claims_compare_what_they_say(world, monkeypatch):
     values = {"LoRA": (0.7, 0.8), "source": (0.75, 0.6), "linear head on five rows": (0.5, 0.65),
               "random texts": (0.5, 0.4), "unfiltered": (0.6, 0.7)}  # fmt: skip
-    monkeypatch.setattr(trans_lora, "measured", lambda size, seed, workdir: values)
-    one = trans_lora.figures(SIZE, 0, WORKDIR)
+    monkeypatch.setattr(trans_lora, "measured", lambda *given: values)
+    one = trans_lora.figures(bases.L6, bases.L3, SIZE, 0, WORKDIR)
     assert (one.system, one.baseline, one.control) == ((0.7, 0.8), (0.75, 0.65), (0.5, 0.4))
     assert one.more["source"] == pytest.approx(0.675) and one.more["seconds of writing"] == 2.0
     other = trans_lora_filter.figures(SIZE, 0, WORKDIR)
