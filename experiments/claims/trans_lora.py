@@ -13,7 +13,10 @@ half of the source's layers (`trans_lora_larger` goes the other way) and both cl
 was chosen before anything was measured.
 """
 
+import dataclasses
 import functools
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +28,26 @@ from experiments.claims import transfer_texts
 from experiments.claims.protocol import Claim, Figures
 from experiments.claims.text_transfer import Size
 from experiments.data import minilm_l3
+from experiments.workdir import read_json, write_json
+from jlora.registry import code_sha256, shared_code
+
+Accuracies = dict[str, tuple[float, ...]]  # by what was measured, per task
 
 
-@functools.cache
-def measured(
-    source: str, target: str, size: Size, seed: int, workdir: Path
-) -> dict[str, tuple[float, ...]]:
+def measured(source: str, target: str, size: Size, seed: int, workdir: Path) -> Accuracies:
+    """`compared`, once: the workdir keeps the figures that the present code gave."""
+    code = shared_code("trans_lora", Path(__file__).parents[2]), code_sha256(Path(__file__))
+    given = json.dumps([source, target, dataclasses.astuple(size), seed, code])
+    tag = hashlib.sha256(given.encode()).hexdigest()[:12]
+    path = workdir / "transferred" / f"{source}-{target}-{seed}-{tag}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        write_json(path, compared(source, target, size, seed, workdir))
+    kept = read_json(path, dict, "delete it, the adapters are then moved again")
+    return {name: tuple(values) for name, values in kept.items()}
+
+
+def compared(source: str, target: str, size: Size, seed: int, workdir: Path) -> Accuracies:
     """Test accuracy per task of everything that is compared, one seed."""
     handed = lib.owned(size, seed, workdir, source)
     texts = [part[1] for part in lib.parts(size, seed, workdir)]

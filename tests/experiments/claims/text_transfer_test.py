@@ -77,16 +77,13 @@ def world():
     shared = {"tasks": lambda: tasks, "side": lambda name, workdir: sides[name], "read": read,
               "fresh": fresh}  # fmt: skip
     own = {"rows": rows, "texts_of": texts_of, "training_states": training_states, "RATE": 0.05}
-    cached = lib.test, trans_lora.measured
     with pytest.MonkeyPatch.context() as patch:
         for module, changes in ((bases, shared), (lib, own)):
             for name, value in changes.items():
                 patch.setattr(module, name, value)
-        for function in cached:
-            function.cache_clear()
+        lib.test.cache_clear()
         yield
-    for function in cached:
-        function.cache_clear()
+    lib.test.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +144,23 @@ def test_the_linear_head_is_trained_on_five_rows(handed):
     assert max(lib.linear(turned, SIZE, WORKDIR, bases.L3)) < 0.1
 
 
-def test_the_claims_compare_what_they_say(world, monkeypatch):
+def test_the_claims_compare_what_they_say_and_share_what_was_measured(world, monkeypatch, tmp_path):
     values = {"LoRA": (0.7, 0.8), "source": (0.75, 0.6), "linear head on five rows": (0.5, 0.65),
               "random texts": (0.5, 0.4), "unfiltered": (0.6, 0.7)}  # fmt: skip
-    monkeypatch.setattr(trans_lora, "measured", lambda *given: values)
-    one = trans_lora.figures(bases.L6, bases.L3, SIZE, 0, WORKDIR)
+    calls = []
+    monkeypatch.setattr(trans_lora, "compared", lambda *given: calls.append(given) or values)
+    one = trans_lora.figures(bases.L6, bases.L3, SIZE, 0, tmp_path)
     assert (one.system, one.baseline, one.control) == ((0.7, 0.8), (0.75, 0.65), (0.5, 0.4))
     assert one.more["source"] == pytest.approx(0.675) and one.more["seconds of writing"] == 2.0
-    other = trans_lora_filter.figures(SIZE, 0, WORKDIR)
+    other = trans_lora_filter.figures(SIZE, 0, tmp_path)
+    assert calls == [(bases.L6, bases.L3, SIZE, 0, tmp_path)]
     assert (other.system, other.baseline, other.control) == ((0.7, 0.8), (0.6, 0.7), (0.5, 0.4))
+    trans_lora.figures(bases.L6, bases.L3, SIZE, 1, tmp_path)  # another seed, another direction
+    trans_lora.figures(bases.L3, bases.L6, SIZE, 1, tmp_path)
+    assert [given[:2] + given[3:4] for given in calls[1:]] == [
+        (bases.L6, bases.L3, 1),
+        (bases.L3, bases.L6, 1),
+    ]
+    monkeypatch.setattr(trans_lora, "shared_code", lambda name, root: {"text_transfer.py": "new"})
+    trans_lora_filter.figures(SIZE, 0, tmp_path)
+    assert len(calls) == 4  # other code: measured again
