@@ -100,7 +100,7 @@ def claim(name: str, source: str, target: str) -> Claim:
         systems=("Trans-LoRA",),
         statement=f"accuracy of adapters of {source} moved to {target} with texts written from "
         "five rows > max(source adapter, linear head of the target on the five rows) - 2 points",
-        reference="arXiv:2405.17258, tables 1 to 4",
+        reference="arXiv:2405.17258 (Llama-2 7B to 13B, BBH: source 43.3, target 37.9, moved 43.4)",
         baseline="the better of the source adapter and the linear head",
         control="texts of random words",
         unit="accuracy",

@@ -16,10 +16,11 @@ lambda       penalty of the weights
 Both classes weigh the same whatever n and m, so the odds are those of an even prior. The best
 texts of a number that was written are kept (`accept`), which needs a ranking only.
 
-Reference: Wang et al. 2024, arXiv:2405.17258, section 3.2.
-Deviates: the paper trains a second LoRA of the source base to answer "yes" or "no" and writes text
-until enough of it has p(yes) > p(no); here a logistic regression reads the frozen base's embedding,
-and of a fixed number of texts the most likely ones are kept, so that the cost is known beforehand.
+Reference: Wang et al. 2024, arXiv:2405.17258.
+Deviates: the paper trains a second LoRA of the source base to answer "yes" or "no", against text
+that this base writes, and writes on until enough has p(yes) > p(no); here a logistic regression
+reads the frozen base's embedding, text may come from any decoder, and of a fixed number of texts
+the most likely ones are kept, so that the cost is known beforehand.
 """
 
 from typing import NamedTuple

@@ -10,8 +10,8 @@ N          texts that are written after it
 All texts share the prompt, so its pass through the decoder is made for one row and its cache is
 repeated: the cost of a prompt of t tokens is t instead of N t.
 
-Reference: Wang et al. 2024, arXiv:2405.17258, section 3.2.
-Deviates: nothing.
+Reference: Wang et al. 2024, arXiv:2405.17258.
+Deviates: the paper's target writes; here any decoder of `jlora.models.decoder` does.
 """
 
 import jax

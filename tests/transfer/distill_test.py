@@ -50,7 +50,7 @@ def test_a_class_that_does_not_exist_adds_nothing(toy):
     wide = lambda z: jnp.concatenate([z, none], axis=1)  # noqa: E731
     labels = soft_labels(wide(teacher))
     loss = lambda z: distillation_loss(wide(z), labels)  # noqa: E731
-    value, grads = jax.value_and_grad(loss)(model(params, x))
+    value, grads = jax.jit(jax.value_and_grad(loss))(model(params, x))
     want = distillation_loss(model(params, x), soft_labels(teacher))
     assert float(value) == pytest.approx(float(want), rel=1e-6)
     assert np.isfinite(np.asarray(grads)).all()
@@ -60,8 +60,10 @@ def test_a_step_is_that_of_the_gradient(toy):
     """All rows are one text: whatever is drawn, the step is known."""
     params, adapter, x, teacher = toy
     one, label = jnp.tile(x[:1], (N, 1)), jnp.tile(soft_labels(teacher[:1]), (N, 1))
-    given = params, adapter, (one,), label
-    done = distill(jax.random.key(0), model, *given, solver=optax.sgd(0.5), steps=1, batch=4)
+    run = jax.jit(lambda labels: distill(
+        jax.random.key(0), model, params, adapter, (one,), labels,
+        solver=optax.sgd(0.5), steps=1, batch=4))  # fmt: skip
+    done = run(label)
     a, z = np.asarray(adapter.trainable["w"]["a"], "f8"), np.asarray(x[0] @ params["w"], "f8")
     out = softmax(z) - np.asarray(label[0], "f8")
     want = -0.5 * np.outer(np.asarray(x[0], "f8") @ a, out)  # scale 1, b starts at zero

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_logits_are_products_of_the_embedding_and_the_class_vectors(tiny):
     np.testing.assert_allclose(tiny.heads[2], heads, atol=1e-5)
     given = [x[2] for x in lib.inputs(tiny, rows)]
     start = lib.fresh(tiny, lib.lora(), 0)
-    logits = jl.lift(tiny.apply)(tiny.params, start, *given)
+    logits = jax.jit(jl.lift(tiny.apply))(tiny.params, start, *given)
     np.testing.assert_allclose(logits, CONFIG.head_scale * want @ heads.T, atol=1e-3)
     wide = lib.repeated(start)
     kernels = [b["b"].shape[0] for b in wide.trainable.values()]
