@@ -9,7 +9,7 @@ Handed      what its owner hands on: A_t, phi_t, the names of the classes and fi
 
 `owned` has the training rows; `moved` gets `Handed` and texts, nothing else, and reads texts by
 `Handed.read`, which notes them. After it, `checked` compares what was read with all training rows:
-one that is not among the five is an error.
+one that is not among the five, nor was written by chance, is an error.
 
 Texts are written once by SmolLM2 (`transfer_texts`). Per seed they are split anew: some train the
 discriminator, of the others it keeps half. Filtered, unfiltered (as many, by chance) and random
@@ -140,13 +140,19 @@ def parts(size: Size, seed: int, workdir: Path) -> list[tuple[list[str], list[st
     return out
 
 
-def checked(handed: Handed) -> None:
-    """Raises ValueError: a training row was read that was not handed on."""
+def checked(handed: Handed, written: Sequence[transfer_texts.Written]) -> int:
+    """How many written texts are training rows word for word, by chance.
+
+    Raises:
+      ValueError: a training row was read that was neither handed on nor written.
+    """
     seeds = {text for own in handed.seeds for text in own}
     known = {text for texts, _ in rows("train") for text in texts} - seeds
-    if leaked := known & set(handed.opened):
+    same = known & {text for own in written for text in own.texts}
+    if leaked := (known - same) & set(handed.opened):
         raise ValueError(f"opened: got {len(leaked)} training rows, as {min(leaked)!r}, expected "
                          "the rows that were handed on alone")  # fmt: skip
+    return len(same)
 
 
 # --- who gets the adapters ----------------------------------------------------------------------

@@ -67,10 +67,11 @@ def compared(source: str, target: str, size: Size, seed: int, workdir: Path) -> 
         "target base": bases.repeated(plain),
     }  # fmt: skip
     head = lib.linear(handed, size, workdir, target)
-    lib.checked(handed)
+    same = lib.checked(handed, lib.texts_of(size.written, workdir))
     result = {k: lib.accuracy(target, a, size, workdir) for k, a in students.items()}
     result["source"] = lib.accuracy(source, handed.adapters, size, workdir)
     result["linear head on five rows"] = head
+    result["written texts that are training rows"] = (float(same),)
     result["share of written texts taken for real"] = tuple(
         (np.asarray(filtered.odds) > 0).mean(1).tolist()
     )

@@ -100,7 +100,7 @@ def test_a_moved_adapter_knows_the_classes_and_no_training_row_was_read(handed):
     texts = [part[1] for part in lib.parts(SIZE, 0, WORKDIR)]
     student = lib.moved(handed, texts, SIZE, 0, WORKDIR, base=bases.L3, method=bases.lora())
     assert handed.opened == 2 * [t for own in texts for t in own]  # by both bases
-    lib.checked(handed)
+    assert lib.checked(handed, lib.texts_of(SIZE.written, WORKDIR)) == 0
     assert min(lib.accuracy(bases.L6, handed.adapters, SIZE, WORKDIR)) > 0.9
     assert min(lib.accuracy(bases.L3, student.adapter, SIZE, WORKDIR)) > 0.9
     plain = bases.repeated(bases.fresh(bases.side(bases.L3, WORKDIR), bases.lora(), 0))
@@ -112,11 +112,14 @@ def test_a_moved_adapter_knows_the_classes_and_no_training_row_was_read(handed):
 
 
 def test_a_training_row_that_was_not_handed_on_is_seen(handed):
+    sixth = lib.rows("train")[1][0][5]
     handed.opened.extend(handed.seeds[0])
-    lib.checked(handed)
-    handed.opened.append(lib.rows("train")[1][0][5])  # the sixth
+    assert lib.checked(handed, ()) == 0
+    handed.opened.append(sixth)
+    by_chance = transfer_texts.Written((sixth, "another"), 1.0)
+    assert lib.checked(handed, (by_chance,)) == 1
     with pytest.raises(ValueError, match="got 1 training rows, as 'snow in row 5 of b'"):
-        lib.checked(handed)
+        lib.checked(handed, ())
 
 
 def test_only_five_rows_can_be_handed_on(handed):
