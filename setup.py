@@ -23,6 +23,7 @@ EXPERIMENTS = [
     "jinja2>=3.1",
     "matplotlib>=3.9",
     "pillow>=11.0",
+    "protobuf>=4.25",
     "resvg-py>=0.5",
     "scikit-learn>=1.5",
     "tensorboard>=2.17",

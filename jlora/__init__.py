@@ -19,6 +19,7 @@ jl.quantize(w, bits, block)           a frozen weight in 8 or 4 bits
 jl.algebra                            sums, norms, angles and SVDs of factored deltas
 jl.merging                            adapters to one adapter, without a dense delta
 jl.retrieval                          similar, duplicate and clustered adapters of a bank
+jl.transfer                           adapters that move to another base model
 jl.io                                 PEFT, kohya and diffusers files, Orbax checkpoints
 jl.LoRA, jl.DoRA, ...                 the methods; jl.Method is the contract for your own
 ====================================  =============================================================
@@ -32,6 +33,7 @@ from jlora import inits as inits
 from jlora import io as io
 from jlora import merging as merging
 from jlora import retrieval as retrieval
+from jlora import transfer as transfer
 from jlora.core.adapter import Adapter as Adapter
 from jlora.core.adapter import stack as stack
 from jlora.core.block import BlockMethod as BlockMethod
@@ -125,4 +127,5 @@ __all__ = [
     "sites",
     "specs",
     "stack",
+    "transfer",
 ]

