@@ -42,7 +42,7 @@ from jlora.models import dit
 
 STYLES = ("openmoji", "outline")
 SOURCE = "google"  # the style by which base D is asked
-SHARE = 0.5  # lambda; both sets count alike
+SHARE = 0.8  # lambda, of the official script
 METHOD = jl.LoRA(rank=8, alpha=8.0)  # of base C
 TUNING = 1000
 
