@@ -112,5 +112,5 @@ SYSTEM = System(
     evidence="forward against the docstring; step rows; null condition",
     rows=(1,),
     claim="cond_pdiff",
-    missing="style transfer on base D",
+    more_claims=("cond_pdiff_styles",),
 )
