@@ -53,8 +53,8 @@ class Sizes(NamedTuple):
     """How much of everything."""
 
     settings: Settings = Settings(
-        pictures=256, measured=64, zoo_seeds=2, zoo_snapshots=3, draws=3, flow_steps=300, width=64,
-        depth=2, pdiff_ae_steps=300, pdiff_ae_width=8, pdiff_steps=600, samples_each=2,
+        pictures=256, measured=50, zoo_seeds=2, zoo_snapshots=3, draws=3, flow_steps=300, width=64,
+        depth=2, pdiff_ae_steps=200, pdiff_ae_width=8, pdiff_steps=400, samples_each=2,
         sample_steps=12, guidance=2.0,
     )  # fmt: skip
 
