@@ -3,22 +3,28 @@
 ===========  ==================================================================
 y            output of the base, x W, [..., d_out]
 l_n          output of adapter n, x u_n v_n (frozen)
+t            time of the denoising step, in [0, 1]
 w, b         trained gates of one site, each [d_out]; w_out is 1 at the start
+W_k          what cosine k of the time adds to w_b, w_l, w_x and b; 0 at the start
 s_n          strength of adapter n, from the context; 1 where it has none
 ===========  ==================================================================
 
-.. math:: g_n = \\sigma\\bigl(w_b \\odot \\bar y + w_l \\odot \\bar l_n
-          + w_x \\odot \\bar y \\odot \\bar l_n + b\\bigr), \\qquad
+.. math:: (w_b, w_l, w_x, b)(t) = (w_b, w_l, w_x, b) + \\sum_{k=1}^{K} \\cos(\\pi k t) \\, W_k
+
+.. math:: g_n = \\sigma\\bigl(w_b(t) \\odot \\bar y + w_l(t) \\odot \\bar l_n
+          + w_x(t) \\odot \\bar y \\odot \\bar l_n + b(t)\\bigr), \\qquad
           y' = y + \\sum_n s_n \\, w_{out} \\odot g_n \\odot l_n
 
-with bars for layer norm. The gates see the activation, so time and context enter through it; the
-adapters share one set of gates, so their order and number do not matter, and with large b and
-w_out = 1 the result is the plain sum of the adapters.
+with bars for layer norm. Every site of every layer has gates of its own; the adapters share them,
+so their order and number do not matter, and with large b and w_out = 1 the result is the plain sum
+of the adapters.
 
 Paper: AutoLoRA 2025, arXiv:2508.02107.
-Source: official code (DiffSynth-Studio), for the maths.
-Deviates: the gates start small (0.02 N(0, 1); there N(0, 1)); strengths, which may change from step
-to step of a denoising loop, do not enter the gates.
+Source: official code (DiffSynth-Studio), for the maths without t; abstract, for gates that differ
+between the steps.
+Deviates: the gates start small (0.02 N(0, 1); there N(0, 1)). There the step enters through the
+activation alone; that it moves the coefficients (K > 0) is how this file reads the abstract.
+Strengths, which may change from step to step of a denoising loop, do not enter the gates.
 """
 
 import dataclasses
@@ -37,31 +43,40 @@ from jlora.core.site import Arrays
 from jlora.merging.engine.inputs import gather
 from jlora.types import Dynamic, Tree
 
+TIMED = ("base", "own", "both", "bias")  # coefficients that the time may move
+
 
 @dataclasses.dataclass(frozen=True)
 class GatedFusion(Method):
     """Frozen `u` [N, d_in, R], `v` [N, R, d_out]; trained `base`, `own`, `both`, `bias`, `out`.
 
-    Strengths [N] may come in `ctx["strength"]`.
+    Strengths [N] may come in `ctx["strength"]`. With cosines there is `time` [K, 4, d_out] too, in
+    the order of `TIMED`, and the time of the step, a scalar, must come in `ctx["time"]`.
     """
 
     adapters: int
+    cosines: int = 0  # K
 
     def apply(self, x: Dynamic, w: Dynamic, p: Arrays, ctx: Mapping[str, Dynamic]) -> Dynamic:
         """x [..., d_in] -> [..., d_out].
 
         Raises:
-          ValueError: ctx["strength"] is not [N].
+          ValueError: ctx["strength"] is not [N]; ctx["time"] is missing or no scalar where the
+            gates have cosines.
         """
         y, (n, d_in, r) = x @ w, p["u"].shape
         strength = jnp.asarray(ctx.get("strength", jnp.ones(n, y.dtype)))
         if strength.shape != (n,):
             raise ValueError(f"ctx['strength']: got shape {strength.shape}, expected ({n},)")
+        time = ctx.get("time") if self.cosines else None
+        if self.cosines and (time is None or jnp.shape(time)):
+            got = "nothing" if time is None else f"shape {jnp.shape(time)}"
+            raise ValueError(f"ctx['time']: got {got}, expected a scalar: the time of the step")
         h = x @ jnp.moveaxis(p["u"], 0, 1).reshape(d_in, n * r).astype(y.dtype)
         parts = jnp.einsum(
             "...nr,nro->...no", h.reshape(*h.shape[:-1], n, r), p["v"].astype(h.dtype)
         )
-        return y + fuse(p, y, parts, strength)
+        return y + fuse(p, y, parts, strength, time)
 
 
 def fuse(
@@ -69,6 +84,7 @@ def fuse(
     y: Float[Array, "... d_out"],
     parts: Float[Array, "... N d_out"],
     strength: Float[Array, "N"],
+    time: Float[Array, ""] | None = None,
 ) -> Float[Array, "... d_out"]:
     """What the adapters add to the output of the base.
 
@@ -77,12 +93,21 @@ def fuse(
       y: output of the base.
       parts: outputs of the adapters.
       strength: [N], how much of each counts after its gate.
+      time: t of the step; None where the gates have no cosines.
 
     Returns:
       [..., d_out].
     """
     base, own = _norm(y)[..., None, :], _norm(parts)
-    w = {k: _row(p[k], parts.ndim).astype(parts.dtype) for k in ("base", "own", "both", "bias")}
+    rows = jnp.stack([p[name] for name in TIMED])
+    if time is not None:
+        k = jnp.arange(1, len(p["time"]) + 1, dtype=rows.dtype)
+        waves = jnp.cos(jnp.pi * k * jnp.asarray(time, rows.dtype))
+        rows = rows + jnp.einsum("k,kco->co", waves, p["time"])
+    w = {
+        name: _row(row, parts.ndim).astype(parts.dtype)
+        for name, row in zip(TIMED, rows, strict=True)
+    }
     gate = jax.nn.sigmoid(w["base"] * base + w["own"] * own + w["both"] * base * own + w["bias"])
     parts = parts * _row(strength, y.ndim)[..., None].astype(parts.dtype)
     return _row(p["out"], y.ndim).astype(y.dtype) * jnp.sum(gate * parts, axis=-2)
@@ -109,7 +134,7 @@ def denoise(
     Returns:
       The prediction, as z.
     """
-    return lift(model)(params, gates, z, t, ctx={"strength": strength})
+    return lift(model)(params, gates, z, t, ctx={"strength": strength, "time": t})
 
 
 def gated(
@@ -117,6 +142,7 @@ def gated(
     adapters: Sequence[Adapter] | Adapter,
     *,
     bias: float = 0.0,
+    cosines: int = 0,
     missing: str = "error",
 ) -> Adapter:
     """Trainable gates around frozen adapters.
@@ -125,14 +151,18 @@ def gated(
       key: of the gates' first values.
       adapters: of any methods with factors and of any ranks; one Adapter is a bank of `jl.stack`.
       bias: b at the start; 0 lets about half of an adapter through, a large one all of it.
+      cosines: K, how finely the gates may differ between the steps of a denoising loop; 0: not at
+        all, which is the only choice for models without a time.
       missing: "error", or "zero": one without a site counts there as a zero delta.
 
     Returns:
       An adapter of `GatedFusion` at all sites.
 
     Raises:
-      ValueError: adapters that `gather` refuses.
+      ValueError: adapters that `gather` refuses; a negative number of cosines.
     """
+    if cosines < 0:
+        raise ValueError(f"cosines: got {cosines}, expected at least 0")
     bank, weights, sites = gather(adapters, missing=missing)
     trainable, frozen = {}, {}
     for site in sites:
@@ -145,8 +175,10 @@ def gated(
             for name, k in zip(("base", "own", "both"), draws, strict=True)
         }
         ends = {"bias": jnp.full(shape, bias, u.dtype), "out": jnp.ones(shape, u.dtype)}
+        if cosines:
+            ends["time"] = jnp.zeros((*site.stack, cosines, len(TIMED), site.d_out), u.dtype)
         trainable[site.path] = {**gates, **ends}
-    method = GatedFusion(weights.shape[0])
+    method = GatedFusion(weights.shape[0], cosines)
     return Adapter(trainable, frozen, tuple((site, method) for site in sites))
 
 
@@ -163,11 +195,12 @@ SYSTEM = Composition(
     name="AutoLoRA: gated fusion",
     paper="2025, 2508.02107",
     symbol="gated",
-    evidence="gates by numpy; open gates are the plain sum; learns to leave adapters out",
+    evidence="gates by numpy, at times too; open gates are the plain sum; learns to leave adapters "
+    "out, and which one to take in which step",
     rows=(6,),
-    tests=("", "tests/retrieval/weight_encoder_test.py"),
-    missing="gates over the steps of a diffusion base",
+    tests=("tests/retrieval/weight_encoder_test.py",),
+    claim="autolora_gate",
     breaks={"single": "gates at the start let about half of an adapter through"},
-    prepare=lambda adapters: gated(jax.random.key(0), adapters),
+    prepare=lambda adapters: gated(jax.random.key(0), adapters, cosines=2),
     denoise=denoise,
 )

@@ -341,5 +341,5 @@ SYSTEM = System(
     evidence="layers against torch; latent sizes of the paper; loss and noise by numpy",
     rows=(1,),
     claim="cond_pdiff",
-    missing="style transfer on base D",
+    more_claims=("cond_pdiff_styles",),
 )

@@ -32,6 +32,26 @@ from jaxtyping import Array, Bool, Float
 
 from jlora.system import System
 
+WIDTH = 3  # of every convolution
+
+
+class Conv(nn.Module):
+    """A convolution of width 3 with zeros beyond both ends, as one matmul.
+
+    XLA's own convolution is about ten times slower for these shapes on a CPU, and takes one core.
+    """
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N c"]) -> Float[Array, "N channels"]:
+        n, c = x.shape
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (WIDTH, c, self.channels))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.channels,))
+        padded = jnp.pad(x, ((1, 1), (0, 0)))
+        windows = jnp.concatenate([padded[k : k + n] for k in range(WIDTH)], axis=1)
+        return windows @ kernel.reshape(WIDTH * c, self.channels) + bias[None]
+
 
 class ConvBlock(nn.Module):
     """Convolution of width 3, instance norm over the length, LeakyReLU."""
@@ -40,7 +60,7 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "N c"]) -> Float[Array, "N channels"]:
-        x = nn.Conv(self.channels, kernel_size=(3,), padding="SAME", name="conv")(x[None])
+        x = Conv(self.channels, name="conv")(x)[None]
         x = nn.InstanceNorm(use_bias=False, use_scale=False, epsilon=1e-5)(x)
         return nn.leaky_relu(x[0], 0.01)
 
@@ -92,5 +112,5 @@ SYSTEM = System(
     evidence="forward against the docstring; step rows; null condition",
     rows=(1,),
     claim="cond_pdiff",
-    missing="style transfer on base D",
+    more_claims=("cond_pdiff_styles",),
 )

@@ -236,7 +236,7 @@ SYSTEM = Generator(
     kind="composition",
     rows=(1,),
     claim="cond_pdiff",
-    missing="style transfer on base D",
+    more_claims=("cond_pdiff_styles",),
     fit=fit,
     generate=generate,
     small={"config": FlowConfig(components=4, width=8, depth=1, heads=2, steps=3, batch=4,
