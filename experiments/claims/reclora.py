@@ -285,7 +285,7 @@ def run(seed: int, workdir: Path, plan: Plan = PLAN) -> Figures:
     found = texts(plan)
     at = split(found, seed)
     marks = {NOTHING: auc(found, at, fresh(found, at, SHARED, seed), at.test, at.long)}
-    more = {"users": len(found.users)}
+    more: dict[str, Any] = {"users": len(found.users)}
     for recipe in (SET, *BASELINES):
         rate = rate_of(plan, recipe)
         one = trained(found, at, recipe, plan, rate, seed)
