@@ -177,9 +177,15 @@ SERVING = (
     ("throughput_vs_swap", "one adapter at a time / mixed, Zipf over 200", (">=", 2.0)),
     ("throughput_vs_padded", "all of the largest rank / mixed ranks", (">=", 1.0)),
     ("overhead_vs_base", "32 adapters of ranks 4 to 64 / base alone", ("<=", 1.15)),
+    ("overhead_of_half", "the same, components in float16", None),
+    ("overhead_of_reading", "the same, their numbers summed and no more", None),
     ("overhead_of_small", "32 adapters of rank 4 / base alone", ("<=", 1.15)),
     ("overhead_at_best", "one adapter of rank 16 / base alone", None),
+    ("smollm2/overhead_vs_base", "SmolLM2, 32 adapters of ranks 4 to 64 / base", ("<=", 1.15)),
+    ("smollm2/overhead_of_half", "the same, components in float16", None),
+    ("smollm2/overhead_of_reading", "the same, their numbers summed and no more", None),
     ("logits_difference", "logits, served - merged, largest", ("<=", 1e-3)),
+    ("half_logits_difference", "logits, components in float16 - float32, largest", None),
 )
 
 

@@ -19,8 +19,14 @@ time is work and no waiting.
   decoder without adapters, medians of pairs whose order is drawn anew each time;
   the form of the components is the one that `jlora.serving.mix` chooses;
 - ``overhead_of_small``: the same where all 32 adapters have the smallest rank;
+- ``overhead_of_half``: that of the 32 adapters with their components in float16;
+- ``overhead_of_reading``: 1 + the time in which the numbers of the 32 adapters are summed, the
+  least that any form can take / the step without adapters;
 - ``overhead_at_best``: the same with ONE adapter of the mean rank in all rows;
-- ``logits_difference``: the largest between a row of that step and its own merged weights.
+- ``logits_difference``: the largest between a row of that step and its own merged weights;
+  ``half_logits_difference``: between the step in float16 and the one in float32;
+- ``smollm2/...``: the overheads and differences on SmolLM2-135M, whose step has 40 times as many
+  multiply-adds, for adapters 15 times as large.
 """
 
 import functools
@@ -34,6 +40,7 @@ import numpy as np
 
 import jlora as jl
 from benchmarks import timing
+from experiments.data import assets, pinned
 from experiments.pretraining import base_l
 from jlora.models import decoder
 from jlora.serving import components, engine, forward, mix, pages, schedule
@@ -65,13 +72,19 @@ class Step(NamedTuple):
 
     run: Callable[[], Any]
     adapters: tuple[str, ...]  # of the rows; (): none
+    bank: Any  # their components
 
 
-def world(quick: bool) -> World:
-    """Base L with 200 adapters, or a tiny decoder with 8 of ranks that share their programs."""
+def world(quick: bool, name: str = "base_l") -> World:
+    """Base L with 200 adapters or SmolLM2 with 40; quick: a tiny decoder with 8 of few ranks."""
     if quick:
         config, params = TINY, decoder.init(jax.random.key(0), TINY)
         count, some = 8, RANKS[:2]
+    elif name == "smollm2":
+        path = next(assets.fetch(pinned.ASSETS[name]).rglob("*.gguf"))
+        config, params = decoder.load_gguf(path)
+        params = jax.tree.map(lambda t: jnp.asarray(t, jnp.float32), params)
+        count, some = 40, RANKS
     else:
         base = base_l.load()
         config, params, count, some = base.config, base.params, 200, RANKS
@@ -123,10 +136,10 @@ def play(known: World, works: Sequence[Work], most: int = 8, pad: int = 0) -> li
     return [tokens[k] for k in range(len(works))]
 
 
-_gather = jax.jit(gather, static_argnums=(3, 4))
+_gather = jax.jit(gather, static_argnums=(3, 4, 5))
 
 
-def token_step(known: World, rows: int, names: Sequence[str]) -> Step:
+def token_step(known: World, rows: int, names: Sequence[str], dtype: str | None = None) -> Step:
     """A step after 31 tokens of every row; `names` are the adapters of the rows, () for none."""
     width, size = forward.width(known.config), 2 * PROMPT
     per, draw = pages_of_component(known.sites, width), np.random.default_rng(2)
@@ -146,7 +159,7 @@ def token_step(known: World, rows: int, names: Sequence[str]) -> Step:
         write.append([own[-1]])
     plan = mix.plan(names or [None] * rows, ranks_of(table, per))
     where, owner = map(jnp.asarray, in_use(table, plan.names, per, plan.own))
-    bank = _gather(data, where, owner, known.sites, plan.own) if names else None
+    bank = _gather(data, where, owner, known.sites, plan.own, dtype) if names else None
     ids = draw.integers(1, known.config.vocab, (rows, 1))
     arrays = (plan.numbers, ids, [size - 1] * rows, [0] * rows, seen, write)
     batch = forward.Batch(*(jnp.asarray(np.asarray(t, np.int32)) for t in arrays))
@@ -157,7 +170,7 @@ def token_step(known: World, rows: int, names: Sequence[str]) -> Step:
         pool[0] = out.data  # the memory of the old one is gone
         return np.asarray(out.logits)
 
-    return Step(run, tuple(names))
+    return Step(run, tuple(names), bank)
 
 
 def merged(known: World, step: Step, row: int) -> World:
@@ -168,19 +181,27 @@ def merged(known: World, step: Step, row: int) -> World:
     return known._replace(params=jl.merge(known.params, adapter))
 
 
-def measure(settings: timing.Settings) -> dict[str, Any]:
-    known = world(settings.quick)
-    rows, traces, requests = (4, 1, 4) if settings.quick else (32, 3, 48)
-    figures: dict[str, Any] = {"logits_difference": 0.0}
-    spread: dict[str, Any] = {}
+@jax.jit
+def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(t, axis=tuple(range(t.ndim - 1))) for t in arrays]  # vectors: whole lines
 
+
+def overheads(
+    known: World, rows: int, settings: timing.Settings, repetitions: int, label: str
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """What adapters add to a step of one token, and the spread of all times."""
+    figures = {"logits_difference": 0.0}
     names = list(known.flat)  # neighbours have different ranks
     small = [n for n in names if len(known.flat[n]) == min(known.ranks)]
     middle = [n for n in names if len(known.flat[n]) == known.ranks[len(known.ranks) // 2]]
-    given = {"base": (), "mixed": names[:rows], "small": small[:rows], "one": middle[:1] * rows}
+    given = {"base": (), "mixed": names[:rows], "one": middle[:1] * rows}
+    if len(small) >= rows:
+        given["small"] = small[:rows]
     steps = {name: token_step(known, rows, names) for name, names in given.items()}
+    steps["half"] = token_step(known, rows, given["mixed"], "float16")
     logits = steps["mixed"].run()
-    for row in range(min(rows, 3)):
+    figures["half_logits_difference"] = float(np.abs(logits - steps["half"].run()).max())
+    for row in range(min(rows, 3 if "small" in given else 1)):  # merging a large base takes a while
         want = token_step(merged(known, steps["mixed"], row), rows, ()).run()[row]
         gap = float(np.abs(logits[row] - want).max())
         figures["logits_difference"] = max(figures["logits_difference"], gap)
@@ -188,14 +209,31 @@ def measure(settings: timing.Settings) -> dict[str, Any]:
         raise RuntimeError(
             f"logits: got {figures['logits_difference']:.2e} off the merged weights'"
         )
-    runs = {name: step.run for name, step in steps.items()}
-    seconds = timing.interleave(runs, settings.count(60), settings, "serving step", limit=60)
+    arrays = [t for t in jax.tree.leaves(steps["mixed"].bank) if t.ndim > 1]
+    runs: dict[str, Callable[[], Any]] = {name: step.run for name, step in steps.items()}
+    runs["read"] = lambda: jax.block_until_ready(_sums(arrays))
+    seconds = timing.interleave(runs, repetitions, settings, label, limit=60)
+    kinds = {"vs_base": "mixed", "of_half": "half", "of_small": "small", "at_best": "one"}
     figures |= {
-        "overhead_vs_base": over(seconds, "mixed", "base"),
-        "overhead_of_small": over(seconds, "small", "base"),
-        "overhead_at_best": over(seconds, "one", "base"),
+        f"overhead_{kind}": over(seconds, name, "base")
+        for kind, name in kinds.items()
+        if name in runs
     }
-    spread["step"] = timing.spread(seconds)
+    figures["overhead_of_reading"] = 1.0 + over(seconds, "read", "base")
+    return figures, timing.spread(seconds)
+
+
+def measure(settings: timing.Settings) -> dict[str, Any]:
+    known = world(settings.quick)
+    rows, traces, requests = (4, 1, 4) if settings.quick else (32, 3, 48)
+    spread: dict[str, Any] = {}
+    figures: dict[str, Any]
+    figures, spread["step"] = overheads(known, rows, settings, settings.count(60), "serving step")
+    larger = known if settings.quick else world(False, "smollm2")
+    figures["smollm2"], spread["smollm2_step"] = overheads(
+        larger, rows, settings, settings.count(12), "SmolLM2 step"
+    )
+    del larger  # half a gigabyte
 
     shared, ratios = [], {"swap": [], "padded": []}
     for number in range(traces):

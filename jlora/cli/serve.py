@@ -24,7 +24,7 @@ from jlora.io.presets import llama
 from jlora.models import decoder
 from jlora.serving import forward, pages, parallel, schedule, shelf
 from jlora.serving.paged_pool import pages_of_component
-from jlora.serving.state import Engine
+from jlora.serving.state import HALVES, Engine
 from jlora.types import Dynamic, Tree
 
 
@@ -67,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max_tokens", type=int, default=1024, help="new tokens of a request at most")
     p.add_argument("--max_body", type=int, default=2**20, help="bytes of a request")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    half = "of the adapters in a running batch, half the bytes of float32; default: as --dtype"
+    p.add_argument("--component_dtype", choices=HALVES, help=half)
     return p
 
 
@@ -175,7 +177,8 @@ def engine_of(args: argparse.Namespace, base: Base) -> tuple[Engine, shelf.Shelf
     if args.devices > 1:
         layout = parallel.over(args.devices)
         params = parallel.place(layout, base.config, params)
-    return Engine(base.config, params, sites, fetch, count, limits, layout), files
+    half = args.component_dtype
+    return Engine(base.config, params, sites, fetch, count, limits, layout, half), files
 
 
 def service_of(args: argparse.Namespace) -> Dynamic:

@@ -169,6 +169,23 @@ def bank(
     return Adapter({s.path: {} for s in sites}, frozen, grouped)
 
 
+def check_range(flat: Float[np.ndarray, "r N"], dtype: str, name: str) -> None:
+    """Refuses components that have no finite value in a shorter dtype.
+
+    Args:
+      flat: components of an adapter, finite.
+      dtype: that they are to be stored in.
+      name: of the adapter, for the message.
+
+    Raises:
+      ValueError: a number beyond the largest one of the dtype.
+    """
+    most, top = float(jnp.finfo(dtype).max), float(np.abs(flat).max(initial=0.0))
+    if top > most:
+        raise ValueError(f"{name}: got a component of {top:.4g}, expected at most {most:.4g}, the "
+                         f"largest {dtype}")  # fmt: skip
+
+
 def for_row(adapter: Adapter, row: Int[Array, ""]) -> Adapter:
     """A bank for one row.
 

@@ -245,6 +245,7 @@ def gather(
     owner: Int[Array, "T"],
     sites: tuple[Site, ...],
     own: bool = False,
+    dtype: str | None = None,
 ) -> Adapter:
     """The components of a batch out of their pages.
 
@@ -254,11 +255,13 @@ def gather(
       owner: of each component.
       sites: that adapters may have.
       own: whether every component is of one row (`components.bank`).
+      dtype: of the numbers; None: that of the pages.
 
     Returns:
       An adapter of `components.bank`.
     """
     flat = data[where].reshape(len(where), -1)[:, : components.size(sites)]
+    flat = flat if dtype is None else flat.astype(dtype)
     return components.bank(flat, sites, owner, own)
 
 

@@ -19,6 +19,7 @@ from jlora.serving.parallel import Layout
 from jlora.types import Tree
 
 LIMITS = schedule.Limits()
+HALVES = ("float16", "bfloat16")
 
 Fetch = Callable[[str], Float[np.ndarray, "r N"]]
 
@@ -34,6 +35,13 @@ class Engine:
     pages: int  # P, page 0 included
     limits: schedule.Limits = LIMITS
     layout: Layout | None = None  # of `params` on several devices (`parallel.place`); None: one
+    component_dtype: str | None = None  # of `State.bank`, one of `HALVES`; None: that of the pages
+
+    def __post_init__(self):
+        if self.component_dtype not in (None, *HALVES):
+            raise ValueError(
+                f"component_dtype: got {self.component_dtype!r}, expected None or one of {HALVES}"
+            )
 
 
 class Work(NamedTuple):

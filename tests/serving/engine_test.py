@@ -1,5 +1,6 @@
 """The engine: rows of mixed adapters and lengths against merged weights, one request at a time."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -20,7 +21,7 @@ WIDTH = forward.width(CONFIG)
 COUNT = 200  # pages: 6 per component, so not all four adapters and three rows fit
 
 
-def served(llama, limits=LIMITS, shelf=None):
+def served(llama, limits=LIMITS, shelf=None, half=None):
     params, _, known = llama
     shelf = shelf or known
     memory = [Memory()]
@@ -29,7 +30,7 @@ def served(llama, limits=LIMITS, shelf=None):
         memory[0], found = fetch(shelf, memory[0], name)
         return found
 
-    return Engine(CONFIG, params, shelf.sites, read, COUNT, limits)
+    return Engine(CONFIG, params, shelf.sites, read, COUNT, limits, component_dtype=half)
 
 
 def run(at, works, steps=200):
@@ -123,6 +124,31 @@ def test_other_mixes_of_ranks_and_lengths_compile_nothing(llama):
     first = forward.step._cache_size()
     _, tokens, _ = run(served(llama), works(llama, 8, seed=3)[::-1])
     assert forward.step._cache_size() == first and all(tokens)
+
+
+def test_components_in_half_precision_answer_and_compile_nothing_anew(llama, oracle):
+    at = served(llama, half="float16")
+    given = [Work((1 + k, 5), 2, name) for k, name in enumerate(("small", "other"))]
+    state, tokens, _ = run(at, given)
+    assert tokens == [oracle(w.adapter, w.ids, 2)[0] for w in given]
+    assert {t.dtype.name for p, a in state.bank.frozen.items() for n, t in a.items()
+            if n in "uv"} == {"float16"}  # fmt: skip
+    first = forward.step._cache_size()
+    assert run(at, [w._replace(adapter="small") for w in given])[1][0] == tokens[0]
+    assert forward.step._cache_size() == first
+
+
+def test_a_component_that_half_precision_cannot_hold_is_the_error_of_its_request(llama):
+    at = served(llama, half="float16")
+    large = 1e5 * np.ones((4, components.size(at.sites)), np.float32)
+    at = dataclasses.replace(at, fetch=lambda _: large)
+    state, _ = submit(at, start(at, 0.0), Work((1, 2), 2, "small"), 0.0)
+    state, events = step(at, state, lambda: 1.0)
+    assert [e.done for e in events] == ["error"] and not state.rows
+    assert events[0].error == ("small: got a component of 1e+05, expected at most 6.55e+04, the "
+                               "largest float16")  # fmt: skip
+    with pytest.raises(ValueError, match="component_dtype: got 'int8', expected None or one of"):
+        served(llama, half="int8")
 
 
 def test_a_damaged_adapter_is_the_error_of_its_request(llama, oracle, foreign):

@@ -35,7 +35,7 @@ def world():
     return params, sites, flat, parallel.over(8)
 
 
-def inputs(world, layout, each=False):
+def inputs(world, layout, each=False, dtype=None):
     """A pool with both adapters, the weights, their bank, and a batch of three prompts."""
     params, sites, flat, _ = world
     table, data = pages.empty_table(COUNT), np.zeros((COUNT, WIDTH), np.float32)
@@ -52,7 +52,7 @@ def inputs(world, layout, each=False):
     if layout is not None:
         data, params = layout.pages(data), parallel.place(layout, CONFIG, params)
     where, owner = map(jnp.asarray, in_use(table, NAMES, pages_of_component(sites, WIDTH), each))
-    bank = engine._gather(data, where, owner, sites, layout, each)
+    bank = engine._gather(data, where, owner, sites, layout, each, dtype)
     return data, params, bank, forward.Batch(*map(engine._ints, arrays))
 
 
@@ -77,6 +77,21 @@ def test_logits_and_pages_are_those_of_one_device(world, whole):
     assert got.data.sharding == data.sharding
     np.testing.assert_allclose(got.logits, whole[0], atol=2e-5)
     np.testing.assert_allclose(got.data, whole[1], atol=2e-5)
+
+
+@pytest.mark.parametrize(("devices", "dtype"), [(1, "float16"), (8, "bfloat16")])
+def test_components_in_half_precision_are_the_rounded_ones(world, whole, devices, dtype):
+    layout = world[3] if devices > 1 else None
+    data, params, bank, batch = inputs(world, layout, True, dtype)
+    assert {t.dtype.name for p, a in bank.frozen.items() if p != "components"
+            for t in a.values() if t.ndim > 1} == {dtype}  # fmt: skip
+    got = forward.step(CONFIG, data, params, bank, batch, layout)
+    assert got.logits.dtype == jnp.float32
+    rounded = {n: np.asarray(jnp.asarray(t).astype(dtype), np.float32) for n, t in world[2].items()}
+    want = forward.step(CONFIG, *inputs((*world[:2], rounded, None), None))
+    np.testing.assert_allclose(got.logits, want.logits, atol=2e-5)
+    off = float(np.abs(np.asarray(got.logits) - whole[0]).max())
+    assert 4e-5 < off < {"float16": 5e-3, "bfloat16": 4e-2}[dtype], "the rounding is seen, no more"
 
 
 def sent(program):
