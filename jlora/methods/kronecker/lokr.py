@@ -233,7 +233,7 @@ SYSTEM = System(
     evidence="FLOPs of the fast path; outputs of torch PEFT to 1e-5",
     rows=(7,),
     tests=("tests/io/peft/parity_test.py",),
-    missing="a claim on a diffusion base",
+    claim="diffuse_krona",
     examples=(
         LoKr(rank=1, factor=2),
         LoKr(rank=8, factor=2),
