@@ -48,7 +48,7 @@ METHODS: dict[str, Method] = {
 }
 STYLES = (("google", "invert", 1.0), ("google", "ground", 216.0))  # source, family, value
 TUNING = 1000  # the seed that middle rates are chosen with
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 9e-3, 2.7e-2)
+GRID = (3e-4, 1e-3, 3e-3, 9e-3, 2.7e-2, 8.1e-2)
 SPREAD = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 
 
