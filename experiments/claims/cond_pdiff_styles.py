@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora as jl
+from experiments.claims.picture_styles import WEIGHTS
 from experiments.claims.protocol import Claim, Figures
 from experiments.pictures import base_d, classifier, quality, sampling, sources
 from experiments.stages.zoo_training import snapshot_steps
@@ -43,7 +44,6 @@ from experiments.styles.transforms import transformed
 from experiments.styles.zoo import Zoo
 from jlora.generation.baselines import soup
 
-WEIGHTS = "e1e2b662be7ca6a5fc717543ac297dcc530b06dfac1c341d10910301815e6eff"  # of base D
 SOURCE = "google"
 STYLES = (("invert", 1.0), ("ground", 216.0), ("saturation", 0.0), ("lines", 4.0))
 FACTOR = 1.02  # of the soup's distance
